@@ -1,0 +1,158 @@
+"""The command line of the converter: it parses, translates and prints; the work is done elsewhere.
+
+Heavy imports wait until a command runs, so that `--help` answers at once.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from llmint8.formats.errors import LLMInt8Error
+
+
+class Command(click.Command):
+    """A command whose errors are one line and an exit code, never a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. With --verbose the traceback of an error is logged as well."""
+        try:
+            return super().invoke(ctx)
+        except (LLMInt8Error, OSError, ValueError) as error:
+            logging.getLogger("llmint8").debug("traceback", exc_info=True)
+            raise click.ClickException(printable(str(error))) from None
+
+
+def printable(text: str) -> str:
+    """Return text from a file without what a terminal would obey: control characters become `?`, in one line."""
+    return "".join(char if char.isprintable() else "?" for char in text.strip().replace("\n", " "))
+
+
+def set_up_logging(verbose: bool) -> None:
+    """Send our own log to standard error: warnings, or everything."""
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("llmint8").setLevel(logging.DEBUG if verbose else logging.WARNING)
+
+
+@contextmanager
+def progress_bar(total: int, title: str, quiet: bool) -> Iterator[Callable[[str, int], None]]:
+    """Yield a callback `(tensor name, bytes done)` that moves a bar; no bar when quiet or not on a terminal."""
+    bar: Any = tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        desc=title,
+        disable=quiet or not sys.stderr.isatty(),
+        leave=False,
+    )
+    with bar:
+
+        def advance(name: str, nbytes: int) -> None:
+            bar.set_postfix_str(name[-48:], refresh=False)
+            bar.update(nbytes)
+
+        yield advance
+
+
+@click.command("convert", cls=Command)
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--revision", metavar="REV", help="Branch, tag or commit, when SOURCE is a Hub repo.")
+@click.option(
+    "--outliers",
+    metavar="CRITERION",
+    default="none",
+    show_default=True,
+    help="Which input columns stay in 16 bit; calibrated criteria are not there yet.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16"]),
+    help="Cast what is not quantized; it keeps its dtype otherwise.",
+)
+@click.option("--skip", metavar="REGEX", multiple=True, help="Leave matching layers in 16 bit; repeatable.")
+@click.option("--only", metavar="REGEX", multiple=True, help="Quantize matching layers only; repeatable.")
+@click.option(
+    "--max-shard-size",
+    metavar="SIZE",
+    default="5GB",
+    show_default=True,
+    help="Largest size of a weight file.",
+)
+@click.option(
+    "--on-nonfinite",
+    type=click.Choice(["error", "keep"]),
+    default="error",
+    show_default=True,
+    help="When a weight holds NaN or infinity: stop, or leave it in 16 bit.",
+)
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--quiet", is_flag=True, help="Print errors only.")
+@click.option("--verbose", is_flag=True, help="Name every layer that stays in 16 bit; log details.")
+@click.version_option(package_name="llmint8")
+def convert_command(
+    source: str,
+    out: Path,
+    revision: str | None,
+    outliers: str,
+    dtype: str | None,
+    skip: tuple[str, ...],
+    only: tuple[str, ...],
+    max_shard_size: str,
+    on_nonfinite: Any,
+    dry_run: bool,
+    quiet: bool,
+    verbose: bool,
+) -> None:
+    """Convert the 16-bit checkpoint SOURCE into an int8 checkpoint OUT.
+
+    SOURCE is a directory or a Hub repo id, with safetensors or pytorch_model.bin files. OUT is a new directory.
+    """
+    set_up_logging(verbose)
+    from . import execute, make_plan, resolve
+
+    plan = make_plan(resolve(source, revision), out, dtype, skip, only, max_shard_size)
+    if dry_run or not quiet:
+        for notice in plan.selection.notices:
+            click.echo(f"Note: {printable(notice)}", err=True)
+    if dry_run:
+        click.echo(_plan_text(plan, verbose))
+        return
+    with progress_bar(plan.bytes_before, "Converting", quiet) as progress:
+        report = execute(plan, outliers, on_nonfinite, progress)
+    if not quiet:
+        if verbose:
+            click.echo(_kept_text(report.kept))
+        click.echo(
+            f"{report.layers} linear layers in int8, {len(report.kept)} left in 16 bit. "
+            f"{_gb(report.bytes_before)} -> {_gb(report.bytes_after)} "
+            f"({report.bytes_after / report.bytes_before:.0%}) in {report.seconds:.1f} s."
+        )
+        click.echo(f"Written to {out}. Load it with: llmint8.runtime.load({str(out)!r})")
+
+
+def _plan_text(plan: Any, verbose: bool) -> str:
+    selection = plan.selection
+    lines = [
+        f"Source       {plan.origin.name}: {len(plan.source.tensors)} tensors, {_gb(plan.bytes_before)}",
+        f"Layers       {len(selection.layers)} linear layers to int8, {len(selection.kept)} left in 16 bit",
+        f"Result       {_gb(plan.bytes_after)}, {plan.bytes_after / plan.bytes_before:.0%} of the source",
+        f"Peak memory  about {_gb(plan.peak_memory)} beside Python and torch",
+        f"Disk space   {_gb(plan.disk_needed)} needed, {_gb(plan.disk_free)} free",
+    ]
+    if plan.disk_needed > plan.disk_free:
+        lines.append("This does not fit on the disk.")
+    return "\n".join(lines + ([_kept_text(selection.kept)] if verbose else []))
+
+
+def _kept_text(kept: dict[str, str]) -> str:
+    return "\n".join(f"In 16 bit    {printable(name)}: {reason}" for name, reason in sorted(kept.items()))
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

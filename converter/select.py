@@ -1,0 +1,177 @@
+"""Choose the linear layers to quantize, from the model's structure where transformers knows it."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers.pytorch_utils import Conv1D
+
+from llmint8.formats import FLOAT_DTYPES, Source, SourceError, TensorInfo
+
+from .models import is_linear
+from .names import module_names
+
+_ROUTER = re.compile(r"(^|\.)(\w+_)?(router|gate|gating)(\.|$)")
+# For models that transformers does not know: what is not a plain linear layer, by the names in use.
+_NOT_LINEAR = re.compile(r"emb|wte|wpe|head|norm|ln_|router|gate$|position|shared$|classifier|score|conv|lora")
+_MIN_FEATURES_BY_NAME = 32
+
+
+@dataclass(frozen=True)
+class SelectedLayer:
+    """A layer to quantize. `name` is its module's name in the source's tensor names."""
+
+    name: str
+    weight: TensorInfo
+    transposed: bool  # stored [in, out], as GPT-2's Conv1D is
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.weight.shape[1 if self.transposed else 0]
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.weight.shape[0 if self.transposed else 1]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The layers to quantize by name, those left alone with the reason, and what to tell the user.
+
+    `module_of` has the module name in the model for all of them. It differs from the name in the checkpoint where
+    transformers renames tensors when it loads them.
+    """
+
+    layers: dict[str, SelectedLayer]
+    kept: dict[str, str]
+    module_of: dict[str, str]
+    notices: list[str]
+
+    @property
+    def skip_modules(self) -> list[str]:
+        """The linear modules left alone, for bitsandbytes, which quantizes whatever it is not told to skip."""
+        return sorted(self.module_of[name] for name in self.kept)
+
+    def without(self, reasons: dict[str, str]) -> "Selection":
+        """Return the selection with more layers left alone, each for its reason."""
+        layers = {name: layer for name, layer in self.layers.items() if name not in reasons}
+        return Selection(layers, {**self.kept, **reasons}, self.module_of, self.notices)
+
+
+def select_layers(source: Source, model: Any | None, skip: Sequence[str], only: Sequence[str]) -> Selection:
+    """Select from a model on the meta device, or by name and shape where `model` is None.
+
+    Args:
+        source: the opened source checkpoint.
+        model: a transformers model on the meta device, or None.
+        skip: regular expressions; a layer whose name matches one anywhere stays in 16 bit.
+        only: regular expressions; where given, a layer must match one of them.
+
+    Raises:
+        SourceError: no layer is left, a linear layer's weight is missing, or is not a 16 or 32-bit float.
+
+    """
+    notices: list[str] = []
+    if model is None:
+        notices.append(
+            f"transformers does not know the model type {source.config.get('model_type')!r}: "
+            "linear layers were chosen by name and shape, look at the list"
+        )
+        candidates, kept, module_of = _candidates_by_name(source)
+    else:
+        mapped = module_names(model, source.tensors)
+        unmapped = [info for name, info in source.tensors.items() if name not in mapped]
+        candidates, kept, module_of = _candidates_of_model(source, model, mapped, bool(unmapped))
+        notices += _unmapped_notice(unmapped)
+    layers = {}
+    for name, layer in candidates.items():
+        if any(re.search(pattern, name) for pattern in skip):
+            kept[name] = "--skip"
+        elif only and not any(re.search(pattern, name) for pattern in only):
+            kept[name] = "not in --only"
+        elif layer.weight.dtype not in FLOAT_DTYPES:
+            raise SourceError(
+                f"{source.path / layer.weight.file}: {layer.weight.name} is {layer.weight.dtype}, "
+                "expected F16, BF16 or F32; leave it as it is with --skip"
+            )
+        else:
+            layers[name] = layer
+    if not layers:
+        raise SourceError(f"{source.path}: no linear layer is left to quantize; look at --skip and --only")
+    return Selection(layers, kept, module_of, notices)
+
+
+def _candidates_of_model(
+    source: Source, model: Any, mapped: dict[str, str], any_unmapped: bool
+) -> tuple[dict[str, SelectedLayer], dict[str, str], dict[str, str]]:
+    """Return the layers to quantize, those to keep with reasons, and checkpoint name -> module name for both."""
+    tensor_of = {parameter: tensor for tensor, parameter in mapped.items()}
+    layers: dict[str, SelectedLayer] = {}
+    kept: dict[str, str] = {}
+    module_of: dict[str, str] = {}
+    for module_name, module in model.named_modules():
+        if not is_linear(module):
+            continue
+        reason = _reason_to_keep(model, module_name)
+        tensor = tensor_of.get(f"{module_name}.weight")
+        name = tensor.removesuffix(".weight") if tensor else module_name
+        module_of[name] = module_name
+        if reason or tensor is None:
+            # A tensor that transformers splits or fuses may be this weight; if there is none, it is lost.
+            if not reason and not any_unmapped:
+                raise SourceError(f"{source.path}: the weight of {module_name} is missing from the checkpoint")
+            kept[name] = reason or "not stored as a tensor of its own"
+            continue
+        layer = SelectedLayer(name, source.tensors[tensor], isinstance(module, Conv1D))
+        if layer.weight.shape != tuple(module.weight.shape):
+            raise SourceError(
+                f"{source.path / layer.weight.file}: {tensor} has shape {list(layer.weight.shape)}, "
+                f"the config asks for {list(module.weight.shape)}"
+            )
+        layers[name] = layer
+    return layers, kept, module_of
+
+
+def _reason_to_keep(model: Any, name: str) -> str | None:
+    """Return why a linear layer stays in 16 bit, or None: heads, tied weights, fp32 modules, routers."""
+    head = model.get_output_embeddings()
+    if head is not None and model.get_submodule(name) is head:
+        return "output head"
+    tied = model.all_tied_weights_keys
+    if f"{name}.weight" in {*tied.keys(), *tied.values()}:
+        return "tied weight"
+    if model.base_model is not model and not name.startswith(f"{model.base_model_prefix}."):
+        return "output head"
+    fp32 = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    if any(re.search(rf"(^|\.){pattern}(\.|$)", name) for pattern in fp32):
+        return "kept in high precision by the model"
+    return "router" if _ROUTER.search(name) else None
+
+
+def _unmapped_notice(unmapped: list[TensorInfo]) -> list[str]:
+    """Say how much stays in 16 bit because the model fuses it when it loads, as experts are."""
+    fused = [info for info in unmapped if info.name.endswith(".weight") and len(info.shape) == 2]
+    if not fused:
+        return []
+    size = sum(info.nbytes for info in fused) / 1e9
+    return [
+        f"{len(fused)} matrices ({size:.2f} GB, {fused[0].name} among them) stay as they are: the model has "
+        "no linear layer of that name (fused experts, for example)"
+    ]
+
+
+def _candidates_by_name(source: Source) -> tuple[dict[str, SelectedLayer], dict[str, str], dict[str, str]]:
+    layers: dict[str, SelectedLayer] = {}
+    kept: dict[str, str] = {}
+    for tensor, info in source.tensors.items():
+        name = tensor.removesuffix(".weight")
+        if name == tensor or len(info.shape) != 2:
+            continue
+        if _NOT_LINEAR.search(name.lower()) or min(info.shape) < _MIN_FEATURES_BY_NAME:
+            kept[name] = "by its name or shape"
+        else:
+            layers[name] = SelectedLayer(name, info, transposed=False)
+    return layers, kept, {name: name for name in [*layers, *kept]}

@@ -1,0 +1,35 @@
+"""Everything about bytes on disk: source checkpoints read, int8 checkpoints read, written and checked (spec.md)."""
+
+from .checkpoint import Checkpoint, Int8Record, open_checkpoint, record_specs
+from .errors import CheckpointError, CorruptFileError, LLMInt8Error, OutputError, SourceError
+from .manifest import Manifest, read_manifest
+from .quantization import FORMAT_VERSION, Quantization
+from .source import Source, open_source
+from .tensors import DTYPE_NAMES, DTYPES, FLOAT_DTYPES, TensorInfo, TensorSpec
+from .validate import check_values
+from .writer import CheckpointWriter
+
+__all__ = [
+    "DTYPES",
+    "DTYPE_NAMES",
+    "FLOAT_DTYPES",
+    "FORMAT_VERSION",
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointWriter",
+    "CorruptFileError",
+    "Int8Record",
+    "LLMInt8Error",
+    "Manifest",
+    "OutputError",
+    "Quantization",
+    "Source",
+    "SourceError",
+    "TensorInfo",
+    "TensorSpec",
+    "check_values",
+    "open_checkpoint",
+    "open_source",
+    "read_manifest",
+    "record_specs",
+]

@@ -1,0 +1,80 @@
+"""Which files a checkpoint has, and small files read and written safely."""
+
+import json
+import os
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+from .errors import CorruptFileError, SourceError
+from .tensors import open_regular
+
+CONFIG_NAME = "config.json"
+SAFETENSORS_NAME = "model.safetensors"
+SAFETENSORS_INDEX_NAME = "model.safetensors.index.json"
+MANIFEST_NAME = "llmint8_manifest.json"
+MAX_JSON_BYTES = 256 << 20
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of at most 256 MiB. Raises CorruptFileError."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_JSON_BYTES:
+            raise CorruptFileError(f"{path}: {size} bytes, at most {MAX_JSON_BYTES} are allowed")
+        raw = file.readall()
+    try:
+        value = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise CorruptFileError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CorruptFileError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a whole file under a temporary name, flush it to the disk, and give it its name."""
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory as durable as the files."""
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def encode_json(value: dict[str, Any]) -> bytes:
+    """Encode as the Hub's own files are: indented, keys in the order given, a newline at the end."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def read_weight_map(index_path: Path, suffix: str) -> dict[str, str]:
+    """Return tensor name -> file name from an index. Every file name must be a plain name with this suffix."""
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptFileError(f"{index_path}: weight_map is missing or empty")
+    for tensor, file in weight_map.items():
+        plain = isinstance(file, str) and PurePosixPath(file).name == file == PureWindowsPath(file).name
+        if not plain or not file.endswith(suffix) or not file.isprintable():
+            raise CorruptFileError(
+                f"{index_path}: {tensor!r} is in {file!r}, expected the name of a {suffix} file in this directory"
+            )
+    return weight_map
+
+
+def require_inside(path: Path, directory: Path) -> None:
+    """Refuse a symlink that leads out of the checkpoint, except into the Hub cache's own `blobs` folder."""
+    if not path.is_symlink():
+        return
+    target, home = path.resolve(), directory.resolve()
+    blobs = home.parent.parent / "blobs"
+    if not target.is_relative_to(home) and not (home.parent.name == "snapshots" and target.parent == blobs):
+        raise SourceError(f"{path}: a link to {target}, outside of the checkpoint; copy the file itself instead")

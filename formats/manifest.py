@@ -1,0 +1,99 @@
+"""The manifest beside a checkpoint: a SHA-256 for every tensor, where it all came from, and per-layer statistics."""
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .errors import CheckpointError, LLMInt8Error
+from .files import MANIFEST_NAME, read_json
+from .quantization import FORMAT_VERSION
+from .tensors import TensorSpec, as_bytes
+
+
+@dataclass(frozen=True)
+class ManifestEntry:
+    """What the manifest says about one tensor. `sha256` is over its data as stored, in hex."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The manifest's content; spec.md, section "Manifest", describes it.
+
+    `source` identifies what was converted. `modules` has one free-form object of statistics per quantized layer.
+    """
+
+    producer: str
+    source: dict[str, Any]
+    tensors: dict[str, ManifestEntry]
+    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the object that goes into the file."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "producer": self.producer,
+            "source": self.source,
+            "modules": self.modules,
+            "tensors": {
+                name: {
+                    "file": entry.file,
+                    "dtype": entry.dtype,
+                    "shape": list(entry.shape),
+                    "sha256": entry.sha256,
+                }
+                for name, entry in sorted(self.tensors.items())
+            },
+        }
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """Return the SHA-256 of a tensor's data in row-major order, little-endian, in hex."""
+    return hashlib.sha256(as_bytes(tensor.contiguous())).hexdigest()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read the manifest in a checkpoint directory. Raises CheckpointError with rule E16."""
+    file = path / MANIFEST_NAME
+    try:
+        raw = read_json(file)
+        version = raw["format_version"]
+        if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
+            raise CheckpointError("E16", f"{file}: format_version is {version!r}, expected {FORMAT_VERSION}")
+        entries = {name: _entry(name, entry) for name, entry in raw["tensors"].items()}
+        return Manifest(str(raw["producer"]), dict(raw["source"]), entries, dict(raw["modules"]))
+    except CheckpointError:
+        raise
+    except LLMInt8Error as error:
+        raise CheckpointError("E16", str(error)) from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError("E16", f"{file}: malformed: {error}; convert again to get a new one") from None
+
+
+def _entry(name: str, raw: dict[str, Any]) -> ManifestEntry:
+    if not re.fullmatch(r"[0-9a-f]{64}", raw["sha256"]):
+        raise ValueError(f"{name}: sha256 {raw['sha256']!r} is not 64 hexadecimal digits")
+    return ManifestEntry(str(raw["file"]), str(raw["dtype"]), tuple(raw["shape"]), raw["sha256"])
+
+
+def differences(manifest: Manifest, tensors: dict[str, TensorSpec], files: dict[str, str]) -> list[str]:
+    """Say where the manifest and the tensors in the files disagree: presence, file, dtype and shape."""
+    problems = [f"{name}: in the manifest, in no file" for name in sorted(manifest.tensors.keys() - tensors.keys())]
+    for name, spec in sorted(tensors.items()):
+        entry = manifest.tensors.get(name)
+        if entry is None:
+            problems.append(f"{name}: in {files[name]}, not in the manifest")
+        elif (entry.file, entry.dtype, entry.shape) != (files[name], spec.dtype, spec.shape):
+            problems.append(
+                f"{name}: is {spec.dtype} {list(spec.shape)} in {files[name]}, "
+                f"the manifest says {entry.dtype} {list(entry.shape)} in {entry.file}"
+            )
+    return problems

@@ -1,0 +1,198 @@
+"""A 16-bit checkpoint as somebody else wrote it: names, shapes and lazily read tensors.
+
+Understood are the layouts of the Hugging Face Hub: `model.safetensors` or `pytorch_model.bin`, whole or in shards
+with an index. Every other layout (metaseq, GGUF, ...) becomes a `Source` here too, with tensor names as in
+transformers; nothing outside this module asks what the files were.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import CorruptFileError, SourceError
+from .files import (
+    CONFIG_NAME,
+    SAFETENSORS_INDEX_NAME,
+    SAFETENSORS_NAME,
+    read_json,
+    read_weight_map,
+    require_inside,
+)
+from .tensors import DTYPE_NAMES, TensorInfo, open_regular, read_header, read_tensor
+
+TORCH_NAME = "pytorch_model.bin"
+TORCH_INDEX_NAME = "pytorch_model.bin.index.json"
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx")
+WEIGHT_SUFFIXES += (".ot", ".npz", ".tflite", ".pkl", ".pdparams")
+MAX_SMALL_FILE_BYTES = 64 << 20
+
+log = logging.getLogger("llmint8")
+
+
+class TensorFile(Protocol):
+    """One weight file."""
+
+    path: Path
+    tensors: dict[str, TensorInfo]
+
+    def read(self, name: str) -> Tensor:
+        """Return the tensor, contiguous on the CPU, in memory that the caller may keep or drop."""
+        ...
+
+
+class SafetensorsFile:
+    """A safetensors file; only its header is held."""
+
+    def __init__(self, path: Path) -> None:
+        """Read the header. Raises CorruptFileError."""
+        self.path = path
+        self.tensors = read_header(path)
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor."""
+        return read_tensor(self.path, self.tensors[name])
+
+
+class TorchFile:
+    """A `torch.save` file. The zip layout is mapped, the legacy one (before torch 1.6) is loaded as a whole.
+
+    Never anything but `weights_only=True`: unpickling may otherwise run the file's own code.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """List the tensors. Raises CorruptFileError."""
+        self.path = path
+        self.tensors: dict[str, TensorInfo] = {}
+        for name, tensor in self._load().items():
+            if not isinstance(tensor, Tensor):
+                log.warning("%s: %s is a %s and not a tensor: left out", path, name, type(tensor).__name__)
+            elif tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided:
+                raise CorruptFileError(f"{path}: {name}: unknown dtype {tensor.dtype} or layout {tensor.layout}")
+            else:
+                self.tensors[name] = TensorInfo(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), path.name, 0)
+
+    def read(self, name: str) -> Tensor:
+        """Copy one tensor out of the file; the mapping goes with the call, so its pages do not pile up."""
+        tensor: Tensor = self._load()[name]
+        return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+    def _load(self) -> dict[str, Any]:
+        with open_regular(self.path) as file:
+            mapped = file.read(4) == b"PK\x03\x04"
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped or None)
+        except Exception as error:  # torch.load raises whatever its unpickler and zip reader do
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CorruptFileError(f"{self.path}: cannot be read as a checkpoint of tensors: {reason}") from None
+        if not isinstance(state, dict):
+            raise CorruptFileError(f"{self.path}: holds a {type(state).__name__}, expected a dict of tensors")
+        return state
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source checkpoint, opened and checked; no tensor has been read yet."""
+
+    path: Path
+    config: dict[str, Any]
+    files: list[TensorFile]
+    tensors: dict[str, TensorInfo]
+    small_files: list[Path]
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, contiguous on the CPU."""
+        info = self.tensors[name]
+        return next(file for file in self.files if file.path.name == info.file).read(name)
+
+
+def open_source(path: Path) -> Source:
+    """Open a checkpoint directory.
+
+    Raises:
+        SourceError: no such directory, no weights, a missing shard, an already quantized model.
+        CorruptFileError: a broken file, an index that names files outside of the directory.
+
+    """
+    if not path.is_dir():
+        raise SourceError(f"{path}: no such directory")
+    config = _read_config(path)
+    files = [_open_file(path, name) for name in _weight_files(path)]
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, info in file.tensors.items():
+            if name in tensors:
+                raise SourceError(f"{file.path}: {name} is also in {tensors[name].file}; remove one of the two")
+            tensors[name] = info
+    _check_index(path, tensors)
+    return Source(path, config, files, tensors, _small_files(path))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not (path / CONFIG_NAME).exists():
+        raise SourceError(f"{path / CONFIG_NAME}: missing; a checkpoint directory in Hugging Face layout has one")
+    require_inside(path / CONFIG_NAME, path)
+    config = read_json(path / CONFIG_NAME)
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+        raise SourceError(
+            f"{path / CONFIG_NAME}: this model is already quantized ({method or 'quantization_config is set'}); "
+            "convert the original 16-bit checkpoint instead"
+        )
+    return config
+
+
+def _weight_files(path: Path) -> list[str]:
+    """Return the names of the weight files, an index before a single file, safetensors before torch."""
+    for index, single, suffix in (
+        (SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME, ".safetensors"),
+        (TORCH_INDEX_NAME, TORCH_NAME, ".bin"),
+    ):
+        if (path / index).exists():
+            require_inside(path / index, path)
+            return sorted(set(read_weight_map(path / index, suffix).values()))
+        if (path / single).exists():
+            return [single]
+    raise SourceError(f"{path}: no weights; expected {SAFETENSORS_NAME} or {TORCH_NAME}, or an index of shards")
+
+
+def _open_file(path: Path, name: str) -> TensorFile:
+    if not (path / name).exists():
+        raise SourceError(f"{path / name}: missing, but the index names it; is the download complete?")
+    require_inside(path / name, path)
+    return TorchFile(path / name) if name.endswith(".bin") else SafetensorsFile(path / name)
+
+
+def _check_index(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    suffixes = {Path(info.file).suffix for info in tensors.values()}
+    index = path / (TORCH_INDEX_NAME if suffixes == {".bin"} else SAFETENSORS_INDEX_NAME)
+    if not index.exists():
+        return
+    for name, file in read_weight_map(index, index.name.split(".", 1)[1].removesuffix(".index.json")).items():
+        if name not in tensors or tensors[name].file != file:
+            raise SourceError(f"{path / file}: {name} is missing, but {index.name} says that it is here")
+
+
+def _small_files(path: Path) -> list[Path]:
+    """Return tokenizer, generation config, chat template, licence and whatever else is small and not weights."""
+    folders = [path, path / "additional_chat_templates"]
+    candidates = sorted(file for folder in folders if folder.is_dir() for file in folder.iterdir())
+    chosen = []
+    for file in candidates:
+        ours = file.name in (CONFIG_NAME, SAFETENSORS_INDEX_NAME, TORCH_INDEX_NAME)
+        if ours or file.name.startswith(".") or not file.is_file():
+            continue
+        if (
+            file.suffix.lower() in WEIGHT_SUFFIXES
+            or file.name.endswith(".index.json")
+            or file.stat().st_size > MAX_SMALL_FILE_BYTES
+        ):
+            continue
+        require_inside(file, path)
+        chosen.append(file)
+    return chosen

@@ -1,0 +1,94 @@
+"""Check every value of an int8 checkpoint: rules E12 to E18 of spec.md. The structure has been checked by opening it.
+
+Each tensor is read once, for its hash and for its values. All problems are returned, not only the first.
+"""
+
+from collections.abc import Callable
+
+import torch
+
+from .checkpoint import Checkpoint, Int8Record
+from .errors import CheckpointError, LLMInt8Error
+from .files import MANIFEST_NAME
+from .manifest import differences, read_manifest, tensor_sha256
+
+# The outlier columns are the originals of int8 columns, at most half a step away; casting them to another
+# 16-bit dtype may move them further, never by a whole step more.
+_MAX_STEPS_APART = 1.5
+
+
+def check_values(
+    checkpoint: Checkpoint, progress: Callable[[str, int], None] = lambda name, nbytes: None
+) -> list[CheckpointError]:
+    """Return every broken rule from E12 on, in the order of the tensors' names.
+
+    `progress` is called with the name and the bytes of each tensor after it was read.
+    """
+    problems: list[CheckpointError] = []
+    hashes: dict[str, str] = {}
+    if checkpoint.quantization.llmint8:
+        try:
+            manifest = read_manifest(checkpoint.path)
+            hashes = {name: entry.sha256 for name, entry in manifest.tensors.items()}
+            files = {name: info.file for name, info in checkpoint.tensors.items()}
+            for difference in differences(manifest, dict(checkpoint.tensors), files):
+                problems.append(CheckpointError("E17", f"{checkpoint.path / MANIFEST_NAME}: {difference}"))
+        except CheckpointError as error:
+            problems.append(error)
+    kept: dict[str, torch.Tensor] = {}
+    for name, info in sorted(checkpoint.tensors.items()):
+        where = f"{checkpoint.path / info.file}: {name}"
+        try:
+            tensor = checkpoint.read(name)
+        except LLMInt8Error as error:
+            problems.append(CheckpointError("E06", str(error)))
+            continue
+        if name in hashes and tensor_sha256(tensor) != hashes[name]:
+            problems.append(
+                CheckpointError("E18", f"{where}: its SHA-256 is not the manifest's; fetch {info.file} again")
+            )
+        module = name.rpartition(".")[0]
+        if module in checkpoint.records:
+            kept[name] = tensor
+            # `weight` and `weight_format` sort last of a record's tensors, so the record is complete here.
+            if name == f"{module}.weight":
+                problems += _check_record(checkpoint, checkpoint.records[module], kept)
+                kept.clear()
+        progress(name, info.nbytes)
+    return problems
+
+
+def _check_record(
+    checkpoint: Checkpoint, record: Int8Record, tensors: dict[str, torch.Tensor]
+) -> list[CheckpointError]:
+    weight, absmax = tensors.get(f"{record.name}.weight"), tensors.get(f"{record.name}.SCB")
+    if weight is None or absmax is None:
+        return []
+
+    def broken(code: str, suffix: str, what: str) -> CheckpointError:
+        file = checkpoint.tensors[f"{record.name}.{suffix}"].file
+        return CheckpointError(code, f"{checkpoint.path / file}: {record.name}.{suffix}: {what}")
+
+    problems = []
+    if not bool((absmax.isfinite() & (absmax >= 0)).all()):
+        row = int((~(absmax.isfinite() & (absmax >= 0))).nonzero()[0])
+        problems.append(broken("E12", "SCB", f"row {row} is {float(absmax[row])}, expected a finite absmax >= 0"))
+    if not checkpoint.quantization.llmint8:
+        return problems
+    largest = weight.amax(1).int().maximum(-weight.amin(1).int()) if record.in_features else absmax.int()
+    expected = torch.where(absmax > 0, 127, 0) if record.in_features else largest
+    if not torch.equal(largest, expected.int()):
+        row = int((largest != expected).nonzero()[0])
+        what = f"row {row} has magnitude {int(largest[row])}, expected {int(expected[row])} for its SCB"
+        problems.append(broken("E13", "weight", what))
+    dims = tensors.get(f"{record.name}.outlier_dims")
+    columns = tensors.get(f"{record.name}.outlier_weight")
+    if dims is None or columns is None or not len(dims):
+        return problems
+    if int(dims[0]) < 0 or int(dims[-1]) >= record.in_features or not bool((dims[1:] > dims[:-1]).all()):
+        what = f"not sorted, not unique or not in [0, {record.in_features})"
+        return [*problems, broken("E14", "outlier_dims", what)]
+    steps = columns.double() * 127 / torch.where(absmax == 0, 1, absmax)[:, None].double()
+    if not bool(((steps - weight[:, dims.long()]).abs() <= _MAX_STEPS_APART).all()):
+        problems.append(broken("E15", "outlier_weight", "not the originals of the int8 columns at outlier_dims"))
+    return problems

@@ -1,0 +1,147 @@
+"""The definition of every operation, in plain torch.
+
+A fast path elsewhere is right when it agrees with the function of the same name here. Notation, as in
+LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339): a layer computes `x [M, K] @ weight [N, K].T`; `absmax`
+is the largest magnitude of a row; int8 values lie in [-127, 127].
+
+The outlier dimensions of `x` are multiplied in floating point with their own columns of the weight; all
+other dimensions go through int8. The int8 weight keeps all K columns, so nothing is compacted: the int8 row
+of `x` holds the value that stands for 0.0 in the outlier dimensions.
+
+Nothing here knows a file or a model, and nothing here is tuned: blocks exist to bound memory only.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Activation = Literal["absmax", "zeropoint"]
+
+# Rows are independent, so the weight is quantized in blocks whose temporaries stay near the cache.
+_BLOCK_ELEMENTS = 1 << 17
+# 127 * 127 * 1024 < 2**24: that many products add up exactly in float32.
+_EXACT_FLOAT32_K = 1024
+
+
+class QuantizedRows(NamedTuple):
+    """Rows of activations in int8: `x ~ (values - zero_point) * scale`, outlier dimensions excepted."""
+
+    values: Tensor  # int8 [M, K]
+    scale: Tensor  # float32 [M]
+    zero_point: Tensor | None  # float32 [M], whole numbers; None when symmetric
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize each row of a weight to int8: `round_half_even(127 * w / absmax)`, in exact arithmetic.
+
+    Args:
+        weight: float16, bfloat16 or float32 [N, K], finite, any strides.
+
+    Returns:
+        int8 [N, K] in [-127, 127], and float32 [N], the absmax of each row. A row of zeros has absmax 0.
+
+    """
+    out_features, in_features = weight.shape
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    absmax = torch.empty(out_features, dtype=torch.float32, device=weight.device)
+    step = max(1, _BLOCK_ELEMENTS // max(1, in_features))
+    for start in range(0, out_features, step):
+        rows = slice(start, start + step)
+        block = weight[rows].float()
+        block_absmax = block.abs().amax(1) if in_features else block.new_zeros(len(block))
+        absmax[rows] = block_absmax
+        # 127 * w is exact in float32 for 16-bit weights, and the quotient is then far enough from every
+        # tie that rounding it once more changes nothing. Other weights need the longer significand.
+        if weight.dtype == torch.float32 or not bool((block_absmax < 2.0**120).all()):
+            block, block_absmax = block.double(), block_absmax.double()
+        divisor = torch.where(block_absmax == 0, 1, block_absmax)[:, None]
+        values[rows] = (block * 127).div_(divisor).round_().to(torch.int8)
+    return values, absmax
+
+
+def dequantize_weight(values: Tensor, absmax: Tensor) -> Tensor:
+    """Return `values * absmax / 127` in float32 [N, K], for int8 [N, K] and float32 [N]."""
+    return values.float() * (absmax / 127)[:, None]
+
+
+def quantize_rows(x: Tensor, outlier_dims: Tensor, activation: Activation = "absmax") -> QuantizedRows:
+    """Quantize each row of the activations to int8, leaving the outlier dimensions out.
+
+    `absmax` (vector-wise quantization, section 2.1 of the paper): scale = absmax / 127. `zeropoint`: the row's
+    range [min, max], widened to contain 0, is spread over the 255 values -127..127, so that
+    scale = (max - min) / 254 and zero_point = round(-127 - min / scale). In the outlier dimensions the result
+    holds the value of 0.0: 0, or the zero point.
+
+    Args:
+        x: float [M, K], finite.
+        outlier_dims: integer [k], the dimensions left out; k may be 0.
+        activation: `absmax` or `zeropoint`.
+
+    """
+    kept = x.float()
+    if outlier_dims.numel():
+        kept = kept.index_fill(1, outlier_dims.long(), 0)
+    if activation == "absmax":
+        absmax = kept.abs().amax(1) if x.shape[1] else kept.new_zeros(len(kept))
+        scale = absmax / 127
+        divisor = torch.where(absmax == 0, 1, absmax)[:, None]
+        return QuantizedRows((kept * 127 / divisor).round().to(torch.int8), scale, None)
+    low, high = kept.amin(1).clamp(max=0), kept.amax(1).clamp(min=0)
+    scale = (high - low) / 254
+    divisor = torch.where(scale == 0, 1, scale)
+    zero_point = (-127 - low / divisor).round()
+    values = ((kept / divisor[:, None]).round() + zero_point[:, None]).clamp(-127, 127)
+    return QuantizedRows(values.to(torch.int8), scale, zero_point)
+
+
+def int8_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply int8 [M, K] by int8 [N, K] transposed, exactly: int32 [M, N]. K up to 133,000 cannot overflow."""
+    if x.device.type == "cpu":
+        return torch._int_mm(x, weight.t())
+    out = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.int32, device=x.device)
+    for start in range(0, x.shape[1], _EXACT_FLOAT32_K):
+        columns = slice(start, start + _EXACT_FLOAT32_K)
+        out += (x[:, columns].float() @ weight[:, columns].float().t()).to(torch.int32)
+    return out
+
+
+def dynamic_outlier_dims(x: Tensor, threshold: float) -> Tensor:
+    """Return the dimensions of `x` [M, K] that hold any |x| >= threshold, sorted: int64 [k] (section 2.2)."""
+    return (x.abs() >= threshold).any(0).nonzero().flatten()
+
+
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_absmax: Tensor,
+    outlier_dims: Tensor,
+    outlier_weight: Tensor,
+    bias: Tensor | None = None,
+    activation: Activation = "absmax",
+) -> Tensor:
+    """The mixed-precision product of LLM.int8(), equation 8 of the paper, plus bias.
+
+    Args:
+        x: float16, bfloat16 or float32 [M, K].
+        weight: int8 [N, K], all columns.
+        weight_absmax: float32 [N].
+        outlier_dims: integer [k], the dimensions of x that are multiplied in floating point; k may be 0.
+        outlier_weight: float [N, k], the weight's columns at `outlier_dims`.
+        bias: float [N] or None.
+        activation: how the rows of x are quantized.
+
+    Returns:
+        [M, N] in the dtype of x; sums are float32 until the end.
+
+    """
+    rows = quantize_rows(x, outlier_dims, activation)
+    product = int8_product(rows.values, weight).float()
+    if rows.zero_point is not None:
+        product -= rows.zero_point[:, None] * weight.sum(1, dtype=torch.int32).float()
+    out = product * rows.scale[:, None] * (weight_absmax / 127)
+    if outlier_dims.numel():
+        out += x[:, outlier_dims.long()].float() @ outlier_weight.float().t()
+    if bias is not None:
+        out += bias.float()
+    return out.to(x.dtype)
