@@ -103,8 +103,7 @@ def execute(
             if layer is not None and info.name == layer.weight.name:
                 _convert_layer(plan, layer, writer)
             else:
-                tensor = plan.source.read(info.name)
-                writer.write(info.name, cast(tensor, output_dtype(info.dtype, plan.dtype), plan.source.path, info))
+                _copy_tensor(plan, info, writer)
             progress(info.name, info.nbytes)
         writer.commit(
             _config(plan),
@@ -122,6 +121,11 @@ def execute(
         time.monotonic() - started,
         plan.selection.notices,
     )
+
+
+def _copy_tensor(plan: ConversionPlan, info: TensorInfo, writer: CheckpointWriter) -> None:
+    tensor = plan.source.read(info.name)
+    writer.write(info.name, cast(tensor, output_dtype(info.dtype, plan.dtype), plan.source.path, info))
 
 
 def _convert_layer(plan: ConversionPlan, layer: SelectedLayer, writer: CheckpointWriter) -> None:

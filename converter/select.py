@@ -71,9 +71,16 @@ def select_layers(source: Source, model: Any | None, skip: Sequence[str], only: 
         only: regular expressions; where given, a layer must match one of them.
 
     Raises:
+        ValueError: not a regular expression.
         SourceError: no layer is left, a linear layer's weight is missing, or is not a 16 or 32-bit float.
 
     """
+    for option, patterns in (("--skip", skip), ("--only", only)):
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{option} {pattern!r} is not a regular expression: {error}") from None
     notices: list[str] = []
     if model is None:
         notices.append(

@@ -182,17 +182,14 @@ def _small_files(path: Path) -> list[Path]:
     """Return tokenizer, generation config, chat template, licence and whatever else is small and not weights."""
     folders = [path, path / "additional_chat_templates"]
     candidates = sorted(file for folder in folders if folder.is_dir() for file in folder.iterdir())
-    chosen = []
-    for file in candidates:
-        ours = file.name in (CONFIG_NAME, SAFETENSORS_INDEX_NAME, TORCH_INDEX_NAME)
-        if ours or file.name.startswith(".") or not file.is_file():
-            continue
-        if (
-            file.suffix.lower() in WEIGHT_SUFFIXES
-            or file.name.endswith(".index.json")
-            or file.stat().st_size > MAX_SMALL_FILE_BYTES
-        ):
-            continue
-        require_inside(file, path)
-        chosen.append(file)
-    return chosen
+    return [file for file in candidates if _is_small_file(file, path)]
+
+
+def _is_small_file(file: Path, directory: Path) -> bool:
+    name = file.name
+    if name == CONFIG_NAME or name.endswith(".index.json") or name.startswith(".") or not file.is_file():
+        return False
+    if file.suffix.lower() in WEIGHT_SUFFIXES or file.stat().st_size > MAX_SMALL_FILE_BYTES:
+        return False
+    require_inside(file, directory)
+    return True

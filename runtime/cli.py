@@ -1,0 +1,189 @@
+"""The command `llmint8`: everything one does with an int8 checkpoint, and `convert`, which makes one."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import click
+
+from llmint8.converter.cli import Command, convert_command, printable, progress_bar, set_up_logging
+
+
+@click.group()
+@click.version_option(package_name="llmint8")
+def main() -> None:
+    """Make, look at, check and run int8 checkpoints of language models."""
+
+
+main.add_command(convert_command)
+
+
+@main.command(cls=Command)
+@click.argument("checkpoint")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit, when CHECKPOINT is a Hub repo.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect(checkpoint: str, revision: str | None, as_json: bool) -> None:
+    """Show what is in an int8 checkpoint: layers, shapes, outliers, sizes, where it came from."""
+    set_up_logging(False)
+    from llmint8.converter.hub import resolve
+    from llmint8.formats import open_checkpoint
+
+    facts = _facts(open_checkpoint(resolve(checkpoint, revision).path))
+    click.echo(json.dumps(facts, indent=2) if as_json else _facts_text(facts))
+
+
+def _facts(opened: Any) -> dict[str, Any]:
+    quantization = opened.quantization
+    layers = [
+        {
+            "name": record.name,
+            "out_features": record.out_features,
+            "in_features": record.in_features,
+            "outliers": record.outlier_count,
+            "bias": record.has_bias,
+            "bytes": sum(
+                info.nbytes for name, info in opened.tensors.items() if name.rpartition(".")[0] == record.name
+            ),
+        }
+        for record in opened.records.values()
+    ]
+    total = sum(info.nbytes for info in opened.tensors.values())
+    int8 = sum(layer["bytes"] for layer in layers)
+    others: dict[str, int] = {}
+    for name, info in opened.tensors.items():
+        if name.rpartition(".")[0] not in opened.records:
+            others[info.dtype] = others.get(info.dtype, 0) + info.nbytes
+    return {
+        "path": str(opened.path),
+        "architectures": opened.config.get("architectures"),
+        "format": f"llmint8 {quantization.format_version}" if quantization.llmint8 else "bitsandbytes",
+        "producer": quantization.producer,
+        "source": quantization.source,
+        "criterion": quantization.criterion if quantization.llmint8 else None,
+        "activation": quantization.activation,
+        "threshold": quantization.threshold,
+        "files": opened.files,
+        "bytes": total,
+        "int8_layers_bytes": int8,
+        "other_bytes_by_dtype": others,
+        "not_quantized": quantization.skip_modules,
+        "layers": layers,
+    }
+
+
+def _facts_text(facts: dict[str, Any]) -> str:
+    width = max([5, *(len(layer["name"]) for layer in facts["layers"])])
+    rows = [f"{'layer':{width}}  {'out':>7}  {'in':>7}  {'16-bit columns':>14}  {'MB':>9}"]
+    for layer in facts["layers"]:
+        outliers = "-" if layer["outliers"] is None else layer["outliers"]
+        rows.append(
+            f"{layer['name']:{width}}  {layer['out_features']:>7}  {layer['in_features']:>7}  {outliers:>14}  "
+            f"{layer['bytes'] / 1e6:>9.2f}"
+        )
+    source = facts["source"]
+    origin = source.get("name", "unknown") + (f" at commit {source['commit']}" if source.get("commit") else "")
+    others = ", ".join(f"{dtype} {size / 1e6:.1f} MB" for dtype, size in facts["other_bytes_by_dtype"].items())
+    columns = sum(layer["outliers"] or 0 for layer in facts["layers"])
+    share = columns / max(1, sum(layer["in_features"] for layer in facts["layers"]))
+    rows += [
+        "",
+        f"Model         {', '.join(facts['architectures'] or ['unknown'])}, from {origin}",
+        f"Format        {facts['format']}, written by {facts['producer']}",
+        f"Outliers      criterion {facts['criterion'] or 'none stored'}, {share:.2%} of the columns in 16 bit",
+        f"Activations   {facts['activation']}",
+        f"Size          {facts['bytes'] / 1e6:.1f} MB in {len(facts['files'])} file(s): "
+        f"{len(facts['layers'])} int8 layers {facts['int8_layers_bytes'] / 1e6:.1f} MB, {others}",
+        f"Not quantized {', '.join(facts['not_quantized']) or 'no linear layer'}",
+    ]
+    return printable_lines(rows)
+
+
+def printable_lines(lines: list[str]) -> str:
+    """Join lines, each made safe for a terminal."""
+    return "\n".join(printable(line) if line.strip() else "" for line in lines)
+
+
+@main.command(cls=Command)
+@click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--source", metavar="DIR", help="Also compare with the source, and print the error of each layer.")
+@click.option("--quiet", is_flag=True, help="Print what is wrong only.")
+def verify(checkpoint: Path, source: str | None, quiet: bool) -> None:
+    """Check an int8 checkpoint: every rule of spec.md, every hash in its manifest."""
+    set_up_logging(False)
+    from llmint8.formats import check_values, open_checkpoint
+
+    opened = open_checkpoint(checkpoint)
+    size = sum(info.nbytes for info in opened.tensors.values())
+    with progress_bar(size, "Verifying", quiet) as progress:
+        problems = [str(problem) for problem in check_values(opened, progress)]
+    if source is not None:
+        problems += _compare(opened, source, quiet)
+    for problem in problems:
+        click.echo(printable(problem), err=True)
+    if problems:
+        raise click.ClickException(f"{len(problems)} problem(s) in {checkpoint}")
+    if not quiet:
+        click.echo(f"{checkpoint}: {len(opened.tensors)} tensors, {len(opened.records)} int8 layers: all good.")
+
+
+def _compare(opened: Any, source: str, quiet: bool) -> list[str]:
+    from llmint8.converter.hub import resolve
+    from llmint8.converter.verify import compare_with_source
+    from llmint8.formats import open_source
+
+    original = open_source(resolve(source).path)
+    size = sum(info.nbytes for info in original.tensors.values())
+    with progress_bar(size, "Comparing", quiet) as progress:
+        comparison = compare_with_source(opened, original, progress)
+    if not quiet:
+        for name, error in comparison.errors.items():
+            click.echo(f"{printable(name)}  relative error {error:.5f}")
+        worst = max(comparison.errors.values(), default=math.nan)
+        click.echo(f"Largest relative error of a weight: {worst:.5f}")
+    return comparison.problems
+
+
+@main.command(cls=Command)
+@click.argument("checkpoint")
+@click.option("--prompt", required=True, help="The text to continue or, with a chat template, to answer.")
+@click.option("--max-new-tokens", type=click.IntRange(1), default=256, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--no-chat", is_flag=True, help="Continue the prompt even where there is a chat template.")
+@click.option("--device", help="Such as cpu or cuda; the default is the CPU.")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit, when CHECKPOINT is a Hub repo.")
+@click.option("--quiet", is_flag=True, help="Print the text only.")
+def generate(
+    checkpoint: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    no_chat: bool,
+    device: str | None,
+    revision: str | None,
+    quiet: bool,
+) -> None:
+    """Generate text with an int8 checkpoint, streaming it to the terminal."""
+    set_up_logging(False)
+    from transformers import AutoTokenizer
+
+    from llmint8.converter.hub import resolve
+
+    from . import load
+    from .generate import stream_chat
+
+    path = resolve(checkpoint, revision).path
+    model = load(path, device=device)
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    done = stream_chat(
+        model,
+        tokenizer,
+        prompt,
+        lambda text: click.echo(text, nl=False),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        chat_template=not no_chat,
+    )
+    click.echo()
+    if not quiet:
+        click.echo(f"{done.new_tokens} tokens, {done.new_tokens / done.seconds:.1f} per second.", err=True)

@@ -1,0 +1,186 @@
+"""The commands as a user runs them: output, exit codes, one line per error."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from llmint8.converter.cli import convert_command
+from llmint8.runtime.cli import main
+
+CONFIG = transformers.LlamaConfig(
+    vocab_size=128,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+)
+
+
+@pytest.fixture
+def source(tmp_path):
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(CONFIG).half().save_pretrained(tmp_path / "source")
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def converted(source, tmp_path):
+    assert run(convert_command, source, tmp_path / "out").exit_code == 0
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def byte_tokenizer():
+    """One token for each ASCII character."""
+    model = models.WordLevel({chr(code): code for code in range(128)}, unk_token="?")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def run(command, *arguments):
+    return CliRunner().invoke(command, [str(argument) for argument in arguments])
+
+
+def assert_one_line_error(result, *words):
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("Error: ")
+    for word in words:
+        assert word in result.stderr
+
+
+def test_convert_says_what_it_did(source, tmp_path):
+    result = run(convert_command, source, tmp_path / "out")
+    assert result.exit_code == 0
+    assert "7 linear layers in int8, 1 left in 16 bit" in result.stdout
+    assert f"runtime.load('{tmp_path / 'out'}')" in result.stdout
+    assert result.stderr == ""  # no progress bar where there is no terminal
+
+
+def test_convert_is_also_a_command_of_the_group(source, tmp_path):
+    assert run(main, "convert", source, tmp_path / "out", "--quiet").output == ""
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+def test_dry_run_writes_nothing_and_tells_the_truth(source, tmp_path):
+    plan = run(convert_command, source, tmp_path / "out", "--dry-run", "--verbose").stdout
+    assert not (tmp_path / "out").exists()
+    assert "7 linear layers to int8, 1 left in 16 bit" in plan
+    assert "lm_head: output head" in plan
+    for word in ("Peak memory", "Disk space", "free"):
+        assert word in plan
+    done = run(convert_command, source, tmp_path / "out").stdout
+    size = done.split(" -> ")[1].split(" (")[0]
+    assert f"Result       {size}," in plan
+
+
+def test_verbose_names_the_layers_left_alone(source, tmp_path):
+    result = run(convert_command, source, tmp_path / "out", "--verbose", "--skip", "up_proj")
+    assert "model.layers.0.mlp.up_proj: --skip" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--max-shard-size", "many"], ["size 'many'", "5GB"]),
+        (["--outliers", "some"], ["outliers 'some'"]),
+        (["--only", "x^"], ["no linear layer is left"]),
+        (["--skip", "("], ["--skip", "'('"]),
+        (["--revision", "v1"], ["has no revision 'v1'"]),
+    ],
+)
+def test_bad_options_are_one_line(options, words, source, tmp_path):
+    assert_one_line_error(run(convert_command, source, tmp_path / "out", *options), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_source_is_one_line(tmp_path):
+    assert_one_line_error(run(convert_command, tmp_path / "nothing", tmp_path / "out"), "nothing")
+
+
+def test_missing_shard_is_one_line(source, tmp_path):
+    index = {"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    result = run(convert_command, source, tmp_path / "out")
+    assert_one_line_error(result, "model-00001-of-00001.safetensors", "missing", "download")
+
+
+def test_names_cannot_drive_the_terminal(source, tmp_path):
+    index = {"weight_map": {"\x1b[2Jgone": "../../etc/\x1b]0;x\x07passwd"}}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    result = run(convert_command, source, tmp_path / "out")
+    assert_one_line_error(result, "etc")
+    assert result.stderr.rstrip("\n").isprintable()
+
+
+def test_inspect_table(converted):
+    result = run(main, "inspect", converted)
+    assert result.exit_code == 0
+    row = next(line for line in result.stdout.splitlines() if line.startswith("model.layers.0.mlp.down_proj"))
+    assert row.split()[1:4] == ["32", "48", "0"]
+    assert "LlamaForCausalLM, from source" in result.stdout
+    assert "Not quantized lm_head" in result.stdout
+
+
+def test_inspect_json(converted):
+    facts = json.loads(run(main, "inspect", converted, "--json").stdout)
+    assert facts["format"] == "llmint8 1.0"
+    assert len(facts["layers"]) == 7
+    assert facts["layers"][0].keys() >= {"name", "out_features", "in_features", "outliers", "bytes"}
+    sizes = sum(layer["bytes"] for layer in facts["layers"])
+    assert sizes == facts["int8_layers_bytes"]
+    assert facts["bytes"] == sizes + sum(facts["other_bytes_by_dtype"].values())
+
+
+def test_inspect_of_something_else_is_one_line(source):
+    assert_one_line_error(run(main, "inspect", source), "E02", "not an int8 checkpoint")
+
+
+def test_verify(converted, source):
+    result = run(main, "verify", converted)
+    assert (result.exit_code, result.stdout.count("all good")) == (0, 1)
+    result = run(main, "verify", converted, "--source", source)
+    assert result.exit_code == 0
+    error = next(line for line in result.stdout.splitlines() if line.startswith("model.layers.0.mlp.down_proj"))
+    assert 0.001 < float(error.split()[-1]) < 0.02
+
+
+def test_verify_finds_one_flipped_bit(converted):
+    file = converted / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    result = run(main, "verify", converted)
+    assert result.exit_code == 1
+    assert "E18" in result.stderr
+    assert "1 problem(s)" in result.stderr
+
+
+def test_verify_against_another_source(converted, tmp_path):
+    torch.manual_seed(1)
+    transformers.LlamaForCausalLM(CONFIG).half().save_pretrained(tmp_path / "other")
+    result = run(main, "verify", converted, "--source", tmp_path / "other")
+    assert result.exit_code == 1
+    assert "model.layers.0.mlp.down_proj.weight: not what quantizing the source gives" in result.stderr
+    assert "lm_head.weight: differs from the source" in result.stderr
+
+
+def test_generate_streams_text(converted, byte_tokenizer):
+    byte_tokenizer.save_pretrained(converted)
+    result = run(main, "generate", converted, "--prompt", "abc", "--max-new-tokens", 5)
+    assert result.exit_code == 0
+    assert "5 tokens" in result.stderr
+    again = run(main, "generate", converted, "--prompt", "abc", "--max-new-tokens", 5, "--quiet")
+    assert again.stdout == result.stdout
+    assert again.stderr == ""
+
+
+def test_generate_without_tokenizer_is_one_line(converted):
+    assert_one_line_error(run(main, "generate", converted, "--prompt", "abc"), "tokenizer")
