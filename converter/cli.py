@@ -66,10 +66,20 @@ def progress_bar(total: int, title: str, quiet: bool) -> Iterator[Callable[[str,
 @click.option(
     "--outliers",
     metavar="CRITERION",
-    default="none",
+    default="top-k=16",
     show_default=True,
-    help="Which input columns stay in 16 bit; calibrated criteria are not there yet.",
+    help="Which input columns stay in 16 bit: top-k=N on average, threshold=X, systematic or none.",
 )
+@click.option(
+    "--calibration",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Text to calibrate with: .txt, or .jsonl with a text field. A text in the package otherwise.",
+)
+@click.option(
+    "--calibration-tokens", metavar="N", type=click.IntRange(1), default=512, show_default=True, help="How much of it."
+)
+@click.option("--device", default="cpu", show_default=True, help="Where the calibration runs, such as cuda.")
 @click.option(
     "--dtype",
     type=click.Choice(["float16", "bfloat16"]),
@@ -100,6 +110,9 @@ def convert_command(
     out: Path,
     revision: str | None,
     outliers: str,
+    calibration: Path | None,
+    calibration_tokens: int,
+    device: str,
     dtype: str | None,
     skip: tuple[str, ...],
     only: tuple[str, ...],
@@ -114,26 +127,38 @@ def convert_command(
     SOURCE is a directory or a Hub repo id, with safetensors or pytorch_model.bin files. OUT is a new directory.
     """
     set_up_logging(verbose)
+    import torch
+
     from . import execute, make_plan, resolve
 
-    plan = make_plan(resolve(source, revision), out, dtype, skip, only, max_shard_size)
-    if dry_run or not quiet:
-        for notice in plan.selection.notices:
-            click.echo(f"Note: {printable(notice)}", err=True)
+    plan = make_plan(resolve(source, revision), out, outliers, dtype, skip, only, max_shard_size)
     if dry_run:
+        _echo_notices(plan.selection.notices)
         click.echo(_plan_text(plan, verbose))
         return
     with progress_bar(plan.bytes_before, "Converting", quiet) as progress:
-        report = execute(plan, outliers, on_nonfinite, progress)
+        report = execute(plan, calibration, calibration_tokens, torch.device(device), on_nonfinite, progress)
     if not quiet:
+        _echo_notices(report.notices)
+        if report.uncalibrated:
+            more = "" if verbose else "; --verbose names them"
+            _echo_notices([f"{len(report.uncalibrated)} layers were not reached by the calibration{more}"])
         if verbose:
             click.echo(_kept_text(report.kept))
+            for name in report.uncalibrated:
+                click.echo(f"Uncalibrated {printable(name)}")
         click.echo(
-            f"{report.layers} linear layers in int8, {len(report.kept)} left in 16 bit. "
+            f"{report.layers} linear layers in int8 with {report.outlier_share:.1%} of their columns in 16 bit, "
+            f"{len(report.kept)} layers left in 16 bit. "
             f"{_gb(report.bytes_before)} -> {_gb(report.bytes_after)} "
             f"({report.bytes_after / report.bytes_before:.0%}) in {report.seconds:.1f} s."
         )
         click.echo(f"Written to {out}. Load it with: llmint8.runtime.load({str(out)!r})")
+
+
+def _echo_notices(notices: list[str]) -> None:
+    for notice in notices:
+        click.echo(f"Note: {printable(notice)}", err=True)
 
 
 def _plan_text(plan: Any, verbose: bool) -> str:
@@ -141,6 +166,7 @@ def _plan_text(plan: Any, verbose: bool) -> str:
     lines = [
         f"Source       {plan.origin.name}: {len(plan.source.tensors)} tensors, {_gb(plan.bytes_before)}",
         f"Layers       {len(selection.layers)} linear layers to int8, {len(selection.kept)} left in 16 bit",
+        f"Outliers     {plan.criterion}",
         f"Result       {_gb(plan.bytes_after)}, {plan.bytes_after / plan.bytes_before:.0%} of the source",
         f"Peak memory  about {_gb(plan.peak_memory)} beside Python and torch",
         f"Disk space   {_gb(plan.disk_needed)} needed, {_gb(plan.disk_free)} free",

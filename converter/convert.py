@@ -12,11 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llmint8.formats import DTYPES, CheckpointWriter, OutputError, Quantization, SourceError, TensorInfo
+from llmint8.formats import DTYPES, CheckpointWriter, OutputError, Quantization, SourceError, TensorInfo, outlier_specs
 from llmint8.kernels.reference import quantize_weight
 
+from .calibrate import ACTIVATION, Calibrator, Outliers
+from .calibration_text import load_calibration
 from .hub import resolve
-from .plan import ConversionPlan, in_file_order, lay_out, make_plan, output_dtype
+from .plan import CALIBRATION_TOKENS, ConversionPlan, in_file_order, make_plan, output_dtype, with_selection
 from .select import SelectedLayer
 
 Progress = Callable[[str, int], None]
@@ -34,6 +36,8 @@ class ConversionReport:
     out: Path
     layers: int
     kept: dict[str, str]  # linear layers left in 16 bit -> why
+    uncalibrated: list[str]  # quantized layers for which no outliers could be looked for
+    outlier_share: float  # of the input columns of the quantized layers
     bytes_before: int
     bytes_after: int
     seconds: float
@@ -45,7 +49,10 @@ def convert(
     out: str | Path,
     *,
     revision: str | None = None,
-    outliers: str = "none",
+    outliers: str = "top-k=16",
+    calibration: str | Path | None = None,
+    calibration_tokens: int = CALIBRATION_TOKENS,
+    device: str | torch.device = "cpu",
     dtype: str | None = None,
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
@@ -55,14 +62,20 @@ def convert(
 ) -> ConversionReport:
     """Convert a 16-bit checkpoint to an int8 one.
 
-    One tensor is in memory at a time. OUT has a config.json only when it is complete; after an error, what was
-    written is removed.
+    The weights are never in memory together: a forward pass over a few hundred tokens goes through the model layer by
+    layer, and each layer is read, measured, quantized and written when the pass reaches it. OUT has a config.json only
+    when it is complete; after an error, what was written is removed.
 
     Args:
         source: a directory, or a Hub repo id.
         out: the directory to write; new or empty.
         revision: branch, tag or commit of a Hub repo.
-        outliers: which columns stay in 16 bit; `none` is the one criterion there is so far.
+        outliers: which columns stay in 16 bit, `top-k=16`, `threshold=6.0`, `systematic` or `none`; see `Criterion`.
+            With `none` there is no forward pass.
+        calibration: text for the pass, a `.jsonl` file with a `text` field or any text file; the packaged text by
+            default.
+        calibration_tokens: how much of it.
+        device: where the pass runs.
         dtype: `float16` or `bfloat16` to cast what stays unquantized, None to leave it.
         skip: regular expressions of layer names to leave in 16 bit.
         only: regular expressions of layer names to quantize, instead of all.
@@ -75,20 +88,20 @@ def convert(
         ValueError: an option's value is not valid.
 
     """
-    origin = resolve(source, revision)
-    plan = make_plan(origin, Path(out), dtype, skip, only, max_shard_size)
-    return execute(plan, outliers, on_nonfinite, progress)
+    plan = make_plan(resolve(source, revision), Path(out), outliers, dtype, skip, only, max_shard_size)
+    text = None if calibration is None else Path(calibration)
+    return execute(plan, text, calibration_tokens, torch.device(device), on_nonfinite, progress)
 
 
 def execute(
     plan: ConversionPlan,
-    outliers: str = "none",
+    calibration: Path | None = None,
+    calibration_tokens: int = CALIBRATION_TOKENS,
+    device: torch.device | None = None,
     on_nonfinite: OnNonfinite = "error",
     progress: Progress = _no_progress,
 ) -> ConversionReport:
     """Carry out a plan; see `convert`."""
-    if outliers != "none":
-        raise ValueError(f"outliers {outliers!r}, expected none")
     started = time.monotonic()
     if on_nonfinite == "keep":
         plan = _without_nonfinite(plan)
@@ -96,56 +109,112 @@ def execute(
         raise OutputError(
             f"{plan.out}: needs {plan.disk_needed / 1e9:.2f} GB, {plan.disk_free / 1e9:.2f} GB are free there"
         )
+    calibrated = plan.criterion.kind != "none"
+    batch = load_calibration(plan.source.path, plan.config, calibration, calibration_tokens) if calibrated else None
     with CheckpointWriter(plan.out, plan.max_shard_bytes) as writer:
+        conversion = _Conversion(plan, writer, progress)
         writer.plan(plan.groups)
-        for info in in_file_order(plan.source):
-            layer = plan.selection.layers.get(info.name.removesuffix(".weight"))
-            if layer is not None and info.name == layer.weight.name:
-                _convert_layer(plan, layer, writer)
-            else:
-                _copy_tensor(plan, info, writer)
-            progress(info.name, info.nbytes)
-        writer.commit(
-            _config(plan),
-            _quantization(plan, outliers),
-            _identity(plan),
-            {},
-            {str(file.relative_to(plan.source.path)): file.read_bytes() for file in plan.source.small_files},
-        )
+        outliers = Outliers({}, {}, [])
+        if batch is not None:
+            with Calibrator(plan, batch.tokens, device or torch.device("cpu")) as calibrator:
+                calibrator.run(conversion.read, conversion.quantize)
+                conversion.convert_rest()
+                outliers = calibrator.choose()
+                conversion.write_outliers(outliers)
+        else:
+            conversion.convert_rest()
+        quantization = _quantization(plan, outliers.counts, None if batch is None else batch.provenance)
+        small_files = {str(file.relative_to(plan.source.path)): file.read_bytes() for file in plan.source.small_files}
+        manifest = writer.commit(_config(plan), quantization, _identity(plan), outliers.statistics, small_files)
+    notices = [*plan.selection.notices, *outliers.notices]
+    if batch is not None and batch.notice:
+        notices.append(batch.notice)
+    columns = sum(layer.in_features for layer in plan.selection.layers.values())
     return ConversionReport(
         plan.out,
         len(plan.selection.layers),
         plan.selection.kept,
+        [name for name in plan.selection.layers if calibrated and name not in outliers.counts],
+        sum(outliers.counts.values()) / columns,
         plan.bytes_before,
-        plan.bytes_after,
+        sum(entry.nbytes for entry in manifest.tensors.values()),
         time.monotonic() - started,
-        plan.selection.notices,
+        notices,
     )
 
 
-def _copy_tensor(plan: ConversionPlan, info: TensorInfo, writer: CheckpointWriter) -> None:
-    tensor = plan.source.read(info.name)
-    writer.write(info.name, cast(tensor, output_dtype(info.dtype, plan.dtype), plan.source.path, info))
+class _Conversion:
+    """A conversion under way: every tensor of the source is written once, whoever reads it first."""
 
+    def __init__(self, plan: ConversionPlan, writer: CheckpointWriter, progress: Progress) -> None:
+        self._plan, self._writer, self._progress = plan, writer, progress
+        self._layer_of = {layer.weight.name: layer for layer in plan.selection.layers.values()}
+        self._done: set[str] = set()
 
-def _convert_layer(plan: ConversionPlan, layer: SelectedLayer, writer: CheckpointWriter) -> None:
-    weight = _read_weight(plan, layer)
-    with _one_thread():
-        values, absmax = quantize_weight(weight)
-    if not bool(absmax.isfinite().all()):
-        row = int((~absmax.isfinite()).nonzero()[0])
-        raise SourceError(
-            f"{plan.source.path / layer.weight.file}: {layer.weight.name}: output row {row} holds NaN or infinity; "
-            "--on-nonfinite keep leaves such tensors in 16 bit"
-        )
-    dims = torch.empty(0, dtype=torch.int32)
-    stored = output_dtype(layer.weight.dtype, plan.dtype)
-    columns = cast(weight[:, dims.long()], stored, plan.source.path, layer.weight)
-    writer.write(f"{layer.name}.weight", values)
-    writer.write(f"{layer.name}.SCB", absmax)
-    writer.write(f"{layer.name}.weight_format", torch.zeros((), dtype=torch.uint8))
-    writer.write(f"{layer.name}.outlier_dims", dims)
-    writer.write(f"{layer.name}.outlier_weight", columns)
+    def read(self, name: str) -> Tensor:
+        """Read a tensor; write it if it is one that is not quantized."""
+        tensor = self._plan.source.read(name)
+        if name not in self._layer_of and name not in self._done:
+            info = self._plan.source.tensors[name]
+            stored = output_dtype(info.dtype, self._plan.dtype)
+            self._writer.write(name, cast(tensor, stored, self._plan.source.path, info))
+            self._finished(name)
+        return tensor
+
+    def quantize(self, layer: SelectedLayer, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Quantize a weight [N, K], write it, and return its int8 values and absmax."""
+        with _one_thread():
+            values, absmax = quantize_weight(weight)
+        if not bool(absmax.isfinite().all()):
+            row = int((~absmax.isfinite()).nonzero()[0])
+            raise SourceError(
+                f"{self._plan.source.path / layer.weight.file}: {layer.weight.name}: output row {row} holds NaN or "
+                "infinity; --on-nonfinite keep leaves such tensors in 16 bit"
+            )
+        self._writer.write(f"{layer.name}.weight", values)
+        self._writer.write(f"{layer.name}.SCB", absmax)
+        self._writer.write(f"{layer.name}.weight_format", torch.zeros((), dtype=torch.uint8))
+        self._finished(layer.weight.name)
+        return values, absmax
+
+    def convert_rest(self) -> None:
+        """Convert what has not been reached yet, from the front of the files to their end."""
+        for info in in_file_order(self._plan.source):
+            if info.name not in self._done:
+                self._convert(info.name)
+        if self._plan.criterion.kind == "none":
+            self.write_outliers(Outliers({}, {}, []))
+
+    def _convert(self, name: str) -> None:
+        layer = self._layer_of.get(name)
+        if layer is None:
+            self.read(name)
+        else:
+            weight = self._plan.source.read(name)
+            self.quantize(layer, weight.t() if layer.transposed else weight)
+
+    def write_outliers(self, outliers: Outliers) -> None:
+        """Write the outlier tensors of every layer, empty ones where none were chosen."""
+        specs = {}
+        for name, layer in self._plan.selection.layers.items():
+            stored = output_dtype(layer.weight.dtype, self._plan.dtype)
+            specs[name] = outlier_specs(name, layer.out_features, outliers.counts.get(name, 0), stored)
+        if self._plan.criterion.kind != "none":
+            self._writer.plan(specs.values())
+        for name, (dims_spec, columns_spec) in specs.items():
+            layer = self._plan.selection.layers[name]
+            if outliers.counts.get(name):
+                dims, columns = outliers.load(name)
+            else:
+                dims = torch.empty(0, dtype=torch.int32)
+                columns = torch.empty(columns_spec.shape, dtype=DTYPES[layer.weight.dtype])
+            self._writer.write(dims_spec.name, dims)
+            columns = cast(columns, columns_spec.dtype, self._plan.source.path, layer.weight)
+            self._writer.write(columns_spec.name, columns)
+
+    def _finished(self, name: str) -> None:
+        self._done.add(name)
+        self._progress(name, self._plan.source.tensors[name].nbytes)
 
 
 @contextmanager
@@ -159,12 +228,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _read_weight(plan: ConversionPlan, layer: SelectedLayer) -> Tensor:
-    """Return the weight as [out, in], whichever way it is stored."""
-    weight = plan.source.read(layer.weight.name)
-    return weight.t() if layer.transposed else weight
 
 
 def cast(tensor: Tensor, dtype: str, path: Path, info: TensorInfo) -> Tensor:
@@ -190,7 +253,7 @@ def _without_nonfinite(plan: ConversionPlan) -> ConversionPlan:
         if not all(bool(rows.isfinite().all()) for rows in torch.split(weight, 1024)):
             reasons[name] = "holds NaN or infinity"
     selection = plan.selection.without(reasons)
-    return lay_out(plan.source, plan.origin, plan.out, selection, plan.dtype, plan.max_shard_bytes)
+    return with_selection(plan, selection)
 
 
 def _config(plan: ConversionPlan) -> dict[str, Any]:
@@ -202,15 +265,15 @@ def _config(plan: ConversionPlan) -> dict[str, Any]:
     return config
 
 
-def _quantization(plan: ConversionPlan, outliers: str) -> Quantization:
-    source = {"name": plan.origin.name, "repo": plan.origin.repo, "commit": plan.origin.commit}
-    counts = dict.fromkeys(plan.selection.layers, 0)
+def _quantization(plan: ConversionPlan, outliers: dict[str, int], calibration: dict[str, Any] | None) -> Quantization:
     return Quantization(
         plan.selection.skip_modules,
-        counts,
-        criterion=outliers,
+        {name: outliers.get(name, 0) for name in plan.selection.layers},
+        criterion=str(plan.criterion),
+        activation=ACTIVATION,
         producer=f"llmint8 {_version()}",
-        source=source,
+        source={"name": plan.origin.name, "repo": plan.origin.repo, "commit": plan.origin.commit},
+        calibration=calibration,
     )
 
 

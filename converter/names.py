@@ -29,3 +29,13 @@ def module_names(model: Any, tensor_names: Iterable[str]) -> dict[str, str]:
         if renamed in targets and converter is None:
             found[name] = renamed
     return found
+
+
+def parameter_tensors(model: Any, tensor_names: Iterable[str]) -> dict[str, str]:
+    """Return the inverse of `module_names`: parameter or buffer name -> tensor name, tied parameters included."""
+    tensor_of = {parameter: tensor for tensor, parameter in module_names(model, tensor_names).items()}
+    for tied, origin in model.all_tied_weights_keys.items():
+        for one, other in ((tied, origin), (origin, tied)):
+            if one not in tensor_of and other in tensor_of:
+                tensor_of[one] = tensor_of[other]
+    return tensor_of

@@ -1,22 +1,27 @@
 """What a conversion will do, before it does it: layers, sizes, memory and disk space."""
 
+import dataclasses
 import os
 import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from llmint8.formats import OutputError, Source, TensorInfo, TensorSpec, open_source, record_specs
+from llmint8.formats import DTYPES, OutputError, Source, TensorInfo, TensorSpec, int8_specs, open_source, outlier_specs
 
 from .hub import Resolved
 from .models import load_config, meta_model
+from .outliers import Criterion, max_candidates, parse_criterion
 from .select import Selection, select_layers
 
 _CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B", re.IGNORECASE)
 # What a conversion holds beside its largest tensor: the interpreter's own growth, headers, blocks being quantized.
 _BASE_MEMORY = 64 << 20
+CALIBRATION_TOKENS = 512
+_ACTIVATION_COPIES = 8
 
 
 @dataclass(frozen=True)
@@ -26,10 +31,12 @@ class ConversionPlan:
     source: Source
     origin: Resolved
     out: Path
+    config: Any | None  # transformers' config, None for a model it does not know
     selection: Selection
+    criterion: Criterion
     dtype: str | None  # safetensors' name of the dtype that unquantized tensors are cast to
     max_shard_bytes: int
-    groups: list[list[TensorSpec]]  # the tensors to write, in the order of the source
+    groups: list[list[TensorSpec]]  # the tensors to write, in the order of the source; without outliers not yet chosen
 
     @property
     def bytes_before(self) -> int:
@@ -38,14 +45,25 @@ class ConversionPlan:
 
     @property
     def bytes_after(self) -> int:
-        """Bytes of all tensors to be written."""
-        return sum(spec.nbytes for group in self.groups for spec in group)
+        """Bytes of all tensors to be written; outlier columns are estimated as the budget, where there is one."""
+        columns = (self.criterion.value or 0) if self.criterion.kind == "top-k" else 0
+        rows = sum(
+            layer.out_features * DTYPES[output_dtype(layer.weight.dtype, self.dtype)].itemsize
+            for layer in self.selection.layers.values()
+        )
+        return sum(spec.nbytes for group in self.groups for spec in group) + int(columns * rows)
 
     @property
     def disk_needed(self) -> int:
-        """Bytes on disk, headers and small files included."""
+        """Bytes on disk, headers, small files and the columns put aside during calibration included."""
         small = sum(file.stat().st_size for file in self.source.small_files)
-        return self.bytes_after + small + 1024 * sum(len(group) for group in self.groups)
+        spool = 0
+        if self.criterion.kind != "none":
+            layers = self.selection.layers.values()
+            spool = sum(
+                layer.weight.nbytes * max_candidates(layer.in_features) // layer.in_features for layer in layers
+            )
+        return self.bytes_after + small + spool + 1024 * sum(len(group) for group in self.groups)
 
     @property
     def disk_free(self) -> int:
@@ -60,12 +78,18 @@ class ConversionPlan:
         for info in self.source.tensors.values():
             quantized = info.name.removesuffix(".weight") in self.selection.layers
             largest = max(largest, int(info.nbytes * (1.5 if quantized or not self.dtype else 2)))
+        if self.criterion.kind != "none":
+            layers = self.selection.layers.values()
+            # The weight in use, its int8 copy, the one that is read ahead; and the batch's activations in float32.
+            largest = max([largest, *(int(2.5 * layer.weight.nbytes) for layer in layers)])
+            largest += _ACTIVATION_COPIES * CALIBRATION_TOKENS * 4 * max(layer.in_features for layer in layers)
         return largest + _BASE_MEMORY
 
 
 def make_plan(
     origin: Resolved,
     out: Path,
+    outliers: str = "top-k=16",
     dtype: str | None = None,
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
@@ -79,28 +103,39 @@ def make_plan(
         ValueError: an option's value is not valid.
 
     """
+    criterion = parse_criterion(outliers)
+    if dtype is not None and dtype not in _CAST_DTYPES:
+        raise ValueError(f"dtype {dtype!r}, expected one of {', '.join(_CAST_DTYPES)}")
+    max_shard_bytes = _parse_size(max_shard_size)
     _check_out(origin.path, out)
     source = open_source(origin.path)
     config = load_config(origin.path)
-    selection = select_layers(source, None if config is None else meta_model(config), skip, only)
-    if dtype is not None and dtype not in _CAST_DTYPES:
-        raise ValueError(f"dtype {dtype!r}, expected one of {', '.join(_CAST_DTYPES)}")
-    return lay_out(source, origin, out, selection, _CAST_DTYPES.get(dtype or ""), _parse_size(max_shard_size))
+    model = None if config is None else meta_model(config)
+    selection = select_layers(source, model, skip, only)
+    if model is None and criterion.kind != "none":
+        criterion = Criterion("none", None)
+        selection.notices.append("without the model there is no calibration: no outlier columns are stored")
+    plan = ConversionPlan(
+        source, origin, out, config, selection, criterion, _CAST_DTYPES.get(dtype or ""), max_shard_bytes, []
+    )
+    return with_selection(plan, selection)
 
 
-def lay_out(
-    source: Source, origin: Resolved, out: Path, selection: Selection, dtype: str | None, max_shard_bytes: int
-) -> ConversionPlan:
-    """Return the plan for layers already chosen."""
+def with_selection(plan: ConversionPlan, selection: Selection) -> ConversionPlan:
+    """Return the plan for other layers."""
+    source, dtype = plan.source, plan.dtype
     groups = []
     for info in in_file_order(source):
         layer = selection.layers.get(info.name.removesuffix(".weight")) if info.name.endswith(".weight") else None
         if layer is not None:
             outlier_dtype = output_dtype(info.dtype, dtype)
-            groups.append(record_specs(layer.name, layer.out_features, layer.in_features, 0, outlier_dtype))
+            specs = int8_specs(layer.name, layer.out_features, layer.in_features)
+            if plan.criterion.kind == "none":
+                specs += outlier_specs(layer.name, layer.out_features, 0, outlier_dtype)
+            groups.append(specs)
         else:
             groups.append([TensorSpec(info.name, output_dtype(info.dtype, dtype), info.shape)])
-    return ConversionPlan(source, origin, out, selection, dtype, max_shard_bytes, groups)
+    return dataclasses.replace(plan, selection=selection, groups=groups)
 
 
 def in_file_order(source: Source) -> list[TensorInfo]:

@@ -1,6 +1,6 @@
 """Everything about bytes on disk: source checkpoints read, int8 checkpoints read, written and checked (spec.md)."""
 
-from .checkpoint import Checkpoint, Int8Record, open_checkpoint, record_specs
+from .checkpoint import Checkpoint, Int8Record, int8_specs, open_checkpoint, outlier_specs, record_specs
 from .errors import CheckpointError, CorruptFileError, LLMInt8Error, OutputError, SourceError
 from .manifest import Manifest, read_manifest
 from .quantization import FORMAT_VERSION, Quantization
@@ -28,8 +28,10 @@ __all__ = [
     "TensorInfo",
     "TensorSpec",
     "check_values",
+    "int8_specs",
     "open_checkpoint",
     "open_source",
+    "outlier_specs",
     "read_manifest",
     "record_specs",
 ]

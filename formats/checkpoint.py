@@ -3,7 +3,7 @@
 Values are checked by `validate.py`: that reads every byte, this reads headers only.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from .errors import CheckpointError, CorruptFileError, LLMInt8Error
 from .files import (
     CONFIG_NAME,
+    LEGACY_QUANTIZATION_NAME,
     SAFETENSORS_INDEX_NAME,
     SAFETENSORS_NAME,
     read_json,
@@ -22,7 +23,8 @@ from .files import (
 from .quantization import Quantization
 from .tensors import FLOAT_DTYPES, TensorInfo, TensorSpec, read_header, read_tensor
 
-_LEGACY_QUANTIZATION_NAME = "quantization_config.json"
+# Beside `weight` and `bias`, which are names of ordinary tensors too.
+_RECORD_SUFFIXES = ("SCB", "weight_format", "outlier_dims", "outlier_weight")
 
 
 @dataclass(frozen=True)
@@ -36,17 +38,28 @@ class Int8Record:
     has_bias: bool
 
 
-def record_specs(
-    name: str, out_features: int, in_features: int, outlier_count: int, outlier_dtype: str
-) -> list[TensorSpec]:
-    """Return the tensors of a record as they stand in a file, its bias excepted."""
+def int8_specs(name: str, out_features: int, in_features: int) -> list[TensorSpec]:
+    """Return the tensors of a record that bitsandbytes knows, as they stand in a file; its bias excepted."""
     return [
         TensorSpec(f"{name}.weight", "I8", (out_features, in_features)),
         TensorSpec(f"{name}.SCB", "F32", (out_features,)),
         TensorSpec(f"{name}.weight_format", "U8", ()),
+    ]
+
+
+def outlier_specs(name: str, out_features: int, outlier_count: int, outlier_dtype: str) -> list[TensorSpec]:
+    """Return the tensors of a record that hold its outlier columns, as they stand in a file."""
+    return [
         TensorSpec(f"{name}.outlier_dims", "I32", (outlier_count,)),
         TensorSpec(f"{name}.outlier_weight", outlier_dtype, (out_features, outlier_count)),
     ]
+
+
+def record_specs(
+    name: str, out_features: int, in_features: int, outlier_count: int, outlier_dtype: str
+) -> list[TensorSpec]:
+    """Return all tensors of a record as they stand in a file, its bias excepted."""
+    return int8_specs(name, out_features, in_features) + outlier_specs(name, out_features, outlier_count, outlier_dtype)
 
 
 @dataclass(frozen=True)
@@ -84,16 +97,17 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     file_names = sorted(set(weight_map.values())) if weight_map else [SAFETENSORS_NAME]
     for name in file_names:
         if not (path / name).is_file():
-            raise CheckpointError("E05", f"{path / name}: missing; is the download complete?")
+            raise CheckpointError("E05", f"{path / name}: no such regular file; is the download complete?")
         _checked("E05", lambda name=name: require_inside(path / name, path))
     headers = {name: _checked("E06", lambda name=name: read_header(path / name)) for name in file_names}
     tensors = _merge(path, headers, weight_map)
-    records = {
-        name.removesuffix(".weight"): _record(path, tensors, name.removesuffix(".weight"))
+    modules = [
+        name.removesuffix(".weight")
         for name, info in tensors.items()
         if name.endswith(".weight") and info.dtype == "I8"
-    }
-    _check_stray(path, tensors, records)
+    ]
+    _check_presence(path, tensors, modules, quantization.llmint8)
+    records = {name: _record(path, tensors, name) for name in modules}
     checkpoint = Checkpoint(path, config, quantization, tensors, records)
     for name in records:
         _check_weight_format(checkpoint, name)
@@ -113,14 +127,13 @@ def _checked(code: str, action: Any) -> Any:
 def _read_config(path: Path) -> dict[str, Any]:
     if not (path / CONFIG_NAME).exists():
         raise CorruptFileError(f"{path / CONFIG_NAME}: missing; is this the directory of a finished conversion?")
-    require_inside(path / CONFIG_NAME, path)
     return read_json(path / CONFIG_NAME)
 
 
 def _quantization(path: Path, config: Mapping[str, Any]) -> Quantization:
     raw = config.get("quantization_config")
-    if raw is None and (path / _LEGACY_QUANTIZATION_NAME).exists():
-        raw = _checked("E01", lambda: read_json(path / _LEGACY_QUANTIZATION_NAME))
+    if raw is None and (path / LEGACY_QUANTIZATION_NAME).exists():
+        raw = _checked("E01", lambda: read_json(path / LEGACY_QUANTIZATION_NAME))
     if not isinstance(raw, dict):
         raise CheckpointError("E02", f"{path / CONFIG_NAME}: no quantization_config, so not an int8 checkpoint")
     try:
@@ -161,17 +174,33 @@ def _merge(
     return tensors
 
 
+def _check_presence(path: Path, tensors: Mapping[str, TensorInfo], modules: Collection[str], llmint8: bool) -> None:
+    """Every record is whole, and no part of one stands alone. bitsandbytes may leave the last three out."""
+    for name in modules:
+        outliers = [f"{name}.outlier_dims", f"{name}.outlier_weight"]
+        required = [f"{name}.SCB"]
+        if llmint8:
+            required.append(f"{name}.weight_format")
+        if llmint8 or any(key in tensors for key in outliers):
+            required += outliers
+        for key in required:
+            if key not in tensors:
+                file = tensors[f"{name}.weight"].file
+                raise CheckpointError("E08", f"{path / file}: {key}: missing, but {name}.weight is int8")
+    names = set(modules)
+    for name, info in tensors.items():
+        module, _, suffix = name.rpartition(".")
+        if suffix in _RECORD_SUFFIXES and module not in names:
+            raise CheckpointError("E08", f"{path / info.file}: {name}: {module}.weight is not there as int8")
+
+
 def _record(path: Path, tensors: Mapping[str, TensorInfo], name: str) -> Int8Record:
     weight = tensors[f"{name}.weight"]
     where = f"{path / weight.file}: {name}"
-    if f"{name}.SCB" not in tensors:
-        raise CheckpointError("E08", f"{where}.SCB: missing, but {name}.weight is int8")
     if len(weight.shape) != 2:
         raise CheckpointError("E09", f"{where}.weight: shape {list(weight.shape)}, expected [out, in]")
     out_features, in_features = weight.shape
     dims, columns = tensors.get(f"{name}.outlier_dims"), tensors.get(f"{name}.outlier_weight")
-    if (dims is None) != (columns is None):
-        raise CheckpointError("E08", f"{where}: has only one of outlier_dims and outlier_weight")
     count = None if dims is None else (dims.shape[-1] if dims.shape else 0)
     outlier_dtype = "F32" if columns is None else columns.dtype
     expected = record_specs(name, out_features, in_features, count or 0, outlier_dtype)
@@ -193,13 +222,6 @@ def _record(path: Path, tensors: Mapping[str, TensorInfo], name: str) -> Int8Rec
     return Int8Record(name, out_features, in_features, count, bias is not None)
 
 
-def _check_stray(path: Path, tensors: Mapping[str, TensorInfo], records: Mapping[str, Int8Record]) -> None:
-    for name, info in tensors.items():
-        module, _, suffix = name.rpartition(".")
-        if suffix in ("SCB", "weight_format", "outlier_dims", "outlier_weight") and module not in records:
-            raise CheckpointError("E08", f"{path / info.file}: {name}: {module}.weight is not there as int8")
-
-
 def _check_weight_format(checkpoint: Checkpoint, name: str) -> None:
     key = f"{name}.weight_format"
     if key in checkpoint.tensors:
@@ -210,8 +232,6 @@ def _check_weight_format(checkpoint: Checkpoint, name: str) -> None:
                 "E10",
                 f"{file}: {key}: is {value}, expected 0 (row-major); save the model again with bitsandbytes >= 0.45",
             )
-    elif checkpoint.quantization.llmint8:
-        raise CheckpointError("E08", f"{checkpoint.path}: {key}: missing")
 
 
 def _check_counts(checkpoint: Checkpoint) -> None:
@@ -222,7 +242,7 @@ def _check_counts(checkpoint: Checkpoint) -> None:
     for name in stated.keys() - checkpoint.records.keys():
         raise CheckpointError("E11", f"{where}: outliers.counts names {name}, which is not a quantized layer")
     for name, record in checkpoint.records.items():
-        if stated.get(name) != record.outlier_count or record.outlier_count is None:
+        if stated.get(name) != record.outlier_count:
             raise CheckpointError(
                 "E11",
                 f"{where}: outliers.counts[{name!r}] is {stated.get(name)}, the file has {record.outlier_count}",

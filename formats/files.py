@@ -2,21 +2,25 @@
 
 import json
 import os
+import re
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from .errors import CorruptFileError, SourceError
-from .tensors import open_regular
+from .tensors import is_tensor_name, open_regular
 
 CONFIG_NAME = "config.json"
 SAFETENSORS_NAME = "model.safetensors"
 SAFETENSORS_INDEX_NAME = "model.safetensors.index.json"
 MANIFEST_NAME = "llmint8_manifest.json"
+# Where some checkpoints of 2023 keep what belongs in config.json.
+LEGACY_QUANTIZATION_NAME = "quantization_config.json"
 MAX_JSON_BYTES = 256 << 20
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of at most 256 MiB. Raises CorruptFileError."""
+    """Read a JSON object of at most 256 MiB. Raises CorruptFileError, and SourceError for a link that leads away."""
+    require_inside(path, path.parent)
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_JSON_BYTES:
@@ -52,8 +56,11 @@ def sync_directory(path: Path) -> None:
 
 
 def encode_json(value: dict[str, Any]) -> bytes:
-    """Encode as the Hub's own files are: indented, keys in the order given, a newline at the end."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    """Encode as the Hub's own files are: indented, keys in the order given; lists of numbers in one line each."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    # No string holds a raw newline, so this touches none.
+    text = re.sub(r"\[\n\s+([-+.\deE,\s]+?)\n\s*\]", lambda match: f"[{' '.join(match[1].split())}]", text)
+    return (text + "\n").encode()
 
 
 def read_weight_map(index_path: Path, suffix: str) -> dict[str, str]:
@@ -63,17 +70,16 @@ def read_weight_map(index_path: Path, suffix: str) -> dict[str, str]:
         raise CorruptFileError(f"{index_path}: weight_map is missing or empty")
     for tensor, file in weight_map.items():
         plain = isinstance(file, str) and PurePosixPath(file).name == file == PureWindowsPath(file).name
-        if not plain or not file.endswith(suffix) or not file.isprintable():
+        if not is_tensor_name(tensor) or not plain or not file.endswith(suffix) or not file.isprintable():
             raise CorruptFileError(
-                f"{index_path}: {tensor!r} is in {file!r}, expected the name of a {suffix} file in this directory"
+                f"{index_path}: {tensor[:80]!r} is in {file!r}, expected a printable tensor name and the name of a "
+                f"{suffix} file in this directory"
             )
     return weight_map
 
 
 def require_inside(path: Path, directory: Path) -> None:
-    """Refuse a symlink that leads out of the checkpoint, except into the Hub cache's own `blobs` folder."""
-    if not path.is_symlink():
-        return
+    """Refuse a file that a symlink leads out of the checkpoint, except into the Hub cache's own `blobs` folder."""
     target, home = path.resolve(), directory.resolve()
     blobs = home.parent.parent / "blobs"
     if not target.is_relative_to(home) and not (home.parent.name == "snapshots" and target.parent == blobs):

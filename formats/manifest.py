@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .errors import CheckpointError, LLMInt8Error
 from .files import MANIFEST_NAME, read_json
-from .quantization import FORMAT_VERSION
-from .tensors import TensorSpec, as_bytes
+from .quantization import FORMAT_VERSION, is_readable
+from .tensors import DTYPES, TensorSpec, as_bytes, is_shape, is_tensor_name
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,11 @@ class ManifestEntry:
     dtype: str
     shape: tuple[int, ...]
     sha256: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data."""
+        return TensorSpec("", self.dtype, self.shape).nbytes
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ def read_manifest(path: Path) -> Manifest:
     try:
         raw = read_json(file)
         version = raw["format_version"]
-        if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
+        if not is_readable(version):
             raise CheckpointError("E16", f"{file}: format_version is {version!r}, expected {FORMAT_VERSION}")
         entries = {name: _entry(name, entry) for name, entry in raw["tensors"].items()}
         return Manifest(str(raw["producer"]), dict(raw["source"]), entries, dict(raw["modules"]))
@@ -79,9 +84,14 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def _entry(name: str, raw: dict[str, Any]) -> ManifestEntry:
+    # Names are printed in messages, so they must be harmless.
+    if not is_tensor_name(name) or not is_tensor_name(raw["file"]):
+        raise ValueError(f"{name[:80]!r} in {raw['file']!r} is not the name of a tensor or of a file")
+    if raw["dtype"] not in DTYPES or not is_shape(raw["shape"]):
+        raise ValueError(f"{name}: {raw['dtype']!r} {raw['shape']!r} is not a dtype and a shape")
     if not re.fullmatch(r"[0-9a-f]{64}", raw["sha256"]):
         raise ValueError(f"{name}: sha256 {raw['sha256']!r} is not 64 hexadecimal digits")
-    return ManifestEntry(str(raw["file"]), str(raw["dtype"]), tuple(raw["shape"]), raw["sha256"])
+    return ManifestEntry(raw["file"], raw["dtype"], tuple(raw["shape"]), raw["sha256"])
 
 
 def differences(manifest: Manifest, tensors: dict[str, TensorSpec], files: dict[str, str]) -> list[str]:

@@ -1,7 +1,10 @@
 """The `quantization_config` of an int8 checkpoint: bitsandbytes' keys, and our block `llmint8` among them."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
+
+from .tensors import is_tensor_name
 
 FORMAT_VERSION = "1.0"
 PRODUCER_NAME = "llmint8"
@@ -65,11 +68,13 @@ class Quantization:
     def with_block(self, block: Any) -> "Quantization":
         """Add what our block `llmint8` says. Raises ValueError, as `from_dict` does."""
         version = _get(block, "format_version", str)
-        if version.split(".")[0] != FORMAT_VERSION.split(".")[0]:
+        if not is_readable(version):
             raise ValueError(f"format_version is {version!r}, this program reads {FORMAT_VERSION}; update llmint8")
         outliers = _get(block, "outliers", dict)
         counts = _get(outliers, "counts", dict)
         for name, count in counts.items():
+            if not is_tensor_name(name):
+                raise ValueError(f"outliers.counts names {name[:80]!r}, which is not the name of a module")
             if type(count) is not int or count < 0:
                 raise ValueError(f"outliers.counts[{name!r}] is {count!r}, expected a whole number >= 0")
         activation = _get(block, "activation", str)
@@ -86,6 +91,12 @@ class Quantization:
             source=_get(block, "source", dict),
             calibration=block.get("calibration"),
         )
+
+
+def is_readable(version: str) -> bool:
+    """Tell whether a format version is MAJOR.MINOR with our major number."""
+    match = re.fullmatch(r"([0-9]+)\.[0-9]+", version)
+    return match is not None and match[1] == FORMAT_VERSION.split(".")[0]
 
 
 def _get(mapping: Any, key: str, kind: type) -> Any:

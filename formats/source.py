@@ -17,18 +17,20 @@ from torch import Tensor
 from .errors import CorruptFileError, SourceError
 from .files import (
     CONFIG_NAME,
+    LEGACY_QUANTIZATION_NAME,
     SAFETENSORS_INDEX_NAME,
     SAFETENSORS_NAME,
     read_json,
     read_weight_map,
     require_inside,
 )
-from .tensors import DTYPE_NAMES, TensorInfo, open_regular, read_header, read_tensor
+from .tensors import DTYPE_NAMES, TensorInfo, is_tensor_name, open_regular, read_header, read_tensor
 
 TORCH_NAME = "pytorch_model.bin"
 TORCH_INDEX_NAME = "pytorch_model.bin.index.json"
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".ggml", ".onnx")
-WEIGHT_SUFFIXES += (".ot", ".npz", ".tflite", ".pkl", ".pdparams")
+WEIGHT_SUFFIXES = tuple(
+    ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .gguf .ggml .onnx .ot .npz .tflite .pkl .pdparams".split()  # noqa: SIM905
+)
 MAX_SMALL_FILE_BYTES = 64 << 20
 
 log = logging.getLogger("llmint8")
@@ -69,6 +71,8 @@ class TorchFile:
         self.path = path
         self.tensors: dict[str, TensorInfo] = {}
         for name, tensor in self._load().items():
+            if not is_tensor_name(name):
+                raise CorruptFileError(f"{path}: {str(name)[:80]!r} is not a name a tensor may have")
             if not isinstance(tensor, Tensor):
                 log.warning("%s: %s is a %s and not a tensor: left out", path, name, type(tensor).__name__)
             elif tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided:
@@ -135,9 +139,10 @@ def open_source(path: Path) -> Source:
 def _read_config(path: Path) -> dict[str, Any]:
     if not (path / CONFIG_NAME).exists():
         raise SourceError(f"{path / CONFIG_NAME}: missing; a checkpoint directory in Hugging Face layout has one")
-    require_inside(path / CONFIG_NAME, path)
     config = read_json(path / CONFIG_NAME)
     quantization = config.get("quantization_config")
+    if quantization is None and (path / LEGACY_QUANTIZATION_NAME).exists():
+        quantization = read_json(path / LEGACY_QUANTIZATION_NAME)
     if quantization is not None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         raise SourceError(
@@ -154,7 +159,6 @@ def _weight_files(path: Path) -> list[str]:
         (TORCH_INDEX_NAME, TORCH_NAME, ".bin"),
     ):
         if (path / index).exists():
-            require_inside(path / index, path)
             return sorted(set(read_weight_map(path / index, suffix).values()))
         if (path / single).exists():
             return [single]

@@ -45,6 +45,7 @@ FLOAT_DTYPES = frozenset({"F16", "BF16", "F32"})
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_NAME_LENGTH = 1024
+MAX_DIMENSIONS = 64
 
 
 @dataclass(frozen=True)
@@ -112,21 +113,34 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     """Check one entry of a header, whatever it holds."""
-    if not name or len(name) > MAX_NAME_LENGTH or not name.isprintable():
+    if not is_tensor_name(name):
         raise CorruptFileError(f"{path}: tensor name {name[:80]!r} is empty, too long or not printable")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise CorruptFileError(f"{path}: {name}: its header entry must have dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CorruptFileError(f"{path}: {name}: unknown dtype {dtype!r}, known are {', '.join(DTYPES)}")
-    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
-        raise CorruptFileError(f"{path}: {name}: shape {shape!r} or data_offsets {offsets!r} is not valid")
+    if not is_shape(shape):
+        raise CorruptFileError(f"{path}: {name}: shape {str(shape)[:80]} is not a list of sizes, or is too large")
+    if not _is_sizes(offsets) or len(offsets) != 2:
+        raise CorruptFileError(f"{path}: {name}: data_offsets {str(offsets)[:80]!r} are not two byte positions")
     info = TensorInfo(name, dtype, tuple(shape), path.name, data_start + offsets[0])
     if info.nbytes != offsets[1] - offsets[0]:
         raise CorruptFileError(
             f"{path}: {name}: {dtype} {list(shape)} takes {info.nbytes} bytes, its data_offsets {offsets} say otherwise"
         )
     return info
+
+
+def is_tensor_name(name: Any) -> bool:
+    """Tell whether a name may be one: a string that is not empty, not too long, and safe to print to a terminal."""
+    return isinstance(name, str) and 0 < len(name) <= MAX_NAME_LENGTH and name.isprintable()
+
+
+def is_shape(value: Any) -> bool:
+    """Tell whether a value from JSON is a shape within the limits of spec.md."""
+    # Sizes beside a 0 are bounded too: strides are computed from them.
+    return _is_sizes(value) and len(value) <= MAX_DIMENSIONS and math.prod(size or 1 for size in value) < 2**63
 
 
 def _is_sizes(value: Any) -> bool:

@@ -13,8 +13,9 @@ from .files import MANIFEST_NAME
 from .manifest import differences, read_manifest, tensor_sha256
 
 # The outlier columns are the originals of int8 columns, at most half a step away; casting them to another
-# 16-bit dtype may move them further, never by a whole step more.
+# 16-bit dtype may move them further: never by a whole step more, or by half of float16's smallest number.
 _MAX_STEPS_APART = 1.5
+_MAX_UNDERFLOW = 2.0**-25
 
 
 def check_values(
@@ -48,12 +49,12 @@ def check_values(
                 CheckpointError("E18", f"{where}: its SHA-256 is not the manifest's; fetch {info.file} again")
             )
         module = name.rpartition(".")[0]
-        if module in checkpoint.records:
+        if module in checkpoint.records and name.endswith((".SCB", ".outlier_dims", ".outlier_weight", ".weight")):
             kept[name] = tensor
-            # `weight` and `weight_format` sort last of a record's tensors, so the record is complete here.
+            # `weight` sorts last of these, so the record is complete here. Those of modules inside come between.
             if name == f"{module}.weight":
                 problems += _check_record(checkpoint, checkpoint.records[module], kept)
-                kept.clear()
+                kept = {key: value for key, value in kept.items() if key.rpartition(".")[0] != module}
         progress(name, info.nbytes)
     return problems
 
@@ -69,12 +70,14 @@ def _check_record(
         file = checkpoint.tensors[f"{record.name}.{suffix}"].file
         return CheckpointError(code, f"{checkpoint.path / file}: {record.name}.{suffix}: {what}")
 
-    problems = []
-    if not bool((absmax.isfinite() & (absmax >= 0)).all()):
-        row = int((~(absmax.isfinite() & (absmax >= 0))).nonzero()[0])
-        problems.append(broken("E12", "SCB", f"row {row} is {float(absmax[row])}, expected a finite absmax >= 0"))
+    valid = absmax.isfinite() & (absmax >= 0)
+    if not bool(valid.all()):
+        row = int((~valid).nonzero()[0])
+        # The rules that follow compare with the absmax, so they say nothing here.
+        return [broken("E12", "SCB", f"row {row} is {float(absmax[row])}, expected a finite absmax >= 0")]
     if not checkpoint.quantization.llmint8:
-        return problems
+        return []
+    problems = []
     largest = weight.amax(1).int().maximum(-weight.amin(1).int()) if record.in_features else absmax.int()
     expected = torch.where(absmax > 0, 127, 0) if record.in_features else largest
     if not torch.equal(largest, expected.int()):
@@ -88,7 +91,8 @@ def _check_record(
     if int(dims[0]) < 0 or int(dims[-1]) >= record.in_features or not bool((dims[1:] > dims[:-1]).all()):
         what = f"not sorted, not unique or not in [0, {record.in_features})"
         return [*problems, broken("E14", "outlier_dims", what)]
-    steps = columns.double() * 127 / torch.where(absmax == 0, 1, absmax)[:, None].double()
-    if not bool(((steps - weight[:, dims.long()]).abs() <= _MAX_STEPS_APART).all()):
+    step = absmax.double()[:, None] / 127
+    apart = (columns.double() - weight[:, dims.long()] * step).abs()
+    if not bool((apart <= _MAX_STEPS_APART * step + _MAX_UNDERFLOW).all()):
         problems.append(broken("E15", "outlier_weight", "not the originals of the int8 columns at outlier_dims"))
     return problems

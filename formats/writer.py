@@ -7,7 +7,8 @@ is complete.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -102,11 +103,11 @@ class CheckpointWriter:
         specs = sorted(specs, key=lambda spec: -DTYPES[spec.dtype].itemsize)
         header, offsets = encode_header(specs)
         path = self._out / f"model-{len(self._shards) + 1:05d}.safetensors.partial"
-        file = path.open("xb", buffering=0)
-        shard = _Shard(path, file, sum(spec.nbytes for spec in specs))
-        self._shards.append(shard)
-        _write_all(shard, memoryview(header))
-        file.truncate(len(header) + shard.nbytes)
+        with _named_errors(path):
+            shard = _Shard(path, path.open("xb", buffering=0), sum(spec.nbytes for spec in specs))
+            self._shards.append(shard)
+            _write_all(shard.file, memoryview(header))
+            shard.file.truncate(len(header) + shard.nbytes)
         for spec, offset in zip(specs, offsets, strict=True):
             if spec.name in self._places:
                 raise ValueError(f"{spec.name} is planned twice")
@@ -119,8 +120,9 @@ class CheckpointWriter:
             raise ValueError(f"{name}: is {tensor.dtype} {list(tensor.shape)}, planned was {place.spec}")
         tensor = tensor.detach().cpu().contiguous()
         self._hashes[name] = tensor_sha256(tensor)
-        place.shard.file.seek(place.offset)
-        _write_all(place.shard, as_bytes(tensor))
+        with _named_errors(place.shard.path):
+            place.shard.file.seek(place.offset)
+            _write_all(place.shard.file, as_bytes(tensor))
 
     def commit(
         self,
@@ -143,13 +145,14 @@ class CheckpointWriter:
         if missing := self._places.keys() - self._hashes.keys():
             raise ValueError(f"{len(missing)} planned tensors were never written, {min(missing)} among them")
         for shard in self._shards:
-            os.fsync(shard.file.fileno())
+            with _named_errors(shard.path):
+                os.fsync(shard.file.fileno())
         count = len(self._shards)
         for number, shard in enumerate(self._shards, start=1):
             name = SAFETENSORS_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            shard.path = shard.path.replace(self._out / name)
+            with _named_errors(shard.path):
+                shard.path = shard.path.replace(self._out / name)
         for name, data in small_files.items():
-            (self._out / name).parent.mkdir(exist_ok=True)
             self._write_small(name, data)
         entries = {
             name: ManifestEntry(place.shard.path.name, place.spec.dtype, place.spec.shape, self._hashes[name])
@@ -163,23 +166,30 @@ class CheckpointWriter:
                 "weight_map": {name: entry.file for name, entry in sorted(entries.items())},
             }
             self._write_small(SAFETENSORS_INDEX_NAME, encode_json(index))
-        sync_directory(self._out)
+        with _named_errors(self._out):
+            sync_directory(self._out)
         config = {**config, "quantization_config": quantization.to_dict()}
         self._write_small(CONFIG_NAME, encode_json(config))
-        sync_directory(self._out)
+        with _named_errors(self._out):
+            sync_directory(self._out)
         return manifest
 
     def _write_small(self, name: str, data: bytes) -> None:
-        self._small_files.append(self._out / name)
-        try:
-            write_durably(self._out / name, data)
-        except OSError as error:
-            raise OutputError(f"{self._out / name}: cannot be written: {error.strerror}") from None
+        path = self._out / name
+        self._small_files.append(path)
+        with _named_errors(path):
+            path.parent.mkdir(exist_ok=True)
+            write_durably(path, data)
 
 
-def _write_all(shard: _Shard, data: memoryview) -> None:
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
     try:
-        while data:
-            data = data[shard.file.write(data) :]
+        yield
     except OSError as error:
-        raise OutputError(f"{shard.path}: cannot be written: {error.strerror}") from None
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+def _write_all(file: BinaryIO, data: memoryview) -> None:
+    while data:
+        data = data[file.write(data) :]

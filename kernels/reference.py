@@ -31,6 +31,13 @@ class QuantizedRows(NamedTuple):
     scale: Tensor  # float32 [M]
     zero_point: Tensor | None  # float32 [M], whole numbers; None when symmetric
 
+    def dequantize(self) -> Tensor:
+        """Return the values in float32 [M, K]; 0 in the outlier dimensions."""
+        values = self.values.float()
+        if self.zero_point is not None:
+            values -= self.zero_point[:, None]
+        return values * self.scale[:, None]
+
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize each row of a weight to int8: `round_half_even(127 * w / absmax)`, in exact arithmetic.
@@ -97,7 +104,8 @@ def quantize_rows(x: Tensor, outlier_dims: Tensor, activation: Activation = "abs
 
 def int8_product(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply int8 [M, K] by int8 [N, K] transposed, exactly: int32 [M, N]. K up to 133,000 cannot overflow."""
-    if x.device.type == "cpu":
+    # torch 2.13's _int_mm on the CPU is exact for every shape but K = 1, where it returns garbage.
+    if x.device.type == "cpu" and x.shape[1] != 1:
         return torch._int_mm(x, weight.t())
     out = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.int32, device=x.device)
     for start in range(0, x.shape[1], _EXACT_FLOAT32_K):

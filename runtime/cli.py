@@ -9,6 +9,8 @@ import click
 
 from llmint8.converter.cli import Command, convert_command, printable, progress_bar, set_up_logging
 
+from .eval_command import eval_command
+
 
 @click.group()
 @click.version_option(package_name="llmint8")
@@ -17,6 +19,7 @@ def main() -> None:
 
 
 main.add_command(convert_command)
+main.add_command(eval_command)
 
 
 @main.command(cls=Command)

@@ -1,0 +1,38 @@
+# Everything stays inside the checkout: .venv holds the tools, build/ what the demo makes.
+# Needs Python 3.11 or newer (PYTHON=python3.12 picks another), make and a C compiler.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help demo test bench clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+
+demo: .venv/demo ## convert a real model, load the result, generate text (MODEL=path-or-hub-id: another model)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" MODEL="$(MODEL)" sh examples/demo.sh
+
+test: .venv/test ## run the linters, the type checker and every test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+bench: .venv/test ## run the benchmarks
+	@set -e; for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+clean: ## remove .venv, build/ and the caches
+	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# One stamp per set of extras, so that the demo does not wait for the linters.
+.venv/demo: EXTRAS := demo
+.venv/test: EXTRAS := bitsandbytes,demo,test
+.venv/demo .venv/test: pyproject.toml constraints.txt
+	@echo "Setting up .venv [$(EXTRAS)]: the first time this takes minutes and about 2 GB of disk."
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(INSTALL) torch
+	@$(INSTALL) --editable '.[$(EXTRAS)]'
+	@touch $@

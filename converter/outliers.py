@@ -1,0 +1,272 @@
+"""Which input columns of each layer stay in 16 bit, and how the budget is split over the layers.
+
+Quantizing a row of activations costs in proportion to its range, and a few dimensions set the range. So the dimensions
+of an input are ranked by their largest magnitude, and for a grid of k it is measured what error is left in the layer's
+output when the first k of them stay in 16 bit. With the column norms a_j = |W_j|^2 and e_j = |W_j - Wq_j|^2, the error
+of token t is, by expectation over independent rounding errors,
+
+    err_t(k) = sum_j a_j (x_tj - xq_tj)^2 + sum_j e_j xq_tj^2      over the dimensions j that are quantized,
+
+which needs neither another product nor the weight itself once a and e are known. Relative to the output it is averaged
+in two ways, per token and over all tokens, because single huge tokens must count, but not alone; and it is weighted
+with how much of the residual stream the layer's block writes. The budget then goes, column by column, to where the
+error falls most: a greedy walk down the convex hulls of the curves.
+
+Layers that share an input share its ranking, their errors add up, and they get the same dimensions.
+"""
+
+import re
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmint8.kernels.reference import Activation, quantize_rows
+
+# Where the error is measured, and so what k can be; the largest is what kernels are made for.
+GRID = (0, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+# No more than this share of a layer's dimensions is worth a budget: past it, 16 bit would be simpler.
+_MAX_SHARE = 4
+# The paper's definition of an outlier feature (section 4.1): its magnitude, and in how many positions.
+OUTLIER_MAGNITUDE = 6.0
+OUTLIER_POSITIONS = 0.06
+_TINY = 1e-30
+_BLOCK_ELEMENTS = 1 << 17
+
+
+class Criterion(NamedTuple):
+    """How outliers are chosen; `value` is the budget of `top-k`, the magnitude of `threshold`, else None.
+
+    `top-k`: so many columns per layer on average, split by measured error. `threshold`: the paper's, every dimension
+    that reaches a magnitude. `systematic`: the paper's outlier features, a magnitude of 6 in 6 % of the positions.
+    """
+
+    kind: str
+    value: float | None
+
+    def __str__(self) -> str:
+        """Return the criterion as the user writes it."""
+        return self.kind if self.value is None else f"{self.kind}={self.value:g}"
+
+
+def parse_criterion(text: str) -> Criterion:
+    """Parse `none`, `systematic`, `top-k=16` or `threshold=6.0`. Raises ValueError."""
+    if text in ("none", "systematic"):
+        return Criterion(text, None)
+    match = re.fullmatch(r"(top-k|threshold)=(\d+(?:\.\d+)?)", text)
+    if not match or float(match[2]) <= 0:
+        raise ValueError(f"outliers {text!r}, expected none, systematic, top-k=16 or threshold=6.0 (any number > 0)")
+    return Criterion(match[1], float(match[2]))
+
+
+def max_candidates(in_features: int) -> int:
+    """Return how many of a layer's dimensions may be given a budget."""
+    return min(GRID[-1], max(1, in_features // _MAX_SHARE))
+
+
+def column_norms(weight: Tensor, values: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
+    """Return |W_j|^2 and |W_j - Wq_j|^2 for every column, float32 [K], of a weight [N, K] and its quantization."""
+    norms = torch.zeros(2, weight.shape[1], device=weight.device)
+    step = max(1, _BLOCK_ELEMENTS // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        block = weight[rows].float()
+        norms[0] += block.square().sum(0)
+        norms[1] += (values[rows].float() * (absmax[rows] / 127)[:, None] - block).square_().sum(0)
+    return norms[0], norms[1]
+
+
+@dataclass
+class InputGroup:
+    """The layers that share an input, and what was measured on it.
+
+    `dims` are the candidates, by falling magnitude; `errors[i]` is the relative output error, summed over the layers,
+    when the first `ks[i]` of them stay in 16 bit. `block` is the module whose residual share weighs the errors. What is
+    chosen are the candidates at the first positions of `order`.
+    """
+
+    layers: list[str]
+    block: str
+    dims: Tensor  # int64 [C]
+    order: Tensor  # int64 [C]
+    statistics: dict[str, Any]
+    ks: list[int] = field(default_factory=list)
+    errors: list[float] = field(default_factory=list)
+
+
+class InputStatistics:
+    """Collects what a streamed forward pass shows, layer by layer; holds an input as long as the model does."""
+
+    def __init__(self, criterion: Criterion, activation: Activation) -> None:
+        """Take the criterion, which bounds the candidates, and the way activations will be quantized."""
+        self._criterion, self._activation = criterion, activation
+        self._open: list[_OpenGroup] = []
+        self.groups: list[InputGroup] = []
+        self.residual_share: dict[str, float] = {}
+
+    def see(self, layer: str, block: str, x: Tensor, rows: Tensor, norms: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
+        """Take one layer's input and output, and return the candidate dimensions, int64 [C].
+
+        Args:
+            layer: its name.
+            block: the name of the block it is in, or an empty string.
+            x: the input as the model holds it; layers share an input when this is the same object.
+            rows: the input, float32 [T, K].
+            norms: from `column_norms`.
+            out: the layer's output without bias, float32 [T, N].
+
+        """
+        group = next((group for group in self._open if group.source() is x), None)
+        if group is None:
+            self._close([group for group in self._open if group.source() is None])
+            group = _OpenGroup(weakref.ref(x), rows, self._describe(block, rows))
+            self._open.append(group)
+            self.groups.append(group.result)
+        group.result.layers.append(layer)
+        group.norms.append(norms)
+        group.energies.append(out.square().sum(1))
+        return group.result.dims
+
+    def see_block(self, block: str, before: Tensor, after: Tensor) -> None:
+        """Take a block's input and output [..., H]: how much of the residual stream does it write?"""
+        written = (after - before).float().square().sum(-1)
+        self.residual_share[block] = float((written / after.float().square().sum(-1).clamp_min(_TINY)).mean())
+
+    def finish(self) -> list[InputGroup]:
+        """Measure what is still open and return all groups, in the order in which they were reached."""
+        self._close(list(self._open))
+        return self.groups
+
+    def _close(self, groups: list["_OpenGroup"]) -> None:
+        for group in groups:
+            group.result.ks, group.result.errors = error_curve(
+                group.rows, group.norms, group.energies, group.result.dims, self._activation
+            )
+            self._open.remove(group)
+
+    def _describe(self, block: str, rows: Tensor) -> InputGroup:
+        absmax = rows.abs().amax(0)
+        positions = (rows.abs() >= OUTLIER_MAGNITUDE).float().mean(0)
+        dims = absmax.argsort(descending=True, stable=True).cpu()
+        dims = dims[: self._candidates(absmax, positions)]
+        quartiles = torch.quantile(rows[:, dims], torch.tensor([0.25, 0.5, 0.75], device=rows.device), dim=0)
+        statistics = {
+            "tokens": rows.shape[0],
+            "absmax_median": _rounded([float(absmax.median())])[0],
+            "outlier_features": int((positions >= OUTLIER_POSITIONS).sum()),
+            "dims": dims.tolist(),
+            "absmax": _rounded(absmax[dims].tolist()),
+            "positions": _rounded(positions[dims].tolist()),
+            "quartiles": [_rounded(column) for column in quartiles.t().tolist()],
+        }
+        return InputGroup([], block, dims, torch.arange(len(dims)), statistics)
+
+    def _candidates(self, absmax: Tensor, positions: Tensor) -> int:
+        budget = max_candidates(len(absmax))
+        if self._criterion.kind == "threshold":
+            return max(budget, int((absmax >= (self._criterion.value or 0)).sum()))
+        if self._criterion.kind == "systematic":
+            largest = absmax[positions >= OUTLIER_POSITIONS]
+            return max(budget, int((absmax >= largest.min()).sum())) if len(largest) else budget
+        return budget
+
+
+@dataclass
+class _OpenGroup:
+    source: Callable[[], Tensor | None]
+    rows: Tensor
+    result: InputGroup
+    norms: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    energies: list[Tensor] = field(default_factory=list)
+
+
+def error_curve(
+    x: Tensor,
+    norms: Sequence[tuple[Tensor, Tensor]],
+    energies: Sequence[Tensor],
+    dims: Tensor,
+    activation: Activation,
+) -> tuple[list[int], list[float]]:
+    """Return the k of the grid and the relative output error at each, summed over the layers of a group.
+
+    Args:
+        x: their input, float32 [T, K].
+        norms: per layer, from `column_norms`.
+        energies: per layer, the squared norm of its output for each token, float32 [T].
+        dims: the candidates by falling magnitude, int64 [C].
+        activation: how rows will be quantized.
+
+    """
+    weight_norms = torch.stack([norm for norm, _ in norms], 1)  # [K, L]
+    weight_errors = torch.stack([error for _, error in norms], 1)  # [K, L]
+    energy = torch.stack(list(energies), 1)  # [T, L]
+    per_token = 1 / (energy + 1e-6 * energy.mean(0) + _TINY) / len(x)
+    overall = 1 / energy.sum(0).clamp_min(_TINY)
+    largest = min(len(dims), GRID[-1])
+    ks, errors = [k for k in GRID if k <= largest], []
+    for k in ks:
+        kept = x.index_fill(1, dims[:k].to(x.device), 0)
+        quantized = quantize_rows(kept, dims[:k].to(x.device), activation).dequantize()
+        error = (kept - quantized).square_() @ weight_norms + quantized.square() @ weight_errors
+        errors.append(float((error * (per_token + overall)).sum() / 2))
+    return ks, errors
+
+
+def select(groups: Sequence[InputGroup], criterion: Criterion, residual_share: dict[str, float]) -> list[int]:
+    """Return how many of its candidates each group keeps in 16 bit: the first so many of its `order`."""
+    if criterion.kind == "top-k":
+        return _split(groups, criterion.value or 0, residual_share)
+    if criterion.kind == "threshold":
+        limit = criterion.value or 0
+        return [sum(value >= limit for value in group.statistics["absmax"]) for group in groups]
+    counts = []
+    for group in groups:
+        # `positions` does not fall with the magnitude: what is not systematic is passed over.
+        chosen = [share >= OUTLIER_POSITIONS for share in group.statistics["positions"]]
+        group.order = torch.tensor(chosen).logical_not().int().argsort(stable=True)
+        counts.append(sum(chosen))
+    return counts
+
+
+def _split(groups: Sequence[InputGroup], budget: float, residual_share: dict[str, float]) -> list[int]:
+    """Spend `budget` columns per layer on the steepest steps of the hulls; no layer name and no constant decides."""
+    left = int(budget * sum(len(group.layers) for group in groups))
+    steps = []
+    for index, group in enumerate(groups):
+        weight = residual_share.get(group.block, 1.0) / len(group.layers)
+        steps += [(-fall * weight, index, low, high) for fall, low, high in _hull(group.ks, group.errors)]
+    counts = [0] * len(groups)
+    closed = set()
+    for _, index, low, high in sorted(steps):
+        cost = (high - low) * len(groups[index].layers)
+        if index in closed or cost > left:
+            closed.add(index)
+            continue
+        counts[index] = high
+        left -= cost
+    return counts
+
+
+def _hull(ks: Sequence[int], errors: Sequence[float]) -> list[tuple[float, int, int]]:
+    """Return the steps of the lower convex hull as (fall per column, from k, to k), steepest first."""
+    points: list[tuple[int, float]] = []
+    for k, error in zip(ks, errors, strict=True):
+        if points and error >= points[-1][1]:
+            continue
+        while len(points) > 1 and _slope(points[-2], points[-1]) >= _slope(points[-1], (k, error)):
+            points.pop()
+        points.append((k, error))
+    return [(-_slope(low, high), low[0], high[0]) for low, high in pairwise(points)]
+
+
+def _slope(low: tuple[int, float], high: tuple[int, float]) -> float:
+    return (high[1] - low[1]) / (high[0] - low[0])
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    """Round to four significant digits: the manifest holds hundreds of these per layer."""
+    return [float(f"{value:.4g}") for value in values]

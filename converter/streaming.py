@@ -1,0 +1,240 @@
+"""One forward pass through a model whose weights are never in memory together.
+
+The model stands on the meta device. A linear layer that is to be converted hands its input and its weight to the
+caller and computes its output in blocks of rows. Every other operation that takes a parameter gets the tensor read
+from the source in its place, for that one operation: a torch function mode sees them all, so it does not matter how a
+model's code comes by its weights. The next linear weight is read ahead in a thread.
+
+Activations are float32. The output head is not run: nothing after it matters here.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+from transformers.pytorch_utils import Conv1D
+
+Read = Callable[[str], Tensor]
+
+
+class LinearCall(NamedTuple):
+    """What a linear layer does when it is first reached; tensors are on the device of the pass."""
+
+    name: str
+    x: Tensor  # its input [..., K], the object that the model passes around
+    rows: Tensor  # the same, float32 [M, K]
+    weight: Tensor  # [N, K] as stored
+    out: Tensor  # its output without bias, float32 [M, N]
+
+
+OnLinear = Callable[[LinearCall], None]
+OnBlock = Callable[[str, Tensor, Tensor], None]  # (name, input, output), both [..., H]
+
+# How much of a weight is widened to float32 at a time.
+_BLOCK_ELEMENTS = 1 << 22
+
+
+def stream_forward(
+    model: Any,
+    inputs: Mapping[str, Tensor],
+    tensor_of: Mapping[str, str],
+    layers: Mapping[str, str],
+    read: Read,
+    on_linear: OnLinear,
+    on_block: OnBlock,
+    device: torch.device,
+) -> None:
+    """Run `model(**inputs)` and call `on_linear` for every layer of `layers` when it is first reached.
+
+    Args:
+        model: a transformers model on the meta device; used up by the pass.
+        inputs: token ids and what else the model takes.
+        tensor_of: parameter or buffer name in the model -> tensor name in the source.
+        layers: module name in the model -> tensor name of its weight, in the order expected.
+        read: returns a tensor of the source, on the CPU.
+        on_linear: takes what each layer saw.
+        on_block: takes what each block of layers made of its input; see `block_name`.
+        device: where the pass runs.
+
+    Raises:
+        Exception: whatever the model's code raises, when it needs a weight that the source has not or does with a
+            parameter what cannot be done on the meta device. Layers reached before that have been handed on.
+
+    """
+    model.eval()
+    model.config.use_cache = False  # keys and values of all layers would outlive them
+    _fill_buffers(model, tensor_of, read, device)
+    with _ReadAhead(read, list(layers.values())) as ahead:
+        for name, weight in layers.items():
+            bias = tensor_of.get(f"{name}.bias")
+            module = model.get_submodule(name)
+            module.forward = _StreamedLinear(name, module, weight, bias, ahead.get, on_linear, device)
+        for block in dict.fromkeys(block_name(name) for name in layers):
+            if block:
+                module = model.get_submodule(block)
+                module.register_forward_hook(_BlockHook(block, on_block), with_kwargs=True)
+        head = model.get_output_embeddings()
+        if head is not None and not isinstance(head.forward, _StreamedLinear):
+            head.forward = lambda x: x[..., :1]
+        parameters = {
+            id(parameter): tensor_of[name]
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if name in tensor_of
+        }
+        with torch.inference_mode(), _SourceParameters(parameters, read, device):
+            model(**inputs)
+
+
+class _StreamedLinear:
+    """The forward of a linear layer whose weight is read when it is called."""
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        weight: str,
+        bias: str | None,
+        read: Read,
+        on_linear: OnLinear,
+        device: torch.device,
+    ) -> None:
+        self._name, self._weight, self._bias = name, weight, bias
+        self._transposed = isinstance(module, Conv1D)
+        self._read, self._on_linear, self._device = read, on_linear, device
+        self._reached = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        # Everything below has real tensors; the mode would only slow it down.
+        with torch._C.DisableTorchFunction():
+            return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        weight = self._read(self._weight).to(self._device)
+        weight = weight.t() if self._transposed else weight
+        rows = x.reshape(-1, x.shape[-1]).float()
+        out = blockwise_linear(rows, weight)
+        if not self._reached:
+            self._reached = True
+            self._on_linear(LinearCall(self._name, x, rows, weight, out))
+        if self._bias is not None:
+            out += self._read(self._bias).to(self._device)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def block_name(name: str) -> str:
+    """Return the block a module is in: the outermost numbered module in its name, or an empty string."""
+    match = re.match(r"(.*?\.\d+)\.", name)
+    return match[1] if match else ""
+
+
+class _BlockHook:
+    """Hands on what a block does to the hidden states, when these can be told from its other arguments."""
+
+    def __init__(self, name: str, on_block: OnBlock) -> None:
+        self._name, self._on_block = name, on_block
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        before = args[0] if args else kwargs.get("hidden_states")
+        after = output[0] if isinstance(output, tuple) else output
+        if isinstance(before, Tensor) and isinstance(after, Tensor) and before.shape == after.shape:
+            self._on_block(self._name, before, after)
+
+
+def blockwise_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return `x @ weight.T` in float32 for x [M, K] and a weight [N, K] of any dtype, widening it block by block."""
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    step = max(1, _BLOCK_ELEMENTS // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        out[:, rows] = x @ weight[rows].float().t()
+    return out
+
+
+class _SourceParameters(TorchFunctionMode):
+    """Puts the source's tensors in the place of parameters on the meta device, one operation at a time."""
+
+    def __init__(self, parameters: Mapping[int, str], read: Read, device: torch.device) -> None:
+        super().__init__()
+        self._parameters, self._read, self._device = parameters, read, device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "__get__":  # an attribute, such as `weight.dtype`
+            if id(args[0]) in self._parameters:
+                if func.__self__ is Tensor.device:
+                    return self._device
+                if func.__self__ is Tensor.dtype and args[0].is_floating_point():
+                    return torch.float32
+            return func(*args, **kwargs)
+        if func is functional.embedding:
+            # An embedding may be as large as all else together: it is not widened before it is looked up.
+            args = (args[0], self._real(args[1], widen=False), *args[2:])
+            return func(*args, **kwargs).float()
+        args, kwargs = tree_map(self._real, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _real(self, value: Any, widen: bool = True) -> Any:
+        name = self._parameters.get(id(value))
+        if name is None or not isinstance(value, nn.Parameter):
+            return value
+        tensor = self._read(name).to(self._device)
+        return tensor.float() if widen and tensor.is_floating_point() else tensor
+
+
+class _ReadAhead:
+    """Reads the next tensor of an expected order in a thread while the current one is used."""
+
+    def __init__(self, read: Read, order: list[str]) -> None:
+        self._read = read
+        self._next = dict(pairwise(order))
+        self._pending: tuple[str, Future[Tensor]] | None = None
+        self._expected = set(order)
+        self._thread = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> "_ReadAhead":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pending = None
+        self._thread.shutdown(cancel_futures=True)
+
+    def get(self, name: str) -> Tensor:
+        if name not in self._expected:
+            return self._read(name)
+        pending, self._pending = self._pending, None
+        if pending is not None and pending[0] == name:
+            tensor = pending[1].result()
+        else:
+            pending = None
+            tensor = self._read(name)
+        following = self._next.get(name)
+        if following is not None:
+            self._pending = following, self._thread.submit(self._read, following)
+        return tensor
+
+
+def _fill_buffers(model: Any, tensor_of: Mapping[str, str], read: Read, device: torch.device) -> None:
+    """Give every buffer its values: those in the source from there, the others computed by the model's own code."""
+    computed = False
+    for name, buffer in list(model.named_buffers()):
+        if not buffer.is_meta:
+            continue
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if name in tensor_of:
+            value = read(tensor_of[name]).to(device)
+        else:
+            value = torch.empty_like(buffer, device=device)
+            owner._is_hf_initialized = False
+            computed = True
+        owner._buffers[name.rpartition(".")[2]] = value
+    if computed:
+        for parameter in model.parameters():
+            parameter._is_hf_initialized = True
+        model.initialize_weights()

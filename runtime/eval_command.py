@@ -1,0 +1,116 @@
+"""The command `llmint8 eval`: it parses and prints; `compare.py` and `evaluate.py` do the work."""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from llmint8.converter.cli import Command, printable, set_up_logging
+
+
+@click.command("eval", cls=Command)
+@click.argument("out")
+@click.option("--reference", metavar="SOURCE", required=True, help="The 16-bit checkpoint OUT was made from.")
+@click.option(
+    "--text",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    required=True,
+    help="A .jsonl file with a `text` field in each line, or any text file.",
+)
+@click.option("--tokens", type=click.IntRange(2), default=8192, show_default=True, help="How much of the text to use.")
+@click.option("--window", type=click.IntRange(2), default=512, show_default=True, help="Tokens in a forward pass.")
+@click.option("--methods", is_flag=True, help="Compare with the methods of the LLM.int8() paper, simulated.")
+@click.option("--device", default="cpu", show_default=True, help="Where both models run, such as cuda.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
+def eval_command(
+    out: str,
+    reference: str,
+    text: Path,
+    tokens: int,
+    window: int,
+    methods: bool,
+    device: str,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure how close the int8 checkpoint OUT is to its 16-bit source.
+
+    Both run in float32 on the same windows of the text. KL is that of the next-token distribution in nats: the mean
+    over all positions, the median and the 99th percentile. OUT and SOURCE are directories or Hub ids.
+    """
+    set_up_logging(False)
+    from .compare import compare
+
+    with _progress_bar(quiet) as progress:
+        found = compare(
+            out, reference, text, tokens=tokens, window=window, methods=methods, device=device, progress=progress
+        )
+    expected = found.evaluation.reference_perplexity
+    facts = {
+        "checkpoint": out,
+        "reference": reference,
+        "text": str(text),
+        "windows": found.windows,
+        "window": window,
+        "positions": found.evaluation.positions,
+        "layers": found.layers,
+        "stored_columns": found.stored_columns,
+        "reference_perplexity": expected,
+        "methods": [
+            asdict(row) | {"perplexity_difference": row.perplexity - expected} for row in found.evaluation.measurements
+        ],
+    }
+    click.echo(json.dumps(_finite(facts), indent=2) if as_json else _table(facts))
+
+
+@contextmanager
+def _progress_bar(quiet: bool) -> Iterator[Callable[[str, int], None]]:
+    """Yield a callback that moves a bar by one forward pass; no bar when quiet or not on a terminal."""
+    bar: Any = tqdm(unit="pass", desc="Evaluating", disable=quiet or not sys.stderr.isatty(), leave=False)
+    with bar:
+
+        def advance(name: str, total: int) -> None:
+            bar.total = total
+            bar.set_postfix_str(name[-48:], refresh=False)
+            bar.update(1)
+
+        yield advance
+
+
+def _table(facts: dict[str, Any]) -> str:
+    first = "16 bit (reference)"
+    names = [printable(row["name"]) for row in facts["methods"]]
+    width = max(len(first), *map(len, names))
+    rows = [
+        f"{'':{width}}  {'KL mean':>8}  {'median':>8}  {'99 %':>8}  {'top-1':>7}  {'perplexity':>10}  {'- ref.':>9}",
+        f"{first:{width}}  {'-':>8}  {'-':>8}  {'-':>8}  {'-':>7}  {facts['reference_perplexity']:>10.3f}  {'-':>9}",
+    ]
+    for name, row in zip(names, facts["methods"], strict=True):
+        rows.append(
+            f"{name:{width}}  {row['kl_mean']:>8.5f}  {row['kl_median']:>8.5f}  {row['kl_p99']:>8.5f}  "
+            f"{row['top1_agreement']:>7.2%}  {row['perplexity']:>10.3f}  {row['perplexity_difference']:>+9.3f}"
+        )
+    rows += [
+        "",
+        f"{facts['windows']} windows of {facts['window']} tokens, {facts['positions']} positions. "
+        f"{facts['layers']} layers in int8, {facts['stored_columns']:.2%} of their columns stored in 16 bit.",
+    ]
+    return "\n".join(rows)
+
+
+def _finite(value: Any) -> Any:
+    """Replace what JSON has no number for by null."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,179 @@
+"""Load an int8 checkpoint into the ordinary transformers class.
+
+The directory is opened and its structure checked by the formats room; transformers sees it only after that,
+so an index that leads elsewhere or a header that lies never reaches it. The weights are mapped from the files
+and not read: on the CPU they take memory as they are used, and the files must stay as they are meanwhile.
+"""
+
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from llmint8.converter.hub import resolve
+from llmint8.converter.models import load_config, model_class
+from llmint8.formats import DTYPES, FLOAT_DTYPES, Checkpoint, LLMInt8Error, Quantization, open_checkpoint
+from llmint8.kernels.reference import Activation
+
+from .layer import Int8Linear, Outliers
+from .quantizer import QUANT_METHOD
+
+log = logging.getLogger("llmint8")
+
+
+def load(
+    path_or_repo: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    *,
+    outliers: Outliers | None = None,
+    threshold: float | None = None,
+    activation: Activation | None = None,
+    revision: str | None = None,
+) -> PreTrainedModel:
+    """Load an int8 checkpoint, written by llmint8 or by bitsandbytes, ready to run.
+
+    Args:
+        path_or_repo: a directory, or a repository id on the Hub.
+        device: where the whole model goes; the CPU by default.
+        dtype: of everything that is not int8 (`torch.float16` or `"float16"`); the checkpoint's by default.
+        device_map: transformers' and accelerate's placement over several devices, instead of `device`.
+        outliers: which dimensions of the inputs are multiplied in floating point: `static` those stored in
+            the checkpoint, `dynamic` those with any |x| >= `threshold`, searched in every call, `none` none.
+            By default `static`, or for a checkpoint of bitsandbytes what it would do.
+        threshold: for `dynamic`; the checkpoint's `llm_int8_threshold` by default.
+        activation: how inputs are quantized, `absmax` or `zeropoint`; what the checkpoint records by default.
+        revision: branch, tag or commit on the Hub.
+
+    Returns:
+        The model, in eval mode: the transformers class that the config's `architectures` names, a causal LM
+        where it names none, with `Int8Linear` layers.
+
+    Raises:
+        ValueError: an argument has a value that is not one of those above.
+        CheckpointError: the checkpoint breaks a rule of spec.md.
+        LLMInt8Error: transformers has no such model, or the tensors are not those of the model.
+
+    """
+    _check_choice("outliers", outliers, get_args(Outliers))
+    _check_choice("activation", activation, get_args(Activation))
+    if device is not None and device_map is not None:
+        raise ValueError(f"device is {device!r} and device_map is {device_map!r}; give one of them")
+    checkpoint = open_checkpoint(resolve(path_or_repo, revision).path)
+    outliers, threshold = _outlier_mode(checkpoint.quantization, outliers, threshold)
+    config = load_config(checkpoint.path)
+    cls = None if config is None else model_class(config)
+    if config is None or not isinstance(cls, type) or not issubclass(cls, PreTrainedModel):
+        named = {key: checkpoint.config.get(key) for key in ("model_type", "architectures")}
+        raise LLMInt8Error(f"{checkpoint.path / 'config.json'}: {named} is no model that transformers has")
+    config.quantization_config = {
+        "quant_method": QUANT_METHOD,
+        "records": list(checkpoint.records.values()),
+        "shapes": {name: info.shape for name, info in checkpoint.tensors.items()},
+        "stored": _stored_config(checkpoint),
+        "outliers": outliers,
+        "threshold": threshold,
+        "activation": activation or checkpoint.quantization.activation,
+    }
+    # It would name another index, one that has not been checked.
+    config.__dict__.pop("transformers_weights", None)
+    if device is not None:
+        device_map = {"": torch.device(device)}
+    model = _from_pretrained(cls, checkpoint.path, config, _dtype(dtype, checkpoint, config), device_map)
+    _log_summary(model)
+    return model
+
+
+def _from_pretrained(cls: Any, path: Path, config: Any, dtype: torch.dtype, device_map: Any) -> Any:
+    """Let transformers load, and take as errors what it would repair with random values."""
+    try:
+        with _no_progress_bar():
+            model, info = cls.from_pretrained(
+                path,
+                config=config,
+                dtype=dtype,
+                device_map=device_map,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except LLMInt8Error as error:
+        raise LLMInt8Error(f"{path}: {error}") from None
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise LLMInt8Error(f"{path}: {missing[0]}{more}: missing, {cls.__name__} needs it")
+    return model
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value is not None and value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def _outlier_mode(
+    quantization: Quantization, outliers: Outliers | None, threshold: float | None
+) -> tuple[Outliers, float]:
+    """Settle on a mode and a threshold; in bitsandbytes a threshold of 0 means that nothing is an outlier."""
+    if outliers is None:
+        searched: Outliers = "none" if threshold is None and quantization.threshold == 0 else "dynamic"
+        outliers = "static" if quantization.llmint8 else searched
+    if outliers == "static" and not quantization.llmint8:
+        raise ValueError("outliers is 'static', but bitsandbytes stores none; expected 'dynamic' or 'none'")
+    if threshold is not None and outliers != "dynamic":
+        raise ValueError(f"threshold is {threshold!r}, which only outliers='dynamic' uses, not {outliers!r}")
+    threshold = quantization.threshold if threshold is None else threshold
+    if outliers == "dynamic" and not (math.isfinite(threshold) and threshold > 0):
+        raise ValueError(f"threshold is {threshold!r}, expected a number above 0 with outliers='dynamic'")
+    return outliers, threshold
+
+
+def _stored_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return config.json's `quantization_config`; the oldest checkpoints have it in a file of its own."""
+    stored = checkpoint.config.get("quantization_config")
+    if isinstance(stored, dict):
+        return stored
+    return {key: value for key, value in checkpoint.quantization.to_dict().items() if key != "llmint8"}
+
+
+def _dtype(dtype: torch.dtype | str | None, checkpoint: Checkpoint, config: Any) -> torch.dtype:
+    """Return the dtype asked for, that of the config, or that of most of the bytes that are not int8."""
+    floats = {str(DTYPES[name]).removeprefix("torch."): DTYPES[name] for name in FLOAT_DTYPES}
+    if dtype is not None and dtype != "auto":
+        found = floats.get(str(dtype).removeprefix("torch."))
+        if found is None:
+            raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(sorted(floats))}")
+        return found
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    sizes: Counter[str] = Counter()
+    for info in checkpoint.tensors.values():
+        if info.dtype in FLOAT_DTYPES and not info.name.endswith(".SCB"):
+            sizes[info.dtype] += info.nbytes
+    return DTYPES[sizes.most_common(1)[0][0]] if sizes else torch.float32
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
+
+
+def _log_summary(model: Any) -> None:
+    layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    config = model.config.quantization_config
+    mode = f"dynamic (|x| >= {config.threshold:g})" if config.outliers == "dynamic" else config.outliers
+    log.info("%d Int8Linear layers, outliers %s, activation %s", len(layers), mode, config.activation)

@@ -1,0 +1,454 @@
+"""`llmint8 eval`: the numbers against numpy, the simulated methods against the formulas and against the runtime."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from click.testing import CliRunner, Result
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from llmint8 import converter, runtime
+from llmint8.formats import LLMInt8Error, open_checkpoint
+from llmint8.runtime.cli import main
+from llmint8.runtime.compare import compare
+from llmint8.runtime.evaluate import Logits, measure, token_windows
+from llmint8.runtime.methods import METHODS, Method, Simulation
+
+VOCABULARY = 97
+PLANTED = [3, 17]  # the dimensions of the hidden state that the norms make large
+METHOD = {method.name: method for method in METHODS}
+LAYERS = [f"model.layers.{i}.self_attn.{p}_proj" for i in (0, 1) for p in "qkvo"]
+LAYERS += [f"model.layers.{i}.mlp.{p}_proj" for i in (0, 1) for p in ("gate", "up", "down")]
+
+
+def make_llama(planted: bool = False) -> Any:
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 80}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64}
+    torch.manual_seed(3)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, initializer_range=0.15)).eval()
+    if planted:
+        # Smaller weights for them, as trained models have, but not so small that int8 loses them.
+        for layer in model.model.layers:
+            for norm, readers in (
+                (layer.input_layernorm, (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj)),
+                (layer.post_attention_layernorm, (layer.mlp.gate_proj, layer.mlp.up_proj)),
+            ):
+                norm.weight.data[PLANTED] = 40
+                for reader in readers:
+                    reader.weight.data[:, PLANTED] /= 10
+    return model.half()
+
+
+def make_tokenizer() -> Any:
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quiet() -> Any:
+    """transformers shows a progress bar when the tests save a model."""
+    transformers.utils.logging.disable_progress_bar()
+    yield
+    transformers.utils.logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`source` and `planted` in 16 bit, `out` and `planted8` in int8, `text.txt`."""
+    folder = tmp_path_factory.mktemp("eval")
+    for name, planted in (("source", False), ("planted", True)):
+        make_llama(planted).save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    converter.convert(folder / "source", folder / "out", outliers="none")
+    converter.convert(folder / "planted", folder / "planted8", outliers="none")
+    (folder / "text.txt").write_text(words(400))
+    return folder
+
+
+def words(count: int) -> str:
+    ids = torch.randint(1, VOCABULARY, (count,), generator=torch.Generator().manual_seed(7))
+    return " ".join(f"w{i}" for i in ids)
+
+
+def windows(count: int = 3, length: int = 24) -> Tensor:
+    return torch.randint(VOCABULARY, (count, length), generator=torch.Generator().manual_seed(1))
+
+
+def source_model(path: Path) -> Any:
+    return transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def logits_of(model: Any) -> Logits:
+    def logits(tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = model(tokens).logits
+        return found
+
+    return logits
+
+
+def simulated(model: Any, method: Method) -> Logits:
+    simulation = Simulation(model, LAYERS)
+
+    def logits(tokens: Tensor) -> Tensor:
+        with simulation.applied(method):
+            return logits_of(model)(tokens)
+
+    return logits
+
+
+def recorded(path: Path) -> str:
+    return open_checkpoint(path).quantization.activation
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, ["eval", *map(str, arguments)])
+
+
+def options(folder: Path, **changes: object) -> list[object]:
+    """--reference and --text and small windows."""
+    given = {"reference": folder / "source", "text": folder / "text.txt", "tokens": 96, "window": 32} | changes
+    return [part for name, value in given.items() for part in (f"--{name}", value)]
+
+
+def assert_one_line_error(result: Result, *expected: str) -> None:
+    assert result.exit_code == 1, result.output
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith("Error: ")
+    for part in expected:
+        assert part in result.stderr
+
+
+# The numbers
+
+
+def test_a_model_is_no_distance_from_itself(folder: Path) -> None:
+    logits = logits_of(source_model(folder / "source"))
+    found = measure(windows(), logits, {"itself": logits})
+    (itself,) = found.measurements
+    assert (itself.kl_mean, itself.kl_median, itself.kl_p99) == (0, 0, 0)
+    assert itself.top1_agreement == 1
+    assert itself.perplexity == found.reference_perplexity
+
+
+def test_numbers_are_those_of_numpy(folder: Path) -> None:
+    """150 positions in a window: more than are compared at a time."""
+    tokens = windows(2, 151)
+    tables = [torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
+    reference, candidate = (lambda ids, table=table: 3 * table[ids] for table in tables)
+    found = measure(tokens, reference, {"other": candidate})
+
+    def log_softmax(logits: Tensor) -> Any:
+        values = logits.numpy().astype(np.float64)
+        return values - np.log(np.exp(values).sum(-1, keepdims=True))
+
+    p, q = (log_softmax(logits(tokens[:, :-1])).reshape(-1, VOCABULARY) for logits in (reference, candidate))
+    targets = tokens[:, 1:].flatten().numpy()
+    kl = (np.exp(p) * (p - q)).sum(1)
+    every = np.arange(len(targets))
+    (other,) = found.measurements
+    assert found.positions == len(targets) == 300
+    assert other.name == "other"
+    np.testing.assert_allclose(other.kl_mean, kl.mean(), rtol=1e-5)
+    np.testing.assert_allclose(other.kl_median, np.median(kl), rtol=1e-5)
+    np.testing.assert_allclose(other.kl_p99, np.percentile(kl, 99), rtol=1e-5)
+    assert other.top1_agreement == (p.argmax(1) == q.argmax(1)).mean()
+    np.testing.assert_allclose(found.reference_perplexity, np.exp(-p[every, targets].mean()), rtol=1e-5)
+    np.testing.assert_allclose(other.perplexity, np.exp(-q[every, targets].mean()), rtol=1e-5)
+
+
+def test_reference_runs_once_for_each_window() -> None:
+    calls = []
+
+    def model(name: str) -> Logits:
+        def logits(tokens: Tensor) -> Tensor:
+            calls.append((name, tokens.shape))
+            return torch.zeros(*tokens.shape, VOCABULARY)
+
+        return logits
+
+    passes: list[str] = []
+    measure(windows(3, 8), model("16 bit"), {"a": model("a"), "b": model("b")}, passes.append)
+    assert calls == [(name, (1, 8)) for _ in range(3) for name in ("16 bit", "a", "b")]
+    assert passes == ["", "a", "b"] * 3
+
+
+def test_broken_logits() -> None:
+    def constant(value: float, size: int = VOCABULARY) -> Logits:
+        return lambda tokens: torch.full((*tokens.shape, size), value)
+
+    with pytest.raises(LLMInt8Error, match="not finite"):
+        measure(windows(), constant(math.nan), {"a": constant(0)})
+    with pytest.raises(LLMInt8Error, match="96 tokens, that of the reference 97"):
+        measure(windows(), constant(0), {"a": constant(0, VOCABULARY - 1)})
+    (broken,) = measure(windows(), constant(0), {"a": constant(math.nan)}).measurements
+    assert math.isnan(broken.kl_mean)
+    assert math.isnan(broken.kl_p99)
+    assert math.isnan(broken.perplexity)
+    with pytest.raises(ValueError, match="no windows"):
+        measure([], constant(0), {})
+
+
+# Windows
+
+
+def test_windows_follow_one_another() -> None:
+    found = token_windows(make_tokenizer(), words(50), tokens=35, window=10)
+    ids = [int(word[1:]) for word in words(50).split()]
+    assert found.tolist() == [ids[:10], ids[10:20], ids[20:30]]
+
+
+def test_windows_begin_with_the_token_that_begins_texts() -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "w5"})
+    plain = token_windows(tokenizer, words(50), tokens=30, window=10)
+    assert plain[:, 0].tolist() != [5, 5, 5]  # it has one, and sets it before nothing
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="w5 $A", special_tokens=[("w5", 5)]
+    )
+    found = token_windows(tokenizer, words(50), tokens=30, window=10)
+    assert found[:, 0].tolist() == [5, 5, 5]
+    assert found[:, 1:].flatten().tolist() == plain.flatten()[:27].tolist()
+
+
+def test_long_words_do_not_hide_tokens() -> None:
+    text = ("x" * 500 + " ") * 20
+    assert token_windows(make_tokenizer(), text, tokens=20, window=10).tolist() == [[0] * 10] * 2
+
+
+def test_too_little_text() -> None:
+    with pytest.raises(ValueError, match="has 50 tokens, 60 are needed for 3 windows of 20"):
+        token_windows(make_tokenizer(), words(50), tokens=60, window=20)
+    with pytest.raises(ValueError, match="19 tokens are less than a window of 20"):
+        token_windows(make_tokenizer(), words(50), tokens=19, window=20)
+
+
+# The paper's methods
+
+
+def test_the_methods_are_those_of_the_paper() -> None:
+    plain = ["absmax", "zeropoint", "absmax row-wise", "absmax vector-wise", "zeropoint vector-wise"]
+    assert list(METHOD) == plain + [f"{name} + decomposition" for name in plain]
+
+
+def formula(method: Method, x: Tensor, weight: Tensor) -> Tensor:
+    """x [M, K] times weight [N, K] transposed, from quantized values written out in float64."""
+
+    def rounded(values: Tensor, by_row: bool) -> Tensor:
+        low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
+        if not by_row:
+            low, high = low.min(), high.max()
+        if method.kind == "absmax":
+            scale = torch.maximum(-low, high) / 127
+            return (values / scale).round() * scale
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = (high - low) / 254
+        zero_point = (-127 - low / scale).round()
+        return (((values / scale).round() + zero_point).clamp(-127, 127) - zero_point) * scale
+
+    x, weight = x.double(), weight.double()
+    outliers = (x.abs() >= 6).any(0) if method.decomposition else torch.zeros(x.shape[1], dtype=torch.bool)
+    int8_x = rounded(x * ~outliers, method.granularity != "tensor")
+    int8_weight = rounded(weight, method.granularity == "vector")
+    return int8_x @ int8_weight.T + x[:, outliers] @ weight[:, outliers].T
+
+
+@pytest.mark.parametrize("name", METHOD)
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_a_layer_computes_the_formula(name: str, kind: Any) -> None:
+    torch.manual_seed(2)
+    layer = nn.Linear(33, 21) if kind is nn.Linear else Conv1D(21, 33)
+    layer.weight.data.normal_().add_(0.4)
+    layer.bias.data.normal_()
+    x = torch.randn(2, 5, 33) + 0.5
+    x[1, 3, [4, 9]] = torch.tensor([40.0, -6.0])
+    model = nn.Sequential(layer)
+    with torch.no_grad(), Simulation(model, ["0"]).applied(METHOD[name]):
+        found = model(x)
+    weight = layer.weight if kind is nn.Linear else layer.weight.T
+    expected = formula(METHOD[name], x.reshape(10, 33), weight.detach()).reshape(2, 5, 21) + layer.bias
+    assert torch.allclose(found.double(), expected, atol=1e-4, rtol=1e-5)
+    assert (found - model(x)).norm() > 1e-3  # and now in 16 bit again
+
+
+def test_simulation_ends_when_the_model_fails() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(RuntimeError), Simulation(model, ["0"]).applied(METHODS[0]):
+        model(torch.zeros(2, 5))
+    assert "forward" not in vars(model[0])
+
+
+def test_inputs_without_rows() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    for method in METHODS:
+        with Simulation(model, ["0"]).applied(method):
+            assert model(torch.zeros(0, 4)).shape == (0, 3)
+
+
+def test_a_layer_that_the_reference_does_not_have() -> None:
+    with pytest.raises(LLMInt8Error, match="1: int8 in the checkpoint"):
+        Simulation(nn.Sequential(nn.Linear(4, 4)), ["1"])
+
+
+def test_vector_wise_is_what_the_runtime_computes(folder: Path) -> None:
+    int8 = runtime.load(folder / "out", dtype=torch.float32, outliers="none", activation="absmax")
+    expected = logits_of(int8)(windows())
+    found = simulated(source_model(folder / "source"), METHOD["absmax vector-wise"])(windows())
+    assert (found - expected).abs().max() < 1e-4
+    assert (found - logits_of(source_model(folder / "source"))(windows())).abs().max() > 1e-2
+
+
+def test_decomposition_is_the_dynamic_runtime_where_int8_loses_nothing(folder: Path) -> None:
+    """The 16-bit columns are the original ones here and dequantized ones there, so the originals are made those."""
+    int8 = runtime.load(folder / "planted8", dtype=torch.float32, outliers="dynamic", activation="absmax")
+    model = source_model(folder / "planted")
+    for name in LAYERS:
+        model.get_submodule(name).weight.data = int8.get_submodule(name).dequantize()
+    found = simulated(model, METHOD["absmax vector-wise + decomposition"])(windows())
+    expected = logits_of(int8)(windows())
+    assert (found - expected).abs().max() < 1e-4
+    assert (found - simulated(model, METHOD["absmax vector-wise"])(windows())).abs().max() > 1e-2
+
+
+def test_planted_outliers_order_the_methods(folder: Path) -> None:
+    model = source_model(folder / "planted")
+    simulation = Simulation(model, LAYERS)
+
+    def logits(method: Method) -> Logits:
+        def run(tokens: Tensor) -> Tensor:
+            with simulation.applied(method):
+                return logits_of(model)(tokens)
+
+        return run
+
+    found = measure(windows(), logits_of(model), {name: logits(method) for name, method in METHOD.items()})
+    kl = {row.name: row.kl_mean for row in found.measurements}
+    for name, method in METHOD.items():
+        if not method.decomposition:
+            assert kl[f"{name} + decomposition"] < kl[name] / 2, name
+    for kind in ("", " + decomposition"):
+        assert kl[f"absmax{kind}"] > kl[f"absmax row-wise{kind}"] > kl[f"absmax vector-wise{kind}"]
+        assert kl[f"absmax vector-wise{kind}"] > kl[f"zeropoint vector-wise{kind}"]
+
+
+# The command
+
+
+def test_table(folder: Path) -> None:
+    result = run(folder / "out", *options(folder))
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""  # no progress bar where there is no terminal
+    head, reference, ours, empty, note = result.stdout.splitlines()
+    assert head.split() == ["KL", "mean", "median", "99", "%", "top-1", "perplexity", "-", "ref."]
+    assert reference.startswith("16 bit (reference)  ")
+    assert ours.startswith(f"out: static, {recorded(folder / 'out')}  ")
+    assert empty == ""
+    assert note == ("3 windows of 32 tokens, 93 positions. 14 layers in int8, 0.00% of their columns stored in 16 bit.")
+    assert len({len(line) for line in (head, reference, ours)}) == 1
+
+
+def test_json_is_the_table(folder: Path) -> None:
+    facts = json.loads(run(folder / "out", *options(folder), "--json", "--quiet").stdout)
+    (ours,) = facts["methods"]
+    found = compare(folder / "out", folder / "source", folder / "text.txt", tokens=96, window=32).evaluation
+    (expected,) = found.measurements
+    assert ours["name"] == expected.name == f"out: static, {recorded(folder / 'out')}"
+    assert ours["kl_mean"] == pytest.approx(expected.kl_mean, rel=1e-3)
+    assert ours["kl_mean"] > 0
+    assert ours["perplexity_difference"] == ours["perplexity"] - facts["reference_perplexity"]
+    row = run(folder / "out", *options(folder)).stdout.splitlines()[2].split()[3:]
+    assert row == [
+        f"{ours['kl_mean']:.5f}",
+        f"{ours['kl_median']:.5f}",
+        f"{ours['kl_p99']:.5f}",
+        f"{ours['top1_agreement']:.2%}",
+        f"{ours['perplexity']:.3f}",
+        f"{ours['perplexity_difference']:+.3f}",
+    ]
+
+
+def test_methods_against_ours(folder: Path) -> None:
+    result = run(folder / "planted8", *options(folder, reference=folder / "planted"), "--methods", "--json")
+    facts = json.loads(result.stdout)
+    kl = {row["name"]: row["kl_mean"] for row in facts["methods"]}
+    absmax, zeropoint, dynamic = (
+        f"planted8: {mode}" for mode in ("static, absmax", "static, zeropoint", "dynamic 6.0, absmax")
+    )
+    own, other = (absmax, zeropoint) if recorded(folder / "planted8") == "absmax" else (zeropoint, absmax)
+    assert list(kl) == [*METHOD, own, other, dynamic]
+    assert kl[absmax] == pytest.approx(kl["absmax vector-wise"], rel=1e-2)
+    assert kl[dynamic] < kl[absmax] / 2
+    assert kl[zeropoint] < kl[absmax] / 1.2
+
+
+def test_text_from_jsonl(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.jsonl").write_text(
+        "".join(json.dumps({"text": f"w{i} w{i + 1}", "id": i}) + "\n" for i in range(60))
+    )
+    facts = json.loads(run(folder / "out", *options(folder, text=tmp_path / "text.jsonl"), "--json").stdout)
+    assert facts["positions"] == 93
+
+
+def test_a_checkpoint_of_bitsandbytes_runs_as_there(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder / "out", tmp_path / "bnb")
+    config = json.loads((tmp_path / "bnb" / "config.json").read_text())
+    del config["quantization_config"]["llmint8"]
+    (tmp_path / "bnb" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "bnb" / "llmint8_manifest.json").unlink()
+    tensors = load_file(tmp_path / "bnb" / "model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if ".outlier_" not in name}
+    save_file(kept, tmp_path / "bnb" / "model.safetensors", metadata={"format": "pt"})
+    result = run(tmp_path / "bnb", *options(folder))
+    assert "bnb: dynamic 6.0, absmax  " in result.stdout, result.output
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"tokens": 4096}, ["has 400 tokens", "4096 are needed"]),
+        ({"tokens": 20}, ["20 tokens", "window of 32"]),
+        ({"window": 96}, ["96", "64 positions"]),
+        ({"device": "abacus"}, ["'abacus'"]),
+        ({"reference": "gone/away/from/here"}, ["no such directory"]),
+    ],
+    ids=["short text", "few tokens", "long window", "device", "reference"],
+)
+def test_errors_are_one_line(changes: dict[str, object], expected: list[str], folder: Path) -> None:
+    assert_one_line_error(run(folder / "out", *options(folder, **changes)), *expected)
+
+
+def test_swapped_checkpoints_are_one_line(folder: Path) -> None:
+    assert_one_line_error(run(folder / "source", *options(folder)), "E02")
+    assert_one_line_error(run(folder / "out", *options(folder, reference=folder / "out")), "already quantized")
+
+
+def test_reference_without_a_tensor_is_one_line(folder: Path, tmp_path: Path) -> None:
+    """transformers would fill it with random numbers."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder / "source", tmp_path / "source")
+    tensors = load_file(tmp_path / "source" / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "source" / "model.safetensors", metadata={"format": "pt"})
+    result = run(folder / "out", *options(folder, reference=tmp_path / "source"))
+    assert_one_line_error(result, "model.layers.1.mlp.up_proj.weight", "missing")
+
+
+def test_other_kinds_of_models_are_one_line(folder: Path, tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_heads": 4}
+    model = transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, num_layers=1))
+    model.save_pretrained(tmp_path / "t5")
+    make_tokenizer().save_pretrained(tmp_path / "t5")
+    result = run(folder / "out", *options(folder, reference=tmp_path / "t5"))
+    assert_one_line_error(result, "T5ForConditionalGeneration is no causal language model")

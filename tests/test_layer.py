@@ -1,0 +1,347 @@
+"""`Int8Linear` against the formula of LLM.int8(), written here again in 64-bit arithmetic."""
+
+import copy
+import io
+import pickle
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from llmint8.runtime import Int8Linear
+
+SHAPES = [  # M, K, N, k
+    (1, 64, 32, 0),
+    (17, 95, 63, 16),
+    (5, 1023, 7, 3),
+    (3, 33, 1, 33),
+    (2, 1, 5, 0),
+    (0, 8, 4, 1),
+]
+shapes = pytest.mark.parametrize(("m", "k_in", "n", "k"), SHAPES, ids=lambda value: str(value))
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def make_linear(k_in: int, n: int, dtype: torch.dtype = torch.float16, bias: bool = True) -> nn.Linear:
+    linear = nn.Linear(k_in, n, bias=bias)
+    return linear.to(dtype).requires_grad_(False)
+
+
+def make_layer(k_in: int, n: int, k: int, dtype: torch.dtype = torch.float16, bias: bool = True) -> Int8Linear:
+    dims = torch.randperm(k_in)[:k].sort().values
+    return Int8Linear.from_linear(make_linear(k_in, n, dtype, bias), dims)
+
+
+def make_input(m: int, k_in: int, dtype: torch.dtype, outliers: Tensor | None = None) -> Tensor:
+    x = torch.randn(m, k_in) + 0.3
+    if outliers is not None:
+        x[:, outliers.long()] *= 40
+    return x.to(dtype)
+
+
+def formula(layer: Int8Linear, x: Tensor, dims: list[int], columns: Tensor, activation: str) -> Tensor:
+    """Equation 8 of arXiv 2208.07339: integers in int64, everything else in float64."""
+    x = x.double()
+    kept = x.clone()
+    kept[:, dims] = 0
+    if activation == "absmax":
+        scale = kept.abs().amax(1, keepdim=True) / 127
+        zero_point = torch.zeros_like(scale)
+    else:
+        low, high = kept.amin(1, keepdim=True).clamp(max=0), kept.amax(1, keepdim=True).clamp(min=0)
+        scale = (high - low) / 254
+        zero_point = (-127 - low / torch.where(scale == 0, 1, scale)).round()
+    divisor = torch.where(scale == 0, 1, scale)
+    values = ((kept / divisor).round() + zero_point).clamp(-127, 127).to(torch.int64)
+    values[:, dims] = zero_point.to(torch.int64)
+    product = (values - zero_point.to(torch.int64)) @ layer.weight.to(torch.int64).T
+    out = product * scale * layer.SCB.double() / 127 + x[:, dims] @ columns.double().T
+    return out if layer.bias is None else out + layer.bias.double()
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    if not expected.numel():
+        return 0.0
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+def snapshot(layer: Int8Linear) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(8)
+
+
+@shapes
+@dtypes
+@pytest.mark.parametrize("activation", ["absmax", "zeropoint"])
+def test_static_outliers_match_the_formula(
+    m: int, k_in: int, n: int, k: int, dtype: torch.dtype, activation: str
+) -> None:
+    layer = make_layer(k_in, n, k, dtype)
+    layer.activation = activation  # type: ignore[assignment]
+    assert layer.outlier_dims is not None
+    assert layer.outlier_weight is not None
+    dims = layer.outlier_dims.tolist()
+    x = make_input(m, k_in, dtype, layer.outlier_dims)
+    got = layer(x)
+    assert got.dtype == dtype
+    assert got.shape == (m, n)
+    expected = formula(layer, x, dims, layer.outlier_weight, activation)
+    assert relative_error(got, expected) <= 4 * torch.finfo(dtype).eps + 1e-5
+
+
+@shapes
+@dtypes
+def test_dynamic_outliers_match_the_formula(m: int, k_in: int, n: int, k: int, dtype: torch.dtype) -> None:
+    layer = make_layer(k_in, n, 0, dtype)
+    layer.outliers, layer.threshold = "dynamic", 6.0
+    planted = torch.randperm(k_in)[: min(k, k_in - 1)]
+    x = make_input(m, k_in, dtype, planted)
+    dims = [dim for dim in range(k_in) if any(abs(value) >= 6.0 for value in x[:, dim].tolist())]
+    assert m == 0 or len(dims) >= len(planted) // 2  # the search has something to find
+    columns = layer.weight[:, dims].double() * layer.SCB.double()[:, None] / 127
+    expected = formula(layer, x, dims, columns, "absmax")
+    assert relative_error(layer(x), expected) <= 4 * torch.finfo(dtype).eps + 1e-5
+
+
+@pytest.mark.parametrize("stored", [3, None], ids=["k3", "none-stored"])
+def test_mode_none_leaves_stored_outliers_alone(stored: int | None) -> None:
+    layer = make_layer(40, 9, 3)
+    layer.outliers = "none"
+    if stored is None:
+        layer.outlier_dims = layer.outlier_weight = None
+    x = make_input(4, 40, torch.float16)
+    assert relative_error(layer(x), formula(layer, x, [], torch.empty(9, 0), "absmax")) < 2e-3
+
+
+def test_integer_inputs_are_exact() -> None:
+    layer = make_layer(300, 20, 0, torch.float32, bias=False)
+    layer.SCB.fill_(127)
+    x = torch.randint(-126, 127, (6, 300)).float()
+    x[:, 7] = 127
+    assert torch.equal(layer(x), (x.long() @ layer.weight.long().T).float())
+
+
+@pytest.mark.parametrize("outliers", ["static", "dynamic", "none"])
+def test_batched_input_is_the_same_rows(outliers: str) -> None:
+    layer = make_layer(48, 11, 5)
+    layer.outliers = outliers  # type: ignore[assignment]
+    x = make_input(6, 48, torch.float16, layer.outlier_dims)
+    got = layer(x.reshape(2, 3, 48))
+    assert got.shape == (2, 3, 11)
+    assert torch.equal(got.reshape(6, 11), layer(x))
+
+
+@pytest.mark.parametrize("outliers", ["static", "dynamic", "none"])
+def test_forward_changes_nothing(outliers: str) -> None:
+    layer = make_layer(48, 11, 5, torch.float32)
+    layer.outliers = outliers  # type: ignore[assignment]
+    x = make_input(6, 48, torch.float16, layer.outlier_dims)
+    before, attributes, x_before = snapshot(layer), dict(vars(layer)), x.clone()
+    first = layer(x)
+    assert same(before, layer.state_dict())
+    assert vars(layer) == attributes
+    assert torch.equal(x, x_before)
+    assert torch.equal(first, layer(x))
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double", "to", "type"])
+def test_casting_keeps_the_quantized_weight(cast: str) -> None:
+    layer = make_layer(48, 6, 5, torch.float32)
+    layer.SCB[:3] = torch.tensor([1e-9, 70000.123, 1 / 3])  # no 16-bit type holds these
+    before = snapshot(layer)
+    target = {"half": torch.float16, "bfloat16": torch.bfloat16, "float": torch.float32}.get(cast, torch.float64)
+    getattr(layer, cast)(*([target] if cast in ("to", "type") else []))
+    for name in ("weight", "SCB", "weight_format", "outlier_dims"):
+        assert layer.state_dict()[name].dtype == before[name].dtype
+        assert torch.equal(layer.state_dict()[name], before[name])
+    assert layer.outlier_weight is not None
+    assert layer.bias is not None
+    assert layer.outlier_weight.dtype == layer.bias.dtype == target
+
+
+def test_moving_moves_everything_and_keeps_dtypes() -> None:
+    layer = make_layer(48, 6, 5)
+    dtypes_before = {name: tensor.dtype for name, tensor in layer.state_dict().items()}
+    layer.to("meta", torch.bfloat16)
+    after = layer.state_dict()
+    assert {tensor.device.type for tensor in after.values()} == {"meta"}
+    cast = {"outlier_weight", "bias"}
+    assert {n: t.dtype for n, t in after.items()} == {
+        n: torch.bfloat16 if n in cast else dtype for n, dtype in dtypes_before.items()
+    }
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+@pytest.mark.parametrize("there", [0, 2, 7, None], ids=lambda k: f"into-k{k}")
+def test_state_dict_round_trip_takes_on_k(there: int | None, assign: bool) -> None:
+    source = make_layer(30, 8, 2)
+    target = Int8Linear(30, 8, outlier_count=there, dtype=torch.float16)
+    target.load_state_dict(source.state_dict(), assign=assign)
+    assert same(source.state_dict(), target.state_dict())
+    x = make_input(3, 30, torch.float16)
+    assert torch.equal(source(x), target(x))
+
+
+def test_state_dict_of_a_container_names_what_is_missing() -> None:
+    model = nn.Sequential(make_layer(30, 8, 2), make_layer(8, 4, 0))
+    state = model.state_dict()
+    del state["1.SCB"]
+    with pytest.raises(RuntimeError, match=r"1\.SCB"):
+        copy.deepcopy(model).load_state_dict(state)
+
+
+def test_a_floating_point_weight_is_refused_and_nothing_overwritten() -> None:
+    layer = make_layer(30, 8, 2)
+    before = snapshot(layer)
+    with pytest.raises(RuntimeError, match=r"weight is torch\.float16, expected torch\.int8"):
+        layer.load_state_dict(make_linear(30, 8).state_dict())
+    assert same(before, layer.state_dict())
+
+
+def test_outlier_columns_of_another_height_are_refused() -> None:
+    layer, other = make_layer(30, 8, 2), make_layer(30, 8, 3)
+    state = other.state_dict()
+    state["outlier_weight"] = torch.zeros(9, 3)
+    with pytest.raises(RuntimeError, match="size mismatch for outlier_weight"):
+        layer.load_state_dict(state)
+
+
+def by_pickle(layer: Int8Linear) -> Int8Linear:
+    result: Int8Linear = pickle.loads(pickle.dumps(layer))
+    return result
+
+
+def by_torch_save(layer: Int8Linear) -> Int8Linear:
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    result: Int8Linear = torch.load(buffer, weights_only=False)
+    return result
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, by_pickle, by_torch_save], ids=lambda f: f.__name__)
+def test_copies_are_equal_and_independent(duplicate: object) -> None:
+    layer = make_layer(30, 8, 2)
+    layer.outliers, layer.threshold, layer.activation = "dynamic", 0.5, "zeropoint"
+    other = duplicate(layer)  # type: ignore[operator]
+    assert same(layer.state_dict(), other.state_dict())
+    x = make_input(3, 30, torch.float16)
+    assert torch.equal(layer(x), other(x))
+    other.weight.zero_()
+    assert layer.weight.any()
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+@dtypes
+def test_from_linear_rounds_half_to_even(kind: str, dtype: torch.dtype) -> None:
+    rows = torch.tensor([[127, 0.5, 1.5, -2.5, 3.25], [-0.5, 0.25, 0.125, 0.0, 0.375], [0, 0, 0, 0, 0]], dtype=dtype)
+    if kind == "Linear":
+        linear = make_linear(5, 3, dtype)
+        linear.weight.copy_(rows)
+    else:
+        linear = Conv1D(3, 5).to(dtype).requires_grad_(False)
+        linear.weight.copy_(rows.T)
+    layer = Int8Linear.from_linear(linear)
+    expected = []
+    for row in rows.double().tolist():
+        top = max(abs(Fraction(value)) for value in row)
+        expected.append([round(127 * Fraction(value) / top) if top else 0 for value in row])
+    assert layer.weight.tolist() == expected
+    assert layer.SCB.tolist() == [127.0, 0.5, 0.0]
+    assert (layer.in_features, layer.out_features) == (5, 3)
+    assert layer.weight.is_contiguous()
+    assert torch.equal(layer.bias, linear.bias)  # type: ignore[arg-type]
+
+
+@dtypes
+def test_from_linear_keeps_outlier_columns_bit_for_bit(dtype: torch.dtype) -> None:
+    linear = make_linear(30, 8, dtype)
+    layer = Int8Linear.from_linear(linear, torch.tensor([0, 3, 29]))
+    assert layer.outlier_dims is not None
+    assert layer.outlier_dims.dtype == torch.int32
+    assert layer.outlier_weight is not None
+    assert torch.equal(layer.outlier_weight, linear.weight[:, [0, 3, 29]])
+    given = torch.randn(8, 3, dtype=dtype)
+    layer = Int8Linear.from_linear(linear, torch.tensor([0, 3, 29]), given)
+    assert torch.equal(layer.outlier_weight, given)  # type: ignore[arg-type]
+    assert layer.weight[:, [0, 3, 29]].any()  # the int8 weight has all columns
+
+
+def test_from_linear_shares_no_memory() -> None:
+    linear, dims = make_linear(30, 8), torch.tensor([0, 3], dtype=torch.int32)
+    columns = linear.weight[:, [0, 3]].clone()
+    layer = Int8Linear.from_linear(linear, dims, columns)
+    before = snapshot(layer)
+    for tensor in (linear.weight, linear.bias, dims, columns):
+        tensor.fill_(1)
+    assert same(before, layer.state_dict())
+
+
+@pytest.mark.parametrize("dims", [[3, 3], [4, 2], [-1], [30], [[1, 2]]], ids=str)
+def test_from_linear_refuses_outlier_dims(dims: list[int]) -> None:
+    with pytest.raises(ValueError, match="strictly increasing numbers from 0 to 29"):
+        Int8Linear.from_linear(make_linear(30, 8), torch.tensor(dims))
+
+
+def test_from_linear_refuses_what_does_not_fit() -> None:
+    linear = make_linear(30, 8)
+    with pytest.raises(ValueError, match=r"shape \[8, 2\], expected \[8, 1\]"):
+        Int8Linear.from_linear(linear, torch.tensor([1]), torch.zeros(8, 2))
+    with pytest.raises(ValueError, match="outlier_weight"):
+        Int8Linear.from_linear(linear, None, torch.zeros(8, 2))
+    linear.weight[3, 4] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        Int8Linear.from_linear(linear)
+
+
+def test_dequantize() -> None:
+    linear = make_linear(30, 8, torch.float32)
+    layer = Int8Linear.from_linear(linear, torch.tensor([2, 9]))
+    weight = layer.dequantize()
+    assert torch.equal(weight[:, [2, 9]], linear.weight[:, [2, 9]])
+    half_step = layer.SCB[:, None] / 127 / 2
+    assert ((weight - linear.weight).abs() <= half_step * 1.0001).all()
+    assert layer.dequantize(torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_tensors_are_named_as_on_disk_and_frozen() -> None:
+    state = make_layer(30, 8, 2).state_dict()
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()} == {
+        "weight": (torch.int8, (8, 30)),
+        "SCB": (torch.float32, (8,)),
+        "weight_format": (torch.uint8, ()),
+        "outlier_dims": (torch.int32, (2,)),
+        "outlier_weight": (torch.float16, (8, 2)),
+        "bias": (torch.float16, (8,)),
+    }
+    assert not any(parameter.requires_grad for parameter in make_layer(30, 8, 2).parameters())
+    assert "bias" not in make_layer(30, 8, 2, bias=False).state_dict()
+
+
+def test_backward_is_an_error_and_not_a_wrong_gradient() -> None:
+    layer = make_layer(30, 8, 2, torch.float32)
+    x = torch.randn(3, 30, requires_grad=True)
+    out = layer(x)
+    assert torch.equal(out, layer(x.detach()))
+    with pytest.raises(NotImplementedError, match="no gradient through Int8Linear yet"):
+        out.sum().backward()
+    with torch.no_grad():
+        assert not layer(x).requires_grad
+
+
+def test_repr_says_how_the_layer_runs() -> None:
+    layer = make_layer(30, 8, 2, bias=False)
+    assert "in_features=30, out_features=8, bias=False, outlier_dims=2, outliers='static'" in repr(layer)
+    layer.outliers, layer.threshold, layer.activation = "dynamic", 5.5, "zeropoint"
+    assert "outliers='dynamic', threshold=5.5, activation='zeropoint'" in repr(layer)

@@ -1,0 +1,138 @@
+"""The README cannot drift: its commands run, its Python runs, its tables name what the programs have."""
+
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import torch
+from click.testing import CliRunner
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from llmint8 import runtime
+from llmint8.converter.cli import convert_command
+from llmint8.runtime.cli import main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROGRAMS = {"llmint8": main, "llmint8-convert": convert_command}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def reference() -> dict[str, dict[str, list[str]]]:
+    """The sections under "Options": heading -> first word of each table row -> the row's cells."""
+    sections = re.split(r"^### `(.+)`$", README.partition("## Options")[2].partition("\n## ")[0], flags=re.MULTILINE)
+    found = {}
+    for heading, text in zip(sections[1::2], sections[2::2], strict=True):
+        rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in re.findall(r"^\| `.*", text, re.MULTILINE)]
+        found[heading] = {re.split(r"[` ]", row[0])[1]: row for row in rows}
+    return found
+
+
+def commands() -> dict[str, click.Command]:
+    """Command line up to the options, as the README heads its sections -> the command."""
+    named = {f"llmint8 {name}": command for name, command in main.commands.items() if command is not convert_command}
+    named["llmint8-convert"] = convert_command
+    return {
+        " ".join([name, *(p.human_readable_name for p in command.params if isinstance(p, click.Argument))]): command
+        for name, command in named.items()
+    }
+
+
+def test_every_command_has_a_section_and_every_section_a_command() -> None:
+    headings = {heading for heading in reference() if heading.startswith("llmint8")}
+    assert headings == set(commands())
+    assert main.commands["convert"] is convert_command
+
+
+@pytest.mark.parametrize("heading", commands())
+def test_the_table_names_every_option_with_its_default_and_choices(heading: str) -> None:
+    options = {option.opts[0]: option for option in commands()[heading].params if isinstance(option, click.Option)}
+    rows = reference()[heading]
+    assert rows.keys() == options.keys()
+    for name, option in options.items():
+        _, default, meaning = rows[name]
+        plain = option.default if isinstance(option.default, str | int | float) and not option.is_flag else None
+        expected = "required" if option.required else "" if plain is None else f"`{plain}`"
+        assert default == expected, name
+        choices = option.type.choices if isinstance(option.type, click.Choice) else ()
+        assert all(f"`{choice}`" in meaning for choice in choices), name
+
+
+def test_the_table_names_every_argument_of_load() -> None:
+    parameters = dict(inspect.signature(runtime.load).parameters)
+    first = next(iter(parameters))
+    rows = reference()[f"runtime.load({first})"]
+    del parameters[first]
+    assert {name: row[1] for name, row in rows.items()} == {
+        name: f"`{parameter.default!r}`" for name, parameter in parameters.items()
+    }
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_the_make_targets_that_are_named_exist(document: str) -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:^|`)make (\w+)", (ROOT / document).read_text(encoding="utf-8"), re.MULTILINE))
+    assert {"demo", "test"} <= named
+    assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in named)
+
+
+def test_every_link_to_a_file_leads_somewhere() -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", README):
+        assert (ROOT / link).exists(), link
+
+
+@pytest.fixture(scope="module")
+def after_the_commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the README's shell commands ran, on a tiny model in place of `path/to/model`."""
+    folder = tmp_path_factory.mktemp("readme")
+    make_model(folder / "path" / "to" / "model")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for line in "".join(blocks("sh")).splitlines():
+            program, *arguments = shlex.split(line)
+            result = CliRunner().invoke(PROGRAMS[program], arguments)
+            assert result.exit_code == 0, (line, result.output)
+            assert result.output.strip(), line
+    return folder
+
+
+def test_the_shell_commands_run(after_the_commands: Path) -> None:
+    assert (after_the_commands / "model-int8" / "config.json").exists()
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python"))))
+def test_the_python_runs(number: int, after_the_commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = blocks("python")[number]
+    if "llmint8" not in code:
+        pytest.importorskip("bitsandbytes")
+    monkeypatch.chdir(after_the_commands)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert isinstance(names["model"], LlamaForCausalLM)
+    assert names["model"].get_submodule("model.layers.0.mlp.up_proj").weight.dtype == torch.int8
+
+
+def make_model(path: Path) -> None:
+    """Write a tiny random float16 model with a tokenizer of words."""
+    torch.manual_seed(0)
+    words = ["<unk>", "</s>", "The", "capital", "of", "France", "is", "Paris"]
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).half().save_pretrained(path)
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(path)

@@ -1,0 +1,362 @@
+"""The reference kernels against arithmetic that shares nothing with them: fractions, and 64-bit integers.
+
+Exact where the definition is exact (weights, integer products), and within the rounding of binary32 elsewhere.
+"""
+
+import itertools
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llmint8.kernels import linear
+from llmint8.kernels.reference import (
+    Activation,
+    dequantize_weight,
+    dynamic_outlier_dims,
+    int8_linear,
+    int8_product,
+    quantize_rows,
+    quantize_weight,
+)
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+INTS = {"F16": torch.int16, "BF16": torch.int16, "F32": torch.int32}
+ACTIVATIONS: tuple[Activation, ...] = ("absmax", "zeropoint")
+NO_DIMS = torch.zeros(0, dtype=torch.int32)
+
+
+def exact_row(row: list[float]) -> tuple[float, list[int]]:
+    """Quantize by the definition; `round` of a fraction is exact, and half to even."""
+    absmax = max((abs(value) for value in row), default=0.0)
+    return absmax, [round(127 * Fraction(value) / Fraction(absmax)) if absmax else 0 for value in row]
+
+
+def assert_exact(weight: Tensor) -> None:
+    values, absmax = quantize_weight(weight)
+    assert (values.dtype, absmax.dtype) == (torch.int8, torch.float32)
+    assert (values.shape, absmax.shape) == (weight.shape, weight.shape[:1])
+    for n, row in enumerate(weight.tolist()):
+        assert (absmax[n].item(), values[n].tolist()) == exact_row(row)
+
+
+@st.composite
+def weights(draw: st.DrawFn) -> Tensor:
+    """Finite weights from arbitrary bits, so of every magnitude; half of them near ties of their row."""
+    name = draw(st.sampled_from(sorted(DTYPES)))
+    width = 32 if name == "F32" else 16
+    shape = (draw(st.integers(0, 4)), draw(st.integers(0, 9)))
+    count = shape[0] * shape[1]
+    bits = draw(st.lists(st.integers(-(1 << (width - 1)), (1 << (width - 1)) - 1), min_size=count, max_size=count))
+    weight = torch.tensor(bits, dtype=INTS[name]).view(DTYPES[name]).reshape(shape)
+    weight = weight.where(weight.isfinite(), torch.ones((), dtype=weight.dtype))
+    if draw(st.booleans()) and shape[1]:
+        halves = torch.tensor(draw(st.lists(st.integers(-127, 126), min_size=count, max_size=count))).reshape(shape)
+        near = (weight[:, :1].double() * (halves + 0.5) / 127).to(weight.dtype)
+        weight = torch.cat([weight[:, :1], near[:, 1:]], 1)
+    return weight
+
+
+@given(weight=weights())
+@settings(max_examples=300, deadline=None)
+def test_weights_of_any_bits_are_quantized_exactly(weight: Tensor) -> None:
+    assert_exact(weight)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_float16_weight_is_quantized_exactly(seed: int) -> None:
+    """All finite float16 numbers against a few absmax each; float16 is an integer times 2**-24, so int64 is exact."""
+    every = torch.arange(0x7C00, dtype=torch.int16).view(torch.float16)
+    chosen = torch.Generator().manual_seed(seed)
+    for index in torch.randint(1, 0x7C00, (24,), generator=chosen).tolist():
+        row = every[: index + 1].clone()
+        row[::2] *= -1
+        units = (row.double() * 2**24).long()
+        largest = units.abs().max()
+        # floor of (2 * 127 * w + a) / 2a rounds half up; take one back at odd ties.
+        doubled = 254 * units + largest
+        expected = doubled.div(2 * largest, rounding_mode="floor")
+        expected -= ((doubled.remainder(2 * largest) == 0) & (expected % 2 == 1)).long()
+        values, absmax = quantize_weight(row[None])
+        assert torch.equal(values[0].long(), expected)
+        assert absmax.double().item() * 2**24 == largest
+
+
+def test_near_ties_of_float32_are_quantized_exactly() -> None:
+    torch.manual_seed(0)
+    absmax = torch.rand(40, 1) * torch.tensor([1e-30, 1.0, 1e30, 1e38]).repeat(10)[:, None] + 1e-38
+    ties = (absmax.double() * (torch.arange(12) * 10.0 + 0.5) / 127).float()
+    up, down = torch.nextafter(ties, torch.tensor(3e38)), torch.nextafter(ties, torch.tensor(0.0))
+    assert_exact(torch.cat([absmax, ties, -up, down], 1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (63, 4095), (3, 131072), (2, 200_001), (300, 1000), (0, 5), (5, 0)])
+def test_blocks_are_joined_without_a_gap(n: int, k: int, dtype: str) -> None:
+    torch.manual_seed(n + k)
+    weight = torch.randn(n, k).to(DTYPES[dtype])
+    values, absmax = quantize_weight(weight)
+    assert torch.equal(absmax, weight.double().abs().amax(1).float() if k else torch.zeros(n))
+    quotient = 127 * weight.double() / absmax.double()[:, None]
+    assert torch.equal(values.double(), quotient.round())
+
+
+@pytest.mark.parametrize("view", ["transposed", "columns", "rows", "expanded"])
+def test_strides_do_not_matter(view: str) -> None:
+    torch.manual_seed(0)
+    base = torch.randn(70, 40).half()
+    weight = {
+        "transposed": base.t(),
+        "columns": base[:, 3::2],
+        "rows": base[::3],
+        "expanded": base[:1].expand(50, 40),
+    }[view]
+    for got, expected in zip(quantize_weight(weight), quantize_weight(weight.clone().contiguous()), strict=True):
+        assert torch.equal(got, expected)
+        assert got.is_contiguous()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_weight_that_is_not_finite_shows_in_its_row_only(value: float, dtype: str) -> None:
+    weight = torch.randn(5, 7).to(DTYPES[dtype])
+    expected = quantize_weight(weight)
+    weight[3, 4] = value
+    values, absmax = quantize_weight(weight)
+    others = [0, 1, 2, 4]
+    assert absmax.isfinite().tolist() == [True, True, True, False, True]
+    assert torch.equal(values[others], expected[0][others])
+    assert torch.equal(absmax[others], expected[1][others])
+
+
+@given(weight=weights())
+@settings(max_examples=100, deadline=None)
+def test_dequantizing_is_off_by_half_a_step_at_most(weight: Tensor) -> None:
+    values, absmax = quantize_weight(weight)
+    restored = dequantize_weight(values, absmax)
+    assert restored.dtype == torch.float32
+    half_step = absmax.double()[:, None] / 254
+    # Steps below the smallest normal number are themselves rounded.
+    allowed = half_step * (1 + 2**-15) + 127 * 2.0**-149
+    assert bool(((restored.double() - weight.double()).abs() <= allowed).all())
+
+
+def exact_rows(x: Tensor, dims: list[int], activation: str) -> list[tuple[Fraction, int, list[Fraction]]]:
+    """Per row: the scale, the zero point, and what is rounded to give the int8 values, before the zero point."""
+    result = []
+    for row in x.tolist():
+        kept = [Fraction(0) if j in dims else Fraction(value) for j, value in enumerate(row)]
+        low, high = min([Fraction(0), *kept]), max([Fraction(0), *kept])
+        if activation == "absmax":
+            scale, zero_point = max(-low, high) / 127, 0
+        else:
+            scale = (high - low) / 254
+            zero_point = round(-127 - low / (scale or 1))
+        result.append((scale, zero_point, [value / scale if scale else Fraction(0) for value in kept]))
+    return result
+
+
+def is_near_tie(value: Fraction) -> bool:
+    return abs(value - (value.numerator // value.denominator) - Fraction(1, 2)) <= Fraction(300, 2**24)
+
+
+@st.composite
+def inputs(draw: st.DrawFn) -> tuple[Tensor, list[int], Any]:
+    """Rows of ordinary magnitudes with huge, NaN and infinite elements in the outlier dimensions."""
+    rows, columns = draw(st.integers(1, 4)), draw(st.integers(1, 9))
+    elements = st.floats(-60000, 60000, width=32) | st.floats(-4, 4, width=32) | st.integers(-254, 254).map(float)
+    flat = draw(st.lists(elements, min_size=rows * columns, max_size=rows * columns))
+    x = torch.tensor(flat, dtype=torch.float32).reshape(rows, columns)
+    x = x.where(x.abs() > 1e-20, torch.zeros(()))
+    dims = sorted(draw(st.sets(st.integers(0, columns - 1))))
+    wild = draw(st.sampled_from([60000.0, 1e30, float("inf"), float("nan")]))
+    x[:, dims] = wild
+    return x, dims, draw(st.sampled_from(ACTIVATIONS))
+
+
+@given(case=inputs())
+@settings(max_examples=400, deadline=None)
+def test_rows_are_quantized_by_the_definition(case: tuple[Tensor, list[int], Activation]) -> None:
+    x, dims, activation = case
+    finite = x.clone()
+    finite[:, dims] = 0
+    rows = quantize_rows(x, torch.tensor(dims, dtype=torch.int32), activation)
+    assert (rows.values.dtype, rows.scale.dtype) == (torch.int8, torch.float32)
+    assert (rows.zero_point is None) == (activation == "absmax")
+    for i, (scale, zero_point, exact) in enumerate(exact_rows(finite, dims, activation)):
+        assert abs(Fraction(rows.scale[i].item()) - scale) <= scale / 2**22
+        got = 0 if rows.zero_point is None else int(rows.zero_point[i])
+        low_end = -127 - (min(Fraction(0), *map(Fraction, finite[i].tolist())) / (scale or 1))
+        assert got == zero_point or (activation == "zeropoint" and is_near_tie(low_end) and abs(got - zero_point) == 1)
+        for j, value in enumerate(exact):
+            expected = max(-127, min(127, round(value) + got))
+            item = int(rows.values[i, j])
+            assert item == expected or (is_near_tie(value) and abs(item - expected) == 1)
+        assert all(int(rows.values[i, j]) == got for j in dims)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rows_of_16_bit_are_quantized_as_their_float32_copies(dtype: torch.dtype, activation: Activation) -> None:
+    torch.manual_seed(0)
+    x, dims = (torch.randn(7, 33) * 4).to(dtype), torch.tensor([0, 32])
+    got, expected = quantize_rows(x, dims, activation), quantize_rows(x.float(), dims, activation)
+    assert torch.equal(got.values, expected.values)
+    assert torch.equal(got.scale, expected.scale)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_quantizing_rows_leaves_the_input_alone(activation: Activation) -> None:
+    x = torch.randn(3, 5)
+    before = x.clone()
+    quantize_rows(x, torch.tensor([1]), activation)
+    assert torch.equal(x, before)
+
+
+def int8s(*shape: int, low: int = -127) -> Tensor:
+    return torch.randint(low, 128, shape, dtype=torch.int8)
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "n"),
+    [*itertools.product([1, 2, 17], [0, 1, 2, 3, 7, 64, 1025], [1, 5, 63]), (0, 4, 3), (3, 4, 0), (33, 4095, 63)],
+    ids=lambda size: str(size),
+)
+def test_int8_product_is_exact(m: int, k: int, n: int) -> None:
+    torch.manual_seed(m * 1000 + k + n)
+    x, weight = int8s(m, k), int8s(n, k, low=-128)
+    product = int8_product(x, weight)
+    assert product.dtype == torch.int32
+    assert torch.equal(product.long(), x.long() @ weight.long().t())
+
+
+def test_int8_product_takes_any_strides() -> None:
+    torch.manual_seed(0)
+    x, weight = int8s(9, 31).t(), int8s(18, 11)[::2].t()
+    assert torch.equal(int8_product(x, weight).long(), x.long() @ weight.long().t())
+
+
+def test_the_longest_rows_the_spec_allows_do_not_overflow() -> None:
+    k = 133_144
+    x = torch.full((2, k), 127, dtype=torch.int8)
+    weight = torch.full((1, k), -127, dtype=torch.int8)
+    assert int8_product(x, weight).tolist() == [[-127 * 127 * k]] * 2
+
+
+def formula(
+    x: Tensor, weight: Tensor, absmax: Tensor, dims: list[int], columns: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
+    """The product as spec.md has it, in exact arithmetic until the last conversion: float64 [M, N].
+
+    The int8 values of x are the reference's own; how they come about is tested above.
+    """
+    rows = quantize_rows(x, torch.tensor(dims, dtype=torch.int64), "absmax" if activation == "absmax" else "zeropoint")
+    out = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.float64)
+    for i in range(x.shape[0]):
+        zero_point = 0 if rows.zero_point is None else int(rows.zero_point[i])
+        shifted = rows.values[i].long() - zero_point
+        for n in range(weight.shape[0]):
+            value = int((shifted * weight[n].long()).sum()) * Fraction(rows.scale[i].item())
+            value *= Fraction(absmax[n].item()) / 127
+            for t, dim in enumerate(dims):
+                value += Fraction(x[i, dim].item()) * Fraction(columns[n, t].item())
+            if bias is not None:
+                value += Fraction(bias[n].item())
+            out[i, n] = float(value)
+    return out
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "k", "n", "dims"),
+    [
+        (1, 1, 1, []),
+        (3, 1, 5, []),
+        (3, 1, 5, [0]),
+        (2, 5, 3, [0, 1, 2, 3, 4]),
+        (3, 17, 5, [0, 16]),
+        (4, 63, 6, []),
+        (5, 130, 4, [7, 64, 65, 129]),
+    ],
+    ids=lambda value: f"k{len(value)}" if isinstance(value, list) else str(value),
+)
+def test_linear_is_the_formula(m: int, k: int, n: int, dims: list[int], dtype: str, activation: Activation) -> None:
+    torch.manual_seed(m + k + n)
+    x = torch.randn(m, k)
+    x[:, dims] *= 50
+    x, full = x.to(DTYPES[dtype]), torch.randn(n, k).to(DTYPES[dtype])
+    if m > 1:
+        x[1] = 0
+    full[0] = 0
+    weight, absmax = quantize_weight(full)
+    columns, index = full[:, dims], torch.tensor(dims, dtype=torch.int32)
+    for bias in (None, torch.randn(n).to(DTYPES[dtype])):
+        got = int8_linear(x, weight, absmax, index, columns, bias, activation)
+        assert (got.dtype, tuple(got.shape)) == (DTYPES[dtype], (m, n))
+        expected = formula(x, weight, absmax, dims, columns, bias, activation)
+        # Terms may cancel, so the allowance is relative to their sizes and not to the sum's.
+        size = x.double().abs() @ full.double().abs().t() + 1
+        eps = torch.finfo(DTYPES[dtype]).eps
+        assert bool(((got.double() - expected).abs() <= eps * expected.abs() + 2e-6 * size).all())
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_int8_values_at_outlier_dims_play_no_part(activation: Activation) -> None:
+    torch.manual_seed(0)
+    x, (weight, absmax) = torch.randn(3, 8), quantize_weight(torch.randn(4, 8))
+    dims, columns = torch.tensor([2, 5], dtype=torch.int32), torch.randn(4, 2)
+    expected = int8_linear(x, weight, absmax, dims, columns, None, activation)
+    weight[:, [2, 5]] = int8s(4, 2)
+    torch.testing.assert_close(int8_linear(x, weight, absmax, dims, columns, None, activation), expected)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_stored_outliers_bring_the_result_near(activation: Activation) -> None:
+    """The point of it all: one large input dimension ruins int8 rows, and not the mixed product."""
+    torch.manual_seed(0)
+    x, full = torch.randn(16, 256), torch.randn(32, 256)
+    x[:, 100] *= 500
+    weight, absmax = quantize_weight(full)
+    dims = torch.tensor([100], dtype=torch.int32)
+    exact = x @ full.t()
+    without = int8_linear(x, weight, absmax, NO_DIMS, full[:, []], None, activation)
+    mixed = int8_linear(x, weight, absmax, dims, full[:, [100]], None, activation)
+    rest = (x[:, 101:] @ full[:, 101:].t()).norm()
+    assert (mixed - exact).norm() < 0.05 * rest
+    assert (mixed - exact).norm() < 0.1 * (without - exact).norm()
+
+
+def test_dynamic_outlier_dims() -> None:
+    x = torch.tensor([[1.0, -6.0, 5.99, 0.0], [0.0, 0.0, 0.0, 70.0]])
+    assert dynamic_outlier_dims(x, 6.0).tolist() == [1, 3]
+    assert dynamic_outlier_dims(x, 100.0).tolist() == []
+    assert dynamic_outlier_dims(x, 0.0).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_the_dynamic_product_dequantizes_the_columns_it_finds(activation: Activation) -> None:
+    torch.manual_seed(0)
+    x, (weight, absmax) = torch.randn(2, 3, 8), quantize_weight(torch.randn(5, 8))
+    x[1, 2, 4] = -7.0
+    got = linear.dynamic_int8_linear(x, weight, absmax, 6.0, torch.ones(5), activation)
+    columns = dequantize_weight(weight, absmax)[:, [4]]
+    dims = torch.tensor([4])
+    expected = int8_linear(x.reshape(6, 8), weight, absmax, dims, columns, torch.ones(5), activation)
+    assert torch.equal(got, expected.reshape(2, 3, 5))
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (2, 3, 4), (0, 4), (2, 0, 4)])
+def test_leading_dimensions_are_kept(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    x, (weight, absmax) = torch.randn(shape), quantize_weight(torch.randn(3, 4))
+    got = linear.int8_linear(x, weight, absmax, NO_DIMS, torch.zeros(3, 0))
+    assert tuple(got.shape) == (*shape[:-1], 3)
+    expected = int8_linear(x.reshape(-1, 4), weight, absmax, NO_DIMS, torch.zeros(3, 0))
+    assert torch.equal(got.reshape(-1, 3), expected)

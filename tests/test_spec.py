@@ -1,0 +1,210 @@
+"""spec.md against the code: its vectors, its hex dump, its limits and its list of error codes are read from it."""
+
+import ast
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from llmint8.formats import (
+    DTYPES,
+    FORMAT_VERSION,
+    CheckpointWriter,
+    Quantization,
+    TensorSpec,
+    check_values,
+    files,
+    open_checkpoint,
+    tensors,
+)
+from llmint8.formats.manifest import tensor_sha256
+from llmint8.kernels import linear, reference
+
+ROOT = Path(__file__).parent.parent
+SPEC = (ROOT / "spec.md").read_text(encoding="utf-8")
+# Fenced blocks by the last word after the fence: "```json limits" and "```hexdump".
+BLOCKS = dict(re.findall(r"^```(?:json )?(\S+)\n(.*?)^```$", SPEC, re.MULTILINE | re.DOTALL))
+INTS = {16: torch.int16, 32: torch.int32}
+
+
+def vectors(name: str) -> list[Any]:
+    return [pytest.param(vector, id=vector.get("what")) for vector in json.loads(BLOCKS[name])]
+
+
+def from_bits(rows: Any, dtype: str) -> Tensor:
+    """Return a tensor from the hexadecimal digits of its items."""
+    width = DTYPES[dtype].itemsize * 8
+    items = torch.tensor(json.loads(re.sub(r'"(\w+)"', lambda hit: str(int(hit[1], 16)), json.dumps(rows))))
+    return items.to(INTS[width]).view(DTYPES[dtype])
+
+
+def minimal_file() -> bytes:
+    lines = BLOCKS["hexdump"].splitlines()
+    return b"".join(bytes.fromhex(line[8:].split("|")[0]) for line in lines)
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> Path:
+    """The checkpoint of section 15, as a directory."""
+    (tmp_path / "model.safetensors").write_bytes(minimal_file())
+    for name in ("config.json", "llmint8_manifest.json"):
+        (tmp_path / name).write_text(BLOCKS[name], encoding="utf-8")
+    return tmp_path
+
+
+def test_every_block_is_read() -> None:
+    vector_blocks = {"quantize_weight", "quantize_rows", "linear", "sha256"}
+    files_of_minimal = {"hexdump", "config.json", "llmint8_manifest.json"}
+    assert set(BLOCKS) == vector_blocks | files_of_minimal | {"limits", "dtypes"}
+
+
+def test_the_links_of_the_contents_lead_to_the_headings() -> None:
+    headings = re.findall(r"^## (.*)$", SPEC, re.MULTILINE)
+    links = re.findall(r"^\d+\. \[(.*)\]\(#(.*)\)$", SPEC, re.MULTILINE)
+    assert [f"{number}. {title}" for number, (title, _) in enumerate(links, start=1)] == headings
+    for heading, (_, anchor) in zip(headings, links, strict=True):
+        assert re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") == anchor
+
+
+def test_version() -> None:
+    assert SPEC.startswith(f"# The llmint8 checkpoint format, version {FORMAT_VERSION}\n")
+
+
+def test_limits_and_dtypes() -> None:
+    assert json.loads(BLOCKS["limits"]) == {
+        "header_bytes": tensors.MAX_HEADER_BYTES,
+        "json_file_bytes": files.MAX_JSON_BYTES,
+        "tensor_name_characters": tensors.MAX_NAME_LENGTH,
+        "dimensions": tensors.MAX_DIMENSIONS,
+        "elements": 2**63 - 1,
+    }
+    assert json.loads(BLOCKS["dtypes"]) == {name: dtype.itemsize for name, dtype in DTYPES.items()}
+
+
+def test_the_error_codes_are_those_of_the_code_in_order() -> None:
+    listed = re.findall(r"^\| (E\d\d)\b", SPEC, re.MULTILINE)
+    raised = {
+        node.value
+        for path in (ROOT / "formats").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"E\d\d", node.value)
+    }
+    assert listed == sorted(raised)
+    assert listed == [f"E{number:02d}" for number in range(1, len(listed) + 1)]
+    assert set(re.findall(r"\bE\d\d\b", SPEC)) == raised
+
+
+@pytest.mark.parametrize("vector", vectors("quantize_weight"))
+def test_quantize_weight(vector: dict[str, Any]) -> None:
+    values, absmax = reference.quantize_weight(from_bits(vector["weight"], vector["dtype"]))
+    assert values.tolist() == vector["int8"]
+    assert torch.equal(absmax.view(torch.int32), from_bits(vector["SCB"], "F32").view(torch.int32))
+
+
+@pytest.mark.parametrize("vector", vectors("quantize_rows"))
+def test_quantize_rows(vector: dict[str, Any]) -> None:
+    rows = reference.quantize_rows(
+        torch.tensor(vector["x"], dtype=torch.float32),
+        torch.tensor(vector["outlier_dims"], dtype=torch.int32),
+        vector["activation"],
+    )
+    assert rows.values.tolist() == vector["int8"]
+    assert rows.scale.tolist() == vector["scale"]
+    assert (None if rows.zero_point is None else rows.zero_point.tolist()) == vector["zero_point"]
+
+
+@pytest.mark.parametrize("implementation", [reference.int8_linear, linear.int8_linear], ids=["reference", "facade"])
+@pytest.mark.parametrize("vector", vectors("linear"))
+def test_linear(vector: dict[str, Any], implementation: Any) -> None:
+    y = implementation(
+        torch.tensor(vector["x"], dtype=torch.float32),
+        torch.tensor(vector["int8"], dtype=torch.int8),
+        torch.tensor(vector["SCB"], dtype=torch.float32),
+        torch.tensor(vector["outlier_dims"], dtype=torch.int32),
+        torch.tensor(vector["outlier_weight"], dtype=torch.float16),
+        torch.tensor(vector["bias"], dtype=torch.float16),
+        vector["activation"],
+    )
+    assert y.tolist() == vector["y"]
+
+
+@pytest.mark.parametrize("vector", vectors("sha256"))
+def test_sha256(vector: dict[str, Any]) -> None:
+    data = bytes.fromhex(vector["data"])
+    assert hashlib.sha256(data).hexdigest() == vector["sha256"]
+    raw = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    tensor = raw.view(DTYPES[vector["dtype"]]).reshape(vector["shape"])
+    assert tensor_sha256(tensor) == vector["sha256"]
+
+
+def test_the_hex_dump_is_whole() -> None:
+    """Offsets, 16 bytes a line, and the text at the right: what a reader of the spec checks a program with."""
+    data = minimal_file()
+    assert f"`model.safetensors`, {len(data)} bytes:" in SPEC
+    for number, line in enumerate(BLOCKS["hexdump"].splitlines()):
+        chunk = data[16 * number : 16 * number + 16]
+        assert int(line[:8], 16) == 16 * number
+        assert line.partition("|")[2] == "".join(chr(byte) if 32 <= byte < 127 else "." for byte in chunk) + "|"
+
+
+def test_the_minimal_checkpoint_is_valid(minimal: Path) -> None:
+    checkpoint = open_checkpoint(minimal)
+    assert check_values(checkpoint) == []
+    (record,) = checkpoint.records.values()
+    assert (record.name, record.out_features, record.in_features) == ("proj", 2, 4)
+    assert (record.outlier_count, record.has_bias) == (1, True)
+    quantization = checkpoint.quantization
+    assert (quantization.llmint8, quantization.format_version) == (True, FORMAT_VERSION)
+    assert (quantization.criterion, quantization.activation, quantization.threshold) == ("top-k=1", "absmax", 6.0)
+    assert quantization.skip_modules == ["lm_head"]
+
+
+def test_the_minimal_checkpoint_holds_the_layer_of_the_vectors(minimal: Path) -> None:
+    checkpoint = open_checkpoint(minimal)
+    stated = re.search(r"its\s+source\s+is\s+`(.*?)`\s+in\s+F16", SPEC)
+    assert stated is not None
+    source = torch.tensor(json.loads(stated[1]), dtype=torch.float16)
+    values, absmax = reference.quantize_weight(source)
+    vector = json.loads(BLOCKS["linear"])[0]
+    dims = checkpoint.read("proj.outlier_dims")
+    assert dims.tolist() == vector["outlier_dims"]
+    assert torch.equal(checkpoint.read("proj.outlier_weight"), source[:, dims.long()])
+    assert checkpoint.read("proj.weight").tolist() == values.tolist() == vector["int8"]
+    assert checkpoint.read("proj.SCB").tolist() == absmax.tolist() == vector["SCB"]
+    assert checkpoint.read("proj.bias").tolist() == vector["bias"]
+
+
+def test_the_safetensors_library_reads_the_same(minimal: Path) -> None:
+    checkpoint = open_checkpoint(minimal)
+    theirs = safetensors.torch.load_file(minimal / "model.safetensors")
+    assert theirs.keys() == checkpoint.tensors.keys()
+    for name, tensor in theirs.items():
+        ours = checkpoint.read(name)
+        assert (ours.dtype, ours.shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(ours, tensor)
+
+
+def test_the_writer_makes_the_same_bytes(minimal: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(minimal)
+    config = json.loads(BLOCKS["config.json"])
+    quantization = Quantization.from_dict(config["quantization_config"]).with_block(
+        config.pop("quantization_config")["llmint8"]
+    )
+    manifest = json.loads(BLOCKS["llmint8_manifest.json"])
+    out = tmp_path / "out"
+    in_file_order = sorted(checkpoint.tensors.values(), key=lambda info: info.offset)
+    with CheckpointWriter(out, 1 << 20) as writer:
+        writer.plan([[TensorSpec(info.name, info.dtype, info.shape) for info in in_file_order]])
+        for name in checkpoint.tensors:
+            writer.write(name, checkpoint.read(name))
+        writer.commit(config, quantization, manifest["source"], manifest["modules"], {})
+    written = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert written.keys() == {"model.safetensors", "config.json", "llmint8_manifest.json"}
+    for name, data in written.items():
+        assert data == (minimal / name).read_bytes(), name

@@ -1,0 +1,94 @@
+"""The streamed forward pass sees what the ordinary model sees, with one weight at a time."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+import transformers
+from transformers.pytorch_utils import Conv1D
+
+from llmint8 import formats
+from llmint8.converter.models import load_config, meta_model, model_class
+from llmint8.converter.names import parameter_tensors
+from llmint8.converter.select import select_layers
+from llmint8.converter.streaming import stream_forward
+
+_SMALL = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+_LLAMA = {**_SMALL, "intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 64}
+MODELS = {
+    "opt": transformers.OPTConfig(**_SMALL, ffn_dim=96, word_embed_proj_dim=32, max_position_embeddings=64),
+    "bloom": transformers.BloomConfig(vocab_size=256, hidden_size=64, n_layer=2, n_head=4),
+    "gpt2": transformers.GPT2Config(vocab_size=256, n_embd=64, n_layer=2, n_head=4, n_positions=64),
+    "gpt-neox": transformers.GPTNeoXConfig(**_SMALL, intermediate_size=96, max_position_embeddings=64),
+    "llama": transformers.LlamaConfig(**_LLAMA),
+    "gemma2": transformers.Gemma2Config(**_LLAMA, head_dim=16),
+    "phi": transformers.PhiConfig(**{**_LLAMA, "num_key_value_heads": 4}),
+    "t5": transformers.T5Config(vocab_size=256, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4),
+    "bert": transformers.BertConfig(**_SMALL, intermediate_size=96, max_position_embeddings=64),
+}
+ARCHITECTURES = {"t5": "T5ForConditionalGeneration", "bert": "BertForMaskedLM"}
+
+
+@pytest.fixture(params=MODELS)
+def source(request, tmp_path):
+    config = MODELS[request.param]
+    name = ARCHITECTURES.get(request.param)
+    auto = transformers.AutoModelForCausalLM if name is None else getattr(transformers, name)
+    torch.manual_seed(0)
+    model = auto.from_config(config) if name is None else auto(config)
+    model.half().save_pretrained(tmp_path)
+    return formats.open_source(tmp_path)
+
+
+def _inputs(config):
+    ids = torch.randint(1, 256, (2, 24), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "decoder_input_ids": ids} if config.is_encoder_decoder else {"input_ids": ids}
+
+
+def _stream(source, read, on_linear):
+    config = load_config(source.path)
+    model = meta_model(config)
+    tensor_of = parameter_tensors(model, source.tensors)
+    selection = select_layers(source, model, (), ())
+    layers = {selection.module_of[name]: layer.weight.name for name, layer in selection.layers.items()}
+    stream_forward(model, _inputs(config), tensor_of, layers, read, on_linear, torch.device("cpu"))
+    return layers
+
+
+def test_every_layer_sees_its_input_and_its_weight(source):
+    seen = {}
+    layers = _stream(source, source.read, lambda name, x, weight: seen.__setitem__(name, (x.clone(), weight.clone())))
+    assert seen.keys() == layers.keys()
+    config = load_config(source.path)
+    model = model_class(config).from_pretrained(source.path, dtype=torch.float32).eval()
+    expected = {}
+    for name in layers:
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: expected.__setitem__(name, args[0].reshape(-1, args[0].shape[-1]).clone())
+        )
+    with torch.no_grad():
+        model(**_inputs(config))
+    for name, (x, weight) in seen.items():
+        assert torch.allclose(x, expected[name], rtol=1e-4, atol=1e-5), name
+        module = model.get_submodule(name)
+        original = module.weight.t() if isinstance(module, Conv1D) else module.weight
+        assert torch.equal(weight.float(), original), name
+
+
+def test_at_most_two_linear_weights_are_alive(source):
+    """The one in use, and the one that is read ahead."""
+    alive = []
+
+    def read(name):
+        tensor = source.read(name)
+        if tensor.ndim == 2 and "emb" not in name and "wte" not in name and "wpe" not in name and "shared" not in name:
+            alive.append(weakref.ref(tensor))
+        return tensor
+
+    def on_linear(name, x, weight):
+        gc.collect()
+        assert sum(ref() is not None for ref in alive) <= 2
+
+    _stream(source, read, on_linear)
+    assert len(alive) >= 8
