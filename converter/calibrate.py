@@ -22,7 +22,7 @@ from .names import parameter_tensors
 from .outliers import InputStatistics, column_norms, select
 from .plan import ConversionPlan
 from .select import SelectedLayer
-from .streaming import LinearCall, block_name, stream_forward
+from .streaming import LinearCall, stream_forward
 
 log = logging.getLogger("llmint8")
 
@@ -83,7 +83,7 @@ class Calibrator:
                 self._notices.append(f"{layer.name}: its input is not finite, so it is not calibrated")
                 return
             norms = column_norms(call.weight, values, absmax)
-            dims = self._statistics.see(layer.name, block_name(call.name), call.x, call.rows, norms, call.out)
+            dims = self._statistics.see(layer.name, call.x, call.rows, norms, call.out)
             self._spool.put(layer.name, call.weight[:, dims.to(call.weight.device)])
 
         try:
@@ -94,7 +94,6 @@ class Calibrator:
                 {name: layers[name].weight.name for name in order},
                 read,
                 on_linear,
-                self._statistics.see_block,
                 self._device,
             )
         except (LLMInt8Error, OSError):
@@ -109,7 +108,7 @@ class Calibrator:
     def choose(self) -> Outliers:
         """Choose the outliers of all layers seen."""
         groups = self._statistics.finish()
-        chosen = select(groups, self._plan.criterion, self._statistics.residual_share)
+        chosen = select(groups, self._plan.criterion)
         counts: dict[str, int] = {}
         statistics: dict[str, dict[str, Any]] = {}
         positions: dict[str, Tensor] = {}
@@ -126,7 +125,6 @@ class Calibrator:
                 },
                 "ks": group.ks,
                 "errors": [float(f"{error:.4g}") for error in group.errors],
-                "residual_share": self._statistics.residual_share.get(group.block),
             }
 
         dims_of = {name: group.dims for group in groups for name in group.layers}

@@ -53,17 +53,21 @@ def load_calibration(source: Path, config: Any, text: Path | None, count: int) -
     if count < 1:
         raise ValueError(f"calibration tokens {count}, expected at least 1")
     name, content = ("packaged", _packaged_text()) if text is None else (text.name, read_text(text))
-    limit = min([count] + [n for key in _LENGTH_KEYS if (n := getattr(config.get_text_config(), key, None))])
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-        ids = tokenizer(content, verbose=False)["input_ids"][:count]
-    except Exception as error:  # tokenizers raise whatever they like when a file is missing
-        log.debug("no tokenizer: %s", error)
+    text_config = config.get_text_config()
+    limit = min([count] + [n for key in _LENGTH_KEYS if (n := getattr(text_config, key, None))])
+    tokenizer = _load_tokenizer(source)
+    if tokenizer is None:
         generator = torch.Generator().manual_seed(_RANDOM_SEED)
-        ids = torch.randint(config.get_text_config().vocab_size, (count,), generator=generator).tolist()
+        ids = torch.randint(text_config.vocab_size, (count,), generator=generator).tolist()
         name, content = "random ids", ""
+    else:
+        ids = tokenizer(content, verbose=False)["input_ids"][:count]
     if not ids:
         raise SourceError(f"{text}: holds no text to calibrate with")
+    if max(ids) >= text_config.vocab_size:
+        raise SourceError(
+            f"{source}: its tokenizer gives id {max(ids)}, its config has {text_config.vocab_size} of them"
+        )
     length = min(limit, len(ids))
     tokens = torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length)
     provenance = {
@@ -73,6 +77,16 @@ def load_calibration(source: Path, config: Any, text: Path | None, count: int) -
     }
     notice = None if content else "no tokenizer beside the source: calibrated with random token ids, which is worse"
     return Calibration(tokens, provenance, notice)
+
+
+def _load_tokenizer(source: Path) -> Any | None:
+    """Return the tokenizer, or None where there is none. transformers makes up an empty one for some models."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raise whatever they like when a file is missing
+        log.debug("no tokenizer: %s", error)
+        return None
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_ids) else None
 
 
 def read_text(path: Path) -> str:

@@ -149,7 +149,7 @@ def convert_command(
                 click.echo(f"Uncalibrated {printable(name)}")
         click.echo(
             f"{report.layers} linear layers in int8 with {report.outlier_share:.1%} of their columns in 16 bit, "
-            f"{len(report.kept)} layers left in 16 bit. "
+            f"{len(report.kept)} layer{'s' if len(report.kept) != 1 else ''} left in 16 bit. "
             f"{_gb(report.bytes_before)} -> {_gb(report.bytes_after)} "
             f"({report.bytes_after / report.bytes_before:.0%}) in {report.seconds:.1f} s."
         )

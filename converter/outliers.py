@@ -8,9 +8,9 @@ of token t is, by expectation over independent rounding errors,
     err_t(k) = sum_j a_j (x_tj - xq_tj)^2 + sum_j e_j xq_tj^2      over the dimensions j that are quantized,
 
 which needs neither another product nor the weight itself once a and e are known. Relative to the output it is averaged
-in two ways, per token and over all tokens, because single huge tokens must count, but not alone; and it is weighted
-with how much of the residual stream the layer's block writes. The budget then goes, column by column, to where the
-error falls most: a greedy walk down the convex hulls of the curves.
+in two ways, per token and over all tokens, because single huge tokens must count, but not alone. The budget then goes
+to where the error falls most per column: a greedy walk down the convex hulls of the curves. No layer's name, kind or
+depth has a say. docs/accuracy.md has what this was compared with.
 
 Layers that share an input share its ranking, their errors add up, and they get the same dimensions.
 """
@@ -85,12 +85,10 @@ class InputGroup:
     """The layers that share an input, and what was measured on it.
 
     `dims` are the candidates, by falling magnitude; `errors[i]` is the relative output error, summed over the layers,
-    when the first `ks[i]` of them stay in 16 bit. `block` is the module whose residual share weighs the errors. What is
-    chosen are the candidates at the first positions of `order`.
+    when the first `ks[i]` of them stay in 16 bit. What is chosen are the candidates at the first positions of `order`.
     """
 
     layers: list[str]
-    block: str
     dims: Tensor  # int64 [C]
     order: Tensor  # int64 [C]
     statistics: dict[str, Any]
@@ -106,14 +104,12 @@ class InputStatistics:
         self._criterion, self._activation = criterion, activation
         self._open: list[_OpenGroup] = []
         self.groups: list[InputGroup] = []
-        self.residual_share: dict[str, float] = {}
 
-    def see(self, layer: str, block: str, x: Tensor, rows: Tensor, norms: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
+    def see(self, layer: str, x: Tensor, rows: Tensor, norms: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
         """Take one layer's input and output, and return the candidate dimensions, int64 [C].
 
         Args:
             layer: its name.
-            block: the name of the block it is in, or an empty string.
             x: the input as the model holds it; layers share an input when this is the same object.
             rows: the input, float32 [T, K].
             norms: from `column_norms`.
@@ -123,18 +119,13 @@ class InputStatistics:
         group = next((group for group in self._open if group.source() is x), None)
         if group is None:
             self._close([group for group in self._open if group.source() is None])
-            group = _OpenGroup(weakref.ref(x), rows, self._describe(block, rows))
+            group = _OpenGroup(weakref.ref(x), rows, self._describe(rows))
             self._open.append(group)
             self.groups.append(group.result)
         group.result.layers.append(layer)
         group.norms.append(norms)
         group.energies.append(out.square().sum(1))
         return group.result.dims
-
-    def see_block(self, block: str, before: Tensor, after: Tensor) -> None:
-        """Take a block's input and output [..., H]: how much of the residual stream does it write?"""
-        written = (after - before).float().square().sum(-1)
-        self.residual_share[block] = float((written / after.float().square().sum(-1).clamp_min(_TINY)).mean())
 
     def finish(self) -> list[InputGroup]:
         """Measure what is still open and return all groups, in the order in which they were reached."""
@@ -148,7 +139,7 @@ class InputStatistics:
             )
             self._open.remove(group)
 
-    def _describe(self, block: str, rows: Tensor) -> InputGroup:
+    def _describe(self, rows: Tensor) -> InputGroup:
         absmax = rows.abs().amax(0)
         positions = (rows.abs() >= OUTLIER_MAGNITUDE).float().mean(0)
         dims = absmax.argsort(descending=True, stable=True).cpu()
@@ -163,7 +154,7 @@ class InputStatistics:
             "positions": _rounded(positions[dims].tolist()),
             "quartiles": [_rounded(column) for column in quartiles.t().tolist()],
         }
-        return InputGroup([], block, dims, torch.arange(len(dims)), statistics)
+        return InputGroup([], dims, torch.arange(len(dims)), statistics)
 
     def _candidates(self, absmax: Tensor, positions: Tensor) -> int:
         budget = max_candidates(len(absmax))
@@ -216,10 +207,10 @@ def error_curve(
     return ks, errors
 
 
-def select(groups: Sequence[InputGroup], criterion: Criterion, residual_share: dict[str, float]) -> list[int]:
+def select(groups: Sequence[InputGroup], criterion: Criterion) -> list[int]:
     """Return how many of its candidates each group keeps in 16 bit: the first so many of its `order`."""
     if criterion.kind == "top-k":
-        return _split(groups, criterion.value or 0, residual_share)
+        return _split(groups, criterion.value or 0)
     if criterion.kind == "threshold":
         limit = criterion.value or 0
         return [sum(value >= limit for value in group.statistics["absmax"]) for group in groups]
@@ -232,13 +223,12 @@ def select(groups: Sequence[InputGroup], criterion: Criterion, residual_share: d
     return counts
 
 
-def _split(groups: Sequence[InputGroup], budget: float, residual_share: dict[str, float]) -> list[int]:
-    """Spend `budget` columns per layer on the steepest steps of the hulls; no layer name and no constant decides."""
+def _split(groups: Sequence[InputGroup], budget: float) -> list[int]:
+    """Spend `budget` columns per layer, on the steepest steps of the hulls first."""
     left = int(budget * sum(len(group.layers) for group in groups))
     steps = []
     for index, group in enumerate(groups):
-        weight = residual_share.get(group.block, 1.0) / len(group.layers)
-        steps += [(-fall * weight, index, low, high) for fall, low, high in _hull(group.ks, group.errors)]
+        steps += [(-fall / len(group.layers), index, low, high) for fall, low, high in _hull(group.ks, group.errors)]
     counts = [0] * len(groups)
     closed = set()
     for _, index, low, high in sorted(steps):

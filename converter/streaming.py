@@ -8,7 +8,6 @@ model's code comes by its weights. The next linear weight is read ahead in a thr
 Activations are float32. The output head is not run: nothing after it matters here.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
@@ -35,7 +34,6 @@ class LinearCall(NamedTuple):
 
 
 OnLinear = Callable[[LinearCall], None]
-OnBlock = Callable[[str, Tensor, Tensor], None]  # (name, input, output), both [..., H]
 
 # How much of a weight is widened to float32 at a time.
 _BLOCK_ELEMENTS = 1 << 22
@@ -48,7 +46,6 @@ def stream_forward(
     layers: Mapping[str, str],
     read: Read,
     on_linear: OnLinear,
-    on_block: OnBlock,
     device: torch.device,
 ) -> None:
     """Run `model(**inputs)` and call `on_linear` for every layer of `layers` when it is first reached.
@@ -60,7 +57,6 @@ def stream_forward(
         layers: module name in the model -> tensor name of its weight, in the order expected.
         read: returns a tensor of the source, on the CPU.
         on_linear: takes what each layer saw.
-        on_block: takes what each block of layers made of its input; see `block_name`.
         device: where the pass runs.
 
     Raises:
@@ -76,10 +72,6 @@ def stream_forward(
             bias = tensor_of.get(f"{name}.bias")
             module = model.get_submodule(name)
             module.forward = _StreamedLinear(name, module, weight, bias, ahead.get, on_linear, device)
-        for block in dict.fromkeys(block_name(name) for name in layers):
-            if block:
-                module = model.get_submodule(block)
-                module.register_forward_hook(_BlockHook(block, on_block), with_kwargs=True)
         head = model.get_output_embeddings()
         if head is not None and not isinstance(head.forward, _StreamedLinear):
             head.forward = lambda x: x[..., :1]
@@ -126,25 +118,6 @@ class _StreamedLinear:
         if self._bias is not None:
             out += self._read(self._bias).to(self._device)
         return out.reshape(*x.shape[:-1], out.shape[-1])
-
-
-def block_name(name: str) -> str:
-    """Return the block a module is in: the outermost numbered module in its name, or an empty string."""
-    match = re.match(r"(.*?\.\d+)\.", name)
-    return match[1] if match else ""
-
-
-class _BlockHook:
-    """Hands on what a block does to the hidden states, when these can be told from its other arguments."""
-
-    def __init__(self, name: str, on_block: OnBlock) -> None:
-        self._name, self._on_block = name, on_block
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        before = args[0] if args else kwargs.get("hidden_states")
-        after = output[0] if isinstance(output, tuple) else output
-        if isinstance(before, Tensor) and isinstance(after, Tensor) and before.shape == after.shape:
-            self._on_block(self._name, before, after)
 
 
 def blockwise_linear(x: Tensor, weight: Tensor) -> Tensor:

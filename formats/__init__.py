@@ -2,6 +2,7 @@
 
 from .checkpoint import Checkpoint, Int8Record, int8_specs, open_checkpoint, outlier_specs, record_specs
 from .errors import CheckpointError, CorruptFileError, LLMInt8Error, OutputError, SourceError
+from .files import read_json
 from .manifest import Manifest, read_manifest
 from .quantization import FORMAT_VERSION, Quantization
 from .source import Source, open_source
@@ -32,6 +33,7 @@ __all__ = [
     "open_checkpoint",
     "open_source",
     "outlier_specs",
+    "read_json",
     "read_manifest",
     "record_specs",
 ]

@@ -70,6 +70,7 @@ class TorchFile:
         """List the tensors. Raises CorruptFileError."""
         self.path = path
         self.tensors: dict[str, TensorInfo] = {}
+        self._legacy: dict[str, Any] | None = None
         for name, tensor in self._load().items():
             if not is_tensor_name(name):
                 raise CorruptFileError(f"{path}: {str(name)[:80]!r} is not a name a tensor may have")
@@ -86,6 +87,8 @@ class TorchFile:
         return tensor.detach().clone(memory_format=torch.contiguous_format)
 
     def _load(self) -> dict[str, Any]:
+        if self._legacy is not None:
+            return self._legacy
         with open_regular(self.path) as file:
             mapped = file.read(4) == b"PK\x03\x04"
         try:
@@ -95,6 +98,8 @@ class TorchFile:
             raise CorruptFileError(f"{self.path}: cannot be read as a checkpoint of tensors: {reason}") from None
         if not isinstance(state, dict):
             raise CorruptFileError(f"{self.path}: holds a {type(state).__name__}, expected a dict of tensors")
+        if not mapped:
+            self._legacy = state
         return state
 
 

@@ -89,12 +89,13 @@ def quantize_rows(x: Tensor, outlier_dims: Tensor, activation: Activation = "abs
     kept = x.float()
     if outlier_dims.numel():
         kept = kept.index_fill(1, outlier_dims.long(), 0)
+    spread = kept if x.shape[1] else kept.new_zeros(len(kept), 1)  # a row without dimensions is a row of zeros
     if activation == "absmax":
-        absmax = kept.abs().amax(1) if x.shape[1] else kept.new_zeros(len(kept))
+        absmax = spread.abs().amax(1)
         scale = absmax / 127
         divisor = torch.where(absmax == 0, 1, absmax)[:, None]
         return QuantizedRows((kept * 127 / divisor).round().to(torch.int8), scale, None)
-    low, high = kept.amin(1).clamp(max=0), kept.amax(1).clamp(min=0)
+    low, high = spread.amin(1).clamp(max=0), spread.amax(1).clamp(min=0)
     scale = (high - low) / 254
     divisor = torch.where(scale == 0, 1, scale)
     zero_point = (-127 - low / divisor).round()

@@ -10,6 +10,7 @@ import click
 from llmint8.converter.cli import Command, convert_command, printable, progress_bar, set_up_logging
 
 from .eval_command import eval_command
+from .report_command import report_command
 
 
 @click.group()
@@ -20,6 +21,7 @@ def main() -> None:
 
 main.add_command(convert_command)
 main.add_command(eval_command)
+main.add_command(report_command)
 
 
 @main.command(cls=Command)

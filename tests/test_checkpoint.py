@@ -318,11 +318,16 @@ for json_name, json_code in (("config.json", "E01"), (INDEX, "E04"), (MANIFEST, 
             "a list": lambda draft, name=json_name: draft.replace_json(name, b"[]"),
             "not text": lambda draft, name=json_name: draft.replace_json(name, b"\xff\xfe\xfd"),
             "nested": lambda draft, name=json_name: draft.replace_json(name, b'{"a":' + b"[" * 200_000),
-            "too large": after(lambda path, name=json_name: os.truncate(path / name, (256 << 20) + 1)),
             "outside": after(outside(json_name)),
             "a FIFO": after(fifo(json_name)),
             "a folder": after(lambda path, name=json_name: [(path / name).unlink(), (path / name).mkdir()]),
         },
+    )
+    breaks_each(
+        json_code,
+        f"{json_name}: 268435457 bytes, at most 268435456",
+        json_name,
+        {"too large": after(lambda path, name=json_name: os.truncate(path / name, (256 << 20) + 1))},
     )
 breaks_each(
     "E01",
@@ -445,7 +450,7 @@ breaks_each(
 )
 
 
-@breaks("E07", TWO, "m.a.bias", ONE)
+@breaks("E07", TWO, "m.a.bias", f"also in {ONE}")
 def tensor_in_two_files(draft: Draft) -> None:
     draft.files[TWO]["m.a.bias"] = draft.files[ONE]["m.a.bias"].clone()
 
@@ -486,6 +491,12 @@ for suffix in ("SCB", "weight_format", "outlier_dims", "outlier_weight"):
     )
 for suffix in ("SCB", "outlier_dims", "outlier_weight"):
     breaks_each("E08", f"{ONE}: m.a.{suffix}", "bitsandbytes", {suffix: without(f"m.a.{suffix}", bitsandbytes=True)})
+
+
+@breaks("E08", ONE, "m.a.outlier_dims")
+def both_outlier_tensors_missing(draft: Draft) -> None:
+    del draft.files[ONE]["m.a.outlier_dims"], draft.files[ONE]["m.a.outlier_weight"]
+    draft.describe()
 
 
 @breaks("E08", ONE, "m.a.SCB")

@@ -52,7 +52,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(source: Path) -> Path:
     """What the converter writes, without outliers."""
-    converter.convert(source, source.parent / "plain")
+    converter.convert(source, source.parent / "plain", outliers="none")
     return source.parent / "plain"
 
 
@@ -124,7 +124,8 @@ def test_gives_the_ordinary_class_with_int8_layers(source: Path, checkpoint: Pat
 
 
 def test_layers_hold_and_use_what_the_checkpoint_stores(source: Path, checkpoint: Path) -> None:
-    model, stored, original = runtime.load(checkpoint), load_file(checkpoint / WEIGHTS), load_file(source / WEIGHTS)
+    stored, original = load_file(checkpoint / WEIGHTS), load_file(source / WEIGHTS)
+    model = runtime.load(checkpoint, activation="absmax")
     for name, layer in int8_layers(model).items():
         for part, tensor in layer.state_dict().items():
             assert tensor.dtype == stored[f"{name}.{part}"].dtype
@@ -174,7 +175,7 @@ def test_dtype_casts_everything_but_the_quantized_weight(checkpoint: Path, dtype
 
 def test_dtype_without_one_in_the_config(tmp_path: Path) -> None:
     make_llama(vocab_size=8, pad_token_id=0).half().save_pretrained(tmp_path / "source")
-    converter.convert(tmp_path / "source", tmp_path / "plain")
+    converter.convert(tmp_path / "source", tmp_path / "plain", outliers="none")
     path = edit(tmp_path / "plain", tmp_path / "out", lambda tensors, config: config.pop("dtype"))
     sizes = {"float16": 0, "float32": 0}
     for tensor in load_file(path / WEIGHTS).values():
@@ -278,7 +279,7 @@ def test_bitsandbytes_checkpoint_without_weight_format(bitsandbytes_checkpoint: 
         assert int(layer.weight_format) == 0
         assert layer.outlier_dims is None
         assert not any(name.startswith("outlier") for name in layer.state_dict())
-    assert torch.equal(logits(model), logits(runtime.load(checkpoint, outliers="dynamic")))
+    assert torch.equal(logits(model), logits(runtime.load(checkpoint, outliers="dynamic", activation="absmax")))
 
 
 def test_bitsandbytes_threshold_zero_means_no_outliers(bitsandbytes_checkpoint: Path, tmp_path: Path) -> None:
@@ -418,7 +419,7 @@ def test_one_log_line_says_how_the_model_runs(checkpoint: Path, caplog: pytest.L
     with caplog.at_level(logging.INFO, logger="llmint8"):
         runtime.load(checkpoint, outliers="dynamic")
     lines = [record.getMessage() for record in caplog.records if record.name == "llmint8"]
-    assert lines == ["14 Int8Linear layers, outliers dynamic (|x| >= 6), activation absmax"]
+    assert lines == ["14 Int8Linear layers, outliers dynamic (|x| >= 6), activation zeropoint"]
 
 
 def test_nothing_is_printed(checkpoint: Path, bitsandbytes_checkpoint: Path) -> None:
@@ -457,7 +458,7 @@ def test_peak_memory_while_loading(plain: Path, tmp_path: Path) -> None:
     big = make_llama(hidden_size=1024, head_dim=256, intermediate_size=4096, vocab_size=16384)
     big.half().save_pretrained(tmp_path / "source")
     del big
-    converter.convert(tmp_path / "source", tmp_path / "out")
+    converter.convert(tmp_path / "source", tmp_path / "out", outliers="none")
     size = (tmp_path / "out" / WEIGHTS).stat().st_size
     assert size > 60e6  # well above the noise
     dtypes = ["float16", "bfloat16"]

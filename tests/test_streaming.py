@@ -58,7 +58,9 @@ def _stream(source, read, on_linear):
 
 def test_every_layer_sees_its_input_and_its_weight(source):
     seen = {}
-    layers = _stream(source, source.read, lambda name, x, weight: seen.__setitem__(name, (x.clone(), weight.clone())))
+    layers = _stream(
+        source, source.read, lambda call: seen.__setitem__(call.name, (call.rows.clone(), call.weight.clone()))
+    )
     assert seen.keys() == layers.keys()
     config = load_config(source.path)
     model = model_class(config).from_pretrained(source.path, dtype=torch.float32).eval()
@@ -86,7 +88,7 @@ def test_at_most_two_linear_weights_are_alive(source):
             alive.append(weakref.ref(tensor))
         return tensor
 
-    def on_linear(name, x, weight):
+    def on_linear(call):
         gc.collect()
         assert sum(ref() is not None for ref in alive) <= 2
 

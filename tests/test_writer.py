@@ -174,7 +174,7 @@ def test_plans_may_follow_writes(tmp_path: Path) -> None:
 
 
 def test_any_strides_are_written(tmp_path: Path) -> None:
-    wide = torch.randn(4, 10)
+    wide = torch.randn(400, 100)
     model: Model = {"": {"columns": wide[:, ::3], "transposed": wide.t(), "grad": torch.ones(2, requires_grad=True)}}
     write(tmp_path / "out", model)
     assert_holds(tmp_path / "out", model)
