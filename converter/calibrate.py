@@ -18,7 +18,7 @@ from llmint8.formats import LLMInt8Error
 from llmint8.kernels.reference import Activation
 
 from .models import meta_model
-from .names import parameter_tensors
+from .names import fused_parameters, parameter_tensors
 from .outliers import InputStatistics, column_norms, select
 from .plan import ConversionPlan
 from .select import SelectedLayer
@@ -91,12 +91,13 @@ class Calibrator:
                 model,
                 self._inputs(model),
                 parameter_tensors(model, self._plan.source.tensors),
+                fused_parameters(model, self._plan.source.tensors),
                 {name: layers[name].weight.name for name in order},
                 read,
                 on_linear,
                 self._device,
             )
-        except (LLMInt8Error, OSError):
+        except (LLMInt8Error, OSError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # the model's code may raise anything
             log.debug("calibration pass", exc_info=True)

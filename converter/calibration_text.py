@@ -54,8 +54,10 @@ def load_calibration(source: Path, config: Any, text: Path | None, count: int) -
         raise ValueError(f"calibration tokens {count}, expected at least 1")
     name, content = ("packaged", _packaged_text()) if text is None else (text.name, read_text(text))
     text_config = config.get_text_config()
-    limit = min([count] + [n for key in _LENGTH_KEYS if (n := getattr(text_config, key, None))])
-    tokenizer = _load_tokenizer(source)
+    if not hasattr(text_config, "vocab_size"):
+        raise SourceError(f"{source}: a {config.model_type} model does not take text; convert it with --outliers none")
+    limit = min([count] + [n for key in _LENGTH_KEYS if (n := getattr(text_config, key, None)) and n > 0])
+    tokenizer = load_tokenizer(source)
     if tokenizer is None:
         generator = torch.Generator().manual_seed(_RANDOM_SEED)
         ids = torch.randint(text_config.vocab_size, (count,), generator=generator).tolist()
@@ -79,7 +81,7 @@ def load_calibration(source: Path, config: Any, text: Path | None, count: int) -
     return Calibration(tokens, provenance, notice)
 
 
-def _load_tokenizer(source: Path) -> Any | None:
+def load_tokenizer(source: Path) -> Any | None:
     """Return the tokenizer, or None where there is none. transformers makes up an empty one for some models."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)

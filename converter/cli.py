@@ -102,6 +102,8 @@ def progress_bar(total: int, title: str, quiet: bool) -> Iterator[Callable[[str,
     help="When a weight holds NaN or infinity: stop, or leave it in 16 bit.",
 )
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--push-to-hub", metavar="REPO", help="Publish OUT on the Hub then, as `llmint8 push` does.")
+@click.option("--private", is_flag=True, help="Make that repo private, where it is a new one.")
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 @click.option("--verbose", is_flag=True, help="Name every layer that stays in 16 bit; log details.")
 @click.version_option(package_name="llmint8")
@@ -119,6 +121,8 @@ def convert_command(
     max_shard_size: str,
     on_nonfinite: Any,
     dry_run: bool,
+    push_to_hub: str | None,
+    private: bool,
     quiet: bool,
     verbose: bool,
 ) -> None:
@@ -127,33 +131,50 @@ def convert_command(
     SOURCE is a directory or a Hub repo id, with safetensors or pytorch_model.bin files. OUT is a new directory.
     """
     set_up_logging(verbose)
+    if private and push_to_hub is None:
+        raise ValueError("--private says how to publish; add --push-to-hub REPO")
     import torch
 
     from . import execute, make_plan, resolve
 
-    plan = make_plan(resolve(source, revision), out, outliers, dtype, skip, only, max_shard_size)
+    plan = make_plan(resolve(source, revision, "source"), out, outliers, dtype, skip, only, max_shard_size)
     if dry_run:
         _echo_notices(plan.selection.notices)
         click.echo(_plan_text(plan, verbose))
         return
+    if push_to_hub is not None:
+        from .push import check_licence, writer
+
+        # Before the hours of a conversion, and not after them.
+        check_licence(plan.source.path, plan.origin.repo)
+        writer(push_to_hub)
     with progress_bar(plan.bytes_before, "Converting", quiet) as progress:
         report = execute(plan, calibration, calibration_tokens, torch.device(device), on_nonfinite, progress)
     if not quiet:
-        _echo_notices(report.notices)
-        if report.uncalibrated:
-            more = "" if verbose else "; --verbose names them"
-            _echo_notices([f"{len(report.uncalibrated)} layers were not reached by the calibration{more}"])
-        if verbose:
-            click.echo(_kept_text(report.kept))
-            for name in report.uncalibrated:
-                click.echo(f"Uncalibrated {printable(name)}")
-        click.echo(
-            f"{report.layers} linear layers in int8 with {report.outlier_share:.1%} of their columns in 16 bit, "
-            f"{len(report.kept)} layer{'s' if len(report.kept) != 1 else ''} left in 16 bit. "
-            f"{_gb(report.bytes_before)} -> {_gb(report.bytes_after)} "
-            f"({report.bytes_after / report.bytes_before:.0%}) in {report.seconds:.1f} s."
-        )
-        click.echo(f"Written to {out}. Load it with: llmint8.runtime.load({str(out)!r})")
+        _echo_report(report, verbose)
+    if push_to_hub is not None:
+        from .push import prepare
+        from .push_command import publish
+
+        publish(prepare(out, push_to_hub, private=private), "Upload int8 checkpoint", quiet)
+
+
+def _echo_report(report: Any, verbose: bool) -> None:
+    _echo_notices(report.notices)
+    if report.uncalibrated:
+        more = "" if verbose else "; --verbose names them"
+        _echo_notices([f"{len(report.uncalibrated)} layers were not reached by the calibration{more}"])
+    if verbose:
+        click.echo(_kept_text(report.kept))
+        for name in report.uncalibrated:
+            click.echo(f"Uncalibrated {printable(name)}")
+    click.echo(
+        f"{report.layers} linear layers in int8 with {report.outlier_share:.1%} of their columns in 16 bit, "
+        f"{len(report.kept)} layer{'s' if len(report.kept) != 1 else ''} left in 16 bit. "
+        f"{gigabytes(report.bytes_before)} -> {gigabytes(report.bytes_after)} "
+        f"({report.bytes_after / report.bytes_before:.0%}) in {report.seconds:.1f} s."
+    )
+    click.echo(f"Written to {report.out}. Load it with: llmint8.runtime.load({str(report.out)!r})")
 
 
 def _echo_notices(notices: list[str]) -> None:
@@ -164,12 +185,12 @@ def _echo_notices(notices: list[str]) -> None:
 def _plan_text(plan: Any, verbose: bool) -> str:
     selection = plan.selection
     lines = [
-        f"Source       {plan.origin.name}: {len(plan.source.tensors)} tensors, {_gb(plan.bytes_before)}",
+        f"Source       {plan.origin.name}: {len(plan.source.tensors)} tensors, {gigabytes(plan.bytes_before)}",
         f"Layers       {len(selection.layers)} linear layers to int8, {len(selection.kept)} left in 16 bit",
         f"Outliers     {plan.criterion}",
-        f"Result       {_gb(plan.bytes_after)}, {plan.bytes_after / plan.bytes_before:.0%} of the source",
-        f"Peak memory  about {_gb(plan.peak_memory)} beside Python and torch",
-        f"Disk space   {_gb(plan.disk_needed)} needed, {_gb(plan.disk_free)} free",
+        f"Result       {gigabytes(plan.bytes_after)}, {plan.bytes_after / plan.bytes_before:.0%} of the source",
+        f"Peak memory  about {gigabytes(plan.peak_memory)} beside Python and torch",
+        f"Disk space   {gigabytes(plan.disk_needed)} needed, {gigabytes(plan.disk_free)} free",
     ]
     if plan.disk_needed > plan.disk_free:
         lines.append("This does not fit on the disk.")
@@ -180,5 +201,6 @@ def _kept_text(kept: dict[str, str]) -> str:
     return "\n".join(f"In 16 bit    {printable(name)}: {reason}" for name, reason in sorted(kept.items()))
 
 
-def _gb(nbytes: int) -> str:
+def gigabytes(nbytes: int) -> str:
+    """Write a size with its unit."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

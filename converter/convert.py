@@ -1,24 +1,24 @@
 """The conversion itself: read a tensor, quantize it or not, write it, forget it."""
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from llmint8.formats import DTYPES, CheckpointWriter, OutputError, Quantization, SourceError, TensorInfo, outlier_specs
+from llmint8.formats import DTYPES, CheckpointWriter, Manifest, OutputError, SourceError, TensorInfo, outlier_specs
 from llmint8.kernels.reference import quantize_weight
 
-from .calibrate import ACTIVATION, Calibrator, Outliers
+from .calibrate import Calibrator, Outliers
 from .calibration_text import load_calibration
+from .card import CARD_NAME, Subject, new_card, read_card
 from .hub import resolve
 from .plan import CALIBRATION_TOKENS, ConversionPlan, in_file_order, make_plan, output_dtype, with_selection
+from .provenance import describe, identify, output_config
 from .select import SelectedLayer
 
 Progress = Callable[[str, int], None]
@@ -88,7 +88,7 @@ def convert(
         ValueError: an option's value is not valid.
 
     """
-    plan = make_plan(resolve(source, revision), Path(out), outliers, dtype, skip, only, max_shard_size)
+    plan = make_plan(resolve(source, revision, "source"), Path(out), outliers, dtype, skip, only, max_shard_size)
     text = None if calibration is None else Path(calibration)
     return execute(plan, text, calibration_tokens, torch.device(device), on_nonfinite, progress)
 
@@ -123,9 +123,7 @@ def execute(
                 conversion.write_outliers(outliers)
         else:
             conversion.convert_rest()
-        quantization = _quantization(plan, outliers.counts, None if batch is None else batch.provenance)
-        small_files = {str(file.relative_to(plan.source.path)): file.read_bytes() for file in plan.source.small_files}
-        manifest = writer.commit(_config(plan), quantization, _identity(plan), outliers.statistics, small_files)
+        manifest = _commit(plan, writer, outliers, None if batch is None else batch.provenance)
     notices = [*plan.selection.notices, *outliers.notices]
     if batch is not None and batch.notice:
         notices.append(batch.notice)
@@ -141,6 +139,18 @@ def execute(
         time.monotonic() - started,
         notices,
     )
+
+
+def _commit(
+    plan: ConversionPlan, writer: CheckpointWriter, outliers: Outliers, calibration: dict[str, Any] | None
+) -> Manifest:
+    """Complete the checkpoint: small files, a card in place of the source's, manifest and config."""
+    config, identity, quantization = output_config(plan), identify(plan), describe(plan, outliers.counts, calibration)
+    in_features = [layer.in_features for layer in plan.selection.layers.values()]
+    subject = Subject(config, quantization, identity, in_features, writer.nbytes)
+    small_files = {str(file.relative_to(plan.source.path)): file.read_bytes() for file in plan.source.small_files}
+    small_files[CARD_NAME] = new_card(subject, read_card(plan.source.path)).encode()
+    return writer.commit(config, quantization, identity, outliers.statistics, small_files)
 
 
 class _Conversion:
@@ -254,43 +264,3 @@ def _without_nonfinite(plan: ConversionPlan) -> ConversionPlan:
             reasons[name] = "holds NaN or infinity"
     selection = plan.selection.without(reasons)
     return with_selection(plan, selection)
-
-
-def _config(plan: ConversionPlan) -> dict[str, Any]:
-    """Return the source's config, its dtype replaced when tensors were cast."""
-    config = dict(plan.source.config)
-    if plan.dtype:
-        name = str(DTYPES[plan.dtype]).removeprefix("torch.")
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = name
-    return config
-
-
-def _quantization(plan: ConversionPlan, outliers: dict[str, int], calibration: dict[str, Any] | None) -> Quantization:
-    return Quantization(
-        plan.selection.skip_modules,
-        {name: outliers.get(name, 0) for name in plan.selection.layers},
-        criterion=str(plan.criterion),
-        activation=ACTIVATION,
-        producer=f"llmint8 {_version()}",
-        source={"name": plan.origin.name, "repo": plan.origin.repo, "commit": plan.origin.commit},
-        calibration=calibration,
-    )
-
-
-def _identity(plan: ConversionPlan) -> dict[str, Any]:
-    """Identify the source in the manifest: where it came from, the sizes of its files, the hash of its config."""
-    config = (plan.source.path / "config.json").read_bytes()
-    return {
-        "name": plan.origin.name,
-        "repo": plan.origin.repo,
-        "commit": plan.origin.commit,
-        "config_sha256": hashlib.sha256(config).hexdigest(),
-        "files": {file.path.name: file.path.stat().st_size for file in plan.source.files},
-    }
-
-
-def _version() -> str:
-    try:
-        return version("llmint8")
-    except PackageNotFoundError:
-        return "unknown"

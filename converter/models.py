@@ -1,14 +1,20 @@
 """The model that a source config describes, without its weights, through transformers."""
 
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from llmint8.formats import SourceError, read_json
+
+log = logging.getLogger("llmint8")
 
 
 def load_config(path: Path) -> Any | None:
@@ -19,7 +25,7 @@ def load_config(path: Path) -> Any | None:
 
     """
     model_type = read_json(path / "config.json").get("model_type")
-    if model_type not in transformers.CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
         return None
     try:
         return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
@@ -28,12 +34,14 @@ def load_config(path: Path) -> Any | None:
 
 
 def model_class(config: Any) -> Any | None:
-    """Return the class that the config's `architectures` names; the causal LM of its type where it names none."""
-    for name in config.architectures or []:
-        found = getattr(transformers, name, None)
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
-            return found
-    return transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    """Return the class that the config's `architectures` names; the causal LM of its type where it names none.
+
+    None where transformers has no such class: then the architecture is somebody's own code.
+    """
+    if not config.architectures:
+        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    found = getattr(transformers, str(config.architectures[0]), None)
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
 def meta_model(config: Any) -> Any | None:
@@ -51,6 +59,49 @@ def meta_model(config: Any) -> Any | None:
             return cls._from_config(config)
     except Exception as error:  # the model's code may raise anything
         raise SourceError(f"config.json: {cls.__name__} cannot be built from it: {_first_line(error)}") from None
+
+
+def weights_used_directly(model: Any, layers: Iterable[str]) -> set[str]:
+    """Return the linear layers whose weight the model's own code takes, as Mamba does with that of `dt_proj`.
+
+    Such a weight must stay what it is. The model runs once on the meta device, which takes no memory and no weights;
+    where that is not possible, nothing is known and nothing is returned.
+
+    Args:
+        model: a transformers model on the meta device; used up by this.
+        layers: names of linear modules in it.
+
+    """
+    weights = {}
+    for name in layers:
+        module = model.get_submodule(name)
+        weights[id(module.weight)] = name
+        out_features = module.weight.shape[1 if isinstance(module, Conv1D) else 0]
+        module.forward = lambda x, n=out_features: x.new_empty(*x.shape[:-1], n)
+    watch = _WeightWatch(weights)
+    tokens = torch.zeros(1, 8, dtype=torch.long, device="meta")
+    inputs = {"input_ids": tokens, **({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {})}
+    try:
+        with torch.inference_mode(), watch:
+            model.eval()(**inputs)
+    except Exception as error:  # whatever the model's code raises without data
+        log.debug("%s does not run on the meta device: %s", type(model).__name__, error)
+    return watch.used
+
+
+class _WeightWatch(TorchFunctionMode):
+    """Notes which of some parameters an operation is given; reading an attribute does not count."""
+
+    def __init__(self, weights: dict[int, str]) -> None:
+        super().__init__()
+        self._weights = weights
+        self.used: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") != "__get__":
+            leaves = tree_leaves((args, kwargs))
+            self.used.update(self._weights[id(leaf)] for leaf in leaves if id(leaf) in self._weights)
+        return func(*args, **(kwargs or {}))
 
 
 def _first_line(error: Exception) -> str:

@@ -5,11 +5,13 @@ of what is one fused parameter today. transformers applies its rules when it loa
 tensor is known by the module it will end up in.
 """
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from torch import Tensor
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 
 def module_names(model: Any, tensor_names: Iterable[str]) -> dict[str, str]:
@@ -29,6 +31,46 @@ def module_names(model: Any, tensor_names: Iterable[str]) -> dict[str, str]:
         if renamed in targets and converter is None:
             found[name] = renamed
     return found
+
+
+class FusedParameter:
+    """A parameter that transformers makes of several tensors when it loads, as it stacks experts."""
+
+    def __init__(self, name: str, converter: Any) -> None:
+        """Take the parameter's name and the WeightConverter that makes it."""
+        self._name, self._converter = name, converter
+        self._parts: list[tuple[str, str]] = []  # tensor name, the converter's pattern that it matches
+
+    def add(self, tensor: str, pattern: str) -> None:
+        """Add a tensor that is a part."""
+        self._parts.append((tensor, pattern))
+
+    def build(self, read: Callable[[str], Tensor], model: Any) -> Tensor:
+        """Read the parts and let transformers put them together."""
+        converter = copy.deepcopy(self._converter)
+        for tensor, pattern in sorted(self._parts, key=lambda part: dot_natural_key(part[0])):
+            converter.add_tensor(self._name, tensor, pattern, read(tensor))
+        made = converter.convert(self._name, model=model, config=model.config)[self._name]
+        tensor: Tensor = made[0] if isinstance(made, list) else made
+        return tensor
+
+
+def fused_parameters(model: Any, tensor_names: Iterable[str]) -> dict[str, FusedParameter]:
+    """Return parameter name -> how it is made, for those that are made of several tensors.
+
+    Left out are rules that make several parameters of their tensors: each would need the others' parts.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+    rule_of = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    targets = model.state_dict()
+    fused: dict[str, FusedParameter] = {}
+    for name in tensor_names:
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, targets)
+        if pattern is not None and renamed in targets and len(rule_of[pattern].target_patterns) == 1:
+            fused.setdefault(renamed, FusedParameter(renamed, rule_of[pattern])).add(name, pattern)
+    return fused
 
 
 def parameter_tensors(model: Any, tensor_names: Iterable[str]) -> dict[str, str]:

@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llmint8.formats import FLOAT_DTYPES, Source, SourceError, TensorInfo
 
-from .models import is_linear
+from .models import is_linear, meta_model, weights_used_directly
 from .names import module_names
 
-_ROUTER = re.compile(r"(^|\.)(\w+_)?(router|gate|gating)(\.|$)")
+_ROUTER = re.compile(r"(^|\.)((\w+_)?router|(shared_expert_)?gate|gating)(\.|$)")
 # For models that transformers does not know: what is not a plain linear layer, by the names in use.
 _NOT_LINEAR = re.compile(r"emb|wte|wpe|head|norm|ln_|router|gate$|position|shared$|classifier|score|conv|lora")
 _MIN_FEATURES_BY_NAME = 32
@@ -92,7 +93,7 @@ def select_layers(source: Source, model: Any | None, skip: Sequence[str], only: 
         mapped = module_names(model, source.tensors)
         unmapped = [info for name, info in source.tensors.items() if name not in mapped]
         candidates, kept, module_of = _candidates_of_model(source, model, mapped, bool(unmapped))
-        notices += _unmapped_notice(unmapped)
+        notices += _unmapped_notice(unmapped) or _missing_notice(model, source, mapped)
     layers = {}
     for name, layer in candidates.items():
         if any(re.search(pattern, name) for pattern in skip):
@@ -107,7 +108,8 @@ def select_layers(source: Source, model: Any | None, skip: Sequence[str], only: 
         else:
             layers[name] = layer
     if not layers:
-        raise SourceError(f"{source.path}: no linear layer is left to quantize; look at --skip and --only")
+        reasons = ", ".join(sorted(set(kept.values()))) or "the model has none"
+        raise SourceError(f"{source.path}: no linear layer is left to quantize ({reasons})")
     return Selection(layers, kept, module_of, notices)
 
 
@@ -120,9 +122,12 @@ def _candidates_of_model(
     kept: dict[str, str] = {}
     module_of: dict[str, str] = {}
     for module_name, module in model.named_modules():
-        if not is_linear(module):
+        if not isinstance(module, nn.Linear | Conv1D):
             continue
         reason = _reason_to_keep(model, module_name)
+        if not reason and not is_linear(module):
+            # bitsandbytes does not replace these, and would take the int8 values for weights.
+            reason = f"a {type(module).__name__}, not a plain Linear"
         tensor = tensor_of.get(f"{module_name}.weight")
         name = tensor.removesuffix(".weight") if tensor else module_name
         module_of[name] = module_name
@@ -139,6 +144,10 @@ def _candidates_of_model(
                 f"the config asks for {list(module.weight.shape)}"
             )
         layers[name] = layer
+    used = weights_used_directly(meta_model(model.config), [module_of[name] for name in layers])
+    for name in [name for name in layers if module_of[name] in used]:
+        kept[name] = "its weight is used by the model's own code"
+        del layers[name]
     return layers, kept, module_of
 
 
@@ -167,6 +176,23 @@ def _unmapped_notice(unmapped: list[TensorInfo]) -> list[str]:
     return [
         f"{len(fused)} matrices ({size:.2f} GB, {fused[0].name} among them) stay as they are: the model has "
         "no linear layer of that name (fused experts, for example)"
+    ]
+
+
+def _missing_notice(model: Any, source: Source, mapped: dict[str, str]) -> list[str]:
+    """Name parameters that no tensor of the source is loaded into."""
+    tied = {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    missing = [
+        name
+        for name, _ in model.named_parameters()
+        if name not in mapped.values() and name not in tied and not any(pattern.search(name) for pattern in ignored)
+    ]
+    if not missing:
+        return []
+    return [
+        f"{len(missing)} parameters of the model are in no file, {missing[0]} among them; "
+        "is the checkpoint whole? transformers fills them with random numbers"
     ]
 
 

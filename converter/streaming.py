@@ -10,6 +10,7 @@ Activations are float32. The output head is not run: nothing after it matters he
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
+
+from .names import FusedParameter
 
 Read = Callable[[str], Tensor]
 
@@ -43,6 +46,7 @@ def stream_forward(
     model: Any,
     inputs: Mapping[str, Tensor],
     tensor_of: Mapping[str, str],
+    fused: Mapping[str, FusedParameter],
     layers: Mapping[str, str],
     read: Read,
     on_linear: OnLinear,
@@ -54,8 +58,9 @@ def stream_forward(
         model: a transformers model on the meta device; used up by the pass.
         inputs: token ids and what else the model takes.
         tensor_of: parameter or buffer name in the model -> tensor name in the source.
+        fused: parameter name in the model -> how it is made of several tensors.
         layers: module name in the model -> tensor name of its weight, in the order expected.
-        read: returns a tensor of the source, on the CPU.
+        read: returns a tensor of the source, on the CPU; for the weights of `layers` it is called in a thread.
         on_linear: takes what each layer saw.
         device: where the pass runs.
 
@@ -75,12 +80,15 @@ def stream_forward(
         head = model.get_output_embeddings()
         if head is not None and not isinstance(head.forward, _StreamedLinear):
             head.forward = lambda x: x[..., :1]
-        parameters = {
-            id(parameter): tensor_of[name]
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-            if name in tensor_of
-        }
-        with torch.inference_mode(), _SourceParameters(parameters, read, device):
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")  # the others hand parameters to operators that no mode sees
+        parameters: dict[int, Callable[[], Tensor]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name in tensor_of:
+                parameters[id(parameter)] = partial(read, tensor_of[name])
+            elif name in fused:
+                parameters[id(parameter)] = partial(fused[name].build, read, model)
+        with torch.inference_mode(), _SourceParameters(parameters, device):
             model(**inputs)
 
 
@@ -133,9 +141,11 @@ def blockwise_linear(x: Tensor, weight: Tensor) -> Tensor:
 class _SourceParameters(TorchFunctionMode):
     """Puts the source's tensors in the place of parameters on the meta device, one operation at a time."""
 
-    def __init__(self, parameters: Mapping[int, str], read: Read, device: torch.device) -> None:
+    def __init__(self, parameters: Mapping[int, Callable[[], Tensor]], device: torch.device) -> None:
         super().__init__()
-        self._parameters, self._read, self._device = parameters, read, device
+        self._parameters, self._device = parameters, device
+        # Code that loops over experts asks for the same parameters again and again.
+        self._recent: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -146,18 +156,26 @@ class _SourceParameters(TorchFunctionMode):
                 if func.__self__ is Tensor.dtype and args[0].is_floating_point():
                     return torch.float32
             return func(*args, **kwargs)
+        # An embedding or a stack of experts may be as large as all else: they are not widened before being looked up.
         if func is functional.embedding:
-            # An embedding may be as large as all else together: it is not widened before it is looked up.
-            args = (args[0], self._real(args[1], widen=False), *args[2:])
-            return func(*args, **kwargs).float()
+            return func(args[0], self._real(args[1], widen=False), *args[2:], **kwargs).float()
+        if func is Tensor.__getitem__ and isinstance(args[0], nn.Parameter):
+            found = func(self._real(args[0], widen=False), *args[1:])
+            return found.float() if found.is_floating_point() else found
         args, kwargs = tree_map(self._real, (args, kwargs))
         return func(*args, **kwargs)
 
     def _real(self, value: Any, widen: bool = True) -> Any:
-        name = self._parameters.get(id(value))
-        if name is None or not isinstance(value, nn.Parameter):
+        if not isinstance(value, nn.Parameter) or not value.is_meta:
             return value
-        tensor = self._read(name).to(self._device)
+        if id(value) not in self._parameters:
+            # Some operations take a tensor on the meta device without a word, and give whatever lies in memory.
+            raise RuntimeError(f"a parameter of shape {list(value.shape)} is not in the checkpoint")
+        tensor = self._recent.get(id(value))
+        if tensor is None:
+            tensor = self._parameters[id(value)]().to(self._device)
+        if value.ndim > 2:
+            self._recent = {**dict(list(self._recent.items())[-1:]), id(value): tensor}
         return tensor.float() if widen and tensor.is_floating_point() else tensor
 
 

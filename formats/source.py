@@ -138,7 +138,7 @@ def open_source(path: Path) -> Source:
                 raise SourceError(f"{file.path}: {name} is also in {tensors[name].file}; remove one of the two")
             tensors[name] = info
     _check_index(path, tensors)
-    return Source(path, config, files, tensors, _small_files(path))
+    return Source(path, config, files, tensors, small_files(path))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def _check_index(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
             raise SourceError(f"{path / file}: {name} is missing, but {index.name} says that it is here")
 
 
-def _small_files(path: Path) -> list[Path]:
+def small_files(path: Path) -> list[Path]:
     """Return tokenizer, generation config, chat template, licence and whatever else is small and not weights."""
     folders = [path, path / "additional_chat_templates"]
     candidates = sorted(file for folder in folders if folder.is_dir() for file in folder.iterdir())

@@ -81,6 +81,11 @@ class CheckpointWriter:
         if self._created and not any(self._out.iterdir()):
             self._out.rmdir()
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors planned so far."""
+        return sum(shard.nbytes for shard in self._shards)
+
     def plan(self, groups: Iterable[Sequence[TensorSpec]]) -> None:
         """Give every tensor a place. The tensors of a group stay in one shard where the shard size allows it."""
         shard: list[TensorSpec] = []
@@ -162,7 +167,7 @@ class CheckpointWriter:
         self._write_small(MANIFEST_NAME, encode_json(manifest.to_dict()))
         if count > 1:
             index = {
-                "metadata": {"total_size": sum(shard.nbytes for shard in self._shards)},
+                "metadata": {"total_size": self.nbytes},
                 "weight_map": {name: entry.file for name, entry in sorted(entries.items())},
             }
             self._write_small(SAFETENSORS_INDEX_NAME, encode_json(index))

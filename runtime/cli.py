@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from llmint8.converter.cli import Command, convert_command, printable, progress_bar, set_up_logging
+from llmint8.converter.push_command import push_command
 
 from .eval_command import eval_command
 from .report_command import report_command
@@ -22,6 +23,7 @@ def main() -> None:
 main.add_command(convert_command)
 main.add_command(eval_command)
 main.add_command(report_command)
+main.add_command(push_command)
 
 
 @main.command(cls=Command)
@@ -34,7 +36,7 @@ def inspect(checkpoint: str, revision: str | None, as_json: bool) -> None:
     from llmint8.converter.hub import resolve
     from llmint8.formats import open_checkpoint
 
-    facts = _facts(open_checkpoint(resolve(checkpoint, revision).path))
+    facts = _facts(open_checkpoint(resolve(checkpoint, revision, "int8").path))
     click.echo(json.dumps(facts, indent=2) if as_json else _facts_text(facts))
 
 
@@ -137,7 +139,7 @@ def _compare(opened: Any, source: str, quiet: bool) -> list[str]:
     from llmint8.converter.verify import compare_with_source
     from llmint8.formats import open_source
 
-    original = open_source(resolve(source).path)
+    original = open_source(resolve(source, kind="source").path)
     size = sum(info.nbytes for info in original.tensors.values())
     with progress_bar(size, "Comparing", quiet) as progress:
         comparison = compare_with_source(opened, original, progress)
@@ -177,7 +179,7 @@ def generate(
     from . import load
     from .generate import stream_chat
 
-    path = resolve(checkpoint, revision).path
+    path = resolve(checkpoint, revision, "int8").path
     model = load(path, device=device)
     tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     done = stream_chat(

@@ -67,7 +67,7 @@ def compare(
 
     """
     _check_device(device)
-    resolved, origin = resolve(checkpoint), resolve(source)
+    resolved, origin = resolve(checkpoint, kind="int8"), resolve(source, kind="source")
     content = read_text(text)
     tokenizer = AutoTokenizer.from_pretrained(origin.path, local_files_only=True, trust_remote_code=False)
     windows = token_windows(tokenizer, content, tokens, window)

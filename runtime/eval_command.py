@@ -12,7 +12,9 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from llmint8.converter.card import EVALUATION_NAME
 from llmint8.converter.cli import Command, printable, set_up_logging
+from llmint8.formats.files import encode_json, write_durably
 
 
 @click.command("eval", cls=Command)
@@ -29,6 +31,9 @@ from llmint8.converter.cli import Command, printable, set_up_logging
 @click.option("--window", type=click.IntRange(2), default=512, show_default=True, help="Tokens in a forward pass.")
 @click.option("--methods", is_flag=True, help="Compare with the methods of the LLM.int8() paper, simulated.")
 @click.option("--device", default="cpu", show_default=True, help="Where both models run, such as cuda.")
+@click.option(
+    "--no-save", is_flag=True, help="Do not leave the result in OUT, where `llmint8 push` finds it for the card."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--quiet", is_flag=True, help="Show no progress.")
 def eval_command(
@@ -39,6 +44,7 @@ def eval_command(
     window: int,
     methods: bool,
     device: str,
+    no_save: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -70,6 +76,19 @@ def eval_command(
         ],
     }
     click.echo(json.dumps(_finite(facts), indent=2) if as_json else _table(facts))
+    if not no_save:
+        _save(_finite(facts), Path(out))
+
+
+def _save(facts: dict[str, Any], out: Path) -> None:
+    """Leave the result for the model card, where OUT is a directory one may write to. Of paths only the names."""
+    if not out.is_dir():
+        return
+    named = facts | {key: Path(facts[key]).name for key in ("checkpoint", "reference", "text")}
+    try:
+        write_durably(out / EVALUATION_NAME, encode_json(named))
+    except OSError as error:
+        click.echo(f"Note: not saved in {printable(str(out))}: {error.strerror}", err=True)
 
 
 @contextmanager

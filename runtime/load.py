@@ -67,7 +67,7 @@ def load(
     _check_choice("activation", activation, get_args(Activation))
     if device is not None and device_map is not None:
         raise ValueError(f"device is {device!r} and device_map is {device_map!r}; give one of them")
-    checkpoint = open_checkpoint(resolve(path_or_repo, revision).path)
+    checkpoint = open_checkpoint(resolve(path_or_repo, revision, "int8").path)
     outliers, threshold = _outlier_mode(checkpoint.quantization, outliers, threshold)
     config = load_config(checkpoint.path)
     cls = None if config is None else model_class(config)

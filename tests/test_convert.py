@@ -151,6 +151,14 @@ def test_skip_and_only(source, tmp_path):
         converter.convert(source, tmp_path / "c", only=["nothing of the kind"])
 
 
+def test_subclasses_of_linear_are_left_alone_and_named(tmp_path):
+    """bitsandbytes does not replace FalconLinear, and would take int8 values for its weights."""
+    config = transformers.FalconConfig(vocab_size=128, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
+    transformers.FalconForCausalLM(config).half().save_pretrained(tmp_path / "source")
+    with pytest.raises(formats.SourceError, match=r"no linear layer is left .*a FalconLinear, not a plain Linear"):
+        converter.convert(tmp_path / "source", tmp_path / "out")
+
+
 def test_tied_head_is_kept_and_stored_once(tmp_path):
     config = transformers.LlamaConfig(**{**CONFIG.to_dict(), "tie_word_embeddings": True})
     transformers.LlamaForCausalLM(config).half().save_pretrained(tmp_path / "source")

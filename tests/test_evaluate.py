@@ -376,6 +376,17 @@ def test_json_is_the_table(folder: Path) -> None:
     ]
 
 
+def test_the_result_is_left_for_the_model_card_without_paths(folder: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(folder / "out", tmp_path / "mine"))
+    saved = out / "llmint8_eval.json"
+    saved.unlink(missing_ok=True)
+    run(out, *options(folder), "--no-save")
+    assert not saved.exists()
+    facts = json.loads(run(out, *options(folder), "--json").stdout)
+    assert json.loads(saved.read_text()) == facts | {"checkpoint": "mine", "reference": "source", "text": "text.txt"}
+    assert open_checkpoint(out)
+
+
 def test_methods_against_ours(folder: Path) -> None:
     result = run(folder / "planted8", *options(folder, reference=folder / "planted"), "--methods", "--json")
     facts = json.loads(result.stdout)

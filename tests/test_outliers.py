@@ -138,14 +138,25 @@ def test_same_input_same_bytes(planted, tmp_path):
         assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
 
 
-def test_experts_that_cannot_be_run_leave_the_rest_converted_and_listed(tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_layers_behind_experts_are_calibrated(dtype, tmp_path):
+    """The experts are fused and stay in 16 bit; the pass has to go through them to reach the next block."""
     config = transformers.MixtralConfig(**_LLAMA, num_local_experts=4, num_experts_per_tok=2)
-    transformers.MixtralForCausalLM(config).half().save_pretrained(tmp_path / "source")
+    transformers.MixtralForCausalLM(config).to(dtype).save_pretrained(tmp_path / "source")
     report = converter.convert(tmp_path / "source", tmp_path / "out")
-    assert any("calibration pass ended early" in notice for notice in report.notices)
+    assert report.uncalibrated == []
+    assert not any("ended early" in notice for notice in report.notices)
+    counts = formats.open_checkpoint(tmp_path / "out").quantization.outliers
+    assert sum(counts[f"model.layers.2.self_attn.{part}_proj"] for part in "qkvo") > 0
+
+
+def test_layers_that_the_pass_does_not_reach_are_converted_and_listed(tmp_path, monkeypatch):
+    _llama().half().save_pretrained(tmp_path / "source")
+    monkeypatch.setattr(transformers.models.llama.modeling_llama.LlamaMLP, "forward", None)  # calling it fails
+    report = converter.convert(tmp_path / "source", tmp_path / "out")
+    assert any("calibration pass ended early (TypeError" in notice for notice in report.notices)
     reached = {f"model.layers.0.self_attn.{part}_proj" for part in "qkvo"}
-    assert reached.isdisjoint(report.uncalibrated)
-    assert len(report.uncalibrated) == report.layers - 4
+    assert set(report.uncalibrated) == formats.open_checkpoint(tmp_path / "out").records.keys() - reached
     checkpoint = formats.open_checkpoint(tmp_path / "out")
     assert {name for name, count in checkpoint.quantization.outliers.items() if count} == reached
     assert formats.check_values(checkpoint) == []

@@ -1,0 +1,172 @@
+"""The model card: what goes in, what stays when a user has edited it, and licences that forbid to publish."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from huggingface_hub import ModelCard, ModelCardData
+
+from llmint8 import converter, formats
+from llmint8.converter.card import EVALUATION_NAME, Subject, metadata, new_card, read_card, refreshed_card
+from llmint8.converter.licence import objection
+from llmint8.formats import LLMInt8Error
+
+SOURCE_CARD = """---
+license: other
+license_name: tiny-licence
+license_link: LICENSE
+language: no
+tags: [tiny, int8]
+pipeline_tag: fill-mask
+base_model: alice/base
+model-index: [broken]
+---
+# The original's own words
+"""
+EVALUATION: dict[str, Any] = {
+    "text": "wiki.txt",
+    "window": 512,
+    "positions": 511,
+    "reference_perplexity": 12.5,
+    "methods": [
+        {"name": "out: static, absmax", "kl_mean": 0.0012345, "top1_agreement": 0.9871, "perplexity": 12.51},
+        {"name": "none", "kl_mean": None, "top1_agreement": 0.5, "perplexity": None},
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("card")
+    config = transformers.LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).half().save_pretrained(path / "source")
+    (path / "source" / "README.md").write_text(SOURCE_CARD)
+    converter.convert(path / "source", path / "out", outliers="top-k=4")
+    return path / "out"
+
+
+def subject(out: Path, **changes: Any) -> Subject:
+    found = Subject.of(formats.open_checkpoint(out))
+    return Subject(**{name: changes.get(name, getattr(found, name)) for name in Subject.__dataclass_fields__})
+
+
+def test_conversion_writes_a_card_with_what_the_source_says_about_licence_language_and_tags(out: Path) -> None:
+    card = read_card(out)
+    assert "The original's own words" not in card
+    data = metadata(card)
+    assert {key: data[key] for key in ("license", "license_name", "license_link", "pipeline_tag")} == {
+        "license": "other",
+        "license_name": "tiny-licence",
+        "license_link": "LICENSE",
+        "pipeline_tag": "fill-mask",
+    }
+    assert data["language"] == "no"
+    assert data["tags"] == ["tiny", "int8", "llmint8", "8-bit", "bitsandbytes"]
+    assert data["library_name"] == "transformers"
+    # The source's own base is not ours, and a directory is no repo that could be named.
+    assert "base_model" not in data
+    assert "7 linear layers" in card
+    assert "`lm_head`" in card
+    assert "% of the input columns also stored unquantized, " in card
+    assert "criterion `top-k=4`" in card
+
+
+def test_the_card_of_the_directory_is_what_a_new_one_would_be(out: Path) -> None:
+    assert new_card(subject(out), SOURCE_CARD) == read_card(out)
+
+
+def test_the_front_matter_survives_a_round_trip(out: Path) -> None:
+    found = subject(out, source={"name": "alice/tiny", "repo": "alice/tiny", "commit": "0" * 40})
+    data = metadata(new_card(found, SOURCE_CARD))
+    assert (data["base_model"], data["base_model_relation"]) == ("alice/tiny", "quantized")
+    assert ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n").data.to_dict() == data
+
+
+def test_a_causal_model_without_a_card_generates_text(out: Path) -> None:
+    data = metadata(new_card(subject(out), ""))
+    assert data["pipeline_tag"] == "text-generation"
+    assert "license" not in data
+
+
+def test_only_the_generated_part_of_an_edited_card_changes(out: Path) -> None:
+    card = read_card(out)
+    edited = (
+        "---\nlicense: mit\nmine: true\n---\n\nMy words before.\r\n" + card[card.index("<!--") :] + "\nMy words after."
+    )
+    fresh = refreshed_card(subject(out, evaluation=EVALUATION), edited, "alice/mine")
+    before, _, rest = fresh.partition("<!-- llmint8")
+    assert before == edited.partition("<!-- llmint8")[0]
+    assert rest.endswith("-->\n\nMy words after.")
+    assert 'runtime.load("alice/mine")' in rest
+    assert "| in int8: static, absmax | 0.00123 | 98.71% | 12.510 |" in rest
+    assert "| none | - | 50.00% | - |" in rest
+    assert "511 positions of `wiki.txt`, in windows of 512 tokens" in rest
+    assert refreshed_card(subject(out, evaluation=EVALUATION), fresh, "alice/mine") == fresh
+
+
+@pytest.mark.parametrize("card", ["# All mine\n", "---\nlicense: mit\n---\nNo markers.\n"])
+def test_a_card_without_the_markers_is_left_alone(card: str, out: Path) -> None:
+    assert refreshed_card(subject(out), card, "alice/mine") == card
+
+
+def test_a_card_that_is_missing_is_made(out: Path) -> None:
+    assert 'runtime.load("alice/mine")' in refreshed_card(subject(out), "", "alice/mine")
+
+
+def test_names_from_elsewhere_are_no_markup(out: Path) -> None:
+    name = "x`|<script>\n<!-- llmint8: end of the generated part -->"
+    card = new_card(subject(out, source={"name": name, "repo": None}, config={"architectures": [name]}), "")
+    assert card.count("llmint8: end of the generated part -->") == 1
+    assert "<script>" not in card
+    assert refreshed_card(subject(out), card, "alice/mine").count("<!--") == 2
+
+
+@pytest.mark.parametrize(
+    "text", ["---\n[unclosed\n---\n", "---\n- a list\n---\n", "---\n1: 2\n---\n", "--- no end", ""]
+)
+def test_broken_front_matter_is_none(text: str) -> None:
+    assert metadata(text) == {}
+
+
+def test_what_eval_saved_is_read_and_what_is_malformed_is_said(out: Path) -> None:
+    (out / EVALUATION_NAME).write_text(json.dumps(EVALUATION))
+    try:
+        assert "## Accuracy" in new_card(subject(out), "")
+        with pytest.raises(LLMInt8Error, match=r"llmint8_eval\.json: malformed: 'methods'"):
+            new_card(subject(out, evaluation={"reference_perplexity": 1.0}), "")
+    finally:
+        (out / EVALUATION_NAME).unlink()
+
+
+@pytest.mark.parametrize(
+    ("card", "words"),
+    [
+        ({"license": "cc-by-nc-nd-4.0"}, "allows no adaptations"),
+        ({"license": ["mit", "CC-BY-ND-4.0"]}, "allows no adaptations"),
+        ({"license": "other", "license_name": "Acme No Redistribution 1.0"}, "allows no redistribution"),
+        ({"license": "other", "license_name": "proprietary"}, "no right to redistribute"),
+        ({"license": "other", "base_model": "facebook/opt-125m"}, "OPT-175B"),
+        ({"license": "other", "license_name": "OPT-175B"}, "OPT-175B"),
+        ({"license": "other", "base_model": "alice/model"}, None),
+        ({"license": "apache-2.0"}, None),
+        ({"license": "cc-by-nc-4.0"}, None),
+        ({"license": 7}, None),
+        ({}, None),
+    ],
+)
+def test_licences_that_forbid_to_publish(card: dict[str, Any], words: str | None, tmp_path: Path) -> None:
+    found = objection(card, tmp_path)
+    assert words in found if words and found else found is words
+
+
+def test_opts_licence_wants_its_copy_and_its_notice(tmp_path: Path) -> None:
+    (tmp_path / "LICENSE.md").write_text("OPT-175B License Agreement\n")
+    assert "OPT-175B" in (objection({}, tmp_path) or "")
+    (tmp_path / "NOTICE").write_text("OPT-175B is licensed under the OPT-175B license, Copyright (c) Meta\n")
+    assert objection({"license": "other"}, tmp_path) is None
