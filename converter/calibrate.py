@@ -34,14 +34,22 @@ _RECORDED_CANDIDATES = 64
 Quantize = Callable[[SelectedLayer, Tensor], tuple[Tensor, Tensor]]
 
 
+def _no_columns(name: str) -> tuple[Tensor, Tensor]:
+    raise KeyError(name)
+
+
 @dataclass(frozen=True)
 class Outliers:
-    """The outlier columns chosen: how many per calibrated layer, statistics for the manifest, and what to tell."""
+    """The outlier columns chosen; none by default.
 
-    counts: dict[str, int]
-    statistics: dict[str, dict[str, Any]]
-    notices: list[str]
-    load: Callable[[str], tuple[Tensor, Tensor]] = field(default=lambda name: (torch.empty(0), torch.empty(0)))
+    `counts` has the calibrated layers only, `statistics` is for the manifest, `notices` are for the user, and `load`
+    returns a layer's dims, int32 [k], and columns [N, k].
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
+    statistics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    load: Callable[[str], tuple[Tensor, Tensor]] = _no_columns
 
 
 class Calibrator:

@@ -4,7 +4,9 @@ Heavy imports wait until a command runs, so that `--help` answers at once.
 """
 
 import logging
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,11 +23,20 @@ class Command(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command. With --verbose the traceback of an error is logged as well."""
+        # Batch systems end jobs this way; what was written is removed as after Ctrl-C.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
             return super().invoke(ctx)
         except (LLMInt8Error, OSError, ValueError) as error:
             logging.getLogger("llmint8").debug("traceback", exc_info=True)
             raise click.ClickException(printable(str(error))) from None
+        except (click.exceptions.Exit, click.ClickException, click.Abort):
+            raise
+        except Exception as error:  # a defect of ours, or of the model's code
+            logging.getLogger("llmint8").debug("traceback", exc_info=True)
+            what = printable(f"{type(error).__name__}: {error}")[:300]
+            raise click.ClickException(f"unexpected: {what} (llmint8-convert --verbose shows where)") from None
 
 
 def printable(text: str) -> str:
@@ -77,7 +88,12 @@ def progress_bar(total: int, title: str, quiet: bool) -> Iterator[Callable[[str,
     help="Text to calibrate with: .txt, or .jsonl with a text field. A text in the package otherwise.",
 )
 @click.option(
-    "--calibration-tokens", metavar="N", type=click.IntRange(1), default=512, show_default=True, help="How much of it."
+    "--calibration-tokens",
+    metavar="N",
+    type=click.IntRange(1, 65536),
+    default=512,
+    show_default=True,
+    help="How much of it.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Where the calibration runs, such as cuda.")
 @click.option(
@@ -133,8 +149,6 @@ def convert_command(
     set_up_logging(verbose)
     if private and push_to_hub is None:
         raise ValueError("--private says how to publish; add --push-to-hub REPO")
-    import torch
-
     from . import execute, make_plan, resolve
 
     plan = make_plan(resolve(source, revision, "source"), out, outliers, dtype, skip, only, max_shard_size)
@@ -149,9 +163,9 @@ def convert_command(
         check_licence(plan.source.path, plan.origin.repo)
         writer(push_to_hub)
     with progress_bar(plan.bytes_before, "Converting", quiet) as progress:
-        report = execute(plan, calibration, calibration_tokens, torch.device(device), on_nonfinite, progress)
+        report = execute(plan, calibration, calibration_tokens, device, on_nonfinite, progress)
     if not quiet:
-        _echo_report(report, verbose)
+        _echo_report(report, plan.config is not None, verbose)
     if push_to_hub is not None:
         from .push import prepare
         from .push_command import publish
@@ -159,7 +173,7 @@ def convert_command(
         publish(prepare(out, push_to_hub, private=private), "Upload int8 checkpoint", quiet)
 
 
-def _echo_report(report: Any, verbose: bool) -> None:
+def _echo_report(report: Any, known: bool, verbose: bool) -> None:
     _echo_notices(report.notices)
     if report.uncalibrated:
         more = "" if verbose else "; --verbose names them"
@@ -174,7 +188,9 @@ def _echo_report(report: Any, verbose: bool) -> None:
         f"{gigabytes(report.bytes_before)} -> {gigabytes(report.bytes_after)} "
         f"({report.bytes_after / report.bytes_before:.0%}) in {report.seconds:.1f} s."
     )
-    click.echo(f"Written to {report.out}. Load it with: llmint8.runtime.load({str(report.out)!r})")
+    click.echo(
+        f"Written to {report.out}. " + (f"Load it with: llmint8.runtime.load({str(report.out)!r})" if known else "")
+    )
 
 
 def _echo_notices(notices: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -90,19 +90,20 @@ def convert(
     """
     plan = make_plan(resolve(source, revision, "source"), Path(out), outliers, dtype, skip, only, max_shard_size)
     text = None if calibration is None else Path(calibration)
-    return execute(plan, text, calibration_tokens, torch.device(device), on_nonfinite, progress)
+    return execute(plan, text, calibration_tokens, device, on_nonfinite, progress)
 
 
 def execute(
     plan: ConversionPlan,
     calibration: Path | None = None,
     calibration_tokens: int = CALIBRATION_TOKENS,
-    device: torch.device | None = None,
+    device: str | torch.device = "cpu",
     on_nonfinite: OnNonfinite = "error",
     progress: Progress = _no_progress,
 ) -> ConversionReport:
     """Carry out a plan; see `convert`."""
     started = time.monotonic()
+    device = _usable_device(device)
     if on_nonfinite == "keep":
         plan = _without_nonfinite(plan)
     if plan.disk_needed > plan.disk_free:
@@ -111,22 +112,17 @@ def execute(
         )
     calibrated = plan.criterion.kind != "none"
     batch = load_calibration(plan.source.path, plan.config, calibration, calibration_tokens) if calibrated else None
-    with CheckpointWriter(plan.out, plan.max_shard_bytes) as writer:
+    with CheckpointWriter(plan.out, plan.max_shard_bytes) as writer, ExitStack() as stack:
         conversion = _Conversion(plan, writer, progress)
         writer.plan(plan.groups)
-        outliers = Outliers({}, {}, [])
-        if batch is not None:
-            with Calibrator(plan, batch.tokens, device or torch.device("cpu")) as calibrator:
-                calibrator.run(conversion.read, conversion.quantize)
-                conversion.convert_rest()
-                outliers = calibrator.choose()
-                conversion.write_outliers(outliers)
-        else:
-            conversion.convert_rest()
-        manifest = _commit(plan, writer, outliers, None if batch is None else batch.provenance)
-    notices = [*plan.selection.notices, *outliers.notices]
-    if batch is not None and batch.notice:
-        notices.append(batch.notice)
+        calibrator = stack.enter_context(Calibrator(plan, batch.tokens, device)) if batch else None
+        if calibrator:
+            calibrator.run(conversion.read, conversion.quantize)
+        conversion.convert_rest()
+        outliers = calibrator.choose() if calibrator else Outliers()
+        conversion.write_outliers(outliers)
+        manifest = _commit(plan, writer, outliers, batch.provenance if batch else None)
+    notices = [*plan.selection.notices, *outliers.notices, *([batch.notice] if batch and batch.notice else [])]
     columns = sum(layer.in_features for layer in plan.selection.layers.values())
     return ConversionReport(
         plan.out,
@@ -139,6 +135,14 @@ def execute(
         time.monotonic() - started,
         notices,
     )
+
+
+def _usable_device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"device {str(device)!r} cannot be used here: {reason}") from None
 
 
 def _commit(
@@ -192,8 +196,6 @@ class _Conversion:
         for info in in_file_order(self._plan.source):
             if info.name not in self._done:
                 self._convert(info.name)
-        if self._plan.criterion.kind == "none":
-            self.write_outliers(Outliers({}, {}, []))
 
     def _convert(self, name: str) -> None:
         layer = self._layer_of.get(name)

@@ -48,8 +48,8 @@ class FusedParameter:
     def build(self, read: Callable[[str], Tensor], model: Any) -> Tensor:
         """Read the parts and let transformers put them together."""
         converter = copy.deepcopy(self._converter)
-        for tensor, pattern in sorted(self._parts, key=lambda part: dot_natural_key(part[0])):
-            converter.add_tensor(self._name, tensor, pattern, read(tensor))
+        for part, pattern in sorted(self._parts, key=lambda part: dot_natural_key(part[0])):
+            converter.add_tensor(self._name, part, pattern, read(part))
         made = converter.convert(self._name, model=model, config=model.config)[self._name]
         tensor: Tensor = made[0] if isinstance(made, list) else made
         return tensor

@@ -86,7 +86,7 @@ def select_layers(source: Source, model: Any | None, skip: Sequence[str], only: 
     if model is None:
         notices.append(
             f"transformers does not know the model type {source.config.get('model_type')!r}: "
-            "linear layers were chosen by name and shape, look at the list"
+            "linear layers were chosen by name and shape; --verbose lists the others"
         )
         candidates, kept, module_of = _candidates_by_name(source)
     else:

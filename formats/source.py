@@ -95,6 +95,8 @@ class TorchFile:
             state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped or None)
         except Exception as error:  # torch.load raises whatever its unpickler and zip reader do
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if "weights_only" in str(error):  # torch then explains how to run the file's code; we do not
+                reason = "it holds more than tensors, and loading that could run code of its own"
             raise CorruptFileError(f"{self.path}: cannot be read as a checkpoint of tensors: {reason}") from None
         if not isinstance(state, dict):
             raise CorruptFileError(f"{self.path}: holds a {type(state).__name__}, expected a dict of tensors")

@@ -9,6 +9,7 @@ import click
 
 from llmint8.converter.cli import Command, convert_command, printable, progress_bar, set_up_logging
 from llmint8.converter.push_command import push_command
+from llmint8.formats.errors import SourceError
 
 from .eval_command import eval_command
 from .report_command import report_command
@@ -172,16 +173,17 @@ def generate(
 ) -> None:
     """Generate text with an int8 checkpoint, streaming it to the terminal."""
     set_up_logging(False)
-    from transformers import AutoTokenizer
-
+    from llmint8.converter.calibration_text import load_tokenizer
     from llmint8.converter.hub import resolve
 
     from . import load
     from .generate import stream_chat
 
     path = resolve(checkpoint, revision, "int8").path
+    tokenizer = load_tokenizer(path)
+    if tokenizer is None:
+        raise SourceError(f"{path}: no tokenizer; copy the tokenizer files of the source there")
     model = load(path, device=device)
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     done = stream_chat(
         model,
         tokenizer,
