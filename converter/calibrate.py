@@ -84,11 +84,13 @@ class Calibrator:
         layers = {module_of[name]: layer for name, layer in selection.layers.items()}
         order = [name for name, _ in model.named_modules() if name in layers]
 
+        not_finite: list[str] = []
+
         def on_linear(call: LinearCall) -> None:
             layer = layers[call.name]
             values, absmax = quantize(layer, call.weight)
             if not bool(call.rows.isfinite().all()):
-                self._notices.append(f"{layer.name}: its input is not finite, so it is not calibrated")
+                not_finite.append(layer.name)
                 return
             norms = column_norms(call.weight, values, absmax)
             dims = self._statistics.see(layer.name, call.x, call.rows, norms, call.out)
@@ -110,8 +112,13 @@ class Calibrator:
         except Exception as error:  # the model's code may raise anything
             log.debug("calibration pass", exc_info=True)
             self._notices.append(
-                f"the calibration pass ended early ({type(error).__name__}: {str(error).splitlines()[0][:200]}); "
+                f"the calibration pass ended early ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
                 "layers it did not reach have no outlier columns"
+            )
+        if not_finite:
+            self._notices.append(
+                f"the input of {not_finite[0]} and {len(not_finite) - 1} more holds NaN or infinity, so they are not "
+                "calibrated; is the source whole?"
             )
 
     def choose(self) -> Outliers:
@@ -128,10 +135,7 @@ class Calibrator:
                 statistics[name] = {"shares_input_with": group.layers[0]}
             recorded = max(count, _RECORDED_CANDIDATES)
             statistics[group.layers[0]] = {
-                **{
-                    key: value[:recorded] if isinstance(value, list) else value
-                    for key, value in group.statistics.items()
-                },
+                **{key: v[:recorded] if isinstance(v, list) else v for key, v in group.statistics.items()},
                 "ks": group.ks,
                 "errors": [float(f"{error:.4g}") for error in group.errors],
             }

@@ -7,6 +7,7 @@ import logging
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -176,8 +177,12 @@ def convert_command(
 def _echo_report(report: Any, known: bool, verbose: bool) -> None:
     _echo_notices(report.notices)
     if report.uncalibrated:
+        where = Counter(".".join(name.split(".")[:2]) for name in report.uncalibrated)
+        parts = ", ".join(f"{count} in {part}" for part, count in where.most_common(5))
         more = "" if verbose else "; --verbose names them"
-        _echo_notices([f"{len(report.uncalibrated)} layers were not reached by the calibration{more}"])
+        _echo_notices(
+            [f"{len(report.uncalibrated)} layers are not calibrated and have no outlier columns: {parts}{more}"]
+        )
     if verbose:
         click.echo(_kept_text(report.kept))
         for name in report.uncalibrated:

@@ -162,6 +162,18 @@ def test_layers_that_the_pass_does_not_reach_are_converted_and_listed(tmp_path, 
     assert formats.check_values(checkpoint) == []
 
 
+def test_inputs_that_are_not_finite_are_said_once(tmp_path):
+    model = _llama().half()
+    with torch.no_grad():
+        model.model.layers[1].input_layernorm.weight[0] = float("inf")
+    model.save_pretrained(tmp_path / "source")
+    report = converter.convert(tmp_path / "source", tmp_path / "out")
+    (notice,) = [notice for notice in report.notices if "NaN or infinity" in notice]
+    assert notice.startswith("the input of model.layers.1.self_attn.q_proj and ")
+    assert len(report.uncalibrated) == report.layers - 7
+    assert formats.check_values(formats.open_checkpoint(tmp_path / "out")) == []
+
+
 def test_calibration_text_and_its_provenance(tmp_path, monkeypatch):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
