@@ -56,7 +56,7 @@ def write_report(
         LLMInt8Error: the checkpoint breaks a rule of spec.md or has no statistics, or the text cannot be read.
 
     """
-    resolved = resolve(checkpoint, revision)
+    resolved = resolve(checkpoint, revision, "int8")
     findings = _find(open_checkpoint(resolved.path), resolved.name, text, run, progress)
     directory = output or Path(f"{resolved.name.rpartition('/')[2]}-report")
     directory.mkdir(parents=True, exist_ok=True)
