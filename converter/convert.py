@@ -17,6 +17,7 @@ from .calibrate import Calibrator, Outliers
 from .calibration_text import load_calibration
 from .card import CARD_NAME, Subject, new_card, read_card
 from .hub import resolve
+from .models import usable_device
 from .plan import CALIBRATION_TOKENS, ConversionPlan, in_file_order, make_plan, output_dtype, with_selection
 from .provenance import describe, identify, output_config
 from .select import SelectedLayer
@@ -103,7 +104,7 @@ def execute(
 ) -> ConversionReport:
     """Carry out a plan; see `convert`."""
     started = time.monotonic()
-    device = _usable_device(device)
+    device = usable_device(device)
     if on_nonfinite == "keep":
         plan = _without_nonfinite(plan)
     if plan.disk_needed > plan.disk_free:
@@ -135,14 +136,6 @@ def execute(
         time.monotonic() - started,
         notices,
     )
-
-
-def _usable_device(device: str | torch.device) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"device {str(device)!r} cannot be used here: {reason}") from None
 
 
 def _commit(

@@ -109,6 +109,15 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(text.split())[:200]}" if text else type(error).__name__
 
 
+def usable_device(device: str | torch.device) -> torch.device:
+    """Return the device when tensors can be put there. Raises ValueError."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"device {str(device)!r} cannot be used here: {reason}") from None
+
+
 def is_linear(module: nn.Module) -> bool:
     """Tell whether a module is a linear layer and nothing more. Subclasses may use their weight in other ways."""
     return type(module) in (nn.Linear, Conv1D)

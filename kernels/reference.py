@@ -145,9 +145,13 @@ def int8_linear(
 
     """
     rows = quantize_rows(x, outlier_dims, activation)
-    product = int8_product(rows.values, weight).float()
-    if rows.zero_point is not None:
-        product -= rows.zero_point[:, None] * weight.sum(1, dtype=torch.int32).float()
+    if rows.zero_point is None:
+        product = int8_product(rows.values, weight).float()
+    else:
+        # A row of ones gives the sums of the weight's rows, without another pass over the weight.
+        ones = rows.values.new_ones(1, weight.shape[1])
+        product = int8_product(torch.cat([rows.values, ones]), weight).float()
+        product = product[:-1] - rows.zero_point[:, None] * product[-1]
     out = product * rows.scale[:, None] * (weight_absmax / 127)
     if outlier_dims.numel():
         out += x[:, outlier_dims.long()].float() @ outlier_weight.float().t()

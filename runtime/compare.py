@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from llmint8.converter.calibration_text import read_text
 from llmint8.converter.hub import resolve
-from llmint8.converter.models import load_config, model_class
+from llmint8.converter.models import load_config, model_class, usable_device
 from llmint8.formats import LLMInt8Error, SourceError, open_source
 from llmint8.kernels.reference import Activation
 
@@ -66,7 +66,7 @@ def compare(
             language models.
 
     """
-    _check_device(device)
+    usable_device(device)
     resolved, origin = resolve(checkpoint, kind="int8"), resolve(source, kind="source")
     content = read_text(text)
     tokenizer = AutoTokenizer.from_pretrained(origin.path, local_files_only=True, trust_remote_code=False)
@@ -173,10 +173,3 @@ def _simulated(model: Any, names: list[str]) -> dict[str, Logits]:
 
 def _int8_layers(model: Any) -> dict[str, Int8Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
-        raise ValueError(f"device is {device!r}: {str(error).splitlines()[0]}") from None
