@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from llmint8.formats import LLMInt8Error
+from llmint8.formats.tensors import as_bytes
 from llmint8.kernels.reference import Activation
 
-from .models import meta_model
+from .models import first_line, meta_model, text_inputs
 from .names import fused_parameters, parameter_tensors
-from .outliers import InputStatistics, column_norms, select
+from .outliers import InputStatistics, column_norms, rounded, select
 from .plan import ConversionPlan
 from .select import SelectedLayer
 from .streaming import LinearCall, stream_forward
@@ -99,7 +100,7 @@ class Calibrator:
         try:
             stream_forward(
                 model,
-                self._inputs(model),
+                text_inputs(model, self._tokens.to(self._device)),
                 parameter_tensors(model, self._plan.source.tensors),
                 fused_parameters(model, self._plan.source.tensors),
                 {name: layers[name].weight.name for name in order},
@@ -112,7 +113,7 @@ class Calibrator:
         except Exception as error:  # the model's code may raise anything
             log.debug("calibration pass", exc_info=True)
             self._notices.append(
-                f"the calibration pass ended early ({type(error).__name__}: {' '.join(str(error).split())[:200]}); "
+                f"the calibration pass ended early ({first_line(error)}); "
                 "layers it did not reach have no outlier columns"
             )
         if not_finite:
@@ -137,7 +138,7 @@ class Calibrator:
             statistics[group.layers[0]] = {
                 **{key: v[:recorded] if isinstance(v, list) else v for key, v in group.statistics.items()},
                 "ks": group.ks,
-                "errors": [float(f"{error:.4g}") for error in group.errors],
+                "errors": rounded(group.errors),
             }
 
         dims_of = {name: group.dims for group in groups for name in group.layers}
@@ -147,13 +148,6 @@ class Calibrator:
             return dims.to(torch.int32), self._spool.get(name, positions[name][order])
 
         return Outliers(counts, statistics, self._notices, load)
-
-    def _inputs(self, model: Any) -> dict[str, Tensor]:
-        tokens = self._tokens.to(self._device)
-        inputs = {"input_ids": tokens}
-        if model.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = tokens
-        return inputs
 
 
 class _ColumnSpool:
@@ -166,7 +160,7 @@ class _ColumnSpool:
 
     def put(self, name: str, columns: Tensor) -> None:
         columns = columns.t().cpu().contiguous()
-        data = memoryview(columns.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        data = as_bytes(columns)
         self._places[name] = (self._end, columns.dtype, columns.shape)
         self._file.seek(self._end)
         self._end += len(data)
@@ -179,7 +173,7 @@ class _ColumnSpool:
         columns = torch.empty(len(positions), rows, dtype=dtype)
         for column, position in zip(columns, positions.tolist(), strict=True):
             self._file.seek(start + position * rows * dtype.itemsize)
-            view = memoryview(column.view(torch.uint8).numpy())
+            view = as_bytes(column)
             if self._file.readinto(view) != len(view):
                 raise OSError("the temporary file with outlier columns is cut short")
         return columns.t()

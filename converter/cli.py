@@ -71,6 +71,20 @@ def progress_bar(total: int, title: str, quiet: bool) -> Iterator[Callable[[str,
         yield advance
 
 
+@contextmanager
+def pass_bar(title: str, quiet: bool) -> Iterator[Callable[[str, int], None]]:
+    """Yield a callback `(what ran, passes in all)` that moves a bar by one forward pass, as `progress_bar` does."""
+    bar: Any = tqdm(unit="pass", desc=title, disable=quiet or not sys.stderr.isatty(), leave=False)
+    with bar:
+
+        def advance(name: str, total: int) -> None:
+            bar.total = total
+            bar.set_postfix_str(name[-48:], refresh=False)
+            bar.update(1)
+
+        yield advance
+
+
 @click.command("convert", cls=Command)
 @click.argument("source")
 @click.argument("out", type=click.Path(path_type=Path))

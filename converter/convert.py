@@ -155,7 +155,7 @@ class _Conversion:
 
     def __init__(self, plan: ConversionPlan, writer: CheckpointWriter, progress: Progress) -> None:
         self._plan, self._writer, self._progress = plan, writer, progress
-        self._layer_of = {layer.weight.name: layer for layer in plan.selection.layers.values()}
+        self._layer_of = plan.selection.layer_of
         self._done: set[str] = set()
 
     def read(self, name: str) -> Tensor:

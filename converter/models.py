@@ -30,7 +30,7 @@ def load_config(path: Path) -> Any | None:
     try:
         return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # each config class raises what it likes
-        raise SourceError(f"{path / 'config.json'}: not a valid {model_type} config: {_first_line(error)}") from None
+        raise SourceError(f"{path / 'config.json'}: not a valid {model_type} config: {first_line(error)}") from None
 
 
 def model_class(config: Any) -> Any | None:
@@ -58,7 +58,7 @@ def meta_model(config: Any) -> Any | None:
         with torch.device("meta"):
             return cls._from_config(config)
     except Exception as error:  # the model's code may raise anything
-        raise SourceError(f"config.json: {cls.__name__} cannot be built from it: {_first_line(error)}") from None
+        raise SourceError(f"config.json: {cls.__name__} cannot be built from it: {first_line(error)}") from None
 
 
 def weights_used_directly(model: Any, layers: Iterable[str]) -> set[str]:
@@ -80,10 +80,9 @@ def weights_used_directly(model: Any, layers: Iterable[str]) -> set[str]:
         module.forward = lambda x, n=out_features: x.new_empty(*x.shape[:-1], n)
     watch = _WeightWatch(weights)
     tokens = torch.zeros(1, 8, dtype=torch.long, device="meta")
-    inputs = {"input_ids": tokens, **({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {})}
     try:
         with torch.inference_mode(), watch:
-            model.eval()(**inputs)
+            model.eval()(**text_inputs(model, tokens))
     except Exception as error:  # whatever the model's code raises without data
         log.debug("%s does not run on the meta device: %s", type(model).__name__, error)
     return watch.used
@@ -104,7 +103,13 @@ class _WeightWatch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _first_line(error: Exception) -> str:
+def text_inputs(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return the arguments with which a model of text takes token ids [rows, length]; decoders get the same ones."""
+    return {"input_ids": tokens, **({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {})}
+
+
+def first_line(error: Exception) -> str:
+    """Return an error's type and what it says, in one line of bounded length."""
     text = str(error).strip()
     return f"{type(error).__name__}: {' '.join(text.split())[:200]}" if text else type(error).__name__
 

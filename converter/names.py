@@ -6,7 +6,7 @@ tensor is known by the module it will end up in.
 """
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -14,21 +14,29 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 
+def _destinations(model: Any, tensor_names: Iterable[str]) -> Iterator[tuple[str, str, str | None, Any]]:
+    """Yield tensor name, the name transformers gives it, and the pattern and rule that fuses or splits it, or None."""
+    mapping = get_model_conversion_mapping(model)
+    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
+    rule_of = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    targets = model.state_dict()
+    for name in tensor_names:
+        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, targets)
+        yield name, renamed, pattern, rule_of.get(pattern)
+
+
 def module_names(model: Any, tensor_names: Iterable[str]) -> dict[str, str]:
     """Return tensor name -> parameter or buffer name in `model`, for the tensors that are loaded as they are.
 
     Left out are tensors the model has no place for, and those that transformers fuses, splits or permutes.
     """
-    mapping = get_model_conversion_mapping(model)
-    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
     targets = model.state_dict()
     found = {}
-    for name in tensor_names:
-        renamed, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, targets)
+    for name, renamed, pattern, _ in _destinations(model, tensor_names):
         if renamed not in targets and name in targets:
-            renamed, converter = name, None
-        if renamed in targets and converter is None:
+            found[name] = name
+        elif renamed in targets and pattern is None:
             found[name] = renamed
     return found
 
@@ -60,16 +68,11 @@ def fused_parameters(model: Any, tensor_names: Iterable[str]) -> dict[str, Fused
 
     Left out are rules that make several parameters of their tensors: each would need the others' parts.
     """
-    mapping = get_model_conversion_mapping(model)
-    renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
-    rule_of = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     targets = model.state_dict()
     fused: dict[str, FusedParameter] = {}
-    for name in tensor_names:
-        renamed, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, targets)
-        if pattern is not None and renamed in targets and len(rule_of[pattern].target_patterns) == 1:
-            fused.setdefault(renamed, FusedParameter(renamed, rule_of[pattern])).add(name, pattern)
+    for name, renamed, pattern, rule in _destinations(model, tensor_names):
+        if pattern is not None and renamed in targets and len(rule.target_patterns) == 1:
+            fused.setdefault(renamed, FusedParameter(renamed, rule)).add(name, pattern)
     return fused
 
 

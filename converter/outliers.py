@@ -147,12 +147,12 @@ class InputStatistics:
         quartiles = torch.quantile(rows[:, dims], torch.tensor([0.25, 0.5, 0.75], device=rows.device), dim=0)
         statistics = {
             "tokens": rows.shape[0],
-            "absmax_median": _rounded([float(absmax.median())])[0],
+            "absmax_median": rounded([float(absmax.median())])[0],
             "outlier_features": int((positions >= OUTLIER_POSITIONS).sum()),
             "dims": dims.tolist(),
-            "absmax": _rounded(absmax[dims].tolist()),
-            "positions": _rounded(positions[dims].tolist()),
-            "quartiles": [_rounded(column) for column in quartiles.t().tolist()],
+            "absmax": rounded(absmax[dims].tolist()),
+            "positions": rounded(positions[dims].tolist()),
+            "quartiles": [rounded(column) for column in quartiles.t().tolist()],
         }
         return InputGroup([], dims, torch.arange(len(dims)), statistics)
 
@@ -201,7 +201,7 @@ def error_curve(
     ks, errors = [k for k in GRID if k <= largest], []
     for k in ks:
         kept = x.index_fill(1, dims[:k].to(x.device), 0)
-        quantized = quantize_rows(kept, dims[:k].to(x.device), activation).dequantize()
+        quantized = quantize_rows(kept, dims[:0], activation).dequantize()  # what is left out is 0 already
         error = (kept - quantized).square_() @ weight_norms + quantized.square() @ weight_errors
         errors.append(float((error * (per_token + overall)).sum() / 2))
     return ks, errors
@@ -257,6 +257,6 @@ def _slope(low: tuple[int, float], high: tuple[int, float]) -> float:
     return (high[1] - low[1]) / (high[0] - low[0])
 
 
-def _rounded(values: Sequence[float]) -> list[float]:
+def rounded(values: Sequence[float]) -> list[float]:
     """Round to four significant digits: the manifest holds hundreds of these per layer."""
     return [float(f"{value:.4g}") for value in values]

@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmint8.formats import DTYPES, OutputError, Source, TensorInfo, TensorSpec, int8_specs, open_source, outlier_specs
+from llmint8.formats import (
+    DTYPES,
+    FLOAT_DTYPES,
+    OutputError,
+    Source,
+    TensorInfo,
+    TensorSpec,
+    int8_specs,
+    open_source,
+    outlier_specs,
+)
 
 from .hub import Resolved
 from .models import load_config, meta_model
@@ -74,10 +84,9 @@ class ConversionPlan:
     @property
     def peak_memory(self) -> int:
         """An estimate in bytes, the Python process and its libraries not counted."""
-        largest = 0
+        largest, layer_of = 0, self.selection.layer_of
         for info in self.source.tensors.values():
-            quantized = info.name.removesuffix(".weight") in self.selection.layers
-            largest = max(largest, int(info.nbytes * (1.5 if quantized or not self.dtype else 2)))
+            largest = max(largest, int(info.nbytes * (1.5 if info.name in layer_of or not self.dtype else 2)))
         if self.criterion.kind != "none":
             layers = self.selection.layers.values()
             # The weight in use, its int8 copy, the one that is read ahead; and the batch's activations in float32.
@@ -123,10 +132,10 @@ def make_plan(
 
 def with_selection(plan: ConversionPlan, selection: Selection) -> ConversionPlan:
     """Return the plan for other layers."""
-    source, dtype = plan.source, plan.dtype
+    source, dtype, layer_of = plan.source, plan.dtype, selection.layer_of
     groups = []
     for info in in_file_order(source):
-        layer = selection.layers.get(info.name.removesuffix(".weight")) if info.name.endswith(".weight") else None
+        layer = layer_of.get(info.name)
         if layer is not None:
             outlier_dtype = output_dtype(info.dtype, dtype)
             specs = int8_specs(layer.name, layer.out_features, layer.in_features)
@@ -145,7 +154,7 @@ def in_file_order(source: Source) -> list[TensorInfo]:
 
 def output_dtype(dtype: str, cast: str | None) -> str:
     """Return the dtype in which an unquantized tensor is stored; only floats of 16 and 32 bits are ever cast."""
-    return cast if cast and dtype in ("F16", "BF16", "F32") else dtype
+    return cast if cast and dtype in FLOAT_DTYPES else dtype
 
 
 def _check_out(source: Path, out: Path) -> None:

@@ -27,7 +27,7 @@ def describe(plan: ConversionPlan, outliers: dict[str, int], calibration: dict[s
         criterion=str(plan.criterion),
         activation=ACTIVATION,
         producer=f"llmint8 {_version()}",
-        source={"name": plan.origin.name, "repo": plan.origin.repo, "commit": plan.origin.commit},
+        source=_origin(plan),
         calibration=calibration,
     )
 
@@ -36,12 +36,14 @@ def identify(plan: ConversionPlan) -> dict[str, Any]:
     """Identify the source in the manifest: where it came from, the sizes of its files, the hash of its config."""
     config = (plan.source.path / "config.json").read_bytes()
     return {
-        "name": plan.origin.name,
-        "repo": plan.origin.repo,
-        "commit": plan.origin.commit,
+        **_origin(plan),
         "config_sha256": hashlib.sha256(config).hexdigest(),
         "files": {file.path.name: file.path.stat().st_size for file in plan.source.files},
     }
+
+
+def _origin(plan: ConversionPlan) -> dict[str, Any]:
+    return {"name": plan.origin.name, "repo": plan.origin.repo, "commit": plan.origin.commit}
 
 
 def _version() -> str:

@@ -52,6 +52,11 @@ class Selection:
     notices: list[str]
 
     @property
+    def layer_of(self) -> dict[str, SelectedLayer]:
+        """The layers to quantize by the tensor names of their weights."""
+        return {layer.weight.name: layer for layer in self.layers.values()}
+
+    @property
     def skip_modules(self) -> list[str]:
         """The linear modules left alone, for bitsandbytes, which quantizes whatever it is not told to skip."""
         return sorted(self.module_of[name] for name in self.kept)
@@ -93,7 +98,7 @@ def select_layers(source: Source, model: Any | None, skip: Sequence[str], only: 
         mapped = module_names(model, source.tensors)
         unmapped = [info for name, info in source.tensors.items() if name not in mapped]
         candidates, kept, module_of = _candidates_of_model(source, model, mapped, bool(unmapped))
-        notices += _unmapped_notice(unmapped) or _missing_notice(model, source, mapped)
+        notices += _unmapped_notice(unmapped) or _missing_notice(model, set(mapped.values()))
     layers = {}
     for name, layer in candidates.items():
         if any(re.search(pattern, name) for pattern in skip):
@@ -179,14 +184,14 @@ def _unmapped_notice(unmapped: list[TensorInfo]) -> list[str]:
     ]
 
 
-def _missing_notice(model: Any, source: Source, mapped: dict[str, str]) -> list[str]:
+def _missing_notice(model: Any, loaded: set[str]) -> list[str]:
     """Name parameters that no tensor of the source is loaded into."""
     tied = {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     missing = [
         name
         for name, _ in model.named_parameters()
-        if name not in mapped.values() and name not in tied and not any(pattern.search(name) for pattern in ignored)
+        if name not in loaded and name not in tied and not any(pattern.search(name) for pattern in ignored)
     ]
     if not missing:
         return []

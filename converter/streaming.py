@@ -186,7 +186,6 @@ class _ReadAhead:
         self._read = read
         self._next = dict(pairwise(order))
         self._pending: tuple[str, Future[Tensor]] | None = None
-        self._expected = set(order)
         self._thread = ThreadPoolExecutor(1)
 
     def __enter__(self) -> "_ReadAhead":
@@ -197,8 +196,6 @@ class _ReadAhead:
         self._thread.shutdown(cancel_futures=True)
 
     def get(self, name: str) -> Tensor:
-        if name not in self._expected:
-            return self._read(name)
         pending, self._pending = self._pending, None
         if pending is not None and pending[0] == name:
             tensor = pending[1].result()

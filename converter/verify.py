@@ -31,7 +31,7 @@ def compare_with_source(
     """Convert the source once more in memory, tensor by tensor, and compare bit for bit."""
     config = load_config(source.path)
     model = None if config is None else meta_model(config)
-    layers = {layer.weight.name: layer for layer in select_layers(source, model, (), ()).layers.values()}
+    layers = select_layers(source, model, (), ()).layer_of
     errors: dict[str, float] = {}
     problems = [
         f"{name}: in the checkpoint, not in the source"

@@ -6,7 +6,6 @@ transformers; nothing outside this module asks what the files were.
 """
 
 import logging
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -132,14 +131,17 @@ def open_source(path: Path) -> Source:
     if not path.is_dir():
         raise SourceError(f"{path}: no such directory")
     config = _read_config(path)
-    files = [_open_file(path, name) for name in _weight_files(path)]
+    names, index, weight_map = _weight_files(path)
+    files = [_open_file(path, name) for name in names]
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         for name, info in file.tensors.items():
             if name in tensors:
                 raise SourceError(f"{file.path}: {name} is also in {tensors[name].file}; remove one of the two")
             tensors[name] = info
-    _check_index(path, tensors)
+    for name, holder in weight_map.items():
+        if name not in tensors or tensors[name].file != holder:
+            raise SourceError(f"{path / holder}: {name} is missing, but {index} says that it is here")
     return Source(path, config, files, tensors, small_files(path))
 
 
@@ -159,16 +161,17 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _weight_files(path: Path) -> list[str]:
-    """Return the names of the weight files, an index before a single file, safetensors before torch."""
+def _weight_files(path: Path) -> tuple[list[str], str, dict[str, str]]:
+    """Return the weight files, their index's name and what it says; an index comes first, and safetensors do."""
     for index, single, suffix in (
         (SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME, ".safetensors"),
         (TORCH_INDEX_NAME, TORCH_NAME, ".bin"),
     ):
         if (path / index).exists():
-            return sorted(set(read_weight_map(path / index, suffix).values()))
+            weight_map = read_weight_map(path / index, suffix)
+            return sorted(set(weight_map.values())), index, weight_map
         if (path / single).exists():
-            return [single]
+            return [single], index, {}
     raise SourceError(f"{path}: no weights; expected {SAFETENSORS_NAME} or {TORCH_NAME}, or an index of shards")
 
 
@@ -177,16 +180,6 @@ def _open_file(path: Path, name: str) -> TensorFile:
         raise SourceError(f"{path / name}: missing, but the index names it; is the download complete?")
     require_inside(path / name, path)
     return TorchFile(path / name) if name.endswith(".bin") else SafetensorsFile(path / name)
-
-
-def _check_index(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    suffixes = {Path(info.file).suffix for info in tensors.values()}
-    index = path / (TORCH_INDEX_NAME if suffixes == {".bin"} else SAFETENSORS_INDEX_NAME)
-    if not index.exists():
-        return
-    for name, file in read_weight_map(index, index.name.split(".", 1)[1].removesuffix(".index.json")).items():
-        if name not in tensors or tensors[name].file != file:
-            raise SourceError(f"{path / file}: {name} is missing, but {index.name} says that it is here")
 
 
 def small_files(path: Path) -> list[Path]:

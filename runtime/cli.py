@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,9 @@ def inspect(checkpoint: str, revision: str | None, as_json: bool) -> None:
 
 def _facts(opened: Any) -> dict[str, Any]:
     quantization = opened.quantization
+    sizes: Counter[str] = Counter()
+    for name, info in opened.tensors.items():
+        sizes[name.rpartition(".")[0]] += info.nbytes
     layers = [
         {
             "name": record.name,
@@ -50,13 +54,10 @@ def _facts(opened: Any) -> dict[str, Any]:
             "in_features": record.in_features,
             "outliers": record.outlier_count,
             "bias": record.has_bias,
-            "bytes": sum(
-                info.nbytes for name, info in opened.tensors.items() if name.rpartition(".")[0] == record.name
-            ),
+            "bytes": sizes[record.name],
         }
         for record in opened.records.values()
     ]
-    total = sum(info.nbytes for info in opened.tensors.values())
     int8 = sum(layer["bytes"] for layer in layers)
     others: dict[str, int] = {}
     for name, info in opened.tensors.items():
@@ -72,7 +73,7 @@ def _facts(opened: Any) -> dict[str, Any]:
         "activation": quantization.activation,
         "threshold": quantization.threshold,
         "files": opened.files,
-        "bytes": total,
+        "bytes": sizes.total(),
         "int8_layers_bytes": int8,
         "other_bytes_by_dtype": others,
         "not_quantized": quantization.skip_modules,

@@ -22,7 +22,7 @@ from llmint8.kernels.reference import Activation
 
 from .evaluate import Evaluation, Logits, measure, token_windows
 from .layer import Int8Linear, Outliers
-from .load import _no_progress_bar, load
+from .load import load, no_progress_bar
 from .methods import METHODS, THRESHOLD, Method, Simulation
 
 
@@ -104,7 +104,7 @@ def load_reference(path: Path, window: int, device: str) -> Any:
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     if window > longest:
         raise ValueError(f"a window of {window} tokens is too long: {path} was made for {longest} positions")
-    with _no_progress_bar():
+    with no_progress_bar():
         model, info = cls.from_pretrained(
             path, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )

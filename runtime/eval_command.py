@@ -2,18 +2,14 @@
 
 import json
 import math
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
-from tqdm import tqdm
 
 from llmint8.converter.card import EVALUATION_NAME
-from llmint8.converter.cli import Command, printable, set_up_logging
+from llmint8.converter.cli import Command, pass_bar, printable, set_up_logging
 from llmint8.formats.files import encode_json, write_durably
 
 
@@ -56,7 +52,7 @@ def eval_command(
     set_up_logging(False)
     from .compare import compare
 
-    with _progress_bar(quiet) as progress:
+    with pass_bar("Evaluating", quiet) as progress:
         found = compare(
             out, reference, text, tokens=tokens, window=window, methods=methods, device=device, progress=progress
         )
@@ -89,20 +85,6 @@ def _save(facts: dict[str, Any], out: Path) -> None:
         write_durably(out / EVALUATION_NAME, encode_json(named))
     except OSError as error:
         click.echo(f"Note: not saved in {printable(str(out))}: {error.strerror}", err=True)
-
-
-@contextmanager
-def _progress_bar(quiet: bool) -> Iterator[Callable[[str, int], None]]:
-    """Yield a callback that moves a bar by one forward pass; no bar when quiet or not on a terminal."""
-    bar: Any = tqdm(unit="pass", desc="Evaluating", disable=quiet or not sys.stderr.isatty(), leave=False)
-    with bar:
-
-        def advance(name: str, total: int) -> None:
-            bar.total = total
-            bar.set_postfix_str(name[-48:], refresh=False)
-            bar.update(1)
-
-        yield advance
 
 
 def _table(facts: dict[str, Any]) -> str:

@@ -95,7 +95,7 @@ def load(
 def _from_pretrained(cls: Any, path: Path, config: Any, dtype: torch.dtype, device_map: Any) -> Any:
     """Let transformers load, and take as errors what it would repair with random values."""
     try:
-        with _no_progress_bar():
+        with no_progress_bar():
             model, info = cls.from_pretrained(
                 path,
                 config=config,
@@ -162,7 +162,8 @@ def _dtype(dtype: torch.dtype | str | None, checkpoint: Checkpoint, config: Any)
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing its progress bar while it loads."""
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

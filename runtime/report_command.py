@@ -1,15 +1,10 @@
 """The command `llmint8 report`: it parses and prints; `report.py` does the work."""
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import click
-from tqdm import tqdm
 
-from llmint8.converter.cli import Command, printable, set_up_logging
+from llmint8.converter.cli import Command, pass_bar, printable, set_up_logging
 from llmint8.formats.errors import LLMInt8Error
 
 
@@ -43,8 +38,10 @@ def report_command(out: str, output: Path | None, text: Path | None, no_run: boo
             raise
         raise LLMInt8Error("the pictures need matplotlib: pip install 'llmint8[report]'") from None
 
-    with _progress_bar(quiet) as progress:
-        path, findings = write_report(out, output, text=text, run=not no_run, progress=progress)
+    with pass_bar("Running", quiet) as advance:
+        path, findings = write_report(
+            out, output, text=text, run=not no_run, progress=lambda done, total: advance("", total)
+        )
     if quiet:
         return
     table, removal = findings.table, findings.removal
@@ -57,16 +54,3 @@ def report_command(out: str, output: Path | None, text: Path | None, no_run: boo
     else:
         click.echo(f"Perplexity {removal.intact.perplexity:.4g}, without them {removal.without.perplexity:.4g}.")
     click.echo(f"Report: {printable(str(path))}")
-
-
-@contextmanager
-def _progress_bar(quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """Yield a callback that moves a bar by one forward pass; no bar when quiet or not on a terminal."""
-    bar: Any = tqdm(unit="pass", desc="Running", disable=quiet or not sys.stderr.isatty(), leave=False)
-    with bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield advance

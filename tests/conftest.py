@@ -19,6 +19,16 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(scope="module")
+def quiet_transformers() -> Iterator[None]:
+    """transformers shows a progress bar when the tests save a model."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
 @pytest.fixture(scope="session")
 def fake_hub() -> ModuleType:
     """The module `fake_hub.py`. The tests are no package and their folder is not on sys.path, so it is not imported."""

@@ -22,6 +22,8 @@ from llmint8.runtime.compare import compare
 from llmint8.runtime.evaluate import Logits, measure, token_windows
 from llmint8.runtime.methods import METHODS, Method, Simulation
 
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
+
 VOCABULARY = 97
 PLANTED = [3, 17]  # the dimensions of the hidden state that the norms make large
 METHOD = {method.name: method for method in METHODS}
@@ -51,14 +53,6 @@ def make_tokenizer() -> Any:
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> Any:
-    """transformers shows a progress bar when the tests save a model."""
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    transformers.utils.logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,8 @@ from torch import Tensor
 from llmint8 import converter, formats, runtime
 from llmint8.runtime import Int8Linear
 
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
+
 TOKENS = torch.arange(3, 19)[None]
 LAYER = "model.layers.1.mlp.down_proj"
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
@@ -32,14 +34,6 @@ def make_llama(**changes: Any) -> transformers.PreTrainedModel:
     arguments |= {"initializer_range": 0.2, "tie_word_embeddings": True, **changes}
     torch.manual_seed(5)
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**arguments))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> Any:
-    """transformers shows a progress bar when the tests save a model."""
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    transformers.utils.logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")

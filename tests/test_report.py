@@ -28,6 +28,8 @@ from llmint8.runtime import report_plots
 from llmint8.runtime.report import Findings, write_report
 from llmint8.runtime.report_statistics import block_of, hidden_inputs, layer_kind, read_inputs, table4
 
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
+
 VOCABULARY, WIDTH, BLOCKS = 61, 64, 8
 # Dimension of the hidden state -> the blocks whose norms make it large: in all, in a quarter, in too few.
 PLANTED = {5: range(BLOCKS), 40: range(2), 23: range(1)}
@@ -54,13 +56,6 @@ def save(model: Any, path: Path, tokenizer: bool = True) -> None:
         backend = tokenizers.Tokenizer(words)
         backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
         transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0").save_pretrained(path)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet() -> Any:
-    transformers.utils.logging.disable_progress_bar()
-    yield
-    transformers.utils.logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="module")
