@@ -2,6 +2,7 @@
 
 from .convert import ConversionReport, convert, execute
 from .hub import Resolved, resolve
+from .options import Options
 from .plan import ConversionPlan, make_plan
 
-__all__ = ["ConversionPlan", "ConversionReport", "Resolved", "convert", "execute", "make_plan", "resolve"]
+__all__ = ["ConversionPlan", "ConversionReport", "Options", "Resolved", "convert", "execute", "make_plan", "resolve"]

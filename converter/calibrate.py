@@ -1,27 +1,28 @@
 """The calibrated pass: every layer is measured and quantized when the forward pass reaches it.
 
 How many columns a layer keeps in 16 bit is known only when all layers have been seen. Until then its candidate columns
-are put aside in a temporary file beside the result, so that no weight is read twice.
+are put aside in the journal of the conversion, so that no weight is read twice. With them go what the choice needs to
+know of the weight, and the layer's output where that is small: a conversion that goes on after an interruption runs
+the pass again, but reads and multiplies by few of the weights that it had reached.
 """
 
 import logging
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmint8.formats import LLMInt8Error
-from llmint8.formats.tensors import as_bytes
+from llmint8.formats.journal import Journal, Record
 from llmint8.kernels.reference import Activation
 
 from .models import first_line, meta_model, text_inputs
 from .names import fused_parameters, parameter_tensors
-from .outliers import InputStatistics, column_norms, rounded, select
-from .plan import ConversionPlan
+from .outliers import Curve, InputStatistics, column_norms, rounded, select
+from .plan import ConversionPlan, kept_output_bytes
 from .select import SelectedLayer
 from .streaming import LinearCall, stream_forward
 
@@ -54,29 +55,21 @@ class Outliers:
 
 
 class Calibrator:
-    """Runs the pass and chooses the outliers. A context manager: the columns put aside go with it."""
+    """Runs the pass and chooses the outliers."""
 
-    def __init__(self, plan: ConversionPlan, tokens: Tensor, device: torch.device) -> None:
-        """Take the plan and a batch of token ids [rows, length]."""
-        self._plan, self._tokens, self._device = plan, tokens, device
-        self._statistics = InputStatistics(plan.criterion, ACTIVATION)
-        self._spool = _ColumnSpool(plan.out)
+    def __init__(self, plan: ConversionPlan, tokens: Tensor, device: torch.device, journal: Journal) -> None:
+        """Take the plan, a batch of token ids [rows, length], where to run, and where to put columns aside."""
+        self._plan, self._tokens, self._device, self._journal = plan, tokens, device, journal
+        self._statistics = InputStatistics(plan.criterion, ACTIVATION, self._remember_curve)
         self._notices: list[str] = []
 
-    def __enter__(self) -> "Calibrator":
-        """Return the calibrator."""
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Drop the columns that were put aside."""
-        self._spool.close()
-
-    def run(self, read: Callable[[str], Tensor], quantize: Quantize) -> None:
+    def run(self, read: Callable[[str], Tensor], quantize: Quantize, has: Callable[[SelectedLayer], bool]) -> None:
         """Run the forward pass. What the model's code raises ends it early, and is noted, not raised.
 
         Args:
             read: returns a tensor of the source.
             quantize: quantizes and writes a layer's weight [N, K]; returns int8 [N, K] and absmax float32 [N].
+            has: tells whether an earlier run has written a layer.
 
         """
         selection = self._plan.selection
@@ -84,18 +77,25 @@ class Calibrator:
         module_of = selection.module_of
         layers = {module_of[name]: layer for name, layer in selection.layers.items()}
         order = [name for name, _ in model.named_modules() if name in layers]
-
+        done = {name: record for name in order if (record := self._earlier(layers[name], has)) is not None}
         not_finite: list[str] = []
 
         def on_linear(call: LinearCall) -> None:
             layer = layers[call.name]
-            values, absmax = quantize(layer, call.weight)
-            if not bool(call.rows.isfinite().all()):
+            record = done.get(call.name)
+            finite = bool(call.rows.isfinite().all())
+            if not finite:
                 not_finite.append(layer.name)
+            if record is not None:
+                norms = self._journal.load(record.tensors[1]).to(self._device)
+                self._statistics.see(layer.name, call.x, call.rows, (norms[0], norms[1]), call.out)
                 return
-            norms = column_norms(call.weight, values, absmax)
-            dims = self._statistics.see(layer.name, call.x, call.rows, norms, call.out)
-            self._spool.put(layer.name, call.weight[:, dims.to(call.weight.device)])
+            assert call.weight is not None
+            values, absmax = quantize(layer, call.weight)
+            if finite:
+                norms = torch.stack(column_norms(call.weight, values, absmax))
+                dims = self._statistics.see(layer.name, call.x, call.rows, (norms[0], norms[1]), call.out)
+                self._put_aside(layer, call.weight[:, dims.to(call.weight.device)], norms, call.out)
 
         try:
             stream_forward(
@@ -104,6 +104,7 @@ class Calibrator:
                 parameter_tensors(model, self._plan.source.tensors),
                 fused_parameters(model, self._plan.source.tensors),
                 {name: layers[name].weight.name for name in order},
+                {n: partial(self._journal.load, r.tensors[2]) for n, r in done.items() if len(r.tensors) > 2},
                 read,
                 on_linear,
                 self._device,
@@ -121,6 +122,27 @@ class Calibrator:
                 f"the input of {not_finite[0]} and {len(not_finite) - 1} more holds NaN or infinity, so they are not "
                 "calibrated; is the source whole?"
             )
+
+    def _earlier(self, layer: SelectedLayer, has: Callable[[SelectedLayer], bool]) -> Record | None:
+        """Return what an earlier run put aside of a layer that it wrote."""
+        record = self._journal.get("layer", layer.name)
+        return record if record is not None and has(layer) else None
+
+    def _put_aside(self, layer: SelectedLayer, columns: Tensor, norms: Tensor, out: Tensor) -> None:
+        """Record the candidate columns [N, C], as rows; the norms [2, K]; and maybe the output [M, N]."""
+        tensors = [columns.t(), norms]
+        if kept_output_bytes(layer, len(out)):
+            tensors.append(out)
+        self._journal.put("layer", layer.name, None, [tensor.cpu().contiguous() for tensor in tensors])
+
+    def _remember_curve(self, layer: str, measure: Callable[[], Curve]) -> Curve:
+        return self._journal.remember("curve", layer, measure)  # type: ignore[no-any-return]
+
+    def _columns(self, layer: str, positions: Tensor) -> Tensor:
+        """Return the columns [N, k] at some positions of what was put aside."""
+        record = self._journal.get("layer", layer)
+        assert record is not None
+        return torch.stack([self._journal.load(record.tensors[0], row) for row in positions.tolist()], 1)
 
     def choose(self) -> Outliers:
         """Choose the outliers of all layers seen."""
@@ -145,38 +167,6 @@ class Calibrator:
 
         def load(name: str) -> tuple[Tensor, Tensor]:
             dims, order = dims_of[name][positions[name]].sort()
-            return dims.to(torch.int32), self._spool.get(name, positions[name][order])
+            return dims.to(torch.int32), self._columns(name, positions[name][order])
 
         return Outliers(counts, statistics, self._notices, load)
-
-
-class _ColumnSpool:
-    """Columns of weights in an unnamed temporary file, one block [C, N] for each layer."""
-
-    def __init__(self, directory: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 (closed by `close`)
-        self._places: dict[str, tuple[int, torch.dtype, torch.Size]] = {}
-        self._end = 0
-
-    def put(self, name: str, columns: Tensor) -> None:
-        columns = columns.t().cpu().contiguous()
-        data = as_bytes(columns)
-        self._places[name] = (self._end, columns.dtype, columns.shape)
-        self._file.seek(self._end)
-        self._end += len(data)
-        while data:
-            data = data[self._file.write(data) :]
-
-    def get(self, name: str, positions: Tensor) -> Tensor:
-        """Return the columns [N, k] at some positions of what was put."""
-        start, dtype, (_, rows) = self._places[name]
-        columns = torch.empty(len(positions), rows, dtype=dtype)
-        for column, position in zip(columns, positions.tolist(), strict=True):
-            self._file.seek(start + position * rows * dtype.itemsize)
-            view = as_bytes(column)
-            if self._file.readinto(view) != len(view):
-                raise OSError("the temporary file with outlier columns is cut short")
-        return columns.t()
-
-    def close(self) -> None:
-        self._file.close()

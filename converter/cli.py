@@ -28,7 +28,8 @@ class Command(click.Command):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
-            return super().invoke(ctx)
+            with _echoed_notes():
+                return super().invoke(ctx)
         except (LLMInt8Error, OSError, ValueError) as error:
             logging.getLogger("llmint8").debug("traceback", exc_info=True)
             raise click.ClickException(printable(str(error))) from None
@@ -38,6 +39,17 @@ class Command(click.Command):
             logging.getLogger("llmint8").debug("traceback", exc_info=True)
             what = printable(f"{type(error).__name__}: {error}")[:300]
             raise click.ClickException(f"unexpected: {what} (llmint8-convert --verbose shows where)") from None
+
+
+@contextmanager
+def _echoed_notes() -> Iterator[None]:
+    """Print what was noted on an error or a signal on its way here: what became of the work so far."""
+    try:
+        yield
+    except BaseException as error:
+        for note in getattr(error, "__notes__", []):
+            click.echo(f"Note: {printable(note)}", err=True)
+        raise
 
 
 def printable(text: str) -> str:
@@ -132,6 +144,8 @@ def pass_bar(title: str, quiet: bool) -> Iterator[Callable[[str, int], None]]:
     show_default=True,
     help="When a weight holds NaN or infinity: stop, or leave it in 16 bit.",
 )
+@click.option("--jobs", metavar="N", type=click.IntRange(1), help="Tensors converted at a time; one per core, up to 8.")
+@click.option("--force", is_flag=True, help="Start over where OUT holds an unfinished conversion.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--push-to-hub", metavar="REPO", help="Publish OUT on the Hub then, as `llmint8 push` does.")
 @click.option("--private", is_flag=True, help="Make that repo private, where it is a new one.")
@@ -151,6 +165,8 @@ def convert_command(
     only: tuple[str, ...],
     max_shard_size: str,
     on_nonfinite: Any,
+    jobs: int | None,
+    force: bool,
     dry_run: bool,
     push_to_hub: str | None,
     private: bool,
@@ -159,14 +175,18 @@ def convert_command(
 ) -> None:
     """Convert the 16-bit checkpoint SOURCE into an int8 checkpoint OUT.
 
-    SOURCE is a directory or a Hub repo id, with safetensors or pytorch_model.bin files. OUT is a new directory.
+    SOURCE is a directory or a Hub repo id, with safetensors or pytorch_model.bin files. OUT is a new directory. After
+    an interruption the same command goes on where the last one stopped.
     """
     set_up_logging(verbose)
     if private and push_to_hub is None:
         raise ValueError("--private says how to publish; add --push-to-hub REPO")
-    from . import execute, make_plan, resolve
+    from . import Options, execute, make_plan, resolve
 
-    plan = make_plan(resolve(source, revision, "source"), out, outliers, dtype, skip, only, max_shard_size)
+    options = Options(
+        outliers, calibration, calibration_tokens, device, dtype, skip, only, max_shard_size, on_nonfinite, jobs
+    )
+    plan = make_plan(resolve(source, revision, "source"), out, options)
     if dry_run:
         _echo_notices(plan.selection.notices)
         click.echo(_plan_text(plan, verbose))
@@ -178,7 +198,7 @@ def convert_command(
         check_licence(plan.source.path, plan.origin.repo)
         writer(push_to_hub)
     with progress_bar(plan.bytes_before, "Converting", quiet) as progress:
-        report = execute(plan, calibration, calibration_tokens, device, on_nonfinite, progress)
+        report = execute(plan, force, progress)
     if not quiet:
         _echo_report(report, plan.config is not None, verbose)
     if push_to_hub is not None:

@@ -1,29 +1,24 @@
-"""The conversion itself: read a tensor, quantize it or not, write it, forget it."""
+"""The conversion itself: plan, calibrated pass, everything else, outlier columns, and the files that complete it."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from llmint8.formats import DTYPES, CheckpointWriter, Manifest, OutputError, SourceError, TensorInfo, outlier_specs
-from llmint8.kernels.reference import quantize_weight
+from llmint8.formats import CheckpointWriter, Manifest, OutputError, SourceError
 
 from .calibrate import Calibrator, Outliers
 from .calibration_text import load_calibration
 from .card import CARD_NAME, Subject, new_card, read_card
 from .hub import resolve
 from .models import usable_device
-from .plan import CALIBRATION_TOKENS, ConversionPlan, in_file_order, make_plan, output_dtype, with_selection
-from .provenance import describe, identify, output_config
-from .select import SelectedLayer
-
-Progress = Callable[[str, int], None]
-OnNonfinite = Literal["error", "keep"]
+from .options import OnNonfinite, Options
+from .plan import ConversionPlan, make_plan, with_selection
+from .provenance import describe, fingerprint, identify, output_config
+from .transfer import Progress, Transfer
 
 
 def _no_progress(name: str, nbytes: int) -> None:
@@ -50,78 +45,79 @@ def convert(
     out: str | Path,
     *,
     revision: str | None = None,
-    outliers: str = "top-k=16",
+    outliers: str = Options.outliers,
     calibration: str | Path | None = None,
-    calibration_tokens: int = CALIBRATION_TOKENS,
-    device: str | torch.device = "cpu",
+    calibration_tokens: int = Options.calibration_tokens,
+    device: str | torch.device = Options.device,
     dtype: str | None = None,
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
-    max_shard_size: str | int = "5GB",
-    on_nonfinite: OnNonfinite = "error",
+    max_shard_size: str | int = Options.max_shard_size,
+    on_nonfinite: OnNonfinite = Options.on_nonfinite,
+    jobs: int | None = None,
+    force: bool = False,
     progress: Progress = _no_progress,
 ) -> ConversionReport:
     """Convert a 16-bit checkpoint to an int8 one.
 
     The weights are never in memory together: a forward pass over a few hundred tokens goes through the model layer by
     layer, and each layer is read, measured, quantized and written when the pass reaches it. OUT has a config.json only
-    when it is complete; after an error, what was written is removed.
+    when it is complete. What an error or a kill interrupts goes on when `convert` is called again with the same
+    arguments, and has the same result. After a SourceError, which would come again, what was written is removed.
 
     Args:
         source: a directory, or a Hub repo id.
-        out: the directory to write; new or empty.
+        out: the directory to write: new, empty, or unfinished.
         revision: branch, tag or commit of a Hub repo.
-        outliers: which columns stay in 16 bit, `top-k=16`, `threshold=6.0`, `systematic` or `none`; see `Criterion`.
-            With `none` there is no forward pass.
-        calibration: text for the pass, a `.jsonl` file with a `text` field or any text file; the packaged text by
-            default.
-        calibration_tokens: how much of it.
-        device: where the pass runs.
-        dtype: `float16` or `bfloat16` to cast what stays unquantized, None to leave it.
-        skip: regular expressions of layer names to leave in 16 bit.
-        only: regular expressions of layer names to quantize, instead of all.
-        max_shard_size: bytes, or a string such as `5GB`.
-        on_nonfinite: `error`, or `keep` to leave weights with NaN or infinity in 16 bit (reads the weights twice).
-        progress: called with the name and source bytes of each tensor that is done.
+        outliers: this and what follows up to `jobs`: see `Options`.
+        calibration: see `Options`.
+        calibration_tokens: see `Options`.
+        device: see `Options`.
+        dtype: see `Options`.
+        skip: see `Options`.
+        only: see `Options`.
+        max_shard_size: see `Options`.
+        on_nonfinite: see `Options`.
+        jobs: see `Options`.
+        force: start over where OUT is unfinished, whatever it was begun with.
+        progress: called with the name and source bytes of each tensor that is done, from several threads in turn.
 
     Raises:
         SourceError, CorruptFileError, OutputError: with one line that says what is wrong.
         ValueError: an option's value is not valid.
 
     """
-    plan = make_plan(resolve(source, revision, "source"), Path(out), outliers, dtype, skip, only, max_shard_size)
     text = None if calibration is None else Path(calibration)
-    return execute(plan, text, calibration_tokens, device, on_nonfinite, progress)
+    options = Options(outliers, text, calibration_tokens, device, dtype, skip, only, max_shard_size, on_nonfinite, jobs)
+    return execute(make_plan(resolve(source, revision, "source"), Path(out), options), force, progress)
 
 
-def execute(
-    plan: ConversionPlan,
-    calibration: Path | None = None,
-    calibration_tokens: int = CALIBRATION_TOKENS,
-    device: str | torch.device = "cpu",
-    on_nonfinite: OnNonfinite = "error",
-    progress: Progress = _no_progress,
-) -> ConversionReport:
+def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_progress) -> ConversionReport:
     """Carry out a plan; see `convert`."""
     started = time.monotonic()
-    device = usable_device(device)
-    if on_nonfinite == "keep":
+    options, device = plan.options, usable_device(plan.options.device)
+    if options.on_nonfinite == "keep":
         plan = _without_nonfinite(plan)
     if plan.disk_needed > plan.disk_free:
         raise OutputError(
             f"{plan.out}: needs {plan.disk_needed / 1e9:.2f} GB, {plan.disk_free / 1e9:.2f} GB are free there"
         )
     calibrated = plan.criterion.kind != "none"
-    batch = load_calibration(plan.source.path, plan.config, calibration, calibration_tokens) if calibrated else None
-    with CheckpointWriter(plan.out, plan.max_shard_bytes) as writer, ExitStack() as stack:
-        conversion = _Conversion(plan, writer, progress)
-        writer.plan(plan.groups)
-        calibrator = stack.enter_context(Calibrator(plan, batch.tokens, device)) if batch else None
-        if calibrator:
-            calibrator.run(conversion.read, conversion.quantize)
-        conversion.convert_rest()
-        outliers = calibrator.choose() if calibrator else Outliers()
-        conversion.write_outliers(outliers)
+    tokens = options.calibration_tokens
+    batch = load_calibration(plan.source.path, plan.config, options.calibration, tokens) if calibrated else None
+    with CheckpointWriter(plan.out, plan.max_shard_bytes, fingerprint(plan), force) as writer:
+        try:
+            writer.plan(plan.groups)
+            transfer = Transfer(plan, writer, device, progress)
+            calibrator = Calibrator(plan, batch.tokens, device, writer.journal) if batch else None
+            if calibrator:
+                calibrator.run(transfer.read, transfer.quantize, transfer.has)
+            transfer.convert_rest()
+            outliers = calibrator.choose() if calibrator else Outliers()
+            transfer.write_outliers(outliers)
+        except SourceError:
+            writer.give_up()
+            raise
         manifest = _commit(plan, writer, outliers, batch.provenance if batch else None)
     notices = [*plan.selection.notices, *outliers.notices, *([batch.notice] if batch and batch.notice else [])]
     columns = sum(layer.in_features for layer in plan.selection.layers.values())
@@ -148,106 +144,6 @@ def _commit(
     small_files = {str(file.relative_to(plan.source.path)): file.read_bytes() for file in plan.source.small_files}
     small_files[CARD_NAME] = new_card(subject, read_card(plan.source.path)).encode()
     return writer.commit(config, quantization, identity, outliers.statistics, small_files)
-
-
-class _Conversion:
-    """A conversion under way: every tensor of the source is written once, whoever reads it first."""
-
-    def __init__(self, plan: ConversionPlan, writer: CheckpointWriter, progress: Progress) -> None:
-        self._plan, self._writer, self._progress = plan, writer, progress
-        self._layer_of = plan.selection.layer_of
-        self._done: set[str] = set()
-
-    def read(self, name: str) -> Tensor:
-        """Read a tensor; write it if it is one that is not quantized."""
-        tensor = self._plan.source.read(name)
-        if name not in self._layer_of and name not in self._done:
-            info = self._plan.source.tensors[name]
-            stored = output_dtype(info.dtype, self._plan.dtype)
-            self._writer.write(name, cast(tensor, stored, self._plan.source.path, info))
-            self._finished(name)
-        return tensor
-
-    def quantize(self, layer: SelectedLayer, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantize a weight [N, K], write it, and return its int8 values and absmax."""
-        with _one_thread():
-            values, absmax = quantize_weight(weight)
-        if not bool(absmax.isfinite().all()):
-            row = int((~absmax.isfinite()).nonzero()[0])
-            raise SourceError(
-                f"{self._plan.source.path / layer.weight.file}: {layer.weight.name}: output row {row} holds NaN or "
-                "infinity; --on-nonfinite keep leaves such tensors in 16 bit"
-            )
-        self._writer.write(f"{layer.name}.weight", values)
-        self._writer.write(f"{layer.name}.SCB", absmax)
-        self._writer.write(f"{layer.name}.weight_format", torch.zeros((), dtype=torch.uint8))
-        self._finished(layer.weight.name)
-        return values, absmax
-
-    def convert_rest(self) -> None:
-        """Convert what has not been reached yet, from the front of the files to their end."""
-        for info in in_file_order(self._plan.source):
-            if info.name not in self._done:
-                self._convert(info.name)
-
-    def _convert(self, name: str) -> None:
-        layer = self._layer_of.get(name)
-        if layer is None:
-            self.read(name)
-        else:
-            weight = self._plan.source.read(name)
-            self.quantize(layer, weight.t() if layer.transposed else weight)
-
-    def write_outliers(self, outliers: Outliers) -> None:
-        """Write the outlier tensors of every layer, empty ones where none were chosen."""
-        specs = {}
-        for name, layer in self._plan.selection.layers.items():
-            stored = output_dtype(layer.weight.dtype, self._plan.dtype)
-            specs[name] = outlier_specs(name, layer.out_features, outliers.counts.get(name, 0), stored)
-        if self._plan.criterion.kind != "none":
-            self._writer.plan(specs.values())
-        for name, (dims_spec, columns_spec) in specs.items():
-            layer = self._plan.selection.layers[name]
-            if outliers.counts.get(name):
-                dims, columns = outliers.load(name)
-            else:
-                dims = torch.empty(0, dtype=torch.int32)
-                columns = torch.empty(columns_spec.shape, dtype=DTYPES[layer.weight.dtype])
-            self._writer.write(dims_spec.name, dims)
-            columns = cast(columns, columns_spec.dtype, self._plan.source.path, layer.weight)
-            self._writer.write(columns_spec.name, columns)
-
-    def _finished(self, name: str) -> None:
-        self._done.add(name)
-        self._progress(name, self._plan.source.tensors[name].nbytes)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Run torch on one thread. For row blocks of cache size that is faster than a disk, and it never waits at the
-    barriers of OpenMP, which stall by a factor of hundreds when something else uses the cores.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def cast(tensor: Tensor, dtype: str, path: Path, info: TensorInfo) -> Tensor:
-    """Cast to a dtype by safetensors' name; a finite value that would become infinite is an error."""
-    if tensor.dtype == DTYPES[dtype]:
-        return tensor
-    result = tensor.to(DTYPES[dtype])
-    overflow = tensor.isfinite() & ~result.isfinite()
-    if bool(overflow.any()):
-        value = float(tensor[overflow].abs().max())
-        raise SourceError(
-            f"{path / info.file}: {info.name}: {value:g} does not fit {str(DTYPES[dtype]).removeprefix('torch.')}; "
-            "use --dtype bfloat16 or leave --dtype out"
-        )
-    return result
 
 
 def _without_nonfinite(plan: ConversionPlan) -> ConversionPlan:

@@ -19,6 +19,7 @@ import re
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -96,12 +97,23 @@ class InputGroup:
     errors: list[float] = field(default_factory=list)
 
 
+Curve = tuple[list[int], list[float]]
+Remember = Callable[[str, Callable[[], Curve]], Curve]
+
+
+def _compute(layer: str, measure: Callable[[], Curve]) -> Curve:
+    return measure()
+
+
 class InputStatistics:
     """Collects what a streamed forward pass shows, layer by layer; holds an input as long as the model does."""
 
-    def __init__(self, criterion: Criterion, activation: Activation) -> None:
-        """Take the criterion, which bounds the candidates, and the way activations will be quantized."""
-        self._criterion, self._activation = criterion, activation
+    def __init__(self, criterion: Criterion, activation: Activation, remember: Remember = _compute) -> None:
+        """Take the criterion, which bounds the candidates, and the way activations will be quantized.
+
+        `remember` gets a group's first layer and a function that measures its error curve, and returns the curve.
+        """
+        self._criterion, self._activation, self._remember = criterion, activation, remember
         self._open: list[_OpenGroup] = []
         self.groups: list[InputGroup] = []
 
@@ -134,9 +146,8 @@ class InputStatistics:
 
     def _close(self, groups: list["_OpenGroup"]) -> None:
         for group in groups:
-            group.result.ks, group.result.errors = error_curve(
-                group.rows, group.norms, group.energies, group.result.dims, self._activation
-            )
+            measure = partial(error_curve, group.rows, group.norms, group.energies, group.result.dims, self._activation)
+            group.result.ks, group.result.errors = self._remember(group.result.layers[0], measure)
             self._open.remove(group)
 
     def _describe(self, rows: Tensor) -> InputGroup:
@@ -181,7 +192,7 @@ def error_curve(
     energies: Sequence[Tensor],
     dims: Tensor,
     activation: Activation,
-) -> tuple[list[int], list[float]]:
+) -> Curve:
     """Return the k of the grid and the relative output error at each, summed over the layers of a group.
 
     Args:

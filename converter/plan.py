@@ -1,10 +1,8 @@
 """What a conversion will do, before it does it: layers, sizes, memory and disk space."""
 
 import dataclasses
-import os
 import re
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,19 +17,23 @@ from llmint8.formats import (
     int8_specs,
     open_source,
     outlier_specs,
+    require_writable,
 )
+from llmint8.formats.tensors import BLOCK_BYTES
 
 from .hub import Resolved
 from .models import load_config, meta_model
+from .options import Options
 from .outliers import Criterion, max_candidates, parse_criterion
-from .select import Selection, select_layers
+from .select import SelectedLayer, Selection, select_layers
 
 _CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B", re.IGNORECASE)
 # What a conversion holds beside its largest tensor: the interpreter's own growth, headers, blocks being quantized.
 _BASE_MEMORY = 64 << 20
-CALIBRATION_TOKENS = 512
 _ACTIVATION_COPIES = 8
+# An output is put aside when it takes at most this part of its weight.
+_OUTPUT_SHARE = 4
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class ConversionPlan:
     config: Any | None  # transformers' config, None for a model it does not know
     selection: Selection
     criterion: Criterion
+    options: Options
     dtype: str | None  # safetensors' name of the dtype that unquantized tensors are cast to
     max_shard_bytes: int
     groups: list[list[TensorSpec]]  # the tensors to write, in the order of the source; without outliers not yet chosen
@@ -65,15 +68,14 @@ class ConversionPlan:
 
     @property
     def disk_needed(self) -> int:
-        """Bytes on disk, headers, small files and the columns put aside during calibration included."""
+        """Bytes on disk, headers, small files and what the calibrated pass puts aside included."""
         small = sum(file.stat().st_size for file in self.source.small_files)
-        spool = 0
+        aside = 0
         if self.criterion.kind != "none":
-            layers = self.selection.layers.values()
-            spool = sum(
-                layer.weight.nbytes * max_candidates(layer.in_features) // layer.in_features for layer in layers
-            )
-        return self.bytes_after + small + spool + 1024 * sum(len(group) for group in self.groups)
+            for layer in self.selection.layers.values():
+                aside += layer.weight.nbytes * max_candidates(layer.in_features) // layer.in_features
+                aside += kept_output_bytes(layer, self.options.calibration_tokens)
+        return self.bytes_after + small + aside + 1024 * sum(len(group) for group in self.groups)
 
     @property
     def disk_free(self) -> int:
@@ -84,49 +86,53 @@ class ConversionPlan:
     @property
     def peak_memory(self) -> int:
         """An estimate in bytes, the Python process and its libraries not counted."""
-        largest, layer_of = 0, self.selection.layer_of
+        layer_of, tokens = self.selection.layer_of, self.options.calibration_tokens
+        whole = 0  # the largest tensor that is not handled in blocks of its rows
         for info in self.source.tensors.values():
-            largest = max(largest, int(info.nbytes * (1.5 if info.name in layer_of or not self.dtype else 2)))
+            layer = layer_of.get(info.name)
+            if (layer and layer.transposed) or not info.file.endswith(".safetensors"):
+                whole = max(whole, int(1.5 * info.nbytes))
+        peak = self.options.threads * (whole + 6 * BLOCK_BYTES)
         if self.criterion.kind != "none":
-            layers = self.selection.layers.values()
             # The weight in use, its int8 copy, the one that is read ahead; and the batch's activations in float32.
-            largest = max([largest, *(int(2.5 * layer.weight.nbytes) for layer in layers)])
-            largest += _ACTIVATION_COPIES * CALIBRATION_TOKENS * 4 * max(layer.in_features for layer in layers)
-        return largest + _BASE_MEMORY
+            activations = max(layer.in_features for layer in self.selection.layers.values())
+            largest = max(info.nbytes for info in self.source.tensors.values())
+            peak = max(peak, int(2.5 * largest) + _ACTIVATION_COPIES * tokens * 4 * activations)
+        return peak + _BASE_MEMORY
 
 
-def make_plan(
-    origin: Resolved,
-    out: Path,
-    outliers: str = "top-k=16",
-    dtype: str | None = None,
-    skip: Sequence[str] = (),
-    only: Sequence[str] = (),
-    max_shard_size: str | int = "5GB",
-) -> ConversionPlan:
+def kept_output_bytes(layer: SelectedLayer, tokens: int) -> int:
+    """Return the bytes of a layer's output in the calibrated pass, where it is put aside; else 0.
+
+    With it a pass that goes on after an interruption needs neither to read the weight again nor to multiply by it.
+    """
+    nbytes = 4 * tokens * layer.out_features
+    return nbytes if _OUTPUT_SHARE * nbytes <= layer.weight.nbytes else 0
+
+
+def make_plan(origin: Resolved, out: Path, options: Options) -> ConversionPlan:
     """Open the source, choose the layers and lay out the result. Writes nothing and reads no weight.
 
     Raises:
         SourceError, CorruptFileError: the source cannot be converted.
-        OutputError: OUT is or lies inside the source, or is not an empty directory.
+        OutputError: OUT is or lies inside the source, or holds something that is not an unfinished conversion.
         ValueError: an option's value is not valid.
 
     """
-    criterion = parse_criterion(outliers)
-    if dtype is not None and dtype not in _CAST_DTYPES:
-        raise ValueError(f"dtype {dtype!r}, expected one of {', '.join(_CAST_DTYPES)}")
-    max_shard_bytes = _parse_size(max_shard_size)
+    criterion = parse_criterion(options.outliers)
+    if options.dtype is not None and options.dtype not in _CAST_DTYPES:
+        raise ValueError(f"dtype {options.dtype!r}, expected one of {', '.join(_CAST_DTYPES)}")
+    max_shard_bytes = _parse_size(options.max_shard_size)
     _check_out(origin.path, out)
     source = open_source(origin.path)
     config = load_config(origin.path)
     model = None if config is None else meta_model(config)
-    selection = select_layers(source, model, skip, only)
+    selection = select_layers(source, model, options.skip, options.only)
     if model is None and criterion.kind != "none":
         criterion = Criterion("none", None)
         selection.notices.append("without the model there is no calibration: no outlier columns are stored")
-    plan = ConversionPlan(
-        source, origin, out, config, selection, criterion, _CAST_DTYPES.get(dtype or ""), max_shard_bytes, []
-    )
+    dtype = _CAST_DTYPES.get(options.dtype or "")
+    plan = ConversionPlan(source, origin, out, config, selection, criterion, options, dtype, max_shard_bytes, [])
     return with_selection(plan, selection)
 
 
@@ -163,10 +169,7 @@ def _check_out(source: Path, out: Path) -> None:
         raise OutputError(f"{out}: is the source itself; name another directory for the result")
     if real_source in real_out.parents:
         raise OutputError(f"{out}: lies inside the source {source}; name a directory outside of it")
-    if out.is_dir() and any(entry.name.endswith(".partial") for entry in os.scandir(out)):
-        raise OutputError(f"{out}: holds what a killed conversion left; remove it and start again")
-    if out.exists() and (not out.is_dir() or any(os.scandir(out))):
-        raise OutputError(f"{out}: is not an empty directory; name a new one or remove what is in it")
+    require_writable(out)
 
 
 def _parse_size(size: str | int) -> int:

@@ -1,7 +1,9 @@
 """What a conversion writes about itself: config.json, its quantization, and where the source came from."""
 
 import hashlib
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from llmint8.formats import DTYPES, Quantization
@@ -26,7 +28,7 @@ def describe(plan: ConversionPlan, outliers: dict[str, int], calibration: dict[s
         {name: outliers.get(name, 0) for name in plan.selection.layers},
         criterion=str(plan.criterion),
         activation=ACTIVATION,
-        producer=f"llmint8 {_version()}",
+        producer=f"llmint8 {_version('llmint8')}",
         source=_origin(plan),
         calibration=calibration,
     )
@@ -42,12 +44,32 @@ def identify(plan: ConversionPlan) -> dict[str, Any]:
     }
 
 
+def fingerprint(plan: ConversionPlan) -> dict[str, str]:
+    """Return what a conversion is made of, in words: with the same fingerprint it has the same result."""
+    source = plan.source
+    found = {"the source": plan.origin.name, "its commit": str(plan.origin.commit), **plan.options.spelled()}
+    if plan.options.calibration is not None:
+        found["the calibration text"] = _short_hash(plan.options.calibration)
+    for file in [source.path / "config.json", *source.small_files]:
+        found[f"the source's {file.relative_to(source.path)}"] = _short_hash(file)
+    for weights in source.files:
+        status = weights.path.stat()
+        # Of a commit the files are always the same; they may be fetched anew.
+        modified = "" if plan.origin.commit else f", modified {datetime.fromtimestamp(status.st_mtime).isoformat()}"
+        found[f"the source's {weights.path.name}"] = f"{status.st_size} bytes{modified}"
+    return found | {name: _version(name) for name in ("llmint8", "torch", "transformers")}
+
+
+def _short_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
 def _origin(plan: ConversionPlan) -> dict[str, Any]:
     return {"name": plan.origin.name, "repo": plan.origin.repo, "commit": plan.origin.commit}
 
 
-def _version() -> str:
+def _version(package: str) -> str:
     try:
-        return version("llmint8")
+        return version(package)
     except PackageNotFoundError:
         return "unknown"

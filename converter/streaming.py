@@ -32,7 +32,7 @@ class LinearCall(NamedTuple):
     name: str
     x: Tensor  # its input [..., K], the object that the model passes around
     rows: Tensor  # the same, float32 [M, K]
-    weight: Tensor  # [N, K] as stored
+    weight: Tensor | None  # [N, K] as stored; None where the output was known
     out: Tensor  # its output without bias, float32 [M, N]
 
 
@@ -48,6 +48,7 @@ def stream_forward(
     tensor_of: Mapping[str, str],
     fused: Mapping[str, FusedParameter],
     layers: Mapping[str, str],
+    outputs: Mapping[str, Callable[[], Tensor]],
     read: Read,
     on_linear: OnLinear,
     device: torch.device,
@@ -60,6 +61,8 @@ def stream_forward(
         tensor_of: parameter or buffer name in the model -> tensor name in the source.
         fused: parameter name in the model -> how it is made of several tensors.
         layers: module name in the model -> tensor name of its weight, in the order expected.
+        outputs: module name in the model -> what loads its output of an earlier run, float32 [M, N] without bias; the
+            weight is then not read.
         read: returns a tensor of the source, on the CPU; for the weights of `layers` it is called in a thread.
         on_linear: takes what each layer saw.
         device: where the pass runs.
@@ -72,11 +75,12 @@ def stream_forward(
     model.eval()
     model.config.use_cache = False  # keys and values of all layers would outlive them
     _fill_buffers(model, tensor_of, read, device)
-    with _ReadAhead(read, list(layers.values())) as ahead:
+    with _ReadAhead(read, [weight for name, weight in layers.items() if name not in outputs]) as ahead:
         for name, weight in layers.items():
             bias = tensor_of.get(f"{name}.bias")
             module = model.get_submodule(name)
-            module.forward = _StreamedLinear(name, module, weight, bias, ahead.get, on_linear, device)
+            known = outputs.get(name)
+            module.forward = _StreamedLinear(name, module, weight, bias, known, ahead.get, on_linear, device)
         head = model.get_output_embeddings()
         if head is not None and not isinstance(head.forward, _StreamedLinear):
             head.forward = lambda x: x[..., :1]
@@ -101,11 +105,12 @@ class _StreamedLinear:
         module: nn.Module,
         weight: str,
         bias: str | None,
+        known: Callable[[], Tensor] | None,
         read: Read,
         on_linear: OnLinear,
         device: torch.device,
     ) -> None:
-        self._name, self._weight, self._bias = name, weight, bias
+        self._name, self._weight, self._bias, self._known = name, weight, bias, known
         self._transposed = isinstance(module, Conv1D)
         self._read, self._on_linear, self._device = read, on_linear, device
         self._reached = False
@@ -116,10 +121,13 @@ class _StreamedLinear:
             return self._run(x)
 
     def _run(self, x: Tensor) -> Tensor:
-        weight = self._read(self._weight).to(self._device)
-        weight = weight.t() if self._transposed else weight
         rows = x.reshape(-1, x.shape[-1]).float()
-        out = blockwise_linear(rows, weight)
+        if self._known is not None and not self._reached:
+            weight, out = None, self._known().to(self._device)
+        else:
+            weight = self._read(self._weight).to(self._device)
+            weight = weight.t() if self._transposed else weight
+            out = blockwise_linear(rows, weight)
         if not self._reached:
             self._reached = True
             self._on_linear(LinearCall(self._name, x, rows, weight, out))

@@ -20,6 +20,7 @@ from .files import (
     read_weight_map,
     require_inside,
 )
+from .journal import is_unfinished
 from .quantization import Quantization
 from .tensors import FLOAT_DTYPES, TensorInfo, TensorSpec, read_header, read_tensor
 
@@ -126,6 +127,8 @@ def _checked(code: str, action: Any) -> Any:
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not (path / CONFIG_NAME).exists():
+        if is_unfinished(path):
+            raise CorruptFileError(f"{path}: an unfinished conversion; the command that began it goes on with it")
         raise CorruptFileError(f"{path / CONFIG_NAME}: missing; is this the directory of a finished conversion?")
     return read_json(path / CONFIG_NAME)
 

@@ -3,10 +3,12 @@
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from .errors import CorruptFileError, SourceError
+from .errors import CorruptFileError, OutputError, SourceError
 from .tensors import is_tensor_name, open_regular
 
 CONFIG_NAME = "config.json"
@@ -35,6 +37,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+@contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Turn what goes wrong in writing into an OutputError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
+
+
 def write_durably(path: Path, data: bytes) -> None:
     """Write a whole file under a temporary name, flush it to the disk, and give it its name."""
     temporary = path.with_name(path.name + ".partial")
@@ -43,6 +54,12 @@ def write_durably(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def sync_file(path: Path) -> None:
+    """Flush a file to the disk."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
 
 
 def sync_directory(path: Path) -> None:

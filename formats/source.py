@@ -6,6 +6,7 @@ transformers; nothing outside this module asks what the files were.
 """
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +24,16 @@ from .files import (
     read_weight_map,
     require_inside,
 )
-from .tensors import DTYPE_NAMES, TensorInfo, is_tensor_name, open_regular, read_header, read_tensor
+from .tensors import (
+    DTYPE_NAMES,
+    TensorInfo,
+    is_tensor_name,
+    open_regular,
+    read_header,
+    read_rows,
+    read_tensor,
+    rows_per_block,
+)
 
 TORCH_NAME = "pytorch_model.bin"
 TORCH_INDEX_NAME = "pytorch_model.bin.index.json"
@@ -45,6 +55,10 @@ class TensorFile(Protocol):
         """Return the tensor, contiguous on the CPU, in memory that the caller may keep or drop."""
         ...
 
+    def read_rows(self, name: str) -> Iterator[Tensor]:
+        """Yield the tensor in blocks of its rows, each as `read` returns it; a scalar as it is."""
+        ...
+
 
 class SafetensorsFile:
     """A safetensors file; only its header is held."""
@@ -57,6 +71,10 @@ class SafetensorsFile:
     def read(self, name: str) -> Tensor:
         """Read one tensor."""
         return read_tensor(self.path, self.tensors[name])
+
+    def read_rows(self, name: str) -> Iterator[Tensor]:
+        """Read one tensor in blocks of rows."""
+        return read_rows(self.path, self.tensors[name])
 
 
 class TorchFile:
@@ -82,8 +100,13 @@ class TorchFile:
 
     def read(self, name: str) -> Tensor:
         """Copy one tensor out of the file; the mapping goes with the call, so its pages do not pile up."""
+        return _copy(self._load()[name])
+
+    def read_rows(self, name: str) -> Iterator[Tensor]:
+        """Copy one tensor out of the file in blocks of rows."""
         tensor: Tensor = self._load()[name]
-        return tensor.detach().clone(memory_format=torch.contiguous_format)
+        blocks = torch.split(tensor, rows_per_block(self.tensors[name])) if tensor.ndim else [tensor]
+        return map(_copy, blocks)
 
     def _load(self) -> dict[str, Any]:
         if self._legacy is not None:
@@ -104,6 +127,10 @@ class TorchFile:
         return state
 
 
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
 @dataclass(frozen=True)
 class Source:
     """A source checkpoint, opened and checked; no tensor has been read yet."""
@@ -116,8 +143,15 @@ class Source:
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, contiguous on the CPU."""
+        return self._file(name).read(name)
+
+    def read_rows(self, name: str) -> Iterator[Tensor]:
+        """Yield one tensor in blocks of its rows, contiguous on the CPU."""
+        return self._file(name).read_rows(name)
+
+    def _file(self, name: str) -> TensorFile:
         info = self.tensors[name]
-        return next(file for file in self.files if file.path.name == info.file).read(name)
+        return next(file for file in self.files if file.path.name == info.file)
 
 
 def open_source(path: Path) -> Source:

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,9 @@ FLOAT_DTYPES = frozenset({"F16", "BF16", "F32"})
 MAX_HEADER_BYTES = 100_000_000
 MAX_NAME_LENGTH = 1024
 MAX_DIMENSIONS = 64
+
+# How much of a tensor is in memory at a time where its rows can be handled one after the other.
+BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -150,16 +153,39 @@ def _is_sizes(value: Any) -> bool:
 def read_tensor(path: Path, info: TensorInfo) -> Tensor:
     """Read one tensor into memory of its own. Raises CorruptFileError where the file ends too early."""
     tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
-    view = as_bytes(tensor)
     with open_regular(path) as file:
         file.seek(info.offset)
-        done = 0
-        while done < len(view):
-            count = file.readinto(view[done:])
-            if not count:
-                raise CorruptFileError(f"{path}: {info.name}: the file ends {len(view) - done} bytes too early")
-            done += count
+        _fill(file, tensor, path, info)
     return tensor
+
+
+def read_rows(path: Path, info: TensorInfo) -> Iterator[Tensor]:
+    """Read one tensor in blocks of whole rows, of a few MiB where a row is not larger. Raises CorruptFileError."""
+    if not info.shape:
+        yield read_tensor(path, info)
+        return
+    step = rows_per_block(info)
+    with open_regular(path) as file:
+        file.seek(info.offset)
+        for start in range(0, info.shape[0], step):
+            rows = min(step, info.shape[0] - start)
+            block = torch.empty((rows, *info.shape[1:]), dtype=DTYPES[info.dtype])
+            _fill(file, block, path, info)
+            yield block
+
+
+def rows_per_block(spec: TensorSpec) -> int:
+    """Return how many rows of a tensor with dimensions to handle at a time."""
+    return max(1, BLOCK_BYTES * spec.shape[0] // max(1, spec.nbytes))
+
+
+def _fill(file: Any, tensor: Tensor, path: Path, info: TensorInfo) -> None:
+    view = as_bytes(tensor)
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise CorruptFileError(f"{path}: {info.name}: the file ends {len(view)} bytes too early")
+        view = view[count:]
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

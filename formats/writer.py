@@ -1,85 +1,113 @@
-"""Write an int8 checkpoint, one tensor at a time, in any order.
+"""Write an int8 checkpoint, one tensor at a time, in any order, from several threads.
 
 `plan` lays the tensors out in shards: each file gets its header at once and is filled as the tensors come. It may
 be called again for tensors whose sizes are known only later. Files carry the suffix `.partial` until `commit` has
 flushed them all; then they get their names, and config.json comes last, so that a directory that has a config.json
 is complete.
+
+A journal keeps what is done. Until the commit has ended, a writer with the same fingerprint goes on where the last one
+stopped, whatever stopped it: it takes back what a commit had begun, and trusts no tensor whose hash does not match.
 """
 
-import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import hashlib
+import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from torch import Tensor
 
-from .errors import OutputError
+from .commit import publish, take_back
+from .errors import CorruptFileError, OutputError
 from .files import (
-    CONFIG_NAME,
     MANIFEST_NAME,
     SAFETENSORS_INDEX_NAME,
     SAFETENSORS_NAME,
     encode_json,
-    sync_directory,
-    write_durably,
+    named_errors,
+    sync_file,
 )
+from .journal import JOURNAL_NAME, Journal, is_unfinished
 from .manifest import Manifest, ManifestEntry, tensor_sha256
 from .quantization import Quantization
-from .tensors import DTYPE_NAMES, DTYPES, TensorSpec, as_bytes, encode_header
+from .tensors import DTYPE_NAMES, DTYPES, TensorInfo, TensorSpec, as_bytes, encode_header, read_tensor
+
+_SHARD_NAME = "model-{:05d}.safetensors.partial"
 
 
 @dataclass
 class _Shard:
     path: Path
-    file: BinaryIO
     nbytes: int
 
 
-@dataclass(frozen=True)
-class _Place:
-    spec: TensorSpec
-    shard: _Shard
-    offset: int
-
-
 class CheckpointWriter:
-    """A checkpoint being written. As a context manager it removes what it wrote when it is left by an error."""
+    """A checkpoint being written: a context manager that leaves a directory which is complete, unfinished or as it was.
 
-    def __init__(self, out: Path, max_shard_bytes: int) -> None:
-        """Create the directory `out` when it is not there. Raises OutputError when it is not empty."""
+    When it is left by an error it keeps what is done, for another writer to go on; with `give_up`, or when nothing is
+    done yet, it removes what it wrote.
+    """
+
+    def __init__(
+        self, out: Path, max_shard_bytes: int, fingerprint: dict[str, str] | None = None, start_over: bool = False
+    ) -> None:
+        """Create the directory `out` when it is not there, or go on in one that is unfinished.
+
+        Args:
+            out: the directory.
+            max_shard_bytes: of tensors in a file.
+            fingerprint: what must be the same for a writer to go on.
+            start_over: remove what an unfinished conversion left, whatever its fingerprint, and begin anew.
+
+        Raises:
+            OutputError: it holds something else, another process writes to it, or the fingerprint is another.
+
+        """
         self._out = out
         self._max_shard_bytes = max_shard_bytes
         self._created = not out.exists()
         self._shards: list[_Shard] = []
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, tuple[_Shard, TensorInfo]] = {}
         self._hashes: dict[str, str] = {}
-        self._small_files: list[Path] = []
+        self._given_up = False
+        require_writable(out)
         try:
             out.mkdir(parents=True, exist_ok=True)
-            if any(out.iterdir()):
-                raise OutputError(f"{out}: is not empty; name a new directory or remove what is in it")
         except OSError as error:
             raise OutputError(f"{out}: cannot be used as a directory: {error.strerror}") from None
+        if start_over and is_unfinished(out):
+            self.journal = Journal(out, None)
+            self._remove()
+            self.journal.close()
+        self.journal = Journal(out, fingerprint or {})
+        take_back(self._out, self.journal)
 
     def __enter__(self) -> "CheckpointWriter":
         """Return the writer."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Close the files; after an error, also remove them."""
-        for shard in self._shards:
-            shard.file.close()
-        if kind is None:
-            return
-        for path in [shard.path for shard in self._shards] + self._small_files:
-            path.unlink(missing_ok=True)
-            path.with_name(path.name + ".partial").unlink(missing_ok=True)
-            if path.parent != self._out and path.parent.is_dir() and not any(path.parent.iterdir()):
-                path.parent.rmdir()
-        if self._created and not any(self._out.iterdir()):
-            self._out.rmdir()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        """Close the journal; see the class for what an error leaves. A note on the error says it too."""
+        if error is not None and (self._given_up or self.journal.empty):
+            self._remove()
+            if self._created and not any(self._out.iterdir()):
+                self._out.rmdir()
+        elif error is not None and is_unfinished(self._out):
+            error.add_note(f"{self._out} keeps what is done so far; the same command goes on, --force starts over")
+        self.journal.close()
+
+    def _remove(self) -> None:
+        """Remove what was written, the journal last."""
+        take_back(self._out, self.journal)
+        with named_errors(self._out):
+            partial = [path for path in self._out.iterdir() if path.suffix == ".partial"]
+            for path in sorted(partial, key=lambda path: path.name == JOURNAL_NAME):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def give_up(self) -> None:
+        """Keep nothing when the writer is left by an error: the same command would meet it again."""
+        self._given_up = True
 
     @property
     def nbytes(self) -> int:
@@ -107,27 +135,60 @@ class CheckpointWriter:
         # Wide dtypes first: every tensor is then aligned to its own item size, which memory mapping needs.
         specs = sorted(specs, key=lambda spec: -DTYPES[spec.dtype].itemsize)
         header, offsets = encode_header(specs)
-        path = self._out / f"model-{len(self._shards) + 1:05d}.safetensors.partial"
-        with _named_errors(path):
-            shard = _Shard(path, path.open("xb", buffering=0), sum(spec.nbytes for spec in specs))
-            self._shards.append(shard)
-            _write_all(shard.file, memoryview(header))
-            shard.file.truncate(len(header) + shard.nbytes)
+        shard = _Shard(self._out / _SHARD_NAME.format(len(self._shards) + 1), sum(spec.nbytes for spec in specs))
+        self._shards.append(shard)
+        # A file that is there already keeps its data: what of it is whole, the journal knows.
+        mode = "r+b" if shard.path.exists() else "xb"
+        with named_errors(shard.path), shard.path.open(mode, buffering=0) as file:
+            _write_all(file, memoryview(header))
+            file.truncate(len(header) + shard.nbytes)
         for spec, offset in zip(specs, offsets, strict=True):
             if spec.name in self._places:
                 raise ValueError(f"{spec.name} is planned twice")
-            self._places[spec.name] = _Place(spec, shard, offset)
+            place = TensorInfo(spec.name, spec.dtype, spec.shape, shard.path.name, offset)
+            self._places[spec.name] = shard, place
+
+    def has(self, *names: str) -> bool:
+        """Tell whether these tensors are in their places, whole; those of an earlier run are read and compared."""
+        return all(name in self._hashes or self._is_whole(name) for name in names)
+
+    def _is_whole(self, name: str) -> bool:
+        record = self.journal.get("tensor", name)
+        if record is None:
+            return False
+        shard, place = self._places[name]
+        try:
+            found = tensor_sha256(read_tensor(shard.path, place))
+        except CorruptFileError:
+            return False
+        if found == record.value:
+            self._hashes[name] = found
+        return bool(found == record.value)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put a planned tensor into its place. Any device, any strides; dtype and shape as planned."""
-        place = self._places[name]
-        if (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) != (place.spec.dtype, place.spec.shape):
-            raise ValueError(f"{name}: is {tensor.dtype} {list(tensor.shape)}, planned was {place.spec}")
-        tensor = tensor.detach().cpu().contiguous()
-        self._hashes[name] = tensor_sha256(tensor)
-        with _named_errors(place.shard.path):
-            place.shard.file.seek(place.offset)
-            _write_all(place.shard.file, as_bytes(tensor))
+        _, place = self._places[name]
+        if tuple(tensor.shape) != place.shape:
+            raise ValueError(f"{name}: has shape {list(tensor.shape)}, planned was {list(place.shape)}")
+        self.write_rows(name, [tensor])
+
+    def write_rows(self, name: str, blocks: Iterable[Tensor]) -> None:
+        """Put a planned tensor into its place: blocks of its rows, one after the other, that make up its shape."""
+        shard, place = self._places[name]
+        digest, rest = hashlib.sha256(), place.nbytes
+        with named_errors(shard.path), shard.path.open("r+b", buffering=0) as file:
+            file.seek(place.offset)
+            for block in blocks:
+                data = as_bytes(block.detach().cpu().contiguous())
+                rest -= len(data)
+                if DTYPE_NAMES[block.dtype] != place.dtype or block.shape[1:] != place.shape[1:] or rest < 0:
+                    raise ValueError(f"{name}: rows {block.dtype} {list(block.shape)}, planned was {place}")
+                digest.update(data)
+                _write_all(file, data)
+        if rest:
+            raise ValueError(f"{name}: {rest} bytes less than planned in {place}")
+        self._hashes[name] = digest.hexdigest()
+        self.journal.put("tensor", name, self._hashes[name])
 
     def commit(
         self,
@@ -150,51 +211,37 @@ class CheckpointWriter:
         if missing := self._places.keys() - self._hashes.keys():
             raise ValueError(f"{len(missing)} planned tensors were never written, {min(missing)} among them")
         for shard in self._shards:
-            with _named_errors(shard.path):
-                os.fsync(shard.file.fileno())
-        count = len(self._shards)
-        for number, shard in enumerate(self._shards, start=1):
-            name = SAFETENSORS_NAME if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            with _named_errors(shard.path):
-                shard.path = shard.path.replace(self._out / name)
-        for name, data in small_files.items():
-            self._write_small(name, data)
+            with named_errors(shard.path):
+                sync_file(shard.path)
+        finals = self._final_names()
         entries = {
-            name: ManifestEntry(place.shard.path.name, place.spec.dtype, place.spec.shape, self._hashes[name])
-            for name, place in self._places.items()
+            name: ManifestEntry(finals[place.file], place.dtype, place.shape, self._hashes[name])
+            for name, (_, place) in self._places.items()
         }
         manifest = Manifest(quantization.producer, source, entries, modules)
-        self._write_small(MANIFEST_NAME, encode_json(manifest.to_dict()))
-        if count > 1:
+        files = {**small_files, MANIFEST_NAME: encode_json(manifest.to_dict())}
+        if len(finals) > 1:
             index = {
                 "metadata": {"total_size": self.nbytes},
                 "weight_map": {name: entry.file for name, entry in sorted(entries.items())},
             }
-            self._write_small(SAFETENSORS_INDEX_NAME, encode_json(index))
-        with _named_errors(self._out):
-            sync_directory(self._out)
+            files[SAFETENSORS_INDEX_NAME] = encode_json(index)
         config = {**config, "quantization_config": quantization.to_dict()}
-        self._write_small(CONFIG_NAME, encode_json(config))
-        with _named_errors(self._out):
-            sync_directory(self._out)
+        publish(self._out, self.journal, finals, files, encode_json(config))
         return manifest
 
-    def _write_small(self, name: str, data: bytes) -> None:
-        path = self._out / name
-        self._small_files.append(path)
-        with _named_errors(path):
-            path.parent.mkdir(exist_ok=True)
-            write_durably(path, data)
+    def _final_names(self) -> dict[str, str]:
+        count = len(self._shards)
+        names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+        return dict(zip((s.path.name for s in self._shards), names if count > 1 else [SAFETENSORS_NAME], strict=True))
 
 
-@contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
+def require_writable(out: Path) -> None:
+    """Refuse a directory that holds something else than an unfinished conversion. Raises OutputError."""
+    if out.exists() and not is_unfinished(out) and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(f"{out}: is not an empty directory; name a new one or remove what is in it")
 
 
-def _write_all(file: BinaryIO, data: memoryview) -> None:
+def _write_all(file: IO[bytes], data: memoryview) -> None:
     while data:
         data = data[file.write(data) :]

@@ -1,9 +1,6 @@
 """The commands as a user runs them: output, exit codes, one line per error."""
 
 import json
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -194,29 +191,3 @@ def test_generate_without_tokenizer_is_one_line(converted):
 def test_a_defect_is_one_line_too(source, tmp_path, monkeypatch):
     monkeypatch.setattr("llmint8.converter.execute", lambda *arguments: {}["gone"])
     assert_one_line_error(run(convert_command, source, tmp_path / "out"), "unexpected: KeyError: 'gone'", "--verbose")
-
-
-def test_sigterm_leaves_nothing(source, tmp_path):
-    """What batch systems send."""
-    code = """
-import os, signal, sys
-from llmint8 import converter
-from llmint8.converter import cli
-execute = converter.execute
-def interrupted(plan, *arguments):
-    def kill(name, nbytes):
-        assert list(plan.out.iterdir())
-        os.kill(os.getpid(), signal.SIGTERM)
-    return execute(plan, *arguments[:-1], kill)
-converter.execute = interrupted
-cli.convert_command(sys.argv[1:])
-"""
-    done = subprocess.run([sys.executable, "-c", code, source, tmp_path / "out"], capture_output=True, text=True)
-    assert done.returncode == 128 + signal.SIGTERM, done.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def test_what_a_killed_conversion_left_is_named(source, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "model-00001.safetensors.partial").write_text("half")
-    assert_one_line_error(run(convert_command, source, tmp_path / "out"), "what a killed conversion left")

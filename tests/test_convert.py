@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 
 import pytest
@@ -259,26 +258,6 @@ def test_too_little_disk_is_said_before_anything_is_written(source, tmp_path, mo
     assert not (tmp_path / "out").exists()
 
 
-def test_an_error_half_way_leaves_nothing(source, tmp_path):
-    size = (source / "model.safetensors").stat().st_size
-    plan = converter.make_plan(converter.resolve(source), tmp_path / "out", max_shard_size="10KB")
-    os.truncate(source / "model.safetensors", size - 100)  # as if the disk went bad after the plan
-    with pytest.raises(formats.CorruptFileError, match="too early"):
-        converter.execute(plan)
-    assert not (tmp_path / "out").exists()
-
-
-def test_interrupted_leaves_nothing(source, tmp_path):
-    def interrupt(name, nbytes):
-        assert list((tmp_path / "out").iterdir())
-        assert not (tmp_path / "out" / "config.json").exists()
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        converter.convert(source, tmp_path / "out", progress=interrupt)
-    assert not (tmp_path / "out").exists()
-
-
 def test_local_directory_has_no_revision(source, tmp_path):
     with pytest.raises(formats.SourceError, match="has no revision 'main'"):
         converter.convert(source, tmp_path / "out", revision="main")
@@ -293,25 +272,26 @@ def test_provenance(source, tmp_path):
     assert identity["files"] == {"model.safetensors": (source / "model.safetensors").stat().st_size}
 
 
-def test_one_tensor_at_a_time(source, tmp_path, monkeypatch):
-    """No two source tensors are alive at once, and each is read once."""
-    import gc
+def test_one_block_of_rows_at_a_time(source, tmp_path, monkeypatch):
+    """No two blocks of source tensors are alive at once with one job, and each tensor is read once."""
     import weakref
 
     alive, reads = [], []
-    read = formats.Source.read
+    read_rows = formats.Source.read_rows
 
     def watched(self, name):
-        gc.collect()
-        assert not [ref for ref in alive if ref() is not None], f"another tensor is alive while {name} is read"
-        tensor = read(self, name)
         reads.append(name)
-        alive.append(weakref.ref(tensor))
-        return tensor
+        for block in read_rows(self, name):
+            alive.append(weakref.ref(block))
+            yield block
+            del block
+            assert not [ref for ref in alive[:-1] if ref() is not None], f"another block is alive in {name}"
 
-    monkeypatch.setattr(formats.Source, "read", watched)
-    converter.convert(source, tmp_path / "out")
+    monkeypatch.setattr(formats.Source, "read_rows", watched)
+    monkeypatch.setattr("llmint8.formats.tensors.BLOCK_BYTES", 100)
+    converter.convert(source, tmp_path / "out", outliers="none", jobs=1)
     assert sorted(reads) == sorted(load_file(source / "model.safetensors"))
+    assert len(alive) > 2 * len(reads)
 
 
 @pytest.mark.parametrize("size", ["5", "0GB", "GB", "-1GB", "5XB"])

@@ -55,7 +55,7 @@ def _stream(source, read, on_linear):
     selection = select_layers(source, model, (), ())
     layers = {selection.module_of[name]: layer.weight.name for name, layer in selection.layers.items()}
     fused = fused_parameters(model, source.tensors)
-    stream_forward(model, _inputs(config), tensor_of, fused, layers, read, on_linear, torch.device("cpu"))
+    stream_forward(model, _inputs(config), tensor_of, fused, layers, {}, read, on_linear, torch.device("cpu"))
     return layers
 
 

@@ -1,0 +1,67 @@
+"""What a user can ask of a conversion."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+OnNonfinite = Literal["error", "keep"]
+
+_MAX_JOBS = 8
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything beside the source that decides what a conversion writes, and `jobs`.
+
+    Attributes:
+        outliers: which columns stay in 16 bit, `top-k=16`, `threshold=6.0`, `systematic` or `none`; see `Criterion`.
+            With `none` there is no forward pass.
+        calibration: text for the pass, a `.jsonl` file with a `text` field or any text file; the packaged text by
+            default.
+        calibration_tokens: how much of it.
+        device: where the pass runs, and where weights are quantized.
+        dtype: `float16` or `bfloat16` to cast what stays unquantized, None to leave it.
+        skip: regular expressions of layer names to leave in 16 bit.
+        only: regular expressions of layer names to quantize, instead of all.
+        max_shard_size: bytes, or a string such as `5GB`.
+        on_nonfinite: `error`, or `keep` to leave weights with NaN or infinity in 16 bit (reads the weights twice).
+        jobs: how many tensors are converted at a time, apart from the pass; by default one per core, up to 8.
+
+    """
+
+    outliers: str = "top-k=16"
+    calibration: Path | None = None
+    calibration_tokens: int = 512
+    device: str | torch.device = "cpu"
+    dtype: str | None = None
+    skip: Sequence[str] = ()
+    only: Sequence[str] = ()
+    max_shard_size: str | int = "5GB"
+    on_nonfinite: OnNonfinite = "error"
+    jobs: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse a number of jobs or of tokens that is none. Raises ValueError."""
+        if self.jobs is not None and self.jobs < 1:
+            raise ValueError(f"jobs {self.jobs}, expected at least 1")
+        if self.calibration_tokens < 1:
+            raise ValueError(f"calibration tokens {self.calibration_tokens}, expected at least 1")
+
+    @property
+    def threads(self) -> int:
+        """How many tensors are converted at a time."""
+        return self.jobs or min(_MAX_JOBS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+
+    def spelled(self) -> dict[str, str]:
+        """Return option -> value as the command line has them, without those that do not change the result."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "jobs"}
+        return {
+            f"--{name.replace('_', '-')}": ", ".join(map(repr, value))
+            if isinstance(value, tuple | list)
+            else str(value)
+            for name, value in values.items()
+        }

@@ -1,0 +1,310 @@
+"""Interrupted conversions: what is left, what goes on, and that the result has the same bytes whatever happened."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from click.testing import CliRunner
+
+from llmint8 import converter, formats
+from llmint8.converter.cli import convert_command
+from llmint8.formats import journal as journal_module
+from llmint8.formats import writer as writer_module
+from llmint8.formats.journal import JOURNAL_NAME, Journal
+
+CONFIG = transformers.LlamaConfig(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    tie_word_embeddings=False,
+)
+# Every layer's output is small enough to be put aside with 2 tokens, and none is with 64.
+OPTIONS = {
+    "calibrated": {"calibration_tokens": 64},
+    "outputs-kept": {"calibration_tokens": 2},
+    "data-free": {"outliers": "none"},
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory, quiet_transformers):
+    path = tmp_path_factory.mktemp("model") / "source"
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(CONFIG).half().save_pretrained(path)
+    return path
+
+
+def convert(source: Path, out: Path, **options: Any) -> converter.ConversionReport:
+    return converter.convert(source, out, max_shard_size="6KB", **options)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing of ours may run after it."""
+
+
+class Kill:
+    """Kills at the event of a number. Events are writes, of which half is done first, and changes of names."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+        self.number, self.count = number, 0
+        monkeypatch.setattr(writer_module, "_write_all", self._halved(writer_module._write_all))
+        monkeypatch.setattr(Journal, "_write", self._halved(Journal._write))
+        for name in ("replace", "unlink"):
+            monkeypatch.setattr(Path, name, self._before(getattr(Path, name)))
+        monkeypatch.setattr(os, "fsync", self._before(os.fsync))
+        monkeypatch.setattr(formats.CheckpointWriter, "__exit__", lambda writer, *error: writer.journal.close())
+
+    def _now(self) -> bool:
+        self.count += 1
+        return self.count - 1 == self.number
+
+    def _halved(self, write: Callable[..., Any]) -> Callable[..., Any]:
+        def halved(file: Any, data: Any) -> Any:
+            if self._now():
+                write(file, memoryview(data)[: len(data) // 2])
+                raise Killed
+            return write(file, data)
+
+        return halved
+
+    def _before(self, action: Callable[..., Any]) -> Callable[..., Any]:
+        def before(*arguments: Any, **named: Any) -> Any:
+            if self._now():
+                raise Killed
+            return action(*arguments, **named)
+
+        return before
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_killed_at_any_moment_the_result_has_the_same_bytes(source, tmp_path, monkeypatch, options):
+    """Every run is killed a few events later than the one before, and goes on in the directory that one left."""
+    convert(source, tmp_path / "whole", **options)
+    with monkeypatch.context() as patch:
+        kill = Kill(patch, -1)
+        convert(source, tmp_path / "counted", jobs=1, **options)
+    events = kill.count
+    assert events > 60
+    for number in range(0, events, max(1, events // 40)):
+        out = tmp_path / f"killed-{number}"
+        with monkeypatch.context() as patch:
+            Kill(patch, number)
+            with pytest.raises(Killed):
+                convert(source, out, jobs=1, **options)
+        if number % 2:  # and once more, a little after it went on
+            with monkeypatch.context() as patch:
+                Kill(patch, 7)
+                with pytest.raises(Killed):
+                    convert(source, out, jobs=1, **options)
+        assert not (out / "config.json").exists() or (out / JOURNAL_NAME).exists()
+        convert(source, out, **options)
+        assert contents(out) == contents(tmp_path / "whole"), f"killed at event {number}"
+        shutil.rmtree(out)
+
+
+@pytest.mark.parametrize("outliers", ["none", "top-k=3"])
+def test_any_number_of_jobs_gives_the_same_bytes(source, tmp_path, outliers):
+    for jobs in (1, 2, 5):
+        convert(source, tmp_path / str(jobs), outliers=outliers, jobs=jobs)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2") == contents(tmp_path / "5")
+
+
+def interrupt_after(count: int, error: type[BaseException] = KeyboardInterrupt) -> Callable[[str, int], None]:
+    done = []
+
+    def progress(name: str, nbytes: int) -> None:
+        done.append(name)
+        if len(done) == count:
+            raise error
+
+    return progress
+
+
+def test_what_is_done_is_not_read_again(source, tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", outliers="none", jobs=1, progress=interrupt_after(10))
+    reads = []
+    read_rows = formats.Source.read_rows
+    monkeypatch.setattr(formats.Source, "read_rows", lambda self, name: reads.append(name) or read_rows(self, name))
+    convert(source, tmp_path / "out", outliers="none")
+    assert 0 < len(reads) <= len(formats.open_source(source).tensors) - 10
+
+
+def test_a_pass_that_goes_on_reads_no_weight_whose_output_was_kept(source, tmp_path, monkeypatch):
+    options = OPTIONS["outputs-kept"]
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", progress=interrupt_after(14), **options)
+    reads = []
+    read = formats.Source.read
+    monkeypatch.setattr(formats.Source, "read", lambda self, name: reads.append(name) or read(self, name))
+    convert(source, tmp_path / "out", **options)
+    weights = {name for name in reads if "_proj" in name}
+    assert 0 < len(weights) < 14
+    assert not any("layers.0.self_attn" in name for name in weights)
+
+
+def test_an_interruption_says_what_is_left(source, tmp_path):
+    with pytest.raises(KeyboardInterrupt) as caught:
+        convert(source, tmp_path / "out", progress=interrupt_after(5))
+    assert caught.value.__notes__ == [
+        f"{tmp_path / 'out'} keeps what is done so far; the same command goes on, --force starts over"
+    ]
+    with pytest.raises(formats.CheckpointError, match="unfinished"):
+        formats.open_checkpoint(tmp_path / "out")
+
+
+def test_before_the_first_tensor_nothing_is_left(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(formats.Source, "read_rows", lambda self, name: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        convert(source, tmp_path / "out", outliers="none")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_cannot_be_converted_leaves_nothing(source, tmp_path):
+    """The same command would meet the same value again."""
+    copy = shutil.copytree(source, tmp_path / "source")
+    model = transformers.LlamaForCausalLM.from_pretrained(copy, dtype=torch.float16)
+    model.model.layers[1].mlp.down_proj.weight.data[3, 4] = torch.nan
+    model.save_pretrained(copy)
+    with pytest.raises(formats.SourceError, match="output row 3 holds NaN"):
+        convert(copy, tmp_path / "out", outliers="none")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_read_error_leaves_what_is_done(source, tmp_path):
+    copy = shutil.copytree(source, tmp_path / "source")
+    plan = converter.make_plan(converter.resolve(copy), tmp_path / "out", converter.Options(outliers="none", jobs=1))
+    size = (copy / "model.safetensors").stat().st_size
+    os.truncate(copy / "model.safetensors", size - 100)  # as if the disk went bad after the plan
+    with pytest.raises(formats.CorruptFileError, match="too early") as caught:
+        converter.execute(plan)
+    assert "keeps what is done" in caught.value.__notes__[0]
+    assert formats.is_unfinished(tmp_path / "out")
+
+
+CHANGES = {
+    "outliers": ({"outliers": "top-k=2"}, "--outliers was top-k=16 and is top-k=2"),
+    "skip": ({"skip": ["down_proj"]}, "--skip was  and is 'down_proj'"),
+    "shards": ({"max_shard_size": "7KB"}, "--max-shard-size was 6KB and is 7KB"),
+    "dtype": ({"dtype": "bfloat16"}, "--dtype was None and is bfloat16"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), CHANGES.values(), ids=CHANGES)
+def test_other_options_are_refused_by_name(source, tmp_path, options, message):
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", progress=interrupt_after(5))
+    before = contents(tmp_path / "out")
+    with pytest.raises(formats.OutputError, match=message) as caught:
+        converter.convert(source, tmp_path / "out", **{"max_shard_size": "6KB", **options})
+    assert "--force" in str(caught.value)
+    assert contents(tmp_path / "out") == before
+    converter.convert(source, tmp_path / "out", force=True, **{"max_shard_size": "6KB", **options})
+    converter.convert(source, tmp_path / "new", **{"max_shard_size": "6KB", **options})
+    assert contents(tmp_path / "out") == contents(tmp_path / "new")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
+def test_a_changed_source_is_refused_by_name(source, tmp_path, name):
+    copy = shutil.copytree(source, tmp_path / "source")
+    with pytest.raises(KeyboardInterrupt):
+        convert(copy, tmp_path / "out", progress=interrupt_after(5))
+    data = (copy / name).read_bytes()
+    (copy / name).write_bytes(data[:-1] + b" " if name.endswith(".json") else data[:-1] + b"\0")
+    with pytest.raises(formats.OutputError, match=rf"the source's {name} was .* and is .*--force"):
+        convert(copy, tmp_path / "out")
+
+
+def test_force_takes_no_directory_that_is_complete(source, tmp_path):
+    convert(source, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    with pytest.raises(formats.OutputError, match="not an empty directory"):
+        convert(source, tmp_path / "out", force=True)
+    assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("what", ["shard", "journal"])
+def test_what_a_power_failure_damaged_is_done_again(source, tmp_path, what):
+    """Data that never reached the disk reads as zeros, in the shards or at the end of the journal."""
+    convert(source, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", progress=interrupt_after(12))
+    file = tmp_path / "out" / ("model-00001.safetensors.partial" if what == "shard" else JOURNAL_NAME)
+    size = file.stat().st_size
+    with file.open("r+b") as opened:
+        opened.seek(size // 2)
+        opened.write(bytes(size - size // 2))
+    convert(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_two_conversions_into_one_directory(source, tmp_path):
+    def second(name: str, nbytes: int) -> None:
+        if not tried:
+            tried.append(name)
+            with pytest.raises(formats.OutputError, match="another conversion is writing to it"):
+                convert(source, tmp_path / "out")
+
+    tried: list[str] = []
+    convert(source, tmp_path / "out", progress=second)
+    assert tried
+    convert(source, tmp_path / "alone")
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+def test_a_journal_that_went_while_its_lock_was_awaited(tmp_path, monkeypatch):
+    """The other conversion finished between our opening and our locking: what we hold is no longer there."""
+    if journal_module.fcntl is None:
+        pytest.skip("no flock here")
+    flock = journal_module.fcntl.flock
+    monkeypatch.setattr(journal_module.fcntl, "flock", lambda *a: ((tmp_path / JOURNAL_NAME).unlink(), flock(*a)))
+    with pytest.raises(formats.OutputError, match="another conversion"):
+        Journal(tmp_path, {})
+
+
+SIGNAL = """
+import os, sys
+from llmint8 import converter
+from llmint8.converter import cli
+execute = converter.execute
+done = []
+def interrupted(plan, force, progress):
+    def kill(name, nbytes):
+        done.append(name)
+        if len(done) == 5:
+            os.kill(os.getpid(), int(sys.argv.pop()))
+    return execute(plan, force, kill)
+converter.execute = interrupted
+cli.convert_command(sys.argv[1:3])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_leaves_what_goes_on(source, tmp_path, number):
+    command = [sys.executable, "-c", SIGNAL, source, tmp_path / "out", str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    codes = {signal.SIGINT: 1, signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGKILL: -signal.SIGKILL}
+    assert done.returncode == codes[number], done.stderr
+    assert "Traceback" not in done.stderr
+    if number != signal.SIGKILL:
+        assert "the same command goes on" in done.stderr
+    result = CliRunner().invoke(convert_command, [str(source), str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    converter.convert(source, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
