@@ -19,8 +19,8 @@ test: .venv/test ## run the linters, the type checker and every test
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-bench: .venv/test ## measure the memory of conversions (benchmarks/outlier_rules.py takes a model and a text)
-	$(BIN)/python benchmarks/convert_memory.py
+bench: .venv/test ## measure the speed and memory of conversions (benchmarks/outlier_rules.py takes a model and a text)
+	$(BIN)/python benchmarks/convert.py
 
 clean: ## remove .venv, build/ and the caches
 	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
