@@ -59,6 +59,7 @@ def convert(
     only: Sequence[str] = (),
     max_shard_size: str | int = "5GB",
     on_nonfinite: OnNonfinite = "error",
+    low_disk: bool = False,
     progress: Progress = _no_progress,
 ) -> ConversionReport:
     """Convert a 16-bit checkpoint to an int8 one.
@@ -82,6 +83,7 @@ def convert(
         only: regular expressions of layer names to quantize, instead of all.
         max_shard_size: bytes, or a string such as `5GB`.
         on_nonfinite: `error`, or `keep` to leave weights with NaN or infinity in 16 bit (reads the weights twice).
+        low_disk: of a Hub repo, keep two shards on the disk at most, each for as long as it is needed.
         progress: called with the name and source bytes of each tensor that is done.
 
     Raises:
@@ -89,7 +91,8 @@ def convert(
         ValueError: an option's value is not valid.
 
     """
-    plan = make_plan(resolve(source, revision, "source"), Path(out), outliers, dtype, skip, only, max_shard_size)
+    origin = resolve(source, revision, "source", low_disk)
+    plan = make_plan(origin, Path(out), outliers, dtype, skip, only, max_shard_size)
     text = None if calibration is None else Path(calibration)
     return execute(plan, text, calibration_tokens, device, on_nonfinite, progress)
 

@@ -22,6 +22,7 @@ from llmint8.formats import (
 )
 
 from .hub import Resolved
+from .low_disk import MOST_SHARDS, WORKING_NAME, open_remote
 from .models import load_config, meta_model
 from .outliers import Criterion, max_candidates, parse_criterion
 from .select import Selection, select_layers
@@ -73,7 +74,9 @@ class ConversionPlan:
             spool = sum(
                 layer.weight.nbytes * max_candidates(layer.in_features) // layer.in_features for layer in layers
             )
-        return self.bytes_after + small + spool + 1024 * sum(len(group) for group in self.groups)
+        # With --low-disk, the shards that are there at a time.
+        shards = sorted(file.size for file in self.source.files)[-MOST_SHARDS:] if self.origin.remote else []
+        return self.bytes_after + small + spool + sum(shards) + 1024 * sum(len(group) for group in self.groups)
 
     @property
     def disk_free(self) -> int:
@@ -117,7 +120,7 @@ def make_plan(
         raise ValueError(f"dtype {dtype!r}, expected one of {', '.join(_CAST_DTYPES)}")
     max_shard_bytes = _parse_size(max_shard_size)
     _check_out(origin.path, out)
-    source = open_source(origin.path)
+    source = open_remote(origin, out / WORKING_NAME) if origin.remote else open_source(origin.path)
     config = load_config(origin.path)
     model = None if config is None else meta_model(config)
     selection = select_layers(source, model, skip, only)

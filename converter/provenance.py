@@ -38,7 +38,7 @@ def identify(plan: ConversionPlan) -> dict[str, Any]:
     return {
         **_origin(plan),
         "config_sha256": hashlib.sha256(config).hexdigest(),
-        "files": {file.path.name: file.path.stat().st_size for file in plan.source.files},
+        "files": {file.path.name: file.size for file in plan.source.files},
     }
 
 

@@ -6,6 +6,7 @@ transformers; nothing outside this module asks what the files were.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,9 +37,10 @@ log = logging.getLogger("llmint8")
 
 
 class TensorFile(Protocol):
-    """One weight file."""
+    """One weight file, of `size` bytes."""
 
     path: Path
+    size: int
     tensors: dict[str, TensorInfo]
 
     def read(self, name: str) -> Tensor:
@@ -53,6 +55,7 @@ class SafetensorsFile:
         """Read the header. Raises CorruptFileError."""
         self.path = path
         self.tensors = read_header(path)
+        self.size = path.stat().st_size
 
     def read(self, name: str) -> Tensor:
         """Read one tensor."""
@@ -68,6 +71,7 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         """List the tensors. Raises CorruptFileError."""
         self.path = path
+        self.size = path.stat().st_size
         self.tensors: dict[str, TensorInfo] = {}
         self._legacy: dict[str, Any] | None = None
         for name, tensor in self._load().items():
@@ -104,15 +108,24 @@ class TorchFile:
         return state
 
 
+def _keep(name: str) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Source:
-    """A source checkpoint, opened and checked; no tensor has been read yet."""
+    """A source checkpoint, opened and checked; no tensor has been read yet.
+
+    `release` takes the name of a tensor that has been converted. Where weights are fetched as they are needed, files of
+    which all tensors have been released are deleted.
+    """
 
     path: Path
     config: dict[str, Any]
     files: list[TensorFile]
     tensors: dict[str, TensorInfo]
     small_files: list[Path]
+    release: Callable[[str], None] = _keep
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, contiguous on the CPU."""
@@ -120,8 +133,12 @@ class Source:
         return next(file for file in self.files if file.path.name == info.file).read(name)
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path, open_remote: Callable[[Path], TensorFile] | None = None) -> Source:
     """Open a checkpoint directory.
+
+    Args:
+        path: the directory.
+        open_remote: for a directory without its weights, safetensors files: opens one that would be at a path.
 
     Raises:
         SourceError: no such directory, no weights, a missing shard, an already quantized model.
@@ -131,8 +148,8 @@ def open_source(path: Path) -> Source:
     if not path.is_dir():
         raise SourceError(f"{path}: no such directory")
     config = _read_config(path)
-    names, index, weight_map = _weight_files(path)
-    files = [_open_file(path, name) for name in names]
+    names, index, weight_map = _weight_files(path, open_remote is not None)
+    files = [open_remote(path / name) if open_remote else _open_file(path, name) for name in names]
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         for name, info in file.tensors.items():
@@ -161,7 +178,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _weight_files(path: Path) -> tuple[list[str], str, dict[str, str]]:
+def _weight_files(path: Path, remote: bool) -> tuple[list[str], str, dict[str, str]]:
     """Return the weight files, their index's name and what it says; an index comes first, and safetensors do."""
     for index, single, suffix in (
         (SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME, ".safetensors"),
@@ -170,7 +187,7 @@ def _weight_files(path: Path) -> tuple[list[str], str, dict[str, str]]:
         if (path / index).exists():
             weight_map = read_weight_map(path / index, suffix)
             return sorted(set(weight_map.values())), index, weight_map
-        if (path / single).exists():
+        if remote or (path / single).exists():
             return [single], index, {}
     raise SourceError(f"{path}: no weights; expected {SAFETENSORS_NAME} or {TORCH_NAME}, or an index of shards")
 

@@ -78,13 +78,17 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
     """
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(_read_up_to(file, 8), "little")
-        if size < 8 or length > size - 8:
-            raise CorruptFileError(f"{path}: cut short: {size} bytes, its header alone says {8 + length}")
-        if length > MAX_HEADER_BYTES:
-            raise CorruptFileError(f"{path}: header of {length} bytes, at most {MAX_HEADER_BYTES} are allowed")
-        raw = _read_up_to(file, length)
+        return parse_header(path, file, os.fstat(file.fileno()).st_size)
+
+
+def parse_header(path: Path, file: Any, size: int) -> dict[str, TensorInfo]:
+    """Read the header as `read_header` does from what begins like a file of `size` bytes; `path` is for its errors."""
+    length = int.from_bytes(_read_up_to(file, 8), "little")
+    if size < 8 or length > size - 8:
+        raise CorruptFileError(f"{path}: cut short: {size} bytes, its header alone says {8 + length}")
+    if length > MAX_HEADER_BYTES:
+        raise CorruptFileError(f"{path}: header of {length} bytes, at most {MAX_HEADER_BYTES} are allowed")
+    raw = _read_up_to(file, length)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:

@@ -60,6 +60,8 @@ class FakeHub:
         self.repos: dict[str, Repo] = {}
         self.blobs: Files = {}
         self.requests: list[str] = []  # "PUT /lfs/..."
+        self.sent: dict[str, int] = {}  # request -> bytes of all answers to it
+        self.gives_parts = True
         self.failures: list[tuple[re.Pattern[str], int]] = []
         self.stalled, self.stalls = threading.Event(), re.compile(r"(?!)")
         self.cut: re.Pattern[str] | None = None
@@ -140,11 +142,12 @@ class _Handler(BaseHTTPRequestHandler):
                 raise Answer(status, message="as the test wants it", Retry_After="0")
 
     def _send(self, status: int, headers: dict[str, str], body: bytes, request: str) -> None:
-        start = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if status == 200 and start and self.command == "GET":
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if status == 200 and wanted and self.command == "GET" and self.hub.gives_parts:
             status, whole = 206, len(body)
-            body = body[int(start[1]) :]
-            headers = headers | {"Content-Range": f"bytes {start[1]}-{whole - 1}/{whole}"}
+            start, end = int(wanted[1]), min(int(wanted[2] or whole) + 1, whole)
+            body = body[start:end]
+            headers = headers | {"Content-Range": f"bytes {start}-{end - 1}/{whole}"}
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
@@ -152,6 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
+        self.hub.sent[request] = self.hub.sent.get(request, 0) + len(body)
         if self.hub.cut and self.hub.cut.search(request):
             self.hub.cut, body, self.close_connection = None, body[: len(body) // 2], True
         self.wfile.write(body)
