@@ -222,6 +222,7 @@ class _Conversion:
 
     def _finished(self, name: str) -> None:
         self._done.add(name)
+        self._plan.source.release(name)
         self._progress(name, self._plan.source.tensors[name].nbytes)
 
 

@@ -166,6 +166,8 @@ def _check_out(source: Path, out: Path) -> None:
         raise OutputError(f"{out}: is the source itself; name another directory for the result")
     if real_source in real_out.parents:
         raise OutputError(f"{out}: lies inside the source {source}; name a directory outside of it")
+    if out.is_dir() and [entry.name for entry in os.scandir(out)] == [WORKING_NAME]:
+        return
     if out.is_dir() and any(entry.name.endswith(".partial") for entry in os.scandir(out)):
         raise OutputError(f"{out}: holds what a killed conversion left; remove it and start again")
     if out.exists() and (not out.is_dir() or any(os.scandir(out))):

@@ -58,7 +58,7 @@ class CheckpointWriter:
         self._small_files: list[Path] = []
         try:
             out.mkdir(parents=True, exist_ok=True)
-            if any(out.iterdir()):
+            if any(entry.name != "source.partial" for entry in out.iterdir()):
                 raise OutputError(f"{out}: is not empty; name a new directory or remove what is in it")
         except OSError as error:
             raise OutputError(f"{out}: cannot be used as a directory: {error.strerror}") from None
