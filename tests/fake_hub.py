@@ -62,7 +62,7 @@ class FakeHub:
         self.requests: list[str] = []  # "PUT /lfs/..."
         self.sent: dict[str, int] = {}  # request -> bytes of all answers to it
         self.gives_parts = True
-        self.failures: list[tuple[re.Pattern[str], int]] = []
+        self.failures: list[tuple[re.Pattern[str], int, str]] = []
         self.stalled, self.stalls = threading.Event(), re.compile(r"(?!)")
         self.cut: re.Pattern[str] | None = None
         self.after: Callable[[str], object] = lambda request: None
@@ -86,9 +86,9 @@ class FakeHub:
         repo.commit(files)
         return repo
 
-    def fail(self, request: str, status: int, times: int = 1) -> None:
+    def fail(self, request: str, status: int, times: int = 1, code: str = "") -> None:
         """Answer the next requests that match with this status."""
-        self.failures += [(re.compile(request), status)] * times
+        self.failures += [(re.compile(request), status, code)] * times
 
     def stall(self, request: str) -> None:
         """Never answer requests that match; `stalled` is set when there is one."""
@@ -136,10 +136,10 @@ class _Handler(BaseHTTPRequestHandler):
         return body
 
     def _fail(self, request: str) -> None:
-        for number, (pattern, status) in enumerate(self.hub.failures):
+        for number, (pattern, status, code) in enumerate(self.hub.failures):
             if pattern.search(request):
                 del self.hub.failures[number]
-                raise Answer(status, message="as the test wants it", Retry_After="0")
+                raise Answer(status, code, message="as the test wants it", Retry_After="0")
 
     def _send(self, status: int, headers: dict[str, str], body: bytes, request: str) -> None:
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
