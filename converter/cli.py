@@ -118,6 +118,7 @@ def pass_bar(title: str, quiet: bool) -> Iterator[Callable[[str, int], None]]:
 )
 @click.option("--skip", metavar="REGEX", multiple=True, help="Leave matching layers in 16 bit; repeatable.")
 @click.option("--only", metavar="REGEX", multiple=True, help="Quantize matching layers only; repeatable.")
+@click.option("--quantize-head", is_flag=True, help="Quantize the output head too; an embedding it shares stays.")
 @click.option(
     "--max-shard-size",
     metavar="SIZE",
@@ -152,6 +153,7 @@ def convert_command(
     dtype: str | None,
     skip: tuple[str, ...],
     only: tuple[str, ...],
+    quantize_head: bool,
     max_shard_size: str,
     on_nonfinite: Any,
     low_disk: bool,
@@ -170,7 +172,8 @@ def convert_command(
         raise ValueError("--private says how to publish; add --push-to-hub REPO")
     from . import execute, make_plan, resolve
 
-    plan = make_plan(resolve(source, revision, "source", low_disk), out, outliers, dtype, skip, only, max_shard_size)
+    origin = resolve(source, revision, "source", low_disk)
+    plan = make_plan(origin, out, outliers, dtype, skip, only, max_shard_size, quantize_head)
     if dry_run:
         _echo_notices(plan.selection.notices)
         click.echo(_plan_text(plan, verbose))

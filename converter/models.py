@@ -1,9 +1,10 @@
 """The model that a source config describes, without its weights, through transformers."""
 
+import copy
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -59,6 +60,37 @@ def meta_model(config: Any) -> Any | None:
             return cls._from_config(config)
     except Exception as error:  # the model's code may raise anything
         raise SourceError(f"config.json: {cls.__name__} cannot be built from it: {first_line(error)}") from None
+
+
+class Head(NamedTuple):
+    """A model's output head: the name of its module, and of the parameter it shares its weight with, or None."""
+
+    module: str
+    tied_to: str | None
+
+
+def own_head(config: Any | None, model: Any | None) -> tuple[Any, Any, Head]:
+    """Return config and model with a head that has a weight of its own, and what it was in this model.
+
+    Raises:
+        SourceError: there is no head, or the model is not the same when its head is not tied to the embedding.
+
+    """
+    head = None if model is None else model.get_output_embeddings()
+    name = None if head is None else next((name for name, module in model.named_modules() if module is head), None)
+    if config is None or model is None or name is None or not is_linear(head):
+        raise SourceError("--quantize-head: transformers knows no plain linear output head here; leave it out")
+    ties = model.all_tied_weights_keys
+    pair = next((set(pair) for pair in ties.items() if f"{name}.weight" in pair), None)
+    if pair is None:
+        return config, model, Head(name, None)
+    config = copy.deepcopy(config)
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    untied = meta_model(config)
+    # Encoders with decoders share one embedding among more than two, and T5 computes otherwise when it is not tied.
+    if len(ties) > 1 or config.is_encoder_decoder or untied is None or untied.all_tied_weights_keys:
+        raise SourceError(f"--quantize-head: {type(model).__name__} cannot do without its tied head; leave it out")
+    return config, untied, Head(name, (pair - {f"{name}.weight"}).pop())
 
 
 def weights_used_directly(model: Any, layers: Iterable[str]) -> set[str]:

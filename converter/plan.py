@@ -23,7 +23,7 @@ from llmint8.formats import (
 
 from .hub import Resolved
 from .low_disk import MOST_SHARDS, WORKING_NAME, open_remote
-from .models import load_config, meta_model
+from .models import Head, load_config, meta_model, own_head
 from .outliers import Criterion, max_candidates, parse_criterion
 from .select import Selection, select_layers
 
@@ -33,6 +33,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B", re.IGNORECASE)
 _BASE_MEMORY = 64 << 20
 CALIBRATION_TOKENS = 512
 _ACTIVATION_COPIES = 8
+_LOGIT_COPIES = 2
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,19 @@ class ConversionPlan:
     source: Source
     origin: Resolved
     out: Path
-    config: Any | None  # transformers' config, None for a model it does not know
+    config: Any | None  # transformers' config, with the head untied to quantize it; None for a model it does not know
+    head: Head | None  # the output head, where it is to be quantized
     selection: Selection
     criterion: Criterion
     dtype: str | None  # safetensors' name of the dtype that unquantized tensors are cast to
     max_shard_bytes: int
     groups: list[list[TensorSpec]]  # the tensors to write, in the order of the source; without outliers not yet chosen
+
+    @property
+    def untied(self) -> bool:
+        """Whether the head becomes int8 and the source has it tied to the embedding."""
+        modules = {self.selection.module_of[name] for name in self.selection.layers}
+        return self.head is not None and self.head.tied_to is not None and self.head.module in modules
 
     @property
     def bytes_before(self) -> int:
@@ -95,6 +103,8 @@ class ConversionPlan:
             # The weight in use, its int8 copy, the one that is read ahead; and the batch's activations in float32.
             largest = max([largest, *(int(2.5 * layer.weight.nbytes) for layer in layers)])
             largest += _ACTIVATION_COPIES * CALIBRATION_TOKENS * 4 * max(layer.in_features for layer in layers)
+            if self.head:
+                largest += _LOGIT_COPIES * CALIBRATION_TOKENS * 4 * max(layer.out_features for layer in layers)
         return largest + _BASE_MEMORY
 
 
@@ -106,6 +116,7 @@ def make_plan(
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
     max_shard_size: str | int = "5GB",
+    quantize_head: bool = False,
 ) -> ConversionPlan:
     """Open the source, choose the layers and lay out the result. Writes nothing and reads no weight.
 
@@ -123,12 +134,15 @@ def make_plan(
     source = open_remote(origin, out / WORKING_NAME) if origin.remote else open_source(origin.path)
     config = load_config(origin.path)
     model = None if config is None else meta_model(config)
-    selection = select_layers(source, model, skip, only)
+    head = None
+    if quantize_head:
+        config, model, head = own_head(config, model)
+    selection = select_layers(source, model, skip, only, head)
     if model is None and criterion.kind != "none":
         criterion = Criterion("none", None)
         selection.notices.append("without the model there is no calibration: no outlier columns are stored")
     plan = ConversionPlan(
-        source, origin, out, config, selection, criterion, _CAST_DTYPES.get(dtype or ""), max_shard_bytes, []
+        source, origin, out, config, head, selection, criterion, _CAST_DTYPES.get(dtype or ""), max_shard_bytes, []
     )
     return with_selection(plan, selection)
 
@@ -139,14 +153,14 @@ def with_selection(plan: ConversionPlan, selection: Selection) -> ConversionPlan
     groups = []
     for info in in_file_order(source):
         layer = layer_of.get(info.name)
+        if layer is None or layer.tied:
+            groups.append([TensorSpec(info.name, output_dtype(info.dtype, dtype), info.shape)])
         if layer is not None:
             outlier_dtype = output_dtype(info.dtype, dtype)
             specs = int8_specs(layer.name, layer.out_features, layer.in_features)
             if plan.criterion.kind == "none":
                 specs += outlier_specs(layer.name, layer.out_features, 0, outlier_dtype)
             groups.append(specs)
-        else:
-            groups.append([TensorSpec(info.name, output_dtype(info.dtype, dtype), info.shape)])
     return dataclasses.replace(plan, selection=selection, groups=groups)
 
 

@@ -11,11 +11,15 @@ from .plan import ConversionPlan
 
 
 def output_config(plan: ConversionPlan) -> dict[str, Any]:
-    """Return the source's config, its dtype replaced when tensors were cast."""
+    """Return the source's config, its dtype replaced when tensors were cast, and untied when the head was quantized."""
     config = dict(plan.source.config)
     if plan.dtype:
         name = str(DTYPES[plan.dtype]).removeprefix("torch.")
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = name
+    if plan.untied:
+        config["tie_word_embeddings"] = False
+        if isinstance(config.get("text_config"), dict):
+            config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
     return config
 
 
