@@ -57,6 +57,7 @@ def convert(
     dtype: str | None = None,
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
+    quantize_head: bool = False,
     max_shard_size: str | int = "5GB",
     on_nonfinite: OnNonfinite = "error",
     low_disk: bool = False,
@@ -81,6 +82,7 @@ def convert(
         dtype: `float16` or `bfloat16` to cast what stays unquantized, None to leave it.
         skip: regular expressions of layer names to leave in 16 bit.
         only: regular expressions of layer names to quantize, instead of all.
+        quantize_head: quantize the output head too; where the embedding is the same tensor, that stays 16 bit beside it.
         max_shard_size: bytes, or a string such as `5GB`.
         on_nonfinite: `error`, or `keep` to leave weights with NaN or infinity in 16 bit (reads the weights twice).
         low_disk: of a Hub repo, keep two shards on the disk at most, each for as long as it is needed.
@@ -92,7 +94,7 @@ def convert(
 
     """
     origin = resolve(source, revision, "source", low_disk)
-    plan = make_plan(origin, Path(out), outliers, dtype, skip, only, max_shard_size)
+    plan = make_plan(origin, Path(out), outliers, dtype, skip, only, max_shard_size, quantize_head)
     text = None if calibration is None else Path(calibration)
     return execute(plan, text, calibration_tokens, device, on_nonfinite, progress)
 
@@ -159,16 +161,23 @@ class _Conversion:
     def __init__(self, plan: ConversionPlan, writer: CheckpointWriter, progress: Progress) -> None:
         self._plan, self._writer, self._progress = plan, writer, progress
         self._layer_of = plan.selection.layer_of
-        self._done: set[str] = set()
+        # What is to be done with each tensor; with the embedding of a tied head, both.
+        self._to_copy = {name for name in plan.source.tensors if self._is_copied(name)}
+        self._to_quantize = set(self._layer_of)
+
+    def _is_copied(self, name: str) -> bool:
+        layer = self._layer_of.get(name)
+        return layer is None or layer.tied
 
     def read(self, name: str) -> Tensor:
-        """Read a tensor; write it if it is one that is not quantized."""
+        """Read a tensor; write it if it is one that is stored as it is."""
         tensor = self._plan.source.read(name)
-        if name not in self._layer_of and name not in self._done:
+        if name in self._to_copy:
             info = self._plan.source.tensors[name]
             stored = output_dtype(info.dtype, self._plan.dtype)
             self._writer.write(name, cast(tensor, stored, self._plan.source.path, info))
-            self._finished(name)
+            self._to_copy.remove(name)
+            self._progressed(name)
         return tensor
 
     def quantize(self, layer: SelectedLayer, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -184,21 +193,20 @@ class _Conversion:
         self._writer.write(f"{layer.name}.weight", values)
         self._writer.write(f"{layer.name}.SCB", absmax)
         self._writer.write(f"{layer.name}.weight_format", torch.zeros((), dtype=torch.uint8))
-        self._finished(layer.weight.name)
+        self._to_quantize.remove(layer.weight.name)
+        self._progressed(layer.weight.name)
         return values, absmax
 
     def convert_rest(self) -> None:
         """Convert what has not been reached yet, from the front of the files to their end."""
         for info in in_file_order(self._plan.source):
-            if info.name not in self._done:
+            if info.name in self._to_copy or info.name in self._to_quantize:
                 self._convert(info.name)
 
     def _convert(self, name: str) -> None:
-        layer = self._layer_of.get(name)
-        if layer is None:
-            self.read(name)
-        else:
-            weight = self._plan.source.read(name)
+        weight = self.read(name)
+        if name in self._to_quantize:
+            layer = self._layer_of[name]
             self.quantize(layer, weight.t() if layer.transposed else weight)
 
     def write_outliers(self, outliers: Outliers) -> None:
@@ -220,10 +228,10 @@ class _Conversion:
             columns = cast(columns, columns_spec.dtype, self._plan.source.path, layer.weight)
             self._writer.write(columns_spec.name, columns)
 
-    def _finished(self, name: str) -> None:
-        self._done.add(name)
-        self._plan.source.release(name)
-        self._progress(name, self._plan.source.tensors[name].nbytes)
+    def _progressed(self, name: str) -> None:
+        if name not in self._to_copy and name not in self._to_quantize:
+            self._plan.source.release(name)
+            self._progress(name, self._plan.source.tensors[name].nbytes)
 
 
 @contextmanager
