@@ -82,7 +82,7 @@ def convert(
         dtype: `float16` or `bfloat16` to cast what stays unquantized, None to leave it.
         skip: regular expressions of layer names to leave in 16 bit.
         only: regular expressions of layer names to quantize, instead of all.
-        quantize_head: quantize the output head too; where the embedding is the same tensor, that stays 16 bit beside it.
+        quantize_head: quantize the output head too; an embedding that is the same tensor stays beside it.
         max_shard_size: bytes, or a string such as `5GB`.
         on_nonfinite: `error`, or `keep` to leave weights with NaN or infinity in 16 bit (reads the weights twice).
         low_disk: of a Hub repo, keep two shards on the disk at most, each for as long as it is needed.

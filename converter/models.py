@@ -76,8 +76,9 @@ def own_head(config: Any | None, model: Any | None) -> tuple[Any, Any, Head]:
         SourceError: there is no head, or the model is not the same when its head is not tied to the embedding.
 
     """
-    head = None if model is None else model.get_output_embeddings()
-    name = None if head is None else next((name for name, module in model.named_modules() if module is head), None)
+    head: Any = None if model is None else model.get_output_embeddings()
+    modules = {} if model is None else dict(model.named_modules())
+    name = next((name for name, module in modules.items() if module is head), None)
     if config is None or model is None or name is None or not is_linear(head):
         raise SourceError("--quantize-head: transformers knows no plain linear output head here; leave it out")
     ties = model.all_tied_weights_keys
