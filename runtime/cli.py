@@ -43,6 +43,8 @@ def inspect(checkpoint: str, revision: str | None, as_json: bool) -> None:
 
 
 def _facts(opened: Any) -> dict[str, Any]:
+    from llmint8.converter.card import quantized_head
+
     quantization = opened.quantization
     sizes: Counter[str] = Counter()
     for name, info in opened.tensors.items():
@@ -77,6 +79,7 @@ def _facts(opened: Any) -> dict[str, Any]:
         "int8_layers_bytes": int8,
         "other_bytes_by_dtype": others,
         "not_quantized": quantization.skip_modules,
+        "int8_head": quantized_head(opened.records),
         "layers": layers,
     }
 
@@ -105,6 +108,8 @@ def _facts_text(facts: dict[str, Any]) -> str:
         f"{len(facts['layers'])} int8 layers {facts['int8_layers_bytes'] / 1e6:.1f} MB, {others}",
         f"Not quantized {', '.join(facts['not_quantized']) or 'no linear layer'}",
     ]
+    if facts["int8_head"]:
+        rows.append(f"Output head   {facts['int8_head']}, in int8 too")
     return printable_lines(rows)
 
 
