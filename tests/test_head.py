@@ -13,6 +13,10 @@ from torch import Tensor
 
 from llmint8 import converter, runtime
 from llmint8.converter.card import read_card
+from llmint8.converter.models import load_config, meta_model, own_head
+from llmint8.converter.names import parameter_tensors
+from llmint8.converter.select import select_layers
+from llmint8.converter.streaming import LinearCall, stream_forward
 from llmint8.converter.verify import compare_with_source
 from llmint8.formats import SourceError, check_values, open_checkpoint, open_source
 from llmint8.kernels.reference import quantize_weight
@@ -93,6 +97,28 @@ def test_a_head_of_its_own_is_one_layer_more(name: str, tmp_path: Path) -> None:
     loaded = runtime.load(tmp_path / "out", dtype=torch.float32)
     assert isinstance(loaded.get_output_embeddings(), Int8Linear)
     assert relative_error(logits(loaded), logits(model)) < 0.03
+
+
+@pytest.mark.parametrize("name", [*TIED, "falcon"])
+def test_the_streamed_head_sees_what_the_model_gives_it(name: str, tmp_path: Path) -> None:
+    """Falcon's other layers are no plain linear ones: they take the transpose of their weight, an attribute."""
+    falcon = transformers.FalconConfig(vocab_size=256, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    model = save(TIED.get(name, falcon), tmp_path)
+    expected: list[Tensor] = []
+    model.get_output_embeddings().register_forward_hook(lambda module, inputs, out: expected.append(inputs[0]))
+    logits(model)
+    source, config = open_source(tmp_path), load_config(tmp_path)
+    config, untied, head = own_head(config, meta_model(config))
+    selection = select_layers(source, untied, (), (), head)
+    layers = {selection.module_of[name]: layer.weight.name for name, layer in selection.layers.items()}
+    seen: dict[str, Tensor] = {}
+
+    def see(call: LinearCall) -> None:
+        seen[call.name] = call.rows
+
+    tensor_of, device = parameter_tensors(untied, source.tensors), torch.device("cpu")
+    stream_forward(meta_model(config), {"input_ids": TOKENS}, tensor_of, {}, layers, source.read, see, device)
+    assert relative_error(seen[head.module], expected[0].flatten(0, 1)) < 1e-3  # its weights are in float16 on the disk
 
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
