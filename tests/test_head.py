@@ -18,10 +18,11 @@ from llmint8.converter.names import parameter_tensors
 from llmint8.converter.select import select_layers
 from llmint8.converter.streaming import LinearCall, stream_forward
 from llmint8.converter.verify import compare_with_source
-from llmint8.formats import SourceError, check_values, open_checkpoint, open_source
+from llmint8.formats import SourceError, check_values, open_checkpoint, open_source, read_manifest
 from llmint8.kernels.reference import quantize_weight
 from llmint8.runtime import Int8Linear
 from llmint8.runtime.cli import main
+from llmint8.runtime.report_statistics import hidden_inputs, read_inputs, table4
 
 _SMALL: dict[str, Any] = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LLAMA = {**_SMALL, "intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -35,7 +36,7 @@ TIED = {
 UNTIED = {
     "llama": transformers.LlamaConfig(**_LLAMA, tie_word_embeddings=False),
     "gpt-neox": transformers.GPTNeoXConfig(**_SMALL, intermediate_size=96, max_position_embeddings=64),
-    "phi": transformers.PhiConfig(**{**_LLAMA, "num_key_value_heads": 4}),  # its head has a bias
+    "phi": transformers.PhiConfig(**{**_LLAMA, "num_key_value_heads": 4}, pad_token_id=0),  # its head has a bias
 }
 TOKENS = torch.arange(3, 35)[None]
 
@@ -191,6 +192,25 @@ def test_inspect_and_card_mention_it(folder: Path) -> None:
     result = CliRunner().invoke(main, ["inspect", str(folder / "out")])
     assert "Output head   lm_head, in int8 too" in result.stdout
     assert json.loads(CliRunner().invoke(main, ["inspect", str(folder / "out"), "--json"]).stdout)["int8_head"]
+
+
+def test_the_report_counts_the_head_as_a_layer_and_not_as_a_block(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder / "out")
+    inputs = read_inputs(checkpoint, read_manifest(folder / "out"), folder)
+    assert any(found.layers == ("lm_head",) for found in inputs)
+    assert table4(hidden_inputs(inputs, checkpoint)).blocks == 2
+
+
+def test_with_shards_from_the_hub_too(folder: Path, hub: Any, tmp_path: Path) -> None:
+    """The embedding is written first and quantized last, and is let go only then."""
+    model = transformers.LlamaForCausalLM.from_pretrained(folder / "source", dtype=torch.float16)
+    model.save_pretrained(tmp_path / "source", max_shard_size="100KB")
+    hub.add("alice/tiny", {file.name: file.read_bytes() for file in (tmp_path / "source").iterdir()})
+    converter.convert("alice/tiny", tmp_path / "out", outliers="top-k=4", quantize_head=True, low_disk=True)
+    one, two = load_tensors(folder / "out"), load_tensors(tmp_path / "out")
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not (tmp_path / "out" / "source.partial").exists()
 
 
 def test_two_names_for_one_head_become_one_layer_and_the_embedding(tmp_path: Path) -> None:
