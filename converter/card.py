@@ -7,7 +7,7 @@ copied, for it describes another model; the card links to it. No date goes in: t
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -26,7 +26,6 @@ _END = "<!-- llmint8: end of the generated part -->"
 _GENERATED = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
 _MAX_CARD_BYTES = 4 << 20
 _NAMES_SHOWN = 8
-_HEAD_NAMES = ("lm_head", "embed_out", "proj_out", "output_projection")
 _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _TAGS = ("llmint8", "int8", "8-bit", "bitsandbytes")
 
@@ -141,7 +140,7 @@ def _introduction(subject: Subject) -> list[str]:
 def _conversion(subject: Subject) -> list[str]:
     quantization = subject.quantization
     columns, kept = sum(subject.in_features), sum(quantization.outliers.values())
-    head = ", the output head among them" if quantized_head(quantization.outliers) else ""
+    head = ", the output head among them" if quantization.int8_head else ""
     rows = {
         "Architecture": _text(_architecture(subject) or "unknown"),
         "In int8": f"{len(subject.in_features)} linear layers{head}; one scale per row (absmax)",
@@ -167,11 +166,6 @@ def _conversion(subject: Subject) -> list[str]:
         *(f"| {key} | {value} |" for key, value in rows.items()),
         "",
     ]
-
-
-def quantized_head(layers: Iterable[str]) -> str | None:
-    """Return the output head among the names of int8 layers, by the names it has in transformers; None without it."""
-    return next((name for name in layers if name.rpartition(".")[2] in _HEAD_NAMES), None)
 
 
 def _skipped(names: Sequence[str]) -> list[str]:

@@ -43,8 +43,6 @@ def inspect(checkpoint: str, revision: str | None, as_json: bool) -> None:
 
 
 def _facts(opened: Any) -> dict[str, Any]:
-    from llmint8.converter.card import quantized_head
-
     quantization = opened.quantization
     sizes: Counter[str] = Counter()
     for name, info in opened.tensors.items():
@@ -79,7 +77,7 @@ def _facts(opened: Any) -> dict[str, Any]:
         "int8_layers_bytes": int8,
         "other_bytes_by_dtype": others,
         "not_quantized": quantization.skip_modules,
-        "int8_head": quantized_head(opened.records),
+        "int8_head": quantization.int8_head,
         "layers": layers,
     }
 
