@@ -142,7 +142,8 @@ class Calibrator:
         """Return the columns [N, k] at some positions of what was put aside."""
         record = self._journal.get("layer", layer)
         assert record is not None
-        return torch.stack([self._journal.load(record.tensors[0], row) for row in positions.tolist()], 1)
+        columns = record.tensors[0]
+        return torch.cat([self._journal.load(columns.rows(row, row + 1)) for row in positions.tolist()]).t()
 
     def choose(self) -> Outliers:
         """Choose the outliers of all layers seen."""

@@ -140,9 +140,10 @@ def _introduction(subject: Subject) -> list[str]:
 def _conversion(subject: Subject) -> list[str]:
     quantization = subject.quantization
     columns, kept = sum(subject.in_features), sum(quantization.outliers.values())
+    head = ", the output head among them" if quantization.int8_head else ""
     rows = {
         "Architecture": _text(_architecture(subject) or "unknown"),
-        "In int8": f"{len(subject.in_features)} linear layers; one scale per row (absmax)",
+        "In int8": f"{len(subject.in_features)} linear layers{head}; one scale per row (absmax)",
         "Not quantized": ", ".join([*_skipped(quantization.skip_modules), "all that is not linear"]),
     }
     if quantization.llmint8:

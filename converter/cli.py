@@ -130,6 +130,7 @@ def pass_bar(title: str, quiet: bool) -> Iterator[Callable[[str, int], None]]:
 )
 @click.option("--skip", metavar="REGEX", multiple=True, help="Leave matching layers in 16 bit; repeatable.")
 @click.option("--only", metavar="REGEX", multiple=True, help="Quantize matching layers only; repeatable.")
+@click.option("--quantize-head", is_flag=True, help="Quantize the output head too; an embedding it shares stays.")
 @click.option(
     "--max-shard-size",
     metavar="SIZE",
@@ -146,6 +147,9 @@ def pass_bar(title: str, quiet: bool) -> Iterator[Callable[[str, int], None]]:
 )
 @click.option("--jobs", metavar="N", type=click.IntRange(1), help="Tensors converted at a time; one per core, up to 8.")
 @click.option("--force", is_flag=True, help="Start over where OUT holds an unfinished conversion.")
+@click.option(
+    "--low-disk", is_flag=True, help="Of a Hub repo, have two shards on the disk at most: each goes when converted."
+)
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--push-to-hub", metavar="REPO", help="Publish OUT on the Hub then, as `llmint8 push` does.")
 @click.option("--private", is_flag=True, help="Make that repo private, where it is a new one.")
@@ -163,10 +167,12 @@ def convert_command(
     dtype: str | None,
     skip: tuple[str, ...],
     only: tuple[str, ...],
+    quantize_head: bool,
     max_shard_size: str,
     on_nonfinite: Any,
     jobs: int | None,
     force: bool,
+    low_disk: bool,
     dry_run: bool,
     push_to_hub: str | None,
     private: bool,
@@ -184,9 +190,19 @@ def convert_command(
     from . import Options, execute, make_plan, resolve
 
     options = Options(
-        outliers, calibration, calibration_tokens, device, dtype, skip, only, max_shard_size, on_nonfinite, jobs
+        outliers=outliers,
+        calibration=calibration,
+        calibration_tokens=calibration_tokens,
+        device=device,
+        dtype=dtype,
+        skip=skip,
+        only=only,
+        quantize_head=quantize_head,
+        max_shard_size=max_shard_size,
+        on_nonfinite=on_nonfinite,
+        jobs=jobs,
     )
-    plan = make_plan(resolve(source, revision, "source"), out, options)
+    plan = make_plan(resolve(source, revision, "source", low_disk), out, options)
     if dry_run:
         _echo_notices(plan.selection.notices)
         click.echo(_plan_text(plan, verbose))

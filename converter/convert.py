@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from llmint8.formats import CheckpointWriter, Manifest, OutputError, SourceError
+from llmint8.formats import CheckpointWriter, Manifest, OutputError
 
 from .calibrate import Calibrator, Outliers
 from .calibration_text import load_calibration
@@ -52,9 +52,11 @@ def convert(
     dtype: str | None = None,
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
+    quantize_head: bool = False,
     max_shard_size: str | int = Options.max_shard_size,
     on_nonfinite: OnNonfinite = Options.on_nonfinite,
     jobs: int | None = None,
+    low_disk: bool = False,
     force: bool = False,
     progress: Progress = _no_progress,
 ) -> ConversionReport:
@@ -63,7 +65,7 @@ def convert(
     The weights are never in memory together: a forward pass over a few hundred tokens goes through the model layer by
     layer, and each layer is read, measured, quantized and written when the pass reaches it. OUT has a config.json only
     when it is complete. What an error or a kill interrupts goes on when `convert` is called again with the same
-    arguments, and has the same result. After a SourceError, which would come again, what was written is removed.
+    arguments, and has the same result. After an error that would come again what was written is removed.
 
     Args:
         source: a directory, or a Hub repo id.
@@ -76,9 +78,11 @@ def convert(
         dtype: see `Options`.
         skip: see `Options`.
         only: see `Options`.
+        quantize_head: see `Options`.
         max_shard_size: see `Options`.
         on_nonfinite: see `Options`.
         jobs: see `Options`.
+        low_disk: of a Hub repo, keep two shards on the disk at most, each for as long as it is needed.
         force: start over where OUT is unfinished, whatever it was begun with.
         progress: called with the name and source bytes of each tensor that is done, from several threads in turn.
 
@@ -88,8 +92,20 @@ def convert(
 
     """
     text = None if calibration is None else Path(calibration)
-    options = Options(outliers, text, calibration_tokens, device, dtype, skip, only, max_shard_size, on_nonfinite, jobs)
-    return execute(make_plan(resolve(source, revision, "source"), Path(out), options), force, progress)
+    options = Options(
+        outliers=outliers,
+        calibration=text,
+        calibration_tokens=calibration_tokens,
+        device=device,
+        dtype=dtype,
+        skip=skip,
+        only=only,
+        quantize_head=quantize_head,
+        max_shard_size=max_shard_size,
+        on_nonfinite=on_nonfinite,
+        jobs=jobs,
+    )
+    return execute(make_plan(resolve(source, revision, "source", low_disk), Path(out), options), force, progress)
 
 
 def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_progress) -> ConversionReport:
@@ -106,18 +122,14 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
     tokens = options.calibration_tokens
     batch = load_calibration(plan.source.path, plan.config, options.calibration, tokens) if calibrated else None
     with CheckpointWriter(plan.out, plan.max_shard_bytes, fingerprint(plan), force) as writer:
-        try:
-            writer.plan(plan.groups)
-            transfer = Transfer(plan, writer, device, progress)
-            calibrator = Calibrator(plan, batch.tokens, device, writer.journal) if batch else None
-            if calibrator:
-                calibrator.run(transfer.read, transfer.quantize, transfer.has)
-            transfer.convert_rest()
-            outliers = calibrator.choose() if calibrator else Outliers()
-            transfer.write_outliers(outliers)
-        except SourceError:
-            writer.give_up()
-            raise
+        writer.plan(plan.groups)
+        transfer = Transfer(plan, writer, device, progress)
+        calibrator = Calibrator(plan, batch.tokens, device, writer.journal) if batch else None
+        if calibrator:
+            calibrator.run(transfer.read, transfer.quantize, transfer.has)
+        transfer.convert_rest()
+        outliers = calibrator.choose() if calibrator else Outliers()
+        transfer.write_outliers(outliers)
         manifest = _commit(plan, writer, outliers, batch.provenance if batch else None)
     notices = [*plan.selection.notices, *outliers.notices, *([batch.notice] if batch and batch.notice else [])]
     columns = sum(layer.in_features for layer in plan.selection.layers.values())

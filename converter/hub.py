@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from huggingface_hub import constants, get_token, hf_hub_download, snapshot_download
+from huggingface_hub import (
+    constants,
+    get_hf_file_metadata,
+    get_token,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -40,7 +47,8 @@ from llmint8.formats.source import TORCH_INDEX_NAME, TORCH_NAME
 Kind = Literal["source", "int8"]
 
 _SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*"]
-_CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
+# One name that is there, for a pattern without any match is logged as a warning.
+_ALWAYS = [CONFIG_NAME, "additional_chat_templates/*.jinja"]
 _TRANSIENT = (429, 500, 502, 503, 504)
 _WAITS = (1.0, 4.0)
 _LONGEST_WAIT = 300.0
@@ -51,11 +59,15 @@ log = logging.getLogger("llmint8")
 
 @dataclass(frozen=True)
 class Resolved:
-    """A checkpoint's directory, and the repo and commit it is a snapshot of when it came from the Hub."""
+    """A checkpoint's directory, and the repo and commit it is a snapshot of when it came from the Hub.
+
+    With `remote` the weights are not in the directory yet; `low_disk.py` fetches them as they are read.
+    """
 
     path: Path
     repo: str | None = None
     commit: str | None = None
+    remote: bool = False
 
     @property
     def name(self) -> str:
@@ -63,16 +75,20 @@ class Resolved:
         return self.repo or self.path.resolve().name
 
 
-def resolve(path_or_repo: str | Path, revision: str | None = None, kind: Kind | None = None) -> Resolved:
+def resolve(
+    path_or_repo: str | Path, revision: str | None = None, kind: Kind | None = None, low_disk: bool = False
+) -> Resolved:
     """Return the local directory, or fetch what is needed of a Hub repo.
 
     Args:
         path_or_repo: a directory, or a repo id.
         revision: branch, tag or commit of the repo.
         kind: what a repo has to hold, a 16-bit `source` or an `int8` checkpoint; None takes either.
+        low_disk: fetch all but the weights, which must be in safetensors files.
 
     Raises:
-        SourceError: neither a directory nor a repo that can be fetched; or no source, where one is wanted.
+        SourceError: neither a directory nor a repo that can be fetched; or no source, where one is wanted; or
+            `low_disk` for a directory.
         CheckpointError: no int8 checkpoint, where one is wanted.
 
     """
@@ -82,14 +98,20 @@ def resolve(path_or_repo: str | Path, revision: str | None = None, kind: Kind | 
             raise SourceError(f"{path}: not a directory; name the checkpoint's directory")
         if revision is not None:
             raise SourceError(f"{path}: is a local directory, which has no revision {revision!r}")
+        if low_disk:
+            raise SourceError(f"{path}: is a local directory; --low-disk is for a repo on the Hub, leave it out")
         return Resolved(path)
     repo = str(path_or_repo)
     with _explained(repo, revision):
         config = Path(patiently(lambda: hf_hub_download(repo, CONFIG_NAME, revision=revision)))
         snapshot = _fetch(repo, config.parent.name, _SMALL_FILES, "*/*")
         _check_kind(repo, snapshot, kind)
-        _fetch_weights(repo, snapshot, kind)
-    return Resolved(snapshot, repo, snapshot.name)
+        if low_disk:
+            _require_safetensors(repo, snapshot)
+            _fetch(repo, snapshot.name, _ALWAYS)
+        else:
+            _fetch_weights(repo, snapshot, kind)
+    return Resolved(snapshot, repo, snapshot.name, remote=low_disk)
 
 
 def _fetch(repo: str, commit: str, patterns: list[str], without: str | None = None) -> Path:
@@ -119,11 +141,20 @@ def _fetch_weights(repo: str, snapshot: Path, kind: Kind | None) -> None:
     for index, single, suffix in layouts[:1] if kind == "int8" else layouts:
         indexed = (snapshot / index).exists()
         names = set(read_weight_map(snapshot / index, suffix).values()) if indexed else {single}
-        # With a name that is there, for a pattern without any match is logged as a warning.
-        patterns = [CONFIG_NAME, _CHAT_TEMPLATES, *map(glob.escape, sorted(names))]
+        patterns = [*_ALWAYS, *map(glob.escape, sorted(names))]
         _fetch(repo, snapshot.name, patterns)
         if indexed or (snapshot / single).exists():
             return
+
+
+def _require_safetensors(repo: str, snapshot: Path) -> None:
+    if not (snapshot / SAFETENSORS_INDEX_NAME).exists():
+        try:
+            patiently(lambda: get_hf_file_metadata(hf_hub_url(repo, SAFETENSORS_NAME, revision=snapshot.name)))
+        except EntryNotFoundError:
+            raise SourceError(
+                f"{repo}: has no safetensors files, and --low-disk cannot do with others; leave it out"
+            ) from None
 
 
 def patiently(call: Callable[[], _Result], transient: tuple[int, ...] = _TRANSIENT) -> _Result:

@@ -1,13 +1,14 @@
 """The model that a source config describes, without its weights, through transformers."""
 
+import copy
 import logging
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
@@ -61,7 +62,40 @@ def meta_model(config: Any) -> Any | None:
         raise SourceError(f"config.json: {cls.__name__} cannot be built from it: {first_line(error)}") from None
 
 
-def weights_used_directly(model: Any, layers: Iterable[str]) -> set[str]:
+class Head(NamedTuple):
+    """A model's output head: the name of its module, and of the parameter it shares its weight with, or None."""
+
+    module: str
+    tied_to: str | None
+
+
+def own_head(config: Any | None, model: Any | None) -> tuple[Any, Any, Head]:
+    """Return config and model with a head that has a weight of its own, and what it was in this model.
+
+    Raises:
+        SourceError: there is no head, or the model is not the same when its head is not tied to the embedding.
+
+    """
+    head: Any = None if model is None else model.get_output_embeddings()
+    modules = {} if model is None else dict(model.named_modules())
+    name = next((name for name, module in modules.items() if module is head), None)
+    if config is None or model is None or name is None or not is_linear(head):
+        raise SourceError("--quantize-head: transformers knows no plain linear output head here; leave it out")
+    ties, tied_to = model.all_tied_weights_keys, None
+    if pair := next((set(pair) for pair in ties.items() if f"{name}.weight" in pair), None):
+        (tied_to,) = pair - {f"{name}.weight"}
+        config = copy.deepcopy(config)
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+        model = meta_model(config)
+        # Encoders with decoders share one embedding among more than two, and T5 computes otherwise when it is not tied.
+        if len(ties) > 1 or config.is_encoder_decoder or model is None or model.all_tied_weights_keys:
+            raise SourceError(f"--quantize-head: {config.model_type} cannot do without its tied head; leave it out")
+    if weights_used_directly(meta_model(config), [name], or_its_dtype=True):
+        raise SourceError(f"--quantize-head: {config.model_type} uses the weight of {name} itself; leave it out")
+    return config, model, Head(name, tied_to)
+
+
+def weights_used_directly(model: Any, layers: Iterable[str], or_its_dtype: bool = False) -> set[str]:
     """Return the linear layers whose weight the model's own code takes, as Mamba does with that of `dt_proj`.
 
     Such a weight must stay what it is. The model runs once on the meta device, which takes no memory and no weights;
@@ -70,6 +104,8 @@ def weights_used_directly(model: Any, layers: Iterable[str]) -> set[str]:
     Args:
         model: a transformers model on the meta device; used up by this.
         layers: names of linear modules in it.
+        or_its_dtype: return those too of which the code looks at the weight's dtype. Within blocks it does so with
+            int8 in mind; what it casts to the dtype of a head's weight would become int8.
 
     """
     weights = {}
@@ -78,7 +114,7 @@ def weights_used_directly(model: Any, layers: Iterable[str]) -> set[str]:
         weights[id(module.weight)] = name
         out_features = module.weight.shape[1 if isinstance(module, Conv1D) else 0]
         module.forward = lambda x, n=out_features: x.new_empty(*x.shape[:-1], n)
-    watch = _WeightWatch(weights)
+    watch = _WeightWatch(weights, or_its_dtype)
     tokens = torch.zeros(1, 8, dtype=torch.long, device="meta")
     try:
         with torch.inference_mode(), watch:
@@ -89,15 +125,16 @@ def weights_used_directly(model: Any, layers: Iterable[str]) -> set[str]:
 
 
 class _WeightWatch(TorchFunctionMode):
-    """Notes which of some parameters an operation is given; reading an attribute does not count."""
+    """Notes which of some parameters an operation is given; reading an attribute does not count, but `dtype` may."""
 
-    def __init__(self, weights: dict[int, str]) -> None:
+    def __init__(self, weights: dict[int, str], dtype_counts: bool) -> None:
         super().__init__()
-        self._weights = weights
+        self._weights, self._dtype_counts = weights, dtype_counts
         self.used: set[str] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") != "__get__":
+        attribute = getattr(func, "__name__", "") == "__get__"
+        if not attribute or (self._dtype_counts and func.__self__ is Tensor.dtype):
             leaves = tree_leaves((args, kwargs))
             self.used.update(self._weights[id(leaf)] for leaf in leaves if id(leaf) in self._weights)
         return func(*args, **(kwargs or {}))

@@ -27,6 +27,7 @@ class Options:
         dtype: `float16` or `bfloat16` to cast what stays unquantized, None to leave it.
         skip: regular expressions of layer names to leave in 16 bit.
         only: regular expressions of layer names to quantize, instead of all.
+        quantize_head: quantize the output head too; an embedding that is the same tensor stays beside it.
         max_shard_size: bytes, or a string such as `5GB`.
         on_nonfinite: `error`, or `keep` to leave weights with NaN or infinity in 16 bit (reads the weights twice).
         jobs: how many tensors are converted at a time, apart from the pass; by default one per core, up to 8.
@@ -40,6 +41,7 @@ class Options:
     dtype: str | None = None
     skip: Sequence[str] = ()
     only: Sequence[str] = ()
+    quantize_head: bool = False
     max_shard_size: str | int = "5GB"
     on_nonfinite: OnNonfinite = "error"
     jobs: int | None = None

@@ -15,6 +15,7 @@ from llmint8.formats import (
     TensorInfo,
     TensorSpec,
     int8_specs,
+    is_unfinished,
     open_source,
     outlier_specs,
     require_writable,
@@ -22,7 +23,8 @@ from llmint8.formats import (
 from llmint8.formats.tensors import BLOCK_BYTES
 
 from .hub import Resolved
-from .models import load_config, meta_model
+from .low_disk import MOST_SHARDS, WORKING_NAME, open_remote
+from .models import Head, load_config, meta_model, own_head
 from .options import Options
 from .outliers import Criterion, max_candidates, parse_criterion
 from .select import SelectedLayer, Selection, select_layers
@@ -34,6 +36,8 @@ _BASE_MEMORY = 64 << 20
 _ACTIVATION_COPIES = 8
 # An output is put aside when it takes at most this part of its weight.
 _OUTPUT_SHARE = 4
+_LOGIT_COPIES = 2
+_DEFAULTS = Options()
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,20 @@ class ConversionPlan:
     source: Source
     origin: Resolved
     out: Path
-    config: Any | None  # transformers' config, None for a model it does not know
+    config: Any | None  # transformers' config, with the head untied to quantize it; None for a model it does not know
+    head: Head | None  # the output head, where it is to be quantized
     selection: Selection
     criterion: Criterion
     options: Options
     dtype: str | None  # safetensors' name of the dtype that unquantized tensors are cast to
     max_shard_bytes: int
     groups: list[list[TensorSpec]]  # the tensors to write, in the order of the source; without outliers not yet chosen
+
+    @property
+    def untied(self) -> bool:
+        """Whether the head becomes int8 and the source has it tied to the embedding."""
+        modules = {self.selection.module_of[name] for name in self.selection.layers}
+        return self.head is not None and self.head.tied_to is not None and self.head.module in modules
 
     @property
     def bytes_before(self) -> int:
@@ -75,13 +86,16 @@ class ConversionPlan:
             for layer in self.selection.layers.values():
                 aside += layer.weight.nbytes * max_candidates(layer.in_features) // layer.in_features
                 aside += kept_output_bytes(layer, self.options.calibration_tokens)
-        return self.bytes_after + small + aside + 1024 * sum(len(group) for group in self.groups)
+        # With --low-disk, the shards that are there at a time.
+        shards = sorted(file.size for file in self.source.files)[-MOST_SHARDS:] if self.origin.remote else []
+        return self.bytes_after + small + aside + sum(shards) + 1024 * sum(len(group) for group in self.groups)
 
     @property
     def disk_free(self) -> int:
-        """Bytes free where OUT is or will be."""
+        """Bytes free where OUT is or will be, with those that an unfinished conversion already takes there."""
         existing = next(path for path in (self.out.absolute(), *self.out.absolute().parents) if path.exists())
-        return shutil.disk_usage(existing).free
+        taken = [path.stat() for path in self.out.rglob("*") if path.is_file()] if is_unfinished(self.out) else []
+        return shutil.disk_usage(existing).free + sum(512 * getattr(status, "st_blocks", 0) for status in taken)
 
     @property
     def peak_memory(self) -> int:
@@ -95,9 +109,12 @@ class ConversionPlan:
         peak = self.options.threads * (whole + 6 * BLOCK_BYTES)
         if self.criterion.kind != "none":
             # The weight in use, its int8 copy, the one that is read ahead; and the batch's activations in float32.
-            activations = max(layer.in_features for layer in self.selection.layers.values())
+            layers = self.selection.layers.values()
+            activations = _ACTIVATION_COPIES * max(layer.in_features for layer in layers)
+            if self.head:
+                activations += _LOGIT_COPIES * max(layer.out_features for layer in layers)
             largest = max(info.nbytes for info in self.source.tensors.values())
-            peak = max(peak, int(2.5 * largest) + _ACTIVATION_COPIES * tokens * 4 * activations)
+            peak = max(peak, int(2.5 * largest) + tokens * 4 * activations)
         return peak + _BASE_MEMORY
 
 
@@ -110,7 +127,7 @@ def kept_output_bytes(layer: SelectedLayer, tokens: int) -> int:
     return nbytes if _OUTPUT_SHARE * nbytes <= layer.weight.nbytes else 0
 
 
-def make_plan(origin: Resolved, out: Path, options: Options) -> ConversionPlan:
+def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> ConversionPlan:
     """Open the source, choose the layers and lay out the result. Writes nothing and reads no weight.
 
     Raises:
@@ -124,15 +141,18 @@ def make_plan(origin: Resolved, out: Path, options: Options) -> ConversionPlan:
         raise ValueError(f"dtype {options.dtype!r}, expected one of {', '.join(_CAST_DTYPES)}")
     max_shard_bytes = _parse_size(options.max_shard_size)
     _check_out(origin.path, out)
-    source = open_source(origin.path)
+    source = open_remote(origin, out / WORKING_NAME) if origin.remote else open_source(origin.path)
     config = load_config(origin.path)
     model = None if config is None else meta_model(config)
-    selection = select_layers(source, model, options.skip, options.only)
+    head = None
+    if options.quantize_head:
+        config, model, head = own_head(config, model)
+    selection = select_layers(source, model, options.skip, options.only, head)
     if model is None and criterion.kind != "none":
         criterion = Criterion("none", None)
         selection.notices.append("without the model there is no calibration: no outlier columns are stored")
     dtype = _CAST_DTYPES.get(options.dtype or "")
-    plan = ConversionPlan(source, origin, out, config, selection, criterion, options, dtype, max_shard_bytes, [])
+    plan = ConversionPlan(source, origin, out, config, head, selection, criterion, options, dtype, max_shard_bytes, [])
     return with_selection(plan, selection)
 
 
@@ -142,14 +162,14 @@ def with_selection(plan: ConversionPlan, selection: Selection) -> ConversionPlan
     groups = []
     for info in in_file_order(source):
         layer = layer_of.get(info.name)
+        if layer is None or layer.tied:
+            groups.append([TensorSpec(info.name, output_dtype(info.dtype, dtype), info.shape)])
         if layer is not None:
             outlier_dtype = output_dtype(info.dtype, dtype)
             specs = int8_specs(layer.name, layer.out_features, layer.in_features)
             if plan.criterion.kind == "none":
                 specs += outlier_specs(layer.name, layer.out_features, 0, outlier_dtype)
             groups.append(specs)
-        else:
-            groups.append([TensorSpec(info.name, output_dtype(info.dtype, dtype), info.shape)])
     return dataclasses.replace(plan, selection=selection, groups=groups)
 
 

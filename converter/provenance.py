@@ -13,11 +13,15 @@ from .plan import ConversionPlan
 
 
 def output_config(plan: ConversionPlan) -> dict[str, Any]:
-    """Return the source's config, its dtype replaced when tensors were cast."""
+    """Return the source's config, its dtype replaced when tensors were cast, and untied when the head was quantized."""
     config = dict(plan.source.config)
     if plan.dtype:
         name = str(DTYPES[plan.dtype]).removeprefix("torch.")
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = name
+    if plan.untied:
+        config["tie_word_embeddings"] = False
+        if isinstance(config.get("text_config"), dict):
+            config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
     return config
 
 
@@ -40,7 +44,7 @@ def identify(plan: ConversionPlan) -> dict[str, Any]:
     return {
         **_origin(plan),
         "config_sha256": hashlib.sha256(config).hexdigest(),
-        "files": {file.path.name: file.path.stat().st_size for file in plan.source.files},
+        "files": {file.path.name: file.size for file in plan.source.files},
     }
 
 
@@ -53,10 +57,10 @@ def fingerprint(plan: ConversionPlan) -> dict[str, str]:
     for file in [source.path / "config.json", *source.small_files]:
         found[f"the source's {file.relative_to(source.path)}"] = _short_hash(file)
     for weights in source.files:
-        status = weights.path.stat()
-        # Of a commit the files are always the same; they may be fetched anew.
-        modified = "" if plan.origin.commit else f", modified {datetime.fromtimestamp(status.st_mtime).isoformat()}"
-        found[f"the source's {weights.path.name}"] = f"{status.st_size} bytes{modified}"
+        # Of a commit the files are always the same, and may be fetched anew.
+        time = None if plan.origin.commit else datetime.fromtimestamp(weights.path.stat().st_mtime)
+        modified = f", modified {time.isoformat()}" if time else ""
+        found[f"the source's {weights.path.name}"] = f"{weights.size} bytes{modified}"
     return found | {name: _version(name) for name in ("llmint8", "torch", "transformers")}
 
 

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmint8.formats import FLOAT_DTYPES, Source, SourceError, TensorInfo
 
-from .models import is_linear, meta_model, weights_used_directly
+from .models import Head, is_linear, meta_model, weights_used_directly
 from .names import module_names
 
 _ROUTER = re.compile(r"(^|\.)((\w+_)?router|(shared_expert_)?gate|gating)(\.|$)")
@@ -26,6 +26,7 @@ class SelectedLayer:
     name: str
     weight: TensorInfo
     transposed: bool  # stored [in, out], as GPT-2's Conv1D is
+    tied: bool = False  # the head of a model whose embedding is this tensor too, and stays beside it
 
     @property
     def out_features(self) -> int:
@@ -67,7 +68,9 @@ class Selection:
         return Selection(layers, {**self.kept, **reasons}, self.module_of, self.notices)
 
 
-def select_layers(source: Source, model: Any | None, skip: Sequence[str], only: Sequence[str]) -> Selection:
+def select_layers(
+    source: Source, model: Any | None, skip: Sequence[str], only: Sequence[str], head: Head | None = None
+) -> Selection:
     """Select from a model on the meta device, or by name and shape where `model` is None.
 
     Args:
@@ -75,6 +78,7 @@ def select_layers(source: Source, model: Any | None, skip: Sequence[str], only: 
         model: a transformers model on the meta device, or None.
         skip: regular expressions; a layer whose name matches one anywhere stays in 16 bit.
         only: regular expressions; where given, a layer must match one of them.
+        head: the output head, to quantize it too; `model` is the one with a head of its own.
 
     Raises:
         ValueError: not a regular expression.
@@ -97,8 +101,9 @@ def select_layers(source: Source, model: Any | None, skip: Sequence[str], only: 
     else:
         mapped = module_names(model, source.tensors)
         unmapped = [info for name, info in source.tensors.items() if name not in mapped]
-        candidates, kept, module_of = _candidates_of_model(source, model, mapped, bool(unmapped))
-        notices += _unmapped_notice(unmapped) or _missing_notice(model, set(mapped.values()))
+        candidates, kept, module_of = _candidates_of_model(source, model, mapped, bool(unmapped), head)
+        tied = {f"{head.module}.weight"} if head and head.tied_to else set()
+        notices += _unmapped_notice(unmapped) or _missing_notice(model, {*mapped.values(), *tied})
     layers = {}
     for name, layer in candidates.items():
         if any(re.search(pattern, name) for pattern in skip):
@@ -119,7 +124,7 @@ def select_layers(source: Source, model: Any | None, skip: Sequence[str], only: 
 
 
 def _candidates_of_model(
-    source: Source, model: Any, mapped: dict[str, str], any_unmapped: bool
+    source: Source, model: Any, mapped: dict[str, str], any_unmapped: bool, head: Head | None
 ) -> tuple[dict[str, SelectedLayer], dict[str, str], dict[str, str]]:
     """Return the layers to quantize, those to keep with reasons, and checkpoint name -> module name for both."""
     tensor_of = {parameter: tensor for tensor, parameter in mapped.items()}
@@ -129,12 +134,17 @@ def _candidates_of_model(
     for module_name, module in model.named_modules():
         if not isinstance(module, nn.Linear | Conv1D):
             continue
-        reason = _reason_to_keep(model, module_name)
+        is_head = head is not None and module_name == head.module
+        reason = None if is_head else _reason_to_keep(model, module_name)
         if not reason and not is_linear(module):
             # bitsandbytes does not replace these, and would take the int8 values for weights.
             reason = f"a {type(module).__name__}, not a plain Linear"
         tensor = tensor_of.get(f"{module_name}.weight")
         name = tensor.removesuffix(".weight") if tensor else module_name
+        tied = is_head and tensor is None
+        if head is not None and is_head and head.tied_to is not None:
+            embedding = _embedding(source, tensor_of, head.tied_to)
+            tensor = tensor or embedding
         module_of[name] = module_name
         if reason or tensor is None:
             # A tensor that transformers splits or fuses may be this weight; if there is none, it is lost.
@@ -142,7 +152,7 @@ def _candidates_of_model(
                 raise SourceError(f"{source.path}: the weight of {module_name} is missing from the checkpoint")
             kept[name] = reason or "not stored as a tensor of its own"
             continue
-        layer = SelectedLayer(name, source.tensors[tensor], isinstance(module, Conv1D))
+        layer = SelectedLayer(name, source.tensors[tensor], isinstance(module, Conv1D), tied)
         if layer.weight.shape != tuple(module.weight.shape):
             raise SourceError(
                 f"{source.path / layer.weight.file}: {tensor} has shape {list(layer.weight.shape)}, "
@@ -154,6 +164,13 @@ def _candidates_of_model(
         kept[name] = "its weight is used by the model's own code"
         del layers[name]
     return layers, kept, module_of
+
+
+def _embedding(source: Source, tensor_of: dict[str, str], parameter: str) -> str:
+    """Return the tensor that stays 16 bit beside the head; without it the model would have no embedding."""
+    if parameter not in tensor_of:
+        raise SourceError(f"{source.path}: {parameter} is missing from the checkpoint; leave --quantize-head out")
+    return tensor_of[parameter]
 
 
 def _reason_to_keep(model: Any, name: str) -> str | None:

@@ -5,7 +5,7 @@ caller and computes its output in blocks of rows. Every other operation that tak
 from the source in its place, for that one operation: a torch function mode sees them all, so it does not matter how a
 model's code comes by its weights. The next linear weight is read ahead in a thread.
 
-Activations are float32. The output head is not run: nothing after it matters here.
+Activations are float32. The output head is not run unless it is to be converted: nothing after it matters here.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,6 +38,8 @@ class LinearCall(NamedTuple):
 
 OnLinear = Callable[[LinearCall], None]
 
+# Attributes of a parameter that are a tensor.
+_VIEWS = (Tensor.T, Tensor.H, Tensor.mT, Tensor.mH, Tensor.data)
 # How much of a weight is widened to float32 at a time.
 _BLOCK_ELEMENTS = 1 << 22
 
@@ -163,6 +165,8 @@ class _SourceParameters(TorchFunctionMode):
                     return self._device
                 if func.__self__ is Tensor.dtype and args[0].is_floating_point():
                     return torch.float32
+                if func.__self__ in _VIEWS:
+                    return func(self._real(args[0]))
             return func(*args, **kwargs)
         # An embedding or a stack of experts may be as large as all else: they are not widened before being looked up.
         if func is functional.embedding:

@@ -34,16 +34,27 @@ class Transfer:
         """Take the plan, the writer with its shards laid out, where to quantize, and whom to tell of what is done."""
         self._plan, self._writer, self._device, self._progress = plan, writer, device, progress
         self._layer_of = plan.selection.layer_of
-        self._done: set[str] = set()
+        # What is to be done with each tensor; with the embedding of a tied head that becomes int8, both.
+        self._to_quantize = set(self._layer_of)
+        self._to_copy = {name for name in plan.source.tensors if self._is_copied(name)}
         self._lock = threading.Lock()
 
+    def _is_copied(self, name: str) -> bool:
+        layer = self._layer_of.get(name)
+        return layer is None or layer.tied
+
     def read(self, name: str) -> Tensor:
-        """Read a tensor; write it if it is one that is not quantized."""
-        tensor = self._plan.source.read(name)
-        if name not in self._layer_of and name not in self._done:
-            if not self._writer.has(name):
-                self._writer.write(name, self._cast(tensor, self._plan.source.tensors[name]))
-            self._finish(name)
+        """Read a tensor; write it if it is one that is not quantized. What is written already is read from there."""
+        info = self._plan.source.tensors[name]
+        written = self._is_copied(name) and self._writer.has(name)
+        if written and info.dtype == output_dtype(info.dtype, self._plan.dtype):
+            tensor = self._writer.read(name)
+        else:
+            tensor = self._plan.source.read(name)
+        if name in self._to_copy:
+            if not written:
+                self._writer.write(name, self._cast(tensor, info))
+            self._finish(name, self._to_copy)
         return tensor
 
     def quantize(self, layer: SelectedLayer, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,8 +68,8 @@ class Transfer:
     def has(self, layer: SelectedLayer) -> bool:
         """Tell whether an earlier run has written a layer; then it is done."""
         found = self._writer.has(*(f"{layer.name}.{suffix}" for suffix in ("weight", "SCB", "weight_format")))
-        if found and layer.weight.name not in self._done:
-            self._finish(layer.weight.name)
+        if found:
+            self._finish(layer.weight.name, self._to_quantize)
         return found
 
     def convert_rest(self) -> None:
@@ -67,24 +78,23 @@ class Transfer:
         Each thread has torch for itself on one core: blocks of cache size are quantized faster than a disk reads, and
         nothing ever waits at the barriers of OpenMP, which stall when something else uses the cores.
         """
-        rest = [info.name for info in in_file_order(self._plan.source) if info.name not in self._done]
+        rest = [info.name for info in in_file_order(self._plan.source)]
         with _one_thread(), ThreadPoolExecutor(self._plan.options.threads, initializer=_use_one_thread) as pool:
             for _ in pool.map(self._convert, rest):
                 pass
 
     def _convert(self, name: str) -> None:
-        layer = self._layer_of.get(name)
-        if layer is None:
+        if name in self._to_copy:
             self._copy(name)
-        elif not self.has(layer):
-            self._convert_layer(layer)
+        if name in self._to_quantize and not self.has(self._layer_of[name]):
+            self._convert_layer(self._layer_of[name])
 
     def _copy(self, name: str) -> None:
         info = self._plan.source.tensors[name]
         if not self._writer.has(name):
             blocks = self._plan.source.read_rows(name)
             self._writer.write_rows(name, (self._cast(block, info) for block in blocks))
-        self._finish(name)
+        self._finish(name, self._to_copy)
 
     def _convert_layer(self, layer: SelectedLayer) -> None:
         """Quantize a weight in blocks of its rows, so that memory does not depend on its size."""
@@ -105,16 +115,14 @@ class Transfer:
         values, absmax = quantize_weight(weight)
         if not bool(absmax.isfinite().all()):
             row = first_row + int((~absmax.isfinite()).nonzero()[0])
-            raise SourceError(
-                f"{self._plan.source.path / layer.weight.file}: {layer.weight.name}: output row {row} holds NaN or "
-                "infinity; --on-nonfinite keep leaves such tensors in 16 bit"
-            )
+            what = f"output row {row} holds NaN or infinity; --on-nonfinite keep leaves such tensors in 16 bit"
+            raise self._refused(layer.weight, what)
         return values, absmax
 
     def _write_scales(self, layer: SelectedLayer, absmax: Tensor) -> None:
         self._writer.write(f"{layer.name}.SCB", absmax)
         self._writer.write(f"{layer.name}.weight_format", torch.zeros((), dtype=torch.uint8))
-        self._finish(layer.weight.name)
+        self._finish(layer.weight.name, self._to_quantize)
 
     def write_outliers(self, outliers: Outliers) -> None:
         """Write the outlier tensors of every layer, empty ones where none were chosen."""
@@ -143,16 +151,23 @@ class Transfer:
         overflow = tensor.isfinite() & ~result.isfinite() if stored != tensor.dtype else None
         if overflow is not None and bool(overflow.any()):
             value = float(tensor[overflow].abs().max())
-            raise SourceError(
-                f"{self._plan.source.path / info.file}: {info.name}: {value:g} does not fit "
-                f"{str(stored).removeprefix('torch.')}; use --dtype bfloat16 or leave --dtype out"
-            )
+            dtype = str(stored).removeprefix("torch.")
+            raise self._refused(info, f"{value:g} does not fit {dtype}; use --dtype bfloat16 or leave --dtype out")
         return result
 
-    def _finish(self, name: str) -> None:
+    def _finish(self, name: str, to_do: set[str]) -> None:
         with self._lock:
-            self._done.add(name)
-            self._progress(name, self._plan.source.tensors[name].nbytes)
+            if name not in to_do:
+                return
+            to_do.remove(name)
+            if name not in self._to_copy and name not in self._to_quantize:
+                self._plan.source.release(name)
+                self._progress(name, self._plan.source.tensors[name].nbytes)
+
+    def _refused(self, info: TensorInfo, what: str) -> SourceError:
+        """Return an error that another run would meet again: nothing of this one is kept."""
+        self._writer.give_up()
+        return SourceError(f"{self._plan.source.path / info.file}: {info.name}: {what}")
 
 
 _use_one_thread = partial(torch.set_num_threads, 1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -9,6 +10,7 @@ from llmint8.formats import DTYPES, Checkpoint, Source
 from llmint8.kernels.reference import dequantize_weight, quantize_weight
 
 from .models import load_config, meta_model
+from .names import parameter_tensors
 from .plan import in_file_order
 from .select import select_layers
 
@@ -33,10 +35,12 @@ def compare_with_source(
     model = None if config is None else meta_model(config)
     layers = select_layers(source, model, (), ()).layer_of
     errors: dict[str, float] = {}
+    heads = _tied_heads(checkpoint, source, model)
+    known = {*(name.removesuffix(".weight") for name in source.tensors), *heads.values()}
     problems = [
         f"{name}: in the checkpoint, not in the source"
-        for name in checkpoint.tensors.keys() - source.tensors.keys()
-        if name.rpartition(".")[0] not in checkpoint.records
+        for name in sorted(checkpoint.tensors.keys() - source.tensors.keys())
+        if name.rpartition(".")[0] not in checkpoint.records.keys() & known
     ]
     for info in in_file_order(source):
         name = info.name.removesuffix(".weight")
@@ -52,8 +56,19 @@ def compare_with_source(
             expected = tensor.to(DTYPES[checkpoint.tensors[info.name].dtype])
             if stored.shape != expected.shape or not torch.equal(_bits(stored), _bits(expected)):
                 problems.append(f"{info.name}: differs from the source")
+        if info.name in heads:
+            head = heads[info.name]
+            errors[head], problem = _compare_layer(checkpoint, head, tensor)
+            problems += problem
         progress(info.name, info.nbytes)
     return Comparison(errors, problems)
+
+
+def _tied_heads(checkpoint: Checkpoint, source: Source, model: Any | None) -> dict[str, str]:
+    """Return tensor of the source -> int8 layer made of it, for layers that the source has under another's name."""
+    tensor_of = {} if model is None else parameter_tensors(model, source.tensors)
+    missing = [name for name in checkpoint.records if f"{name}.weight" not in source.tensors]
+    return {tensor_of[f"{name}.weight"]: name for name in missing if f"{name}.weight" in tensor_of}
 
 
 def _compare_layer(checkpoint: Checkpoint, name: str, weight: torch.Tensor) -> tuple[float, list[str]]:

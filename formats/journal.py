@@ -14,7 +14,7 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -114,12 +114,8 @@ class Journal:
         self.put(kind, name, value)
         return value
 
-    def load(self, info: TensorInfo, row: int | None = None) -> Tensor:
-        """Read a record's tensor, or one row of it."""
-        if row is not None:
-            shape = info.shape[1:]
-            offset = info.offset + row * replace(info, shape=shape).nbytes
-            info = replace(info, shape=shape, offset=offset)
+    def load(self, info: TensorInfo) -> Tensor:
+        """Read a record's tensor, or some of its rows."""
         return read_tensor(self.path, info)
 
     def _write(self, data: bytes | memoryview) -> int:

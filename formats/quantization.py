@@ -10,6 +10,7 @@ FORMAT_VERSION = "1.0"
 PRODUCER_NAME = "llmint8"
 # What stock bitsandbytes uses for its dynamic search; the value of the paper.
 BITSANDBYTES_THRESHOLD = 6.0
+_HEAD_NAMES = ("lm_head", "embed_out", "proj_out", "output_projection")
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Quantization:
     source: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
     llmint8: bool = True
+
+    @property
+    def int8_head(self) -> str | None:
+        """The output head, where it is among the quantized layers under a name in use for it."""
+        return next((name for name in self.outliers if name.rpartition(".")[2] in _HEAD_NAMES), None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object that goes into config.json."""

@@ -6,7 +6,7 @@ transformers; nothing outside this module asks what the files were.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,9 +30,7 @@ from .tensors import (
     is_tensor_name,
     open_regular,
     read_header,
-    read_rows,
     read_tensor,
-    rows_per_block,
 )
 
 TORCH_NAME = "pytorch_model.bin"
@@ -46,9 +44,10 @@ log = logging.getLogger("llmint8")
 
 
 class TensorFile(Protocol):
-    """One weight file."""
+    """One weight file, of `size` bytes."""
 
     path: Path
+    size: int
     tensors: dict[str, TensorInfo]
 
     def read(self, name: str) -> Tensor:
@@ -67,6 +66,7 @@ class SafetensorsFile:
         """Read the header. Raises CorruptFileError."""
         self.path = path
         self.tensors = read_header(path)
+        self.size = path.stat().st_size
 
     def read(self, name: str) -> Tensor:
         """Read one tensor."""
@@ -74,7 +74,7 @@ class SafetensorsFile:
 
     def read_rows(self, name: str) -> Iterator[Tensor]:
         """Read one tensor in blocks of rows."""
-        return read_rows(self.path, self.tensors[name])
+        return (read_tensor(self.path, block) for block in self.tensors[name].blocks())
 
 
 class TorchFile:
@@ -86,6 +86,7 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         """List the tensors. Raises CorruptFileError."""
         self.path = path
+        self.size = path.stat().st_size
         self.tensors: dict[str, TensorInfo] = {}
         self._legacy: dict[str, Any] | None = None
         for name, tensor in self._load().items():
@@ -105,7 +106,7 @@ class TorchFile:
     def read_rows(self, name: str) -> Iterator[Tensor]:
         """Copy one tensor out of the file in blocks of rows."""
         tensor: Tensor = self._load()[name]
-        blocks = torch.split(tensor, rows_per_block(self.tensors[name])) if tensor.ndim else [tensor]
+        blocks = torch.split(tensor, self.tensors[name].rows_per_block) if tensor.ndim else [tensor]
         return map(_copy, blocks)
 
     def _load(self) -> dict[str, Any]:
@@ -131,15 +132,24 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
+def _keep(name: str) -> None:
+    pass
+
+
 @dataclass(frozen=True)
 class Source:
-    """A source checkpoint, opened and checked; no tensor has been read yet."""
+    """A source checkpoint, opened and checked; no tensor has been read yet.
+
+    `release` takes the name of a tensor that has been converted. Where weights are fetched as they are needed, files of
+    which all tensors have been released are deleted.
+    """
 
     path: Path
     config: dict[str, Any]
     files: list[TensorFile]
     tensors: dict[str, TensorInfo]
     small_files: list[Path]
+    release: Callable[[str], None] = _keep
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, contiguous on the CPU."""
@@ -154,8 +164,12 @@ class Source:
         return next(file for file in self.files if file.path.name == info.file)
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path, open_remote: Callable[[Path], TensorFile] | None = None) -> Source:
     """Open a checkpoint directory.
+
+    Args:
+        path: the directory.
+        open_remote: for a directory without its weights, safetensors files: opens one that would be at a path.
 
     Raises:
         SourceError: no such directory, no weights, a missing shard, an already quantized model.
@@ -165,8 +179,8 @@ def open_source(path: Path) -> Source:
     if not path.is_dir():
         raise SourceError(f"{path}: no such directory")
     config = _read_config(path)
-    names, index, weight_map = _weight_files(path)
-    files = [_open_file(path, name) for name in names]
+    names, index, weight_map = _weight_files(path, open_remote is not None)
+    files = [open_remote(path / name) if open_remote else _open_file(path, name) for name in names]
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         for name, info in file.tensors.items():
@@ -195,7 +209,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _weight_files(path: Path) -> tuple[list[str], str, dict[str, str]]:
+def _weight_files(path: Path, remote: bool) -> tuple[list[str], str, dict[str, str]]:
     """Return the weight files, their index's name and what it says; an index comes first, and safetensors do."""
     for index, single, suffix in (
         (SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME, ".safetensors"),
@@ -204,7 +218,7 @@ def _weight_files(path: Path) -> tuple[list[str], str, dict[str, str]]:
         if (path / index).exists():
             weight_map = read_weight_map(path / index, suffix)
             return sorted(set(weight_map.values())), index, weight_map
-        if (path / single).exists():
+        if remote or (path / single).exists():
             return [single], index, {}
     raise SourceError(f"{path}: no weights; expected {SAFETENSORS_NAME} or {TORCH_NAME}, or an index of shards")
 

@@ -12,8 +12,8 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,24 @@ class TensorInfo(TensorSpec):
     file: str
     offset: int
 
+    def rows(self, start: int, stop: int) -> "TensorInfo":
+        """Return the place of some of the rows of a tensor that has dimensions."""
+        rest = self.shape[1:]
+        row_bytes = math.prod(rest) * DTYPES[self.dtype].itemsize
+        return replace(self, shape=(stop - start, *rest), offset=self.offset + start * row_bytes)
+
+    def blocks(self) -> "list[TensorInfo]":
+        """Return the places of blocks of rows, of a few MiB where a row is not larger, that make up the tensor."""
+        if not self.shape:
+            return [self]
+        count, step = self.shape[0], self.rows_per_block
+        return [self.rows(start, min(count, start + step)) for start in range(0, count, step)]
+
+    @property
+    def rows_per_block(self) -> int:
+        """How many rows of a tensor with dimensions to handle at a time."""
+        return max(1, BLOCK_BYTES * self.shape[0] // max(1, self.nbytes))
+
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """Read and check the header of a safetensors file.
@@ -81,13 +99,17 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
     """
     with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(_read_up_to(file, 8), "little")
-        if size < 8 or length > size - 8:
-            raise CorruptFileError(f"{path}: cut short: {size} bytes, its header alone says {8 + length}")
-        if length > MAX_HEADER_BYTES:
-            raise CorruptFileError(f"{path}: header of {length} bytes, at most {MAX_HEADER_BYTES} are allowed")
-        raw = _read_up_to(file, length)
+        return parse_header(path, file, os.fstat(file.fileno()).st_size)
+
+
+def parse_header(path: Path, file: Any, size: int) -> dict[str, TensorInfo]:
+    """Read the header as `read_header` does from what begins like a file of `size` bytes; `path` is for its errors."""
+    length = int.from_bytes(_read_up_to(file, 8), "little")
+    if size < 8 or length > size - 8:
+        raise CorruptFileError(f"{path}: cut short: {size} bytes, its header alone says {8 + length}")
+    if length > MAX_HEADER_BYTES:
+        raise CorruptFileError(f"{path}: header of {length} bytes, at most {MAX_HEADER_BYTES} are allowed")
+    raw = _read_up_to(file, length)
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
@@ -153,39 +175,16 @@ def _is_sizes(value: Any) -> bool:
 def read_tensor(path: Path, info: TensorInfo) -> Tensor:
     """Read one tensor into memory of its own. Raises CorruptFileError where the file ends too early."""
     tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
-    with open_regular(path) as file:
-        file.seek(info.offset)
-        _fill(file, tensor, path, info)
-    return tensor
-
-
-def read_rows(path: Path, info: TensorInfo) -> Iterator[Tensor]:
-    """Read one tensor in blocks of whole rows, of a few MiB where a row is not larger. Raises CorruptFileError."""
-    if not info.shape:
-        yield read_tensor(path, info)
-        return
-    step = rows_per_block(info)
-    with open_regular(path) as file:
-        file.seek(info.offset)
-        for start in range(0, info.shape[0], step):
-            rows = min(step, info.shape[0] - start)
-            block = torch.empty((rows, *info.shape[1:]), dtype=DTYPES[info.dtype])
-            _fill(file, block, path, info)
-            yield block
-
-
-def rows_per_block(spec: TensorSpec) -> int:
-    """Return how many rows of a tensor with dimensions to handle at a time."""
-    return max(1, BLOCK_BYTES * spec.shape[0] // max(1, spec.nbytes))
-
-
-def _fill(file: Any, tensor: Tensor, path: Path, info: TensorInfo) -> None:
     view = as_bytes(tensor)
-    while view:
-        count = file.readinto(view)
-        if not count:
-            raise CorruptFileError(f"{path}: {info.name}: the file ends {len(view)} bytes too early")
-        view = view[count:]
+    with open_regular(path) as file:
+        file.seek(info.offset)
+        done = 0
+        while done < len(view):
+            count = file.readinto(view[done:])
+            if not count:
+                raise CorruptFileError(f"{path}: {info.name}: the file ends {len(view) - done} bytes too early")
+            done += count
+    return tensor
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -156,14 +156,18 @@ class CheckpointWriter:
         record = self.journal.get("tensor", name)
         if record is None:
             return False
-        shard, place = self._places[name]
         try:
-            found = tensor_sha256(read_tensor(shard.path, place))
+            found = tensor_sha256(self.read(name))
         except CorruptFileError:
             return False
         if found == record.value:
             self._hashes[name] = found
         return bool(found == record.value)
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor that has been written."""
+        shard, place = self._places[name]
+        return read_tensor(shard.path, place)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put a planned tensor into its place. Any device, any strides; dtype and shape as planned."""

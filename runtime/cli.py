@@ -77,6 +77,7 @@ def _facts(opened: Any) -> dict[str, Any]:
         "int8_layers_bytes": int8,
         "other_bytes_by_dtype": others,
         "not_quantized": quantization.skip_modules,
+        "int8_head": quantization.int8_head,
         "layers": layers,
     }
 
@@ -105,6 +106,8 @@ def _facts_text(facts: dict[str, Any]) -> str:
         f"{len(facts['layers'])} int8 layers {facts['int8_layers_bytes'] / 1e6:.1f} MB, {others}",
         f"Not quantized {', '.join(facts['not_quantized']) or 'no linear layer'}",
     ]
+    if facts["int8_head"]:
+        rows.append(f"Output head   {facts['int8_head']}, in int8 too")
     return printable_lines(rows)
 
 

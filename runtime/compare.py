@@ -25,6 +25,8 @@ from .layer import Int8Linear, Outliers
 from .load import load, no_progress_bar
 from .methods import METHODS, THRESHOLD, Method, Simulation
 
+_HEAD_IN_16_BIT = "head in 16 bit"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -32,6 +34,7 @@ class Comparison:
 
     windows: int
     layers: int  # in int8 in the checkpoint; the same are simulated
+    head_kl: float | None  # what an int8 output head adds to the mean KL, nats; None where it is in 16 bit
     stored_columns: float  # share of their input columns that the checkpoint stores in 16 bit, 0 to 1
     evaluation: Evaluation
 
@@ -75,13 +78,20 @@ def compare(
     reference = load_reference(origin.path, window, device)
     layers = _int8_layers(model)
     candidates = _simulated(reference, list(layers)) if methods else {}
-    for mode in _modes(model.config.quantization_config, methods):
+    modes = _modes(model.config.quantization_config, methods)
+    for mode in modes:
         candidates[f"{resolved.name}: {mode.label}"] = _switched(model, mode)
+    own = f"{resolved.name}: {modes[0].label}"
+    without = f"{own}, {_HEAD_IN_16_BIT}"
+    if isinstance(model.get_output_embeddings(), Int8Linear):
+        candidates[without] = _with_head_of(reference, model, candidates[own])
     total = len(windows) * (1 + len(candidates))
     found = measure(windows, logits_of(reference), candidates, lambda name: progress(name, total))
     stored = sum(0 if layer.outlier_dims is None else len(layer.outlier_dims) for layer in layers.values())
     columns = sum(layer.in_features for layer in layers.values())
-    return Comparison(len(windows), len(layers), stored / max(1, columns), found)
+    kl = {row.name: row.kl_mean for row in found.measurements}
+    head_kl = kl[own] - kl[without] if without in kl else None
+    return Comparison(len(windows), len(layers), head_kl, stored / max(1, columns), found)
 
 
 def load_reference(path: Path, window: int, device: str) -> Any:
@@ -156,6 +166,20 @@ def _switched(model: Any, mode: _Mode) -> Logits:
         return logits(tokens)
 
     return switched
+
+
+def _with_head_of(reference: Any, model: Any, logits: Logits) -> Logits:
+    """Return the logits of an int8 model that has the reference's output head."""
+    head, original = model.get_output_embeddings(), reference.get_output_embeddings()
+
+    def with_head(tokens: Tensor) -> Tensor:
+        head.forward = original.forward
+        try:
+            return logits(tokens)
+        finally:
+            del head.forward
+
+    return with_head
 
 
 def _simulated(model: Any, names: list[str]) -> dict[str, Logits]:

@@ -66,6 +66,7 @@ def eval_command(
         "positions": found.evaluation.positions,
         "layers": found.layers,
         "stored_columns": found.stored_columns,
+        "head_kl": found.head_kl,
         "reference_perplexity": expected,
         "methods": [
             asdict(row) | {"perplexity_difference": row.perplexity - expected} for row in found.evaluation.measurements
@@ -105,6 +106,8 @@ def _table(facts: dict[str, Any]) -> str:
         f"{facts['windows']} windows of {facts['window']} tokens, {facts['positions']} positions. "
         f"{facts['layers']} layers in int8, {facts['stored_columns']:.2%} of their columns stored in 16 bit.",
     ]
+    if facts["head_kl"] is not None:
+        rows.append(f"The int8 output head adds {facts['head_kl']:.5f} to the mean KL.")
     return "\n".join(rows)
 
 

@@ -34,8 +34,8 @@ budget (<code>--outliers top-k=32</code>), for a smaller file with a smaller one
 
 SIZES_TEXT = """<p>The upper bar is an estimate: the shapes of the layers times the bytes of their 16-bit type. An int8
 weight takes one byte instead of two; a scale for every row and the 16-bit columns come on top. &ldquo;Everything
-else&rdquo; is not converted: embeddings, norms, biases, the output head. Its share is large in small models and small
-in large ones. <b>What to do:</b> if the orange part is large, a smaller budget (<code>--outliers</code>) saves
+else&rdquo; is not converted: embeddings, norms, biases, mostly the output head. Its share is large in small models and
+small in large ones. <b>What to do:</b> if the orange part is large, a smaller budget (<code>--outliers</code>) saves
 space.</p>"""
 
 

@@ -146,7 +146,8 @@ def hidden_inputs(inputs: Sequence[LayerInput], checkpoint: Checkpoint) -> list[
     width = Counter(found.in_features for found in inputs).most_common(1)[0][0]
     read: set[str] = set()  # blocks that have read and not yet written
     hidden = []
-    for found in inputs:
+    # An int8 output head reads the hidden state too, but is no block.
+    for found in [found for found in inputs if found.block] or inputs:
         gives = {checkpoint.records[name].out_features for name in found.layers}
         writes = found.block in read and len(found.layers) == 1 and gives == {width}
         if found.in_features != width or writes:

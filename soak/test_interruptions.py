@@ -3,6 +3,7 @@
 Every trial is a process of its own, forked from this one, which has imported everything and run nothing.
 """
 
+import contextlib
 import os
 import random
 import shutil
@@ -135,6 +136,21 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", path], check=True)
 
 
+def fill_up(source: Path, out: Path, filler: Path, number: int, options: dict[str, Any]) -> None:
+    """Convert, and leave no room on the disk once a number of tensors is done; expect to be told."""
+    seen: list[str] = []
+
+    def progress(name: str, nbytes: int) -> None:
+        seen.append(name)
+        if len(seen) == number + 1:
+            with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while True:
+                    file.write(bytes(4096))
+
+    with pytest.raises(formats.OutputError, match="No space left on device"):
+        convert(source, out, jobs=1, progress=progress, **options)()
+
+
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_the_disk_fills_up_at_every_tensor(
     source: Path, tmp_path: Path, small_disk: Path, options: dict[str, Any]
@@ -144,23 +160,7 @@ def test_the_disk_fills_up_at_every_tensor(
     tensors = len(formats.open_source(source).tensors)
     full = 0
     for number in range(tensors):
-
-        def fill(name: str, nbytes: int, number: int = number) -> None:
-            seen.append(name)
-            if len(seen) == number + 1:
-                with filler.open("wb", buffering=0) as file:
-                    while True:
-                        try:
-                            file.write(bytes(4096))
-                        except OSError:
-                            return
-
-        def attempt(progress: Callable[[str, int], None] = fill) -> None:
-            with pytest.raises(formats.OutputError, match="No space left on device"):
-                convert(source, out, jobs=1, progress=progress, **options)()
-
-        seen: list[str] = []
-        code = finish(start(attempt))
+        code = finish(start(lambda number=number: fill_up(source, out, filler, number, options)))
         filler.unlink(missing_ok=True)
         # With the last tensors everything may have found its place before the disk was full.
         assert code == 0 or number > tensors // 2

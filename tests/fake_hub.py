@@ -60,7 +60,9 @@ class FakeHub:
         self.repos: dict[str, Repo] = {}
         self.blobs: Files = {}
         self.requests: list[str] = []  # "PUT /lfs/..."
-        self.failures: list[tuple[re.Pattern[str], int]] = []
+        self.sent: dict[str, int] = {}  # request -> bytes of all answers to it
+        self.gives_parts = True
+        self.failures: list[tuple[re.Pattern[str], int, str]] = []
         self.stalled, self.stalls = threading.Event(), re.compile(r"(?!)")
         self.cut: re.Pattern[str] | None = None
         self.after: Callable[[str], object] = lambda request: None
@@ -84,9 +86,9 @@ class FakeHub:
         repo.commit(files)
         return repo
 
-    def fail(self, request: str, status: int, times: int = 1) -> None:
+    def fail(self, request: str, status: int, times: int = 1, code: str = "") -> None:
         """Answer the next requests that match with this status."""
-        self.failures += [(re.compile(request), status)] * times
+        self.failures += [(re.compile(request), status, code)] * times
 
     def stall(self, request: str) -> None:
         """Never answer requests that match; `stalled` is set when there is one."""
@@ -134,17 +136,18 @@ class _Handler(BaseHTTPRequestHandler):
         return body
 
     def _fail(self, request: str) -> None:
-        for number, (pattern, status) in enumerate(self.hub.failures):
+        for number, (pattern, status, code) in enumerate(self.hub.failures):
             if pattern.search(request):
                 del self.hub.failures[number]
-                raise Answer(status, message="as the test wants it", Retry_After="0")
+                raise Answer(status, code, message="as the test wants it", Retry_After="0")
 
     def _send(self, status: int, headers: dict[str, str], body: bytes, request: str) -> None:
-        start = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        if status == 200 and start and self.command == "GET":
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if status == 200 and wanted and self.command == "GET" and self.hub.gives_parts:
             status, whole = 206, len(body)
-            body = body[int(start[1]) :]
-            headers = headers | {"Content-Range": f"bytes {start[1]}-{whole - 1}/{whole}"}
+            start, end = int(wanted[1]), min(int(wanted[2] or whole) + 1, whole)
+            body = body[start:end]
+            headers = headers | {"Content-Range": f"bytes {start}-{end - 1}/{whole}"}
         self.send_response(status)
         for key, value in headers.items():
             self.send_header(key, value)
@@ -152,6 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
+        self.hub.sent[request] = self.hub.sent.get(request, 0) + len(body)
         if self.hub.cut and self.hub.cut.search(request):
             self.hub.cut, body, self.close_connection = None, body[: len(body) // 2], True
         self.wfile.write(body)

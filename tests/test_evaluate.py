@@ -350,6 +350,20 @@ def test_table(folder: Path) -> None:
     assert len({len(line) for line in (head, reference, ours)}) == 1
 
 
+def test_what_an_int8_head_costs_is_measured_against_the_same_model_with_the_16_bit_head(folder: Path) -> None:
+    converter.convert(folder / "source", folder / "head8", outliers="none", quantize_head=True)
+    facts = json.loads(run(folder / "head8", *options(folder), "--json").stdout)
+    kl = {row["name"].partition(f"{recorded(folder / 'head8')}")[2]: row["kl_mean"] for row in facts["methods"]}
+    assert list(kl) == ["", ", head in 16 bit"]
+    assert facts["layers"] == 15
+    ordinary = json.loads(run(folder / "out", *options(folder), "--json").stdout)
+    assert ordinary["head_kl"] is None
+    assert kl[", head in 16 bit"] == pytest.approx(ordinary["methods"][0]["kl_mean"], rel=1e-3)
+    assert facts["head_kl"] == kl[""] - kl[", head in 16 bit"] > 0
+    last = run(folder / "head8", *options(folder)).stdout.splitlines()[-1]
+    assert last == f"The int8 output head adds {facts['head_kl']:.5f} to the mean KL."
+
+
 def test_json_is_the_table(folder: Path) -> None:
     facts = json.loads(run(folder / "out", *options(folder), "--json", "--quiet").stdout)
     (ours,) = facts["methods"]
