@@ -6,7 +6,9 @@ know of the weight, and the layer's output where that is small: a conversion tha
 the pass again, but reads and multiplies by few of the weights that it had reached.
 """
 
+import ctypes
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -81,6 +83,7 @@ class Calibrator:
         not_finite: list[str] = []
 
         def on_linear(call: LinearCall) -> None:
+            _return_freed_memory()
             layer = layers[call.name]
             record = done.get(call.name)
             finite = bool(call.rows.isfinite().all())
@@ -171,3 +174,13 @@ class Calibrator:
             return dims.to(torch.int32), self._columns(name, positions[name][order])
 
         return Outliers(counts, statistics, self._notices, load)
+
+
+def _return_freed_memory() -> None:
+    """Give freed memory back to the system where the C library, glibc, would keep it.
+
+    Layers come and go in sizes that do not fill each other's gaps: without this, memory grows with every layer.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
