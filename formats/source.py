@@ -5,15 +5,13 @@ with an index. Every other layout (metaseq, GGUF, ...) becomes a `Source` here t
 transformers; nothing outside this module asks what the files were.
 """
 
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from .errors import CorruptFileError, SourceError
+from .errors import SourceError
 from .files import (
     CONFIG_NAME,
     LEGACY_QUANTIZATION_NAME,
@@ -23,7 +21,8 @@ from .files import (
     read_weight_map,
     require_inside,
 )
-from .tensors import DTYPE_NAMES, TensorInfo, is_tensor_name, open_regular, read_header, read_tensor
+from .tensors import TensorInfo, read_header, read_tensor
+from .torch_file import TorchFile
 
 TORCH_NAME = "pytorch_model.bin"
 TORCH_INDEX_NAME = "pytorch_model.bin.index.json"
@@ -31,8 +30,6 @@ WEIGHT_SUFFIXES = tuple(
     ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .gguf .ggml .onnx .ot .npz .tflite .pkl .pdparams".split()  # noqa: SIM905
 )
 MAX_SMALL_FILE_BYTES = 64 << 20
-
-log = logging.getLogger("llmint8")
 
 
 class TensorFile(Protocol):
@@ -57,51 +54,6 @@ class SafetensorsFile:
     def read(self, name: str) -> Tensor:
         """Read one tensor."""
         return read_tensor(self.path, self.tensors[name])
-
-
-class TorchFile:
-    """A `torch.save` file. The zip layout is mapped, the legacy one (before torch 1.6) is loaded as a whole.
-
-    Never anything but `weights_only=True`: unpickling may otherwise run the file's own code.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """List the tensors. Raises CorruptFileError."""
-        self.path = path
-        self.tensors: dict[str, TensorInfo] = {}
-        self._legacy: dict[str, Any] | None = None
-        for name, tensor in self._load().items():
-            if not is_tensor_name(name):
-                raise CorruptFileError(f"{path}: {str(name)[:80]!r} is not a name a tensor may have")
-            if not isinstance(tensor, Tensor):
-                log.warning("%s: %s is a %s and not a tensor: left out", path, name, type(tensor).__name__)
-            elif tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided:
-                raise CorruptFileError(f"{path}: {name}: unknown dtype {tensor.dtype} or layout {tensor.layout}")
-            else:
-                self.tensors[name] = TensorInfo(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), path.name, 0)
-
-    def read(self, name: str) -> Tensor:
-        """Copy one tensor out of the file; the mapping goes with the call, so its pages do not pile up."""
-        tensor: Tensor = self._load()[name]
-        return tensor.detach().clone(memory_format=torch.contiguous_format)
-
-    def _load(self) -> dict[str, Any]:
-        if self._legacy is not None:
-            return self._legacy
-        with open_regular(self.path) as file:
-            mapped = file.read(4) == b"PK\x03\x04"
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped or None)
-        except Exception as error:  # torch.load raises whatever its unpickler and zip reader do
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if "weights_only" in str(error):  # torch then explains how to run the file's code; we do not
-                reason = "it holds more than tensors, and loading that could run code of its own"
-            raise CorruptFileError(f"{self.path}: cannot be read as a checkpoint of tensors: {reason}") from None
-        if not isinstance(state, dict):
-            raise CorruptFileError(f"{self.path}: holds a {type(state).__name__}, expected a dict of tensors")
-        if not mapped:
-            self._legacy = state
-        return state
 
 
 @dataclass(frozen=True)
