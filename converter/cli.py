@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 from llmint8.formats.errors import LLMInt8Error
 
+from .terminal import harmless_record, without_commands
+
 
 class Command(click.Command):
     """A command whose errors are one line and an exit code, never a traceback."""
@@ -41,12 +43,14 @@ class Command(click.Command):
 
 
 def printable(text: str) -> str:
-    """Return text from a file without what a terminal would obey: control characters become `?`, in one line."""
-    return "".join(char if char.isprintable() else "?" for char in text.strip().replace("\n", " "))
+    """Return text from a file in one line, without what a terminal would obey."""
+    return without_commands(text.strip()).replace("\n", " ")
 
 
 def set_up_logging(verbose: bool) -> None:
-    """Send our own log to standard error: warnings, or everything."""
+    """Send our own log to standard error: warnings, or everything. All logs become safe to print."""
+    logging.setLogRecordFactory(harmless_record)
+    logging.captureWarnings(True)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("llmint8").setLevel(logging.DEBUG if verbose else logging.WARNING)
 

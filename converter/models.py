@@ -14,6 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from llmint8.formats import SourceError, read_json
 
+from .limits import check_buffers, check_config
+
 log = logging.getLogger("llmint8")
 
 
@@ -21,10 +23,12 @@ def load_config(path: Path) -> Any | None:
     """Return the PreTrainedConfig of a directory, or None when transformers does not know the model type.
 
     Raises:
-        SourceError: transformers knows the type, and refuses the values.
+        SourceError: transformers knows the type, and refuses the values; or they are refused before it sees them.
 
     """
-    model_type = read_json(path / "config.json").get("model_type")
+    raw = read_json(path / "config.json")
+    check_config(raw, path / "config.json")
+    model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
         return None
     try:
@@ -56,9 +60,13 @@ def meta_model(config: Any) -> Any | None:
         return None
     try:
         with torch.device("meta"):
-            return cls._from_config(config)
+            model = cls._from_config(config)
+        check_buffers(model)
+    except SourceError:
+        raise
     except Exception as error:  # the model's code may raise anything
         raise SourceError(f"config.json: {cls.__name__} cannot be built from it: {first_line(error)}") from None
+    return model
 
 
 def weights_used_directly(model: Any, layers: Iterable[str]) -> set[str]:

@@ -22,6 +22,7 @@ from llmint8.formats import (
 )
 
 from .hub import Resolved
+from .limits import bounded_modules
 from .models import load_config, meta_model
 from .outliers import Criterion, max_candidates, parse_criterion
 from .select import Selection, select_layers
@@ -119,7 +120,8 @@ def make_plan(
     _check_out(origin.path, out)
     source = open_source(origin.path)
     config = load_config(origin.path)
-    model = None if config is None else meta_model(config)
+    with bounded_modules(len(source.tensors)):
+        model = None if config is None else meta_model(config)
     selection = select_layers(source, model, skip, only)
     if model is None and criterion.kind != "none":
         criterion = Criterion("none", None)

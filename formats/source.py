@@ -27,9 +27,10 @@ from .torch_file import TorchFile
 TORCH_NAME = "pytorch_model.bin"
 TORCH_INDEX_NAME = "pytorch_model.bin.index.json"
 WEIGHT_SUFFIXES = tuple(
-    ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .gguf .ggml .onnx .ot .npz .tflite .pkl .pdparams".split()  # noqa: SIM905
+    ".partial .safetensors .bin .pt .pth .ckpt .h5 .msgpack .gguf .ggml .onnx .ot .npz .tflite .pkl .pdparams".split()  # noqa: SIM905
 )
 MAX_SMALL_FILE_BYTES = 64 << 20
+MAX_SMALL_FILES_BYTES = 512 << 20  # together; they are in memory together
 
 
 class TensorFile(Protocol):
@@ -135,17 +136,28 @@ def _open_file(path: Path, name: str) -> TensorFile:
 
 
 def small_files(path: Path) -> list[Path]:
-    """Return tokenizer, generation config, chat template, licence and whatever else is small and not weights."""
+    """Return tokenizer, generation config, chat template, licence and whatever else is small and not weights.
+
+    Raises:
+        SourceError: a link out of the directory, a name that cannot be printed, or too much of it.
+
+    """
     folders = [path, path / "additional_chat_templates"]
     candidates = sorted(file for folder in folders if folder.is_dir() for file in folder.iterdir())
-    return [file for file in candidates if _is_small_file(file, path)]
+    found = [file for file in candidates if _is_small_file(file, path)]
+    size = sum(file.stat().st_size for file in found)
+    if size > MAX_SMALL_FILES_BYTES:
+        raise SourceError(f"{path}: {size} bytes beside the weights, at most {MAX_SMALL_FILES_BYTES} are copied")
+    return found
 
 
 def _is_small_file(file: Path, directory: Path) -> bool:
     name = file.name
-    if name == CONFIG_NAME or name.endswith(".index.json") or name.startswith(".") or not file.is_file():
+    if name == CONFIG_NAME or name.endswith(".index.json") or name.startswith((".", "llmint8_")) or not file.is_file():
         return False
     if file.suffix.lower() in WEIGHT_SUFFIXES or file.stat().st_size > MAX_SMALL_FILE_BYTES:
         return False
+    if not name.isprintable():
+        raise SourceError(f"{directory}: {name[:80]!r} is not a name that can be printed; rename or remove the file")
     require_inside(file, directory)
     return True

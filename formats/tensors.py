@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .errors import CorruptFileError
+from .strict_json import parse_json
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -86,8 +87,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise CorruptFileError(f"{path}: header of {length} bytes, at most {MAX_HEADER_BYTES} are allowed")
         raw = _read_up_to(file, length)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(raw)
+    except ValueError as error:
         raise CorruptFileError(f"{path}: header is not valid JSON: {error}") from None
     if not raw.startswith(b"{") or not isinstance(header, dict):
         raise CorruptFileError(f"{path}: header is not a JSON object; is this a safetensors file?")
@@ -102,13 +103,6 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         what = "cut short" if end > size else "bytes left over"
         raise CorruptFileError(f"{path}: {what}: {size} bytes, its header describes {end}")
     return {info.name: info for info in infos}
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key stands twice")
-    return result
 
 
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
