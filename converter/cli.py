@@ -136,6 +136,7 @@ def pass_bar(title: str, quiet: bool) -> Iterator[Callable[[str, int], None]]:
     show_default=True,
     help="When a weight holds NaN or infinity: stop, or leave it in 16 bit.",
 )
+@click.option("--trust-remote-code", is_flag=True, help="Run the model code in SOURCE, if its config.json names any.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--push-to-hub", metavar="REPO", help="Publish OUT on the Hub then, as `llmint8 push` does.")
 @click.option("--private", is_flag=True, help="Make that repo private, where it is a new one.")
@@ -155,6 +156,7 @@ def convert_command(
     only: tuple[str, ...],
     max_shard_size: str,
     on_nonfinite: Any,
+    trust_remote_code: bool,
     dry_run: bool,
     push_to_hub: str | None,
     private: bool,
@@ -170,7 +172,8 @@ def convert_command(
         raise ValueError("--private says how to publish; add --push-to-hub REPO")
     from . import execute, make_plan, resolve
 
-    plan = make_plan(resolve(source, revision, "source"), out, outliers, dtype, skip, only, max_shard_size)
+    origin = resolve(source, revision, "source")
+    plan = make_plan(origin, out, outliers, dtype, skip, only, max_shard_size, trust_remote_code)
     if dry_run:
         _echo_notices(plan.selection.notices)
         click.echo(_plan_text(plan, verbose))

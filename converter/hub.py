@@ -39,7 +39,18 @@ from llmint8.formats.source import TORCH_INDEX_NAME, TORCH_NAME
 
 Kind = Literal["source", "int8"]
 
-_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+_SMALL_FILES = [
+    "*.py",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.md",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+]
 _CHAT_TEMPLATES = "additional_chat_templates/*.jinja"
 _TRANSIENT = (429, 500, 502, 503, 504)
 _WAITS = (1.0, 4.0)

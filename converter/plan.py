@@ -104,6 +104,7 @@ def make_plan(
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
     max_shard_size: str | int = "5GB",
+    trust_remote_code: bool = False,
 ) -> ConversionPlan:
     """Open the source, choose the layers and lay out the result. Writes nothing and reads no weight.
 
@@ -119,7 +120,7 @@ def make_plan(
     max_shard_bytes = _parse_size(max_shard_size)
     _check_out(origin.path, out)
     source = open_source(origin.path)
-    config = load_config(origin.path)
+    config = load_config(origin.path, trust_remote_code)
     with bounded_modules(len(source.tensors)):
         model = None if config is None else meta_model(config)
     selection = select_layers(source, model, skip, only)

@@ -92,6 +92,7 @@ def select_layers(source: Source, model: Any | None, skip: Sequence[str], only: 
         notices.append(
             f"transformers does not know the model type {source.config.get('model_type')!r}: "
             "linear layers were chosen by name and shape; --verbose lists the others"
+            + ("; --trust-remote-code runs the code beside it" if source.config.get("auto_map") else "")
         )
         candidates, kept, module_of = _candidates_by_name(source)
     else:

@@ -153,7 +153,8 @@ def small_files(path: Path) -> list[Path]:
 
 def _is_small_file(file: Path, directory: Path) -> bool:
     name = file.name
-    if name == CONFIG_NAME or name.endswith(".index.json") or name.startswith((".", "llmint8_")) or not file.is_file():
+    not_copied = (CONFIG_NAME, "adapter_config.json")  # adapters stay behind: their weights are not converted
+    if name in not_copied or name.endswith(".index.json") or name.startswith((".", "llmint8_")) or not file.is_file():
         return False
     if file.suffix.lower() in WEIGHT_SUFFIXES or file.stat().st_size > MAX_SMALL_FILE_BYTES:
         return False

@@ -20,8 +20,10 @@ def parse_json(raw: bytes) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if _HALF_A_PAIR.search(raw):
-        # Half of a surrogate pair is no character: it could not be written again, nor printed.
-        json.dumps(value, ensure_ascii=False).encode()
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:  # it could not be written again, nor printed
+            raise ValueError("half of a surrogate pair, which is no character") from None
     return value
 
 

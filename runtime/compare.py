@@ -106,7 +106,12 @@ def load_reference(path: Path, window: int, device: str) -> Any:
         raise ValueError(f"a window of {window} tokens is too long: {path} was made for {longest} positions")
     with no_progress_bar():
         model, info = cls.from_pretrained(
-            path, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            path,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     if missing := sorted(info["missing_keys"]):
         raise SourceError(f"{path}: {missing[0]}: missing, {cls.__name__} needs it")

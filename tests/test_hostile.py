@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import struct
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -20,9 +21,11 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 
-from llmint8 import converter
+from llmint8 import converter, formats, runtime
 from llmint8.converter.cli import convert_command
+from llmint8.runtime.cli import main
 
 pytestmark = [
     pytest.mark.usefixtures("quiet_transformers"),
@@ -348,7 +351,7 @@ MODELS: dict[str, tuple[Attack, str]] = {
         "config.json: n_layer is 1000000000",
     ),
     "99,999 layers": (edit_json(CONFIG, num_hidden_layers=99_999), "asks for more than"),
-    "a width of 10**12": (edit_json(CONFIG, hidden_size=10**12), "LlamaForCausalLM cannot be built"),
+    "a width of 10**12": (edit_json(CONFIG, hidden_size=10**12), "the config asks for"),
     "a width of 2**40": (edit_json(CONFIG, hidden_size=2**40, head_dim=8), "the config asks for"),
     "a vocabulary of 10**30": (edit_json(CONFIG, vocab_size=10**30), "config.json"),
     "a vocabulary of 2**33": (edit_json(CONFIG, vocab_size=2**33), "the config asks for"),
@@ -450,4 +453,157 @@ def test_a_hostile_source_is_refused(name: str, victim: Path, tmp_path: Path) ->
     arguments = [str(victim), str(tmp_path / "out")]
     result = CliRunner().invoke(convert_command, arguments)
     assert_refused(result, words)
+    assert tree(tmp_path) == before
+
+
+def test_what_is_hostile_to_the_terminal_is_defused(victim: Path, tmp_path: Path) -> None:
+    """These sources convert; what they say reaches the terminal through notices and through transformers' log."""
+    edit_json(CONFIG, rope_parameters={"rope_type": "default", "rope_theta": 1e4, f"x{ESCAPE}": 1})(victim)
+    code = "import sys; from llmint8.converter.cli import convert_command; convert_command(sys.argv[1:])"
+    command = [sys.executable, "-c", code, str(victim), str(tmp_path / "out"), "--outliers", "none", "--verbose"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    said = (done.stdout + done.stderr).decode()
+    assert "rope" in said, "transformers says nothing, so the test shows nothing"
+    assert all(line.isprintable() for line in said.splitlines()), said
+    edit_json(CONFIG, model_type=f"x{ESCAPE}")(victim)
+    result = CliRunner().invoke(convert_command, [str(victim), str(tmp_path / "out2"), "--verbose"])
+    assert all(line.isprintable() for line in result.output.splitlines()), result.output
+
+
+def test_names_that_lead_elsewhere_stay_inside(victim: Path, tmp_path: Path) -> None:
+    """A tensor may be called `../../x`; it is never a path. And what the converter writes itself is not copied."""
+    tensors = load_file(victim / WEIGHTS)
+    save_file(tensors | {"../../x": torch.ones(1)}, victim / WEIGHTS, metadata={"format": "pt"})
+    for name in (MANIFEST, "llmint8_eval.json", "adapter_config.json", "x.partial", "model.bin"):
+        (victim / name).write_text('{"kl": -1, "base_model_name_or_path": "../secrets"}')
+    (victim / "setuid.txt").write_text("x")
+    (victim / "setuid.txt").chmod(0o4777)
+    before = tree(tmp_path)
+    assert CliRunner().invoke(convert_command, [str(victim), str(tmp_path / "out"), "--outliers=none"]).exit_code == 0
+    written = {path.relative_to(tmp_path).as_posix() for path in tree(tmp_path) - before}
+    expected = {CONFIG, WEIGHTS, MANIFEST, "README.md", "generation_config.json", "setuid.txt"}
+    assert written == {"out", *(f"out/{name}" for name in expected)}
+    assert all((tmp_path / name).stat().st_mode & 0o7022 == 0 for name in written)
+    assert formats.check_values(formats.open_checkpoint(tmp_path / "out")) == []
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "bin"])
+def test_files_cut_short_after_they_were_opened(victim: Path, tmp_path: Path, layout: str) -> None:
+    if layout == "bin":
+        tensors = load_file(victim / WEIGHTS)
+        torch_file(lambda: saved(tensors))(victim)
+    opened = formats.open_source(victim)
+    weights = opened.files[0].path
+    last = max(opened.tensors.values(), key=lambda info: info.offset)
+    os.truncate(weights, last.offset + last.nbytes - 1)
+    with pytest.raises(formats.CorruptFileError, match=f"{last.name}: the file ends 1 bytes too early"):
+        opened.read(last.name)
+
+
+# int8 checkpoints: what `verify`, `inspect` and `runtime.load` refuse.
+
+ONE_SHARD = "model-00001-of-00003.safetensors"
+
+
+def edit_quantization(**changes: Any) -> Attack:
+    def attack(path: Path) -> None:
+        config = json.loads((path / CONFIG).read_text())
+        config["quantization_config"]["llmint8"] |= changes
+        (path / CONFIG).write_text(json.dumps(config))
+
+    return attack
+
+
+def first_shard(attack: Callable[[str], Attack]) -> Attack:
+    def on_shard(path: Path) -> None:
+        attack(min(json.loads((path / INDEX).read_text())["weight_map"].values()))(path)
+
+    return on_shard
+
+
+INT8 = {
+    name.removeprefix("config: ").join(["config: ", ""]): attack
+    for name, (attack, _) in FILES.items()
+    if name.startswith("config: ")
+}
+INT8 |= {name: attack for name, (attack, _) in FILES.items() if name.startswith("index: ")}
+INT8 |= {
+    "shard: a link out": first_shard(lambda name: link(name, "../secret.safetensors")),
+    "shard: a link to itself": first_shard(lambda name: link(name, name)),
+    "shard: a FIFO": first_shard(lambda name: instead(name, os.mkfifo)),
+    "shard: a device": first_shard(lambda name: link(name, "/dev/zero")),
+    "shard: a directory": first_shard(lambda name: instead(name, Path.mkdir)),
+    "shard: a pickle": first_shard(lambda name: write(name, saved({"x": Runs()}))),
+    "shard: huge header": first_shard(lambda name: write(name, b"\xff" * 8)),
+    "shard: a terabyte": first_shard(lambda name: write(name, header({"a": entry("U8", [1 << 40], 0, 1 << 40)}))),
+    "shard: a name drives the terminal": first_shard(
+        lambda name: write(name, header({ESCAPE: entry("U8", [1], 0, 1)}, b"1"))
+    ),
+    "threshold of 400 digits": lambda path: [
+        write(CONFIG, (path / CONFIG).read_text().replace('threshold": 6.0', 'threshold": 1' + "0" * 400))(path)
+    ],
+    "threshold NaN": lambda path: [
+        write(CONFIG, (path / CONFIG).read_text().replace('threshold": 6.0', 'threshold": NaN'))(path)
+    ],
+    "version drives the terminal": edit_quantization(format_version=ESCAPE),
+    "producer is no string": edit_quantization(producer=[1]),
+    "source has no strings": edit_quantization(source={"name": 1, "commit": [2]}),
+    "source's name is a list": edit_quantization(source={"name": ["x"]}),
+    "counts of 10**30": edit_quantization(outliers={"criterion": "x", "counts": {"a": 10**30}}),
+    "criterion is null": edit_quantization(outliers={"criterion": None, "counts": {}}),
+}
+
+
+@pytest.fixture
+def int8_victim(int8: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(int8, tmp_path / "int8")
+    (tmp_path / "secret.json").write_text("{}")
+    shutil.copy(source / WEIGHTS, tmp_path / "secret.safetensors")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "int8"
+
+
+@pytest.mark.parametrize("name", INT8)
+def test_a_hostile_checkpoint_is_refused(
+    name: str, int8_victim: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    INT8[name](int8_victim)
+    before = tree(tmp_path)
+    for command in (["verify"], ["verify", "--quick"], ["inspect"], ["inspect", "--json"]):
+        result = CliRunner().invoke(main, [command[0], str(int8_victim), *command[1:]])
+        assert_refused(result, "")
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", lambda *_, **__: pytest.fail("reached"))
+    with pytest.raises(formats.LLMInt8Error) as caught:
+        runtime.load(int8_victim)
+    assert "\n" not in str(caught.value)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("architectures", [5, [5], {"a": 1}, [], f"x{ESCAPE}"], ids=repr)
+def test_what_the_format_says_nothing_about_is_shown_harmlessly(int8_victim: Path, architectures: Any) -> None:
+    edit_json(CONFIG, architectures=architectures)(int8_victim)
+    for option in ([], ["--json"]):
+        result = CliRunner().invoke(main, ["inspect", str(int8_victim), *option])
+        assert result.exit_code == 0, result.output
+        assert all(line.isprintable() for line in result.output.splitlines())
+
+
+LOADS: dict[str, Attack] = {
+    name: attack for name, (attack, _) in MODELS.items() if name not in ("-1 layers", "a mask of 10**12 bytes")
+}
+LOADS |= {
+    "an adapter from elsewhere": write("adapter_config.json", '{"base_model_name_or_path": "../secrets"}'),
+    "a generation config that is a list": write("generation_config.json", "[1]"),
+    "a generation config that is nested": write("generation_config.json", '{"a":' + "[" * 100_000),
+    "a dtype that is a function": edit_json(CONFIG, dtype="load"),
+}
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_a_hostile_model_is_not_loaded(name: str, int8_victim: Path, tmp_path: Path) -> None:
+    LOADS[name](int8_victim)
+    before = tree(tmp_path)
+    with pytest.raises(formats.LLMInt8Error) as caught:
+        runtime.load(int8_victim)
+    assert str(caught.value).isprintable()
     assert tree(tmp_path) == before
