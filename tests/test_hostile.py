@@ -416,13 +416,17 @@ def tree(path: Path) -> set[Path]:
 @pytest.fixture
 def victim(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the source, to attack; and beside it what an attack would like to have."""
-    path = tmp_path / "source"
-    shutil.copytree(source, path)
-    (tmp_path / "secret.json").write_text('{"model_type": "llama", "secret": 1}')
-    shutil.copy(path / WEIGHTS, tmp_path / "secret.safetensors")
-    (tmp_path / "secrets").mkdir()
-    (tmp_path / "secrets" / "key.txt").write_text("secret")
     monkeypatch.chdir(tmp_path)
+    return copy_with_secrets(source, tmp_path)
+
+
+def copy_with_secrets(checkpoint: Path, folder: Path) -> Path:
+    path = folder / checkpoint.name
+    shutil.copytree(checkpoint, path)
+    (folder / "secret.json").write_text('{"model_type": "llama", "secret": 1}')
+    shutil.copy(min(path.glob("*.safetensors")), folder / "secret.safetensors")
+    (folder / "secrets").mkdir()
+    (folder / "secrets" / "key.txt").write_text("secret")
     return path
 
 
@@ -454,6 +458,43 @@ def test_a_hostile_source_is_refused(name: str, victim: Path, tmp_path: Path) ->
     result = CliRunner().invoke(convert_command, arguments)
     assert_refused(result, words)
     assert tree(tmp_path) == before
+
+
+IN_LITTLE_MEMORY = """
+import json, resource, sys
+from pathlib import Path
+from click.testing import CliRunner
+from llmint8.converter.cli import convert_command
+
+def convert(source):
+    return CliRunner().invoke(convert_command, [str(source), str(source.parent / "out")])
+
+good, *attacked = map(Path, sys.argv[2:])
+assert convert(good).exit_code == 0  # whatever is imported late
+size = next(int(line.split()[1]) << 10 for line in open("/proc/self/status") if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (size + int(sys.argv[1]),) * 2)
+for path in attacked:
+    result = convert(path)
+    print(json.dumps([result.exit_code, result.stderr]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space, and reads /proc")
+def test_every_attack_is_refused_in_half_a_gigabyte(source: Path, tmp_path: Path) -> None:
+    """Memory is bounded before it is allocated: nothing a source declares is more than what its files hold."""
+    shutil.copytree(source, tmp_path / "good" / "source")
+    victims = []
+    for number, (attack, _) in enumerate(ALL.values()):
+        (tmp_path / str(number)).mkdir()
+        victims.append(copy_with_secrets(source, tmp_path / str(number)))
+        attack(victims[-1])
+    command = [sys.executable, "-c", IN_LITTLE_MEMORY, str(512 << 20), str(tmp_path / "good" / "source")]
+    done = subprocess.run([*command, *map(str, victims)], capture_output=True, text=True, check=True)
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(results) == len(ALL)
+    for name, (code, said) in zip(ALL, results, strict=True):
+        assert code == 1, (name, said)
+        assert "unexpected" not in said, (name, said)
 
 
 def test_what_is_hostile_to_the_terminal_is_defused(victim: Path, tmp_path: Path) -> None:
@@ -555,12 +596,9 @@ INT8 |= {
 
 
 @pytest.fixture
-def int8_victim(int8: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(int8, tmp_path / "int8")
-    (tmp_path / "secret.json").write_text("{}")
-    shutil.copy(source / WEIGHTS, tmp_path / "secret.safetensors")
+def int8_victim(int8: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    return tmp_path / "int8"
+    return copy_with_secrets(int8, tmp_path)
 
 
 @pytest.mark.parametrize("name", INT8)
