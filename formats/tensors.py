@@ -47,6 +47,8 @@ FLOAT_DTYPES = frozenset({"F16", "BF16", "F32"})
 MAX_HEADER_BYTES = 100_000_000
 MAX_NAME_LENGTH = 1024
 MAX_DIMENSIONS = 64
+# transformers asks for it.
+METADATA = {"format": "pt"}
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,12 @@ class TensorInfo(TensorSpec):
     offset: int
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: Path, metadata: dict[str, str] | None = None) -> dict[str, TensorInfo]:
     """Read and check the header of a safetensors file.
+
+    Args:
+        path: the file.
+        metadata: the only thing that `__metadata__` may say; None where it may say anything.
 
     Raises:
         CorruptFileError: naming the file, the tensor where there is one, and what is wrong with it.
@@ -92,7 +98,9 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise CorruptFileError(f"{path}: header is not valid JSON: {error}") from None
     if not raw.startswith(b"{") or not isinstance(header, dict):
         raise CorruptFileError(f"{path}: header is not a JSON object; is this a safetensors file?")
-    header.pop("__metadata__", None)
+    said = header.pop("__metadata__", metadata)
+    if metadata is not None and said != metadata:
+        raise CorruptFileError(f"{path}: __metadata__ is {str(said)[:80]!r}, expected {metadata}")
     infos = [_tensor_info(path, name, entry, 8 + length) for name, entry in header.items()]
     end = 8 + length
     for info in sorted(infos, key=lambda info: (info.offset, info.nbytes)):
@@ -166,7 +174,7 @@ def encode_header(specs: Iterable[TensorSpec]) -> tuple[bytes, list[int]]:
 
     The data starts at a multiple of 64 bytes: the header is padded with spaces, which safetensors allows.
     """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": METADATA}
     starts, end = [], 0
     for spec in specs:
         entries[spec.name] = {
