@@ -128,7 +128,7 @@ def _view(named: TensorInfo, call: Call, places: dict[str, Place]) -> _View:
     start = storage.part + first * DTYPES[dtype].itemsize
     view = _View(TensorInfo(named.name, dtype, shape, named.file, place.offset + start), stride)
     end = start + view.span * DTYPES[dtype].itemsize
-    if end > storage.nbytes:
+    if view.span and end > storage.nbytes:
         raise ValueError(f"it ends at byte {end} of a storage of {storage.nbytes} bytes")
     if math.prod(shape) > view.span:
         raise ValueError(f"{math.prod(shape)} elements share the place of {view.span}; save it with .contiguous()")
