@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from llmint8.formats import SourceError
+from llmint8.formats.source import small_files
 
 from .models import is_trusted
 
@@ -84,7 +85,13 @@ def load_calibration(source: Path, config: Any, text: Path | None, count: int) -
 
 
 def load_tokenizer(source: Path, trust_remote_code: bool = False) -> Any | None:
-    """Return the tokenizer, or None where there is none. transformers makes up an empty one for some models."""
+    """Return the tokenizer, or None where there is none. transformers makes up an empty one for some models.
+
+    Raises:
+        SourceError: a file beside the weights is a link out of the directory.
+
+    """
+    small_files(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raise whatever they like when a file is missing

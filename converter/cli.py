@@ -20,6 +20,8 @@ from llmint8.formats.errors import LLMInt8Error
 
 from .terminal import harmless_record, without_commands
 
+_LONGEST_LINE = 4000
+
 
 class Command(click.Command):
     """A command whose errors are one line and an exit code, never a traceback."""
@@ -43,8 +45,8 @@ class Command(click.Command):
 
 
 def printable(text: str) -> str:
-    """Return text from a file in one line, without what a terminal would obey."""
-    return without_commands(text.strip()).replace("\n", " ")
+    """Return text from a file in one line of bounded length, without what a terminal would obey."""
+    return without_commands(text.strip()[:_LONGEST_LINE]).replace("\n", " ")
 
 
 def set_up_logging(verbose: bool) -> None:

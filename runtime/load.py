@@ -31,6 +31,7 @@ from llmint8.formats import (
     open_checkpoint,
 )
 from llmint8.formats.files import CONFIG_NAME
+from llmint8.formats.source import small_files
 from llmint8.kernels.reference import Activation
 
 from .layer import Int8Linear, Outliers
@@ -112,6 +113,7 @@ def _model(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:
     if (checkpoint.path / "adapter_config.json").exists():
         # With peft installed, transformers would load what it names, from wherever that is.
         raise LLMInt8Error(f"{checkpoint.path / 'adapter_config.json'}: an adapter; keep it in a directory of its own")
+    small_files(checkpoint.path)  # transformers reads some of them, and follows any link
     config = load_config(checkpoint.path, trust_remote_code)
     cls = None if config is None else model_class(config)
     if config is None or not isinstance(cls, type) or not issubclass(cls, PreTrainedModel):

@@ -120,6 +120,7 @@ def archive(data: bytes, storages: dict[str, bytes], packing: int = zipfile.ZIP_
         for key, content in storages.items():
             made.writestr(f"archive/data/{key}", content)
         made.writestr("archive/byteorder", "little")
+        made.writestr("archive/version", "3\n")
     return buffer.getvalue()
 
 
@@ -242,8 +243,8 @@ PICKLES: dict[str, tuple[Attack, str]] = {
     "no pickle": (torch_file(lambda: archive(b"", {})), "cannot be read"),
     "no STOP": (torch_file(lambda: archive(b"\x80\x02}", {})), "cannot be read"),
     "a call that never was": (torch_file(lambda: archive(b"\x80\x02NNR.", {})), "calls what is no function"),
-    "keys nested 100,000 deep": (
-        torch_file(lambda: archive(b"})" + b"\x85" * 100_000 + b"Ns.", {})),
+    "keys nested a million deep": (
+        torch_file(lambda: archive(b"})" + b"\x85" * 10**6 + b"Ns.", {})),
         "a key is a tuple",
     ),
     "a value nested 100,000 deep": (
@@ -511,6 +512,30 @@ def test_what_is_hostile_to_the_terminal_is_defused(victim: Path, tmp_path: Path
     assert all(line.isprintable() for line in result.output.splitlines()), result.output
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "{",
+        '{"added_tokens": [{"id": 4294967295, "content": "a"}], "model": {"type": "BPE", "vocab": {}, "merges": []}}',
+        '{"model": {"type": "BPE", "vocab": {"a": 4294967295}, "merges": []}, "added_tokens": []}',
+        '{"model": {"type": "WordLevel", "vocab": {"a": 9999999}, "unk_token": "a"}, "added_tokens": []}',
+        '{"model": {"type": "Unigram", "vocab": [], "unk_id": 99}}',
+        '{"model": ' + "[" * 100_000,
+    ],
+    ids=["list", "broken", "id 2**32 - 1", "vocabulary 2**32 - 1", "id too large", "no vocabulary", "nested"],
+)
+def test_a_hostile_tokenizer_ends_the_conversion_or_is_done_without(victim: Path, tmp_path: Path, content: str) -> None:
+    """The tokenizers library reads it; what it cannot read is as if it were not there, and the user is told."""
+    write("tokenizer.json", content)(victim)
+    result = CliRunner().invoke(convert_command, [str(victim), str(tmp_path / "out")])
+    if result.exit_code == 0:
+        assert "calibrated with random token ids" in result.stderr
+    else:
+        assert_refused(result, "")
+        assert not (tmp_path / "out").exists()
+
+
 def test_names_that_lead_elsewhere_stay_inside(victim: Path, tmp_path: Path) -> None:
     """A tensor may be called `../../x`; it is never a path. And what the converter writes itself is not copied."""
     tensors = load_file(victim / WEIGHTS)
@@ -630,6 +655,8 @@ LOADS: dict[str, Attack] = {
     name: attack for name, (attack, _) in MODELS.items() if name not in ("-1 layers", "a mask of 10**12 bytes")
 }
 LOADS |= {
+    "a generation config linked from outside": link("generation_config.json", "../secret.json"),
+    "a tokenizer linked from outside": link("tokenizer.json", "../secret.json"),
     "an adapter from elsewhere": write("adapter_config.json", '{"base_model_name_or_path": "../secrets"}'),
     "a generation config that is a list": write("generation_config.json", "[1]"),
     "a generation config that is nested": write("generation_config.json", '{"a":' + "[" * 100_000),
