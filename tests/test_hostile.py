@@ -587,12 +587,7 @@ def first_shard(attack: Callable[[str], Attack]) -> Attack:
     return on_shard
 
 
-INT8 = {
-    name.removeprefix("config: ").join(["config: ", ""]): attack
-    for name, (attack, _) in FILES.items()
-    if name.startswith("config: ")
-}
-INT8 |= {name: attack for name, (attack, _) in FILES.items() if name.startswith("index: ")}
+INT8 = {name: attack for name, (attack, _) in FILES.items() if name.startswith(("config: ", "index: "))}
 INT8 |= {
     "shard: a link out": first_shard(lambda name: link(name, "../secret.safetensors")),
     "shard: a link to itself": first_shard(lambda name: link(name, name)),
