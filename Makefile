@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test bench clean
+.PHONY: help demo test soak bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
@@ -19,6 +19,9 @@ test: .venv/test ## run the linters, the type checker and every test
 	$(BIN)/mypy
 	$(BIN)/pytest
 
+soak: .venv/soak ## what takes longer than a test may: kill, starve and fuzz (15 minutes)
+	$(BIN)/pytest -rP soak
+
 bench: .venv/test ## measure the speed and memory of conversions (benchmarks/outlier_rules.py takes a model and a text)
 	$(BIN)/python benchmarks/convert.py
 
@@ -29,7 +32,8 @@ clean: ## remove .venv, build/ and the caches
 # One stamp per set of extras, so that the demo does not wait for the linters.
 .venv/demo: EXTRAS := demo
 .venv/test: EXTRAS := bitsandbytes,demo,report,test
-.venv/demo .venv/test: pyproject.toml constraints.txt
+.venv/soak: EXTRAS := demo,soak,test
+.venv/demo .venv/test .venv/soak: pyproject.toml constraints.txt
 	@echo "Setting up .venv [$(EXTRAS)]: the first time this takes minutes and about 2 GB of disk."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -18,6 +18,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from llmint8.formats import SourceError
+from llmint8.formats.source import small_files
+
+from .models import is_trusted
 
 log = logging.getLogger("llmint8")
 
@@ -57,7 +60,7 @@ def load_calibration(source: Path, config: Any, text: Path | None, count: int) -
     if not hasattr(text_config, "vocab_size"):
         raise SourceError(f"{source}: a {config.model_type} model does not take text; convert it with --outliers none")
     limit = min([count] + [n for key in _LENGTH_KEYS if (n := getattr(text_config, key, None)) and n > 0])
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, is_trusted(config))
     if tokenizer is None:
         generator = torch.Generator().manual_seed(_RANDOM_SEED)
         ids = torch.randint(text_config.vocab_size, (count,), generator=generator).tolist()
@@ -81,10 +84,16 @@ def load_calibration(source: Path, config: Any, text: Path | None, count: int) -
     return Calibration(tokens, provenance, notice)
 
 
-def load_tokenizer(source: Path) -> Any | None:
-    """Return the tokenizer, or None where there is none. transformers makes up an empty one for some models."""
+def load_tokenizer(source: Path, trust_remote_code: bool = False) -> Any | None:
+    """Return the tokenizer, or None where there is none. transformers makes up an empty one for some models.
+
+    Raises:
+        SourceError: a file beside the weights is a link out of the directory.
+
+    """
+    small_files(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers raise whatever they like when a file is missing
         log.debug("no tokenizer: %s", error)
         return None

@@ -18,6 +18,10 @@ from tqdm import tqdm
 
 from llmint8.formats.errors import LLMInt8Error
 
+from .terminal import harmless_record, without_commands
+
+_LONGEST_LINE = 4000
+
 
 class Command(click.Command):
     """A command whose errors are one line and an exit code, never a traceback."""
@@ -53,12 +57,14 @@ def _echoed_notes() -> Iterator[None]:
 
 
 def printable(text: str) -> str:
-    """Return text from a file without what a terminal would obey: control characters become `?`, in one line."""
-    return "".join(char if char.isprintable() else "?" for char in text.strip().replace("\n", " "))
+    """Return text from a file in one line of bounded length, without what a terminal would obey."""
+    return without_commands(text.strip()[:_LONGEST_LINE]).replace("\n", " ")
 
 
 def set_up_logging(verbose: bool) -> None:
-    """Send our own log to standard error: warnings, or everything."""
+    """Send our own log to standard error: warnings, or everything. All logs become safe to print."""
+    logging.setLogRecordFactory(harmless_record)
+    logging.captureWarnings(True)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("llmint8").setLevel(logging.DEBUG if verbose else logging.WARNING)
 
@@ -150,6 +156,7 @@ def pass_bar(title: str, quiet: bool) -> Iterator[Callable[[str, int], None]]:
 @click.option(
     "--low-disk", is_flag=True, help="Of a Hub repo, have two shards on the disk at most: each goes when converted."
 )
+@click.option("--trust-remote-code", is_flag=True, help="Run the model code in SOURCE, if its config.json names any.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--push-to-hub", metavar="REPO", help="Publish OUT on the Hub then, as `llmint8 push` does.")
 @click.option("--private", is_flag=True, help="Make that repo private, where it is a new one.")
@@ -173,6 +180,7 @@ def convert_command(
     jobs: int | None,
     force: bool,
     low_disk: bool,
+    trust_remote_code: bool,
     dry_run: bool,
     push_to_hub: str | None,
     private: bool,
@@ -200,6 +208,7 @@ def convert_command(
         quantize_head=quantize_head,
         max_shard_size=max_shard_size,
         on_nonfinite=on_nonfinite,
+        trust_remote_code=trust_remote_code,
         jobs=jobs,
     )
     plan = make_plan(resolve(source, revision, "source", low_disk), out, options)

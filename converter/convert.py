@@ -55,6 +55,7 @@ def convert(
     quantize_head: bool = False,
     max_shard_size: str | int = Options.max_shard_size,
     on_nonfinite: OnNonfinite = Options.on_nonfinite,
+    trust_remote_code: bool = False,
     jobs: int | None = None,
     low_disk: bool = False,
     force: bool = False,
@@ -81,6 +82,7 @@ def convert(
         quantize_head: see `Options`.
         max_shard_size: see `Options`.
         on_nonfinite: see `Options`.
+        trust_remote_code: see `Options`.
         jobs: see `Options`.
         low_disk: of a Hub repo, keep two shards on the disk at most, each for as long as it is needed.
         force: start over where OUT is unfinished, whatever it was begun with.
@@ -103,6 +105,7 @@ def convert(
         quantize_head=quantize_head,
         max_shard_size=max_shard_size,
         on_nonfinite=on_nonfinite,
+        trust_remote_code=trust_remote_code,
         jobs=jobs,
     )
     return execute(make_plan(resolve(source, revision, "source", low_disk), Path(out), options), force, progress)

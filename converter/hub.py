@@ -46,7 +46,18 @@ from llmint8.formats.source import TORCH_INDEX_NAME, TORCH_NAME
 
 Kind = Literal["source", "int8"]
 
-_SMALL_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.tiktoken", "LICENSE*", "NOTICE*", "USE_POLICY*"]
+_SMALL_FILES = [
+    "*.py",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.md",
+    "*.tiktoken",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+]
 # One name that is there, for a pattern without any match is logged as a warning.
 _ALWAYS = [CONFIG_NAME, "additional_chat_templates/*.jinja"]
 _TRANSIENT = (429, 500, 502, 503, 504)

@@ -2,7 +2,8 @@
 
 import copy
 import logging
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,37 +12,88 @@ import transformers
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.pytorch_utils import Conv1D
 
 from llmint8.formats import SourceError, read_json
+from llmint8.formats.files import CONFIG_NAME
+
+from .limits import check_buffers, check_config
 
 log = logging.getLogger("llmint8")
 
 
-def load_config(path: Path) -> Any | None:
+def load_config(path: Path, trust_remote_code: bool = False) -> Any | None:
     """Return the PreTrainedConfig of a directory, or None when transformers does not know the model type.
 
+    Args:
+        path: the directory.
+        trust_remote_code: run the code that the directory holds, where config.json names it under `auto_map`. The
+            config then keeps `auto_map`; without, it has none, and nothing that gets it can run code.
+
     Raises:
-        SourceError: transformers knows the type, and refuses the values.
+        SourceError: transformers knows the type, and refuses the values; or they are refused before it sees them.
 
     """
-    model_type = read_json(path / "config.json").get("model_type")
-    if not isinstance(model_type, str) or model_type not in transformers.CONFIG_MAPPING:
+    file = path / CONFIG_NAME
+    raw = read_json(file)
+    check_config(raw, file)
+    code = own_code(raw, file) if trust_remote_code else {}
+    model_type = raw.get("model_type")
+    if not (isinstance(model_type, str) and model_type in transformers.CONFIG_MAPPING) and "AutoConfig" not in code:
         return None
     try:
-        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=True
+        )
     except Exception as error:  # each config class raises what it likes
-        raise SourceError(f"{path / 'config.json'}: not a valid {model_type} config: {first_line(error)}") from None
+        raise SourceError(f"{file}: not a valid {model_type} config: {first_line(error)}") from None
+    # It would name another index of weights, one that has not been checked.
+    config.__dict__.pop("transformers_weights", None)
+    config.__dict__.pop("auto_map", None)
+    if trust_remote_code:
+        config.auto_map = code
+    return config
+
+
+def is_trusted(config: Any) -> bool:
+    """Tell whether the config was loaded with the permission to run the checkpoint's own code."""
+    return getattr(config, "auto_map", None) is not None
+
+
+def own_code(config: Mapping[str, Any], file: Path) -> dict[str, str]:
+    """Return transformers' auto class -> `module.Class` in the directory, as `auto_map` in config.json has it.
+
+    Raises:
+        SourceError: it is something else, or names code elsewhere.
+
+    """
+    code = config.get("auto_map") or {}
+    if not isinstance(code, dict):
+        raise SourceError(f"{file}: auto_map is {str(code)[:80]!r}, expected an object")
+    for name, reference in code.items():
+        if name.startswith("AutoTokenizer"):
+            continue
+        if not isinstance(reference, str) or not re.fullmatch(r"\w+\.\w+", reference):
+            raise SourceError(
+                f"{file}: auto_map[{name[:80]!r}] is {str(reference)[:80]!r}, expected module.Class of a file beside it"
+            )
+    return {name: reference for name, reference in code.items() if not name.startswith("AutoTokenizer")}
 
 
 def model_class(config: Any) -> Any | None:
     """Return the class that the config's `architectures` names; the causal LM of its type where it names none.
 
-    None where transformers has no such class: then the architecture is somebody's own code.
+    None where transformers has no such class: then the architecture is somebody's own code, which is loaded only if
+    the config was loaded with `trust_remote_code`.
     """
-    if not config.architectures:
+    named = str(config.architectures[0]) if config.architectures else None
+    for name, reference in (getattr(config, "auto_map", None) or {}).items():
+        if reference.endswith(f".{named}") or (named is None and name == "AutoModelForCausalLM"):
+            return get_class_from_dynamic_module(reference, config._name_or_path, local_files_only=True)
+    if named is None:
         return transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    found = getattr(transformers, str(config.architectures[0]), None)
+    found = getattr(transformers, named, None)
     return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
 
 
@@ -52,14 +104,18 @@ def meta_model(config: Any) -> Any | None:
         SourceError: the class cannot be built from these values.
 
     """
-    cls = model_class(config)
-    if cls is None:
-        return None
     try:
+        cls = model_class(config)
+        if cls is None:
+            return None
         with torch.device("meta"):
-            return cls._from_config(config)
+            model = cls._from_config(config)
+        check_buffers(model)
+    except SourceError:
+        raise
     except Exception as error:  # the model's code may raise anything
-        raise SourceError(f"config.json: {cls.__name__} cannot be built from it: {first_line(error)}") from None
+        raise SourceError(f"config.json: {config.architectures} cannot be built from it: {first_line(error)}") from None
+    return model
 
 
 class Head(NamedTuple):

@@ -30,6 +30,7 @@ class Options:
         quantize_head: quantize the output head too; an embedding that is the same tensor stays beside it.
         max_shard_size: bytes, or a string such as `5GB`.
         on_nonfinite: `error`, or `keep` to leave weights with NaN or infinity in 16 bit (reads the weights twice).
+        trust_remote_code: run the model code that the source holds, where its config.json names any.
         jobs: how many tensors are converted at a time, apart from the pass; by default one per core, up to 8.
 
     """
@@ -44,6 +45,7 @@ class Options:
     quantize_head: bool = False
     max_shard_size: str | int = "5GB"
     on_nonfinite: OnNonfinite = "error"
+    trust_remote_code: bool = False
     jobs: int | None = None
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ from llmint8.formats import (
 from llmint8.formats.tensors import BLOCK_BYTES
 
 from .hub import Resolved
+from .limits import bounded_modules
 from .low_disk import MOST_SHARDS, WORKING_NAME, open_remote
 from .models import Head, load_config, meta_model, own_head
 from .options import Options
@@ -142,11 +143,11 @@ def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> Conv
     max_shard_bytes = _parse_size(options.max_shard_size)
     _check_out(origin.path, out)
     source = open_remote(origin, out / WORKING_NAME) if origin.remote else open_source(origin.path)
-    config = load_config(origin.path)
-    model = None if config is None else meta_model(config)
-    head = None
-    if options.quantize_head:
-        config, model, head = own_head(config, model)
+    config, head = load_config(origin.path, options.trust_remote_code), None
+    with bounded_modules(len(source.tensors)):
+        model = None if config is None else meta_model(config)
+        if options.quantize_head:
+            config, model, head = own_head(config, model)
     selection = select_layers(source, model, options.skip, options.only, head)
     if model is None and criterion.kind != "none":
         criterion = Criterion("none", None)

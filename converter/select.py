@@ -96,6 +96,7 @@ def select_layers(
         notices.append(
             f"transformers does not know the model type {source.config.get('model_type')!r}: "
             "linear layers were chosen by name and shape; --verbose lists the others"
+            + ("; --trust-remote-code runs the code beside it" if source.config.get("auto_map") else "")
         )
         candidates, kept, module_of = _candidates_by_name(source)
     else:
@@ -127,6 +128,7 @@ def _candidates_of_model(
     source: Source, model: Any, mapped: dict[str, str], any_unmapped: bool, head: Head | None
 ) -> tuple[dict[str, SelectedLayer], dict[str, str], dict[str, str]]:
     """Return the layers to quantize, those to keep with reasons, and checkpoint name -> module name for both."""
+    _check_shapes(source, model, mapped)
     tensor_of = {parameter: tensor for tensor, parameter in mapped.items()}
     layers: dict[str, SelectedLayer] = {}
     kept: dict[str, str] = {}
@@ -152,13 +154,7 @@ def _candidates_of_model(
                 raise SourceError(f"{source.path}: the weight of {module_name} is missing from the checkpoint")
             kept[name] = reason or "not stored as a tensor of its own"
             continue
-        layer = SelectedLayer(name, source.tensors[tensor], isinstance(module, Conv1D), tied)
-        if layer.weight.shape != tuple(module.weight.shape):
-            raise SourceError(
-                f"{source.path / layer.weight.file}: {tensor} has shape {list(layer.weight.shape)}, "
-                f"the config asks for {list(module.weight.shape)}"
-            )
-        layers[name] = layer
+        layers[name] = SelectedLayer(name, source.tensors[tensor], isinstance(module, Conv1D), tied)
     used = weights_used_directly(meta_model(model.config), [module_of[name] for name in layers])
     for name in [name for name in layers if module_of[name] in used]:
         kept[name] = "its weight is used by the model's own code"
@@ -171,6 +167,16 @@ def _embedding(source: Source, tensor_of: dict[str, str], parameter: str) -> str
     if parameter not in tensor_of:
         raise SourceError(f"{source.path}: {parameter} is missing from the checkpoint; leave --quantize-head out")
     return tensor_of[parameter]
+
+
+def _check_shapes(source: Source, model: Any, mapped: dict[str, str]) -> None:
+    """Hold every tensor against the model: what the config asks for is then no larger than what the files hold."""
+    targets = model.state_dict()
+    for tensor, parameter in mapped.items():
+        info, expected = source.tensors[tensor], tuple(targets[parameter].shape)
+        if info.shape != expected:
+            where = f"{source.path / info.file}: {tensor}"
+            raise SourceError(f"{where} has shape {list(info.shape)}, the config asks for {list(expected)}")
 
 
 def _reason_to_keep(model: Any, name: str) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from llmint8.formats import DTYPES, Checkpoint, Source
 from llmint8.kernels.reference import dequantize_weight, quantize_weight
 
+from .limits import bounded_modules
 from .models import load_config, meta_model
 from .names import parameter_tensors
 from .plan import in_file_order
@@ -32,7 +33,8 @@ def compare_with_source(
 ) -> Comparison:
     """Convert the source once more in memory, tensor by tensor, and compare bit for bit."""
     config = load_config(source.path)
-    model = None if config is None else meta_model(config)
+    with bounded_modules(len(source.tensors)):
+        model = None if config is None else meta_model(config)
     layers = select_layers(source, model, (), ()).layer_of
     errors: dict[str, float] = {}
     heads = _tied_heads(checkpoint, source, model)

@@ -8,7 +8,7 @@ from .manifest import Manifest, read_manifest
 from .quantization import FORMAT_VERSION, Quantization
 from .source import Source, open_source
 from .tensors import DTYPE_NAMES, DTYPES, FLOAT_DTYPES, TensorInfo, TensorSpec
-from .validate import check_values
+from .validate import check_manifest, check_values
 from .writer import CheckpointWriter, require_writable
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "SourceError",
     "TensorInfo",
     "TensorSpec",
+    "check_manifest",
     "check_values",
     "int8_specs",
     "is_unfinished",

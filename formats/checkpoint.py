@@ -22,7 +22,7 @@ from .files import (
 )
 from .journal import is_unfinished
 from .quantization import Quantization
-from .tensors import FLOAT_DTYPES, TensorInfo, TensorSpec, read_header, read_tensor
+from .tensors import FLOAT_DTYPES, METADATA, TensorInfo, TensorSpec, read_header, read_tensor
 
 # Beside `weight` and `bias`, which are names of ordinary tensors too.
 _RECORD_SUFFIXES = ("SCB", "weight_format", "outlier_dims", "outlier_weight")
@@ -100,7 +100,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if not (path / name).is_file():
             raise CheckpointError("E05", f"{path / name}: no such regular file; is the download complete?")
         _checked("E05", lambda name=name: require_inside(path / name, path))
-    headers = {name: _checked("E06", lambda name=name: read_header(path / name)) for name in file_names}
+    said = METADATA if quantization.llmint8 else None
+    headers = {name: _checked("E06", lambda name=name: read_header(path / name, said)) for name in file_names}
     tensors = _merge(path, headers, weight_map)
     modules = [
         name.removesuffix(".weight")

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from .errors import CorruptFileError, OutputError, SourceError
+from .strict_json import parse_json
 from .tensors import is_tensor_name, open_regular
 
 CONFIG_NAME = "config.json"
@@ -29,8 +30,8 @@ def read_json(path: Path) -> dict[str, Any]:
             raise CorruptFileError(f"{path}: {size} bytes, at most {MAX_JSON_BYTES} are allowed")
         raw = file.readall()
     try:
-        value = json.loads(raw)
-    except (ValueError, RecursionError) as error:
+        value = parse_json(raw)
+    except ValueError as error:
         raise CorruptFileError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise CorruptFileError(f"{path}: holds a {type(value).__name__}, expected a JSON object")

@@ -1,6 +1,7 @@
 """The `quantization_config` of an int8 checkpoint: bitsandbytes' keys, and our block `llmint8` among them."""
 
 import re
+import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,7 +66,7 @@ class Quantization:
             raise ValueError(f"quant_method is {raw['quant_method']!r}, expected 'bitsandbytes'")
         threshold = raw.get("llm_int8_threshold", BITSANDBYTES_THRESHOLD)
         skip_modules = raw.get("llm_int8_skip_modules") or []
-        if not isinstance(threshold, int | float) or not threshold >= 0:
+        if not isinstance(threshold, int | float) or not 0 <= threshold <= sys.float_info.max:
             raise ValueError(f"llm_int8_threshold is {threshold!r}, expected a number that is not negative")
         if not isinstance(skip_modules, list) or not all(isinstance(name, str) for name in skip_modules):
             raise ValueError("llm_int8_skip_modules is not a list of module names")
@@ -86,6 +87,10 @@ class Quantization:
         activation = _get(block, "activation", str)
         if activation not in ("absmax", "zeropoint"):
             raise ValueError(f"activation is {activation!r}, expected 'absmax' or 'zeropoint'")
+        source = _get(block, "source", dict)
+        for key in ("name", "repo", "commit"):
+            if not isinstance(source.get(key), str | None):
+                raise ValueError(f"source.{key} is {str(source[key])[:80]!r}, expected a string or null")
         return Quantization(
             self.skip_modules,
             counts,
@@ -94,7 +99,7 @@ class Quantization:
             threshold=self.threshold,
             format_version=version,
             producer=_get(block, "producer", str),
-            source=_get(block, "source", dict),
+            source=source,
             calibration=block.get("calibration"),
         )
 
@@ -108,5 +113,5 @@ def is_readable(version: str) -> bool:
 def _get(mapping: Any, key: str, kind: type) -> Any:
     value = mapping.get(key) if isinstance(mapping, dict) else None
     if not isinstance(value, kind):
-        raise ValueError(f"{key} is {value!r}, expected a {kind.__name__}")
+        raise ValueError(f"{key} is {str(value)[:80]!r}, expected a {kind.__name__}")
     return value

@@ -5,16 +5,14 @@ with an index. Every other layout (metaseq, GGUF, ...) becomes a `Source` here t
 transformers; nothing outside this module asks what the files were.
 """
 
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from .errors import CorruptFileError, SourceError
+from .errors import SourceError
 from .files import (
     CONFIG_NAME,
     LEGACY_QUANTIZATION_NAME,
@@ -24,23 +22,16 @@ from .files import (
     read_weight_map,
     require_inside,
 )
-from .tensors import (
-    DTYPE_NAMES,
-    TensorInfo,
-    is_tensor_name,
-    open_regular,
-    read_header,
-    read_tensor,
-)
+from .tensors import TensorInfo, read_header, read_tensor
+from .torch_file import TorchFile
 
 TORCH_NAME = "pytorch_model.bin"
 TORCH_INDEX_NAME = "pytorch_model.bin.index.json"
 WEIGHT_SUFFIXES = tuple(
-    ".safetensors .bin .pt .pth .ckpt .h5 .msgpack .gguf .ggml .onnx .ot .npz .tflite .pkl .pdparams".split()  # noqa: SIM905
+    ".partial .safetensors .bin .pt .pth .ckpt .h5 .msgpack .gguf .ggml .onnx .ot .npz .tflite .pkl .pdparams".split()  # noqa: SIM905
 )
 MAX_SMALL_FILE_BYTES = 64 << 20
-
-log = logging.getLogger("llmint8")
+MAX_SMALL_FILES_BYTES = 512 << 20  # together; they are in memory together
 
 
 class TensorFile(Protocol):
@@ -75,61 +66,6 @@ class SafetensorsFile:
     def read_rows(self, name: str) -> Iterator[Tensor]:
         """Read one tensor in blocks of rows."""
         return (read_tensor(self.path, block) for block in self.tensors[name].blocks())
-
-
-class TorchFile:
-    """A `torch.save` file. The zip layout is mapped, the legacy one (before torch 1.6) is loaded as a whole.
-
-    Never anything but `weights_only=True`: unpickling may otherwise run the file's own code.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """List the tensors. Raises CorruptFileError."""
-        self.path = path
-        self.size = path.stat().st_size
-        self.tensors: dict[str, TensorInfo] = {}
-        self._legacy: dict[str, Any] | None = None
-        for name, tensor in self._load().items():
-            if not is_tensor_name(name):
-                raise CorruptFileError(f"{path}: {str(name)[:80]!r} is not a name a tensor may have")
-            if not isinstance(tensor, Tensor):
-                log.warning("%s: %s is a %s and not a tensor: left out", path, name, type(tensor).__name__)
-            elif tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided:
-                raise CorruptFileError(f"{path}: {name}: unknown dtype {tensor.dtype} or layout {tensor.layout}")
-            else:
-                self.tensors[name] = TensorInfo(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), path.name, 0)
-
-    def read(self, name: str) -> Tensor:
-        """Copy one tensor out of the file; the mapping goes with the call, so its pages do not pile up."""
-        return _copy(self._load()[name])
-
-    def read_rows(self, name: str) -> Iterator[Tensor]:
-        """Copy one tensor out of the file in blocks of rows."""
-        tensor: Tensor = self._load()[name]
-        blocks = torch.split(tensor, self.tensors[name].rows_per_block) if tensor.ndim else [tensor]
-        return map(_copy, blocks)
-
-    def _load(self) -> dict[str, Any]:
-        if self._legacy is not None:
-            return self._legacy
-        with open_regular(self.path) as file:
-            mapped = file.read(4) == b"PK\x03\x04"
-        try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=mapped or None)
-        except Exception as error:  # torch.load raises whatever its unpickler and zip reader do
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if "weights_only" in str(error):  # torch then explains how to run the file's code; we do not
-                reason = "it holds more than tensors, and loading that could run code of its own"
-            raise CorruptFileError(f"{self.path}: cannot be read as a checkpoint of tensors: {reason}") from None
-        if not isinstance(state, dict):
-            raise CorruptFileError(f"{self.path}: holds a {type(state).__name__}, expected a dict of tensors")
-        if not mapped:
-            self._legacy = state
-        return state
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _keep(name: str) -> None:
@@ -231,17 +167,29 @@ def _open_file(path: Path, name: str) -> TensorFile:
 
 
 def small_files(path: Path) -> list[Path]:
-    """Return tokenizer, generation config, chat template, licence and whatever else is small and not weights."""
+    """Return tokenizer, generation config, chat template, licence and whatever else is small and not weights.
+
+    Raises:
+        SourceError: a link out of the directory, a name that cannot be printed, or too much of it.
+
+    """
     folders = [path, path / "additional_chat_templates"]
     candidates = sorted(file for folder in folders if folder.is_dir() for file in folder.iterdir())
-    return [file for file in candidates if _is_small_file(file, path)]
+    found = [file for file in candidates if _is_small_file(file, path)]
+    size = sum(file.stat().st_size for file in found)
+    if size > MAX_SMALL_FILES_BYTES:
+        raise SourceError(f"{path}: {size} bytes beside the weights, at most {MAX_SMALL_FILES_BYTES} are copied")
+    return found
 
 
 def _is_small_file(file: Path, directory: Path) -> bool:
     name = file.name
-    if name == CONFIG_NAME or name.endswith(".index.json") or name.startswith(".") or not file.is_file():
+    not_copied = (CONFIG_NAME, "adapter_config.json")  # adapters stay behind: their weights are not converted
+    if name in not_copied or name.endswith(".index.json") or name.startswith((".", "llmint8_")) or not file.is_file():
         return False
     if file.suffix.lower() in WEIGHT_SUFFIXES or file.stat().st_size > MAX_SMALL_FILE_BYTES:
         return False
+    if not name.isprintable():
+        raise SourceError(f"{directory}: {name[:80]!r} is not a name that can be printed; rename or remove the file")
     require_inside(file, directory)
     return True

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .errors import CorruptFileError
+from .strict_json import parse_json
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -46,6 +47,8 @@ FLOAT_DTYPES = frozenset({"F16", "BF16", "F32"})
 MAX_HEADER_BYTES = 100_000_000
 MAX_NAME_LENGTH = 1024
 MAX_DIMENSIONS = 64
+# transformers asks for it.
+METADATA = {"format": "pt"}
 
 # How much of a tensor is in memory at a time where its rows can be handled one after the other.
 BLOCK_BYTES = 4 << 20
@@ -91,18 +94,22 @@ class TensorInfo(TensorSpec):
         return max(1, BLOCK_BYTES * self.shape[0] // max(1, self.nbytes))
 
 
-def read_header(path: Path) -> dict[str, TensorInfo]:
+def read_header(path: Path, metadata: dict[str, str] | None = None) -> dict[str, TensorInfo]:
     """Read and check the header of a safetensors file.
+
+    Args:
+        path: the file.
+        metadata: the only thing that `__metadata__` may say; None where it may say anything.
 
     Raises:
         CorruptFileError: naming the file, the tensor where there is one, and what is wrong with it.
 
     """
     with open_regular(path) as file:
-        return parse_header(path, file, os.fstat(file.fileno()).st_size)
+        return parse_header(path, file, os.fstat(file.fileno()).st_size, metadata)
 
 
-def parse_header(path: Path, file: Any, size: int) -> dict[str, TensorInfo]:
+def parse_header(path: Path, file: Any, size: int, metadata: dict[str, str] | None = None) -> dict[str, TensorInfo]:
     """Read the header as `read_header` does from what begins like a file of `size` bytes; `path` is for its errors."""
     length = int.from_bytes(_read_up_to(file, 8), "little")
     if size < 8 or length > size - 8:
@@ -111,12 +118,14 @@ def parse_header(path: Path, file: Any, size: int) -> dict[str, TensorInfo]:
         raise CorruptFileError(f"{path}: header of {length} bytes, at most {MAX_HEADER_BYTES} are allowed")
     raw = _read_up_to(file, length)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique_keys)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(raw)
+    except ValueError as error:
         raise CorruptFileError(f"{path}: header is not valid JSON: {error}") from None
     if not raw.startswith(b"{") or not isinstance(header, dict):
         raise CorruptFileError(f"{path}: header is not a JSON object; is this a safetensors file?")
-    header.pop("__metadata__", None)
+    said = header.pop("__metadata__", metadata)
+    if metadata is not None and said != metadata:
+        raise CorruptFileError(f"{path}: __metadata__ is {str(said)[:80]!r}, expected {metadata}")
     infos = [_tensor_info(path, name, entry, 8 + length) for name, entry in header.items()]
     end = 8 + length
     for info in sorted(infos, key=lambda info: (info.offset, info.nbytes)):
@@ -127,13 +136,6 @@ def parse_header(path: Path, file: Any, size: int) -> dict[str, TensorInfo]:
         what = "cut short" if end > size else "bytes left over"
         raise CorruptFileError(f"{path}: {what}: {size} bytes, its header describes {end}")
     return {info.name: info for info in infos}
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key stands twice")
-    return result
 
 
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
@@ -197,7 +199,7 @@ def encode_header(specs: Iterable[TensorSpec]) -> tuple[bytes, list[int]]:
 
     The data starts at a multiple of 64 bytes: the header is padded with spaces, which safetensors allows.
     """
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": METADATA}
     starts, end = [], 0
     for spec in specs:
         entries[spec.name] = {

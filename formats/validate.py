@@ -18,6 +18,20 @@ _MAX_STEPS_APART = 1.5
 _MAX_UNDERFLOW = 2.0**-25
 
 
+def check_manifest(checkpoint: Checkpoint) -> tuple[dict[str, str], list[CheckpointError]]:
+    """Return the manifest's hash of each tensor, and every broken rule of E16 and E17. Reads no tensor."""
+    if not checkpoint.quantization.llmint8:
+        return {}, []
+    try:
+        manifest = read_manifest(checkpoint.path)
+    except CheckpointError as error:
+        return {}, [error]
+    files = {name: info.file for name, info in checkpoint.tensors.items()}
+    found = differences(manifest, dict(checkpoint.tensors), files)
+    problems = [CheckpointError("E17", f"{checkpoint.path / MANIFEST_NAME}: {difference}") for difference in found]
+    return {name: entry.sha256 for name, entry in manifest.tensors.items()}, problems
+
+
 def check_values(
     checkpoint: Checkpoint, progress: Callable[[str, int], None] = lambda name, nbytes: None
 ) -> list[CheckpointError]:
@@ -25,17 +39,7 @@ def check_values(
 
     `progress` is called with the name and the bytes of each tensor after it was read.
     """
-    problems: list[CheckpointError] = []
-    hashes: dict[str, str] = {}
-    if checkpoint.quantization.llmint8:
-        try:
-            manifest = read_manifest(checkpoint.path)
-            hashes = {name: entry.sha256 for name, entry in manifest.tensors.items()}
-            files = {name: info.file for name, info in checkpoint.tensors.items()}
-            for difference in differences(manifest, dict(checkpoint.tensors), files):
-                problems.append(CheckpointError("E17", f"{checkpoint.path / MANIFEST_NAME}: {difference}"))
-        except CheckpointError as error:
-            problems.append(error)
+    hashes, problems = check_manifest(checkpoint)
     kept: dict[str, torch.Tensor] = {}
     for name, info in sorted(checkpoint.tensors.items()):
         where = f"{checkpoint.path / info.file}: {name}"

@@ -92,13 +92,13 @@ def _facts_text(facts: dict[str, Any]) -> str:
             f"{layer['bytes'] / 1e6:>9.2f}"
         )
     source = facts["source"]
-    origin = source.get("name", "unknown") + (f" at commit {source['commit']}" if source.get("commit") else "")
+    origin = (source.get("name") or "unknown") + (f" at commit {source['commit']}" if source.get("commit") else "")
     others = ", ".join(f"{dtype} {size / 1e6:.1f} MB" for dtype, size in facts["other_bytes_by_dtype"].items())
     columns = sum(layer["outliers"] or 0 for layer in facts["layers"])
     share = columns / max(1, sum(layer["in_features"] for layer in facts["layers"]))
     rows += [
         "",
-        f"Model         {', '.join(facts['architectures'] or ['unknown'])}, from {origin}",
+        f"Model         {', '.join(map(str, _as_list(facts['architectures']))) or 'unknown'}, from {origin}",
         f"Format        {facts['format']}, written by {facts['producer']}",
         f"Outliers      criterion {facts['criterion'] or 'none stored'}, {share:.2%} of the columns in 16 bit",
         f"Activations   {facts['activation']}",
@@ -111,6 +111,10 @@ def _facts_text(facts: dict[str, Any]) -> str:
     return printable_lines(rows)
 
 
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
 def printable_lines(lines: list[str]) -> str:
     """Join lines, each made safe for a terminal."""
     return "\n".join(printable(line) if line.strip() else "" for line in lines)
@@ -119,16 +123,20 @@ def printable_lines(lines: list[str]) -> str:
 @main.command(cls=Command)
 @click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--source", metavar="DIR", help="Also compare with the source, and print the error of each layer.")
+@click.option("--quick", is_flag=True, help="Check the structure and the manifest only; read no tensor.")
 @click.option("--quiet", is_flag=True, help="Print what is wrong only.")
-def verify(checkpoint: Path, source: str | None, quiet: bool) -> None:
+def verify(checkpoint: Path, source: str | None, quick: bool, quiet: bool) -> None:
     """Check an int8 checkpoint: every rule of spec.md, every hash in its manifest."""
     set_up_logging(False)
-    from llmint8.formats import check_values, open_checkpoint
+    from llmint8.formats import check_manifest, check_values, open_checkpoint
 
+    if quick and source is not None:
+        raise ValueError("--quick reads no tensor, and --source compares them all; give one of the two")
     opened = open_checkpoint(checkpoint)
     size = sum(info.nbytes for info in opened.tensors.values())
-    with progress_bar(size, "Verifying", quiet) as progress:
-        problems = [str(problem) for problem in check_values(opened, progress)]
+    with progress_bar(size, "Verifying", quiet or quick) as progress:
+        found = check_manifest(opened)[1] if quick else check_values(opened, progress)
+    problems = [str(problem) for problem in found]
     if source is not None:
         problems += _compare(opened, source, quiet)
     for problem in problems:
@@ -136,7 +144,10 @@ def verify(checkpoint: Path, source: str | None, quiet: bool) -> None:
     if problems:
         raise click.ClickException(f"{len(problems)} problem(s) in {checkpoint}")
     if not quiet:
-        click.echo(f"{checkpoint}: {len(opened.tensors)} tensors, {len(opened.records)} int8 layers: all good.")
+        click.echo(
+            f"{checkpoint}: {len(opened.tensors)} tensors, {len(opened.records)} int8 layers: "
+            + ("structure and manifest are good; the values were not read." if quick else "all good.")
+        )
 
 
 def _compare(opened: Any, source: str, quiet: bool) -> list[str]:
@@ -164,6 +175,7 @@ def _compare(opened: Any, source: str, quiet: bool) -> list[str]:
 @click.option("--no-chat", is_flag=True, help="Continue the prompt even where there is a chat template.")
 @click.option("--device", help="Such as cpu or cuda; the default is the CPU.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit, when CHECKPOINT is a Hub repo.")
+@click.option("--trust-remote-code", is_flag=True, help="Run the model code in CHECKPOINT, if it needs any.")
 @click.option("--quiet", is_flag=True, help="Print the text only.")
 def generate(
     checkpoint: str,
@@ -173,6 +185,7 @@ def generate(
     no_chat: bool,
     device: str | None,
     revision: str | None,
+    trust_remote_code: bool,
     quiet: bool,
 ) -> None:
     """Generate text with an int8 checkpoint, streaming it to the terminal."""
@@ -184,10 +197,10 @@ def generate(
     from .generate import stream_chat
 
     path = resolve(checkpoint, revision, "int8").path
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, trust_remote_code)
     if tokenizer is None:
         raise SourceError(f"{path}: no tokenizer; copy the tokenizer files of the source there")
-    model = load(path, device=device)
+    model = load(path, device=device, trust_remote_code=trust_remote_code)
     done = stream_chat(
         model,
         tokenizer,

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from llmint8.converter.calibration_text import read_text
 from llmint8.converter.hub import resolve
+from llmint8.converter.limits import bounded_modules
 from llmint8.converter.models import load_config, model_class, usable_device
 from llmint8.formats import LLMInt8Error, SourceError, open_source
 from llmint8.kernels.reference import Activation
@@ -114,9 +115,14 @@ def load_reference(path: Path, window: int, device: str) -> Any:
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     if window > longest:
         raise ValueError(f"a window of {window} tokens is too long: {path} was made for {longest} positions")
-    with no_progress_bar():
+    with no_progress_bar(), bounded_modules(len(source.tensors)):
         model, info = cls.from_pretrained(
-            path, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
+            path,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     if missing := sorted(info["missing_keys"]):
         raise SourceError(f"{path}: {missing[0]}: missing, {cls.__name__} needs it")

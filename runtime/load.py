@@ -18,8 +18,20 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from llmint8.converter.hub import resolve
-from llmint8.converter.models import load_config, model_class
-from llmint8.formats import DTYPES, FLOAT_DTYPES, Checkpoint, LLMInt8Error, Quantization, open_checkpoint
+from llmint8.converter.limits import bounded_modules
+from llmint8.converter.models import first_line, is_trusted, load_config, model_class
+from llmint8.formats import (
+    DTYPES,
+    FLOAT_DTYPES,
+    Checkpoint,
+    CheckpointError,
+    LLMInt8Error,
+    Quantization,
+    check_values,
+    open_checkpoint,
+)
+from llmint8.formats.files import CONFIG_NAME
+from llmint8.formats.source import small_files
 from llmint8.kernels.reference import Activation
 
 from .layer import Int8Linear, Outliers
@@ -38,6 +50,8 @@ def load(
     threshold: float | None = None,
     activation: Activation | None = None,
     revision: str | None = None,
+    trust_remote_code: bool = False,
+    verify: bool = False,
 ) -> PreTrainedModel:
     """Load an int8 checkpoint, written by llmint8 or by bitsandbytes, ready to run.
 
@@ -52,6 +66,9 @@ def load(
         threshold: for `dynamic`; the checkpoint's `llm_int8_threshold` by default.
         activation: how inputs are quantized, `absmax` or `zeropoint`; what the checkpoint records by default.
         revision: branch, tag or commit on the Hub.
+        trust_remote_code: run the model code in the directory, if its config.json names any.
+        verify: check every value and every hash first, rules E12 to E18 too. All tensors are read once more for it,
+            one at a time; that takes about as long as `llmint8 verify`.
 
     Returns:
         The model, in eval mode: the transformers class that the config's `architectures` names, a causal LM
@@ -60,7 +77,7 @@ def load(
     Raises:
         ValueError: an argument has a value that is not one of those above.
         CheckpointError: the checkpoint breaks a rule of spec.md.
-        LLMInt8Error: transformers has no such model, or the tensors are not those of the model.
+        LLMInt8Error: transformers has no such model or cannot build it, or the tensors are not those of the model.
 
     """
     _check_choice("outliers", outliers, get_args(Outliers))
@@ -69,11 +86,10 @@ def load(
         raise ValueError(f"device is {device!r} and device_map is {device_map!r}; give one of them")
     checkpoint = open_checkpoint(resolve(path_or_repo, revision, "int8").path)
     outliers, threshold = _outlier_mode(checkpoint.quantization, outliers, threshold)
-    config = load_config(checkpoint.path)
-    cls = None if config is None else model_class(config)
-    if config is None or not isinstance(cls, type) or not issubclass(cls, PreTrainedModel):
-        named = {key: checkpoint.config.get(key) for key in ("model_type", "architectures")}
-        raise LLMInt8Error(f"{checkpoint.path / 'config.json'}: {named} is no model that transformers has")
+    if verify and (problems := check_values(checkpoint)):
+        more = f"; and {len(problems) - 1} more, which llmint8 verify lists" if problems[1:] else ""
+        raise CheckpointError(problems[0].code, str(problems[0]).removeprefix(f"{problems[0].code} ") + more)
+    config, cls = _model(checkpoint, trust_remote_code)
     config.quantization_config = {
         "quant_method": QUANT_METHOD,
         "records": list(checkpoint.records.values()),
@@ -83,13 +99,29 @@ def load(
         "threshold": threshold,
         "activation": activation or checkpoint.quantization.activation,
     }
-    # It would name another index, one that has not been checked.
-    config.__dict__.pop("transformers_weights", None)
     if device is not None:
         device_map = {"": torch.device(device)}
-    model = _from_pretrained(cls, checkpoint.path, config, _dtype(dtype, checkpoint, config), device_map)
+    with bounded_modules(len(checkpoint.tensors)):
+        model = _from_pretrained(cls, checkpoint.path, config, _dtype(dtype, checkpoint, config), device_map)
     _log_summary(model)
     return model
+
+
+def _model(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Return the config and the class of the model. Raises LLMInt8Error where there is none."""
+    file = checkpoint.path / CONFIG_NAME
+    if (checkpoint.path / "adapter_config.json").exists():
+        # With peft installed, transformers would load what it names, from wherever that is.
+        raise LLMInt8Error(f"{checkpoint.path / 'adapter_config.json'}: an adapter; keep it in a directory of its own")
+    small_files(checkpoint.path)  # transformers reads some of them, and follows any link
+    config = load_config(checkpoint.path, trust_remote_code)
+    cls = None if config is None else model_class(config)
+    if config is None or not isinstance(cls, type) or not issubclass(cls, PreTrainedModel):
+        named = {key: checkpoint.config.get(key) for key in ("model_type", "architectures")}
+        own = bool(checkpoint.config.get("auto_map")) and not trust_remote_code
+        how = "; trust_remote_code=True runs the code beside it" if own else ""
+        raise LLMInt8Error(f"{file}: {named} is no model that transformers has{how}")
+    return config, cls
 
 
 def _from_pretrained(cls: Any, path: Path, config: Any, dtype: torch.dtype, device_map: Any) -> Any:
@@ -103,11 +135,15 @@ def _from_pretrained(cls: Any, path: Path, config: Any, dtype: torch.dtype, devi
                 device_map=device_map,
                 use_safetensors=True,
                 local_files_only=True,
-                trust_remote_code=False,
+                trust_remote_code=is_trusted(config),
                 output_loading_info=True,
             )
     except LLMInt8Error as error:
         raise LLMInt8Error(f"{path}: {error}") from None
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers and the model's code raise whatever they like
+        raise LLMInt8Error(f"{path}: {cls.__name__} cannot be loaded: {first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise LLMInt8Error(f"{path}: {missing[0]}{more}: missing, {cls.__name__} needs it")

@@ -15,6 +15,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from llmint8.converter.limits import check_buffers
 from llmint8.converter.names import module_names
 from llmint8.formats import Int8Record, LLMInt8Error
 from llmint8.kernels.reference import Activation
@@ -81,6 +82,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
             )
             model.set_submodule(name, layer.train(linear.training))
         _check_shapes(model, config.shapes, names)
+        check_buffers(model)
         # Early bitsandbytes did not write it; there is nothing to warn about.
         ignored: Any = model._keys_to_ignore_on_load_missing or ()
         model._keys_to_ignore_on_load_missing = {*ignored, r"\.weight_format$"}  # type: ignore[assignment]

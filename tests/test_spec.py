@@ -21,6 +21,7 @@ from llmint8.formats import (
     check_values,
     files,
     open_checkpoint,
+    strict_json,
     tensors,
 )
 from llmint8.formats.manifest import tensor_sha256
@@ -80,6 +81,7 @@ def test_limits_and_dtypes() -> None:
     assert json.loads(BLOCKS["limits"]) == {
         "header_bytes": tensors.MAX_HEADER_BYTES,
         "json_file_bytes": files.MAX_JSON_BYTES,
+        "json_values": strict_json.MAX_VALUES,
         "tensor_name_characters": tensors.MAX_NAME_LENGTH,
         "dimensions": tensors.MAX_DIMENSIONS,
         "elements": 2**63 - 1,

@@ -1,0 +1,130 @@
+"""What is written is read back, for any layers, sizes and shards; PyTorch files say to us what they say to torch."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llmint8.formats import (
+    DTYPES,
+    CheckpointWriter,
+    Quantization,
+    TensorSpec,
+    check_values,
+    open_checkpoint,
+    record_specs,
+)
+from llmint8.formats.tensors import as_bytes
+from llmint8.formats.torch_file import TorchFile
+from llmint8.kernels.reference import quantize_weight
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+NAMES = st.text(st.characters(categories=["L", "N"], include_characters=" _-./"), min_size=1, max_size=12)
+# torch itself cannot read these back from the layout before 1.6.
+NEWER = ("torch.uint16", "torch.uint32", "torch.uint64", "torch.float8")
+FLOATS = st.sampled_from(["F16", "BF16", "F32"])
+
+
+@contextmanager
+def folder() -> Iterator[Path]:
+    """hypothesis runs many examples in one test, and each needs a folder of its own."""
+    with tempfile.TemporaryDirectory() as path:
+        yield Path(path)
+
+
+@st.composite
+def layers(draw: st.DrawFn) -> dict[str, dict[str, Tensor]]:
+    """Quantized layers by name, each with its tensors by suffix; sizes of 0 and 1 among them."""
+    result = {}
+    for name in draw(st.lists(NAMES, min_size=1, max_size=4, unique=True)):
+        rows, columns = draw(st.integers(1, 5)), draw(st.integers(0, 6))
+        dtype = DTYPES[draw(FLOATS)]
+        torch.manual_seed(draw(st.integers(0, 99)))
+        weight = (torch.randn(rows, columns) * 10.0 ** draw(st.integers(-3, 3))).to(dtype)
+        if draw(st.booleans()):
+            weight[0] = 0
+        dims = torch.tensor(sorted(draw(st.sets(st.integers(0, columns - 1)))) if columns else [], dtype=torch.int32)
+        values, absmax = quantize_weight(weight)
+        result[name] = {
+            "weight": values,
+            "SCB": absmax,
+            "weight_format": torch.zeros((), dtype=torch.uint8),
+            "outlier_dims": dims,
+            "outlier_weight": weight[:, dims.long()],
+        }
+        if draw(st.booleans()):
+            result[name]["bias"] = torch.randn(rows).to(dtype)
+    return result
+
+
+@given(records=layers(), shard_bytes=st.integers(1, 300), others=st.dictionaries(NAMES, FLOATS, max_size=3))
+@settings(max_examples=60, deadline=None)
+def test_records_in_any_shards_are_read_back(
+    records: dict[str, dict[str, Tensor]], shard_bytes: int, others: dict[str, str]
+) -> None:
+    tensors = {f"{name}.{suffix}": t for name, parts in records.items() for suffix, t in parts.items()}
+    tensors = {f"other.{name}.x": torch.ones(3, dtype=DTYPES[dtype]) for name, dtype in others.items()} | tensors
+    spelling = {dtype: name for name, dtype in DTYPES.items()}
+    groups = [[TensorSpec(name, spelling[t.dtype], tuple(t.shape))] for name, t in tensors.items()]
+    for name, parts in records.items():
+        rows, columns = parts["weight"].shape
+        specs = record_specs(name, rows, columns, len(parts["outlier_dims"]), spelling[parts["outlier_weight"].dtype])
+        assert {spec.name: spec for spec in specs}.items() <= {group[0].name: group[0] for group in groups}.items()
+    counts = {name: len(parts["outlier_dims"]) for name, parts in records.items()}
+    with folder() as path:
+        with CheckpointWriter(path / "out", shard_bytes) as writer:
+            writer.plan(groups)
+            for name, tensor in reversed(tensors.items()):
+                writer.write(name, tensor)
+            writer.commit({"model_type": "x"}, Quantization([], counts, source={"name": "s"}), {"name": "s"}, {}, {})
+        checkpoint = open_checkpoint(path / "out")
+        assert check_values(checkpoint) == []
+        assert checkpoint.tensors.keys() == tensors.keys()
+        assert {name: record.outlier_count for name, record in checkpoint.records.items()} == counts
+        for name, tensor in tensors.items():
+            read = checkpoint.read(name)
+            assert (read.dtype, read.shape) == (tensor.dtype, tensor.shape)
+            assert bytes(as_bytes(read)) == bytes(as_bytes(tensor.contiguous()))
+
+
+@st.composite
+def views(draw: st.DrawFn) -> dict[str, Tensor]:
+    """Tensors of any dtype that share storages, transposed, sliced, with steps, empty and scalar."""
+    base = torch.arange(60, dtype=torch.uint8).repeat(8)
+    # torch saves no storage under two dtypes.
+    storages = {dtype: (base % 2 if dtype == torch.bool else base.clone()).view(dtype) for dtype in DTYPES.values()}
+    result: dict[str, Tensor] = {}
+    for name in draw(st.lists(NAMES, max_size=5, unique=True)):
+        tensor = storages[DTYPES[draw(st.sampled_from(sorted(DTYPES)))]]
+        tensor = tensor[: 2 * (len(tensor) // 2)].view(2, -1)[:, draw(st.integers(0, 8)) :: draw(st.integers(1, 5))]
+        if draw(st.booleans()):
+            tensor = tensor.t()
+        if draw(st.booleans()):
+            tensor = tensor[draw(st.integers(0, 2)) :]
+        if draw(st.booleans()) and tensor.is_floating_point():
+            tensor = torch.nn.Parameter(tensor)
+        result[name] = tensor
+    return result
+
+
+@given(state=views(), legacy=st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_a_torch_file_says_what_it_says_to_torch(state: dict[str, Tensor], legacy: bool) -> None:
+    if legacy:
+        state = {name: t for name, t in state.items() if not str(t.dtype).startswith(NEWER)}
+    with folder() as path:
+        torch.save(state, path / "x.bin", _use_new_zipfile_serialization=not legacy)
+        ours = TorchFile(path / "x.bin")
+        theirs = torch.load(path / "x.bin", weights_only=True)
+        assert ours.tensors.keys() == theirs.keys()
+        for name, expected in theirs.items():
+            read = ours.read(name)
+            assert (read.dtype, read.shape, read.is_contiguous()) == (expected.dtype, expected.shape, True)
+            assert bytes(as_bytes(read)) == bytes(as_bytes(expected.detach().contiguous()))
