@@ -16,8 +16,8 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from llmint8.formats import Checkpoint, LLMInt8Error, Quantization, read_json, read_manifest
+from llmint8.formats.files import CARD_NAME
 
-CARD_NAME = "README.md"
 # What `llmint8 eval` leaves in the checkpoint's directory for the card.
 EVALUATION_NAME = "llmint8_eval.json"
 

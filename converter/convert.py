@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from llmint8.formats import CheckpointWriter, Manifest, OutputError
+from llmint8.formats.files import CARD_NAME
 
 from .calibrate import Calibrator, Outliers
 from .calibration_text import load_calibration
-from .card import CARD_NAME, Subject, new_card, read_card
+from .card import Subject, new_card, read_card
 from .hub import resolve
 from .models import usable_device
 from .options import OnNonfinite, Options

@@ -18,11 +18,11 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 
 from llmint8.formats import Checkpoint, CheckpointError, LLMInt8Error, open_checkpoint, read_manifest
-from llmint8.formats.files import CONFIG_NAME, MANIFEST_NAME, SAFETENSORS_INDEX_NAME, write_durably
+from llmint8.formats.files import CARD_NAME, CONFIG_NAME, MANIFEST_NAME, SAFETENSORS_INDEX_NAME, write_durably
 from llmint8.formats.manifest import differences
 from llmint8.formats.source import small_files
 
-from .card import CARD_NAME, Subject, metadata, read_card, refreshed_card
+from .card import Subject, metadata, read_card, refreshed_card
 from .hub import explain, patiently
 from .licence import objection
 

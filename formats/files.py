@@ -16,6 +16,7 @@ CONFIG_NAME = "config.json"
 SAFETENSORS_NAME = "model.safetensors"
 SAFETENSORS_INDEX_NAME = "model.safetensors.index.json"
 MANIFEST_NAME = "llmint8_manifest.json"
+CARD_NAME = "README.md"
 # Where some checkpoints of 2023 keep what belongs in config.json.
 LEGACY_QUANTIZATION_NAME = "quantization_config.json"
 MAX_JSON_BYTES = 256 << 20

@@ -34,12 +34,14 @@ class Manifest:
     """The manifest's content; spec.md, section "Manifest", describes it.
 
     `source` identifies what was converted. `modules` has one free-form object of statistics per quantized layer.
+    `files` has the SHA-256 of config.json, tokenizer and all other files that hold no tensor, but the model card.
     """
 
     producer: str
     source: dict[str, Any]
     tensors: dict[str, ManifestEntry]
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object that goes into the file."""
@@ -48,6 +50,7 @@ class Manifest:
             "producer": self.producer,
             "source": self.source,
             "modules": self.modules,
+            "files": dict(sorted(self.files.items())),
             "tensors": {
                 name: {
                     "file": entry.file,
@@ -74,7 +77,8 @@ def read_manifest(path: Path) -> Manifest:
         if not is_readable(version):
             raise CheckpointError("E16", f"{file}: format_version is {version!r}, expected {FORMAT_VERSION}")
         entries = {name: _entry(name, entry) for name, entry in raw["tensors"].items()}
-        return Manifest(str(raw["producer"]), dict(raw["source"]), entries, dict(raw["modules"]))
+        hashes = {_file_name(name): _hash(name, value) for name, value in raw.get("files", {}).items()}
+        return Manifest(str(raw["producer"]), dict(raw["source"]), entries, dict(raw["modules"]), hashes)
     except CheckpointError:
         raise
     except LLMInt8Error as error:
@@ -89,9 +93,20 @@ def _entry(name: str, raw: dict[str, Any]) -> ManifestEntry:
         raise ValueError(f"{name[:80]!r} in {raw['file']!r} is not the name of a tensor or of a file")
     if raw["dtype"] not in DTYPES or not is_shape(raw["shape"]):
         raise ValueError(f"{name}: {raw['dtype']!r} {raw['shape']!r} is not a dtype and a shape")
-    if not re.fullmatch(r"[0-9a-f]{64}", raw["sha256"]):
-        raise ValueError(f"{name}: sha256 {raw['sha256']!r} is not 64 hexadecimal digits")
-    return ManifestEntry(raw["file"], raw["dtype"], tuple(raw["shape"]), raw["sha256"])
+    return ManifestEntry(raw["file"], raw["dtype"], tuple(raw["shape"]), _hash(name, raw["sha256"]))
+
+
+def _hash(name: str, value: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{64}", value):
+        raise ValueError(f"{name}: sha256 {value!r} is not 64 hexadecimal digits")
+    return value
+
+
+def _file_name(name: str) -> str:
+    """Return the name of a file in the checkpoint, or in a folder of it. Raises ValueError."""
+    if not is_tensor_name(name) or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise ValueError(f"{name[:80]!r} is not the name of a file in the checkpoint")
+    return name
 
 
 def differences(manifest: Manifest, tensors: dict[str, TensorSpec], files: dict[str, str]) -> list[str]:

@@ -1,16 +1,18 @@
-"""Check every value of an int8 checkpoint: rules E12 to E18 of spec.md. The structure has been checked by opening it.
+"""Check every value of an int8 checkpoint: rules E12 to E19 of spec.md. The structure has been checked by opening it.
 
 Each tensor is read once, for its hash and for its values. All problems are returned, not only the first.
 """
 
+import hashlib
 from collections.abc import Callable
 
 import torch
 
 from .checkpoint import Checkpoint, Int8Record
 from .errors import CheckpointError, LLMInt8Error
-from .files import MANIFEST_NAME
-from .manifest import differences, read_manifest, tensor_sha256
+from .files import MANIFEST_NAME, require_inside
+from .manifest import Manifest, differences, read_manifest, tensor_sha256
+from .tensors import open_regular
 
 # The outlier columns are the originals of int8 columns, at most half a step away; casting them to another
 # 16-bit dtype may move them further: never by a whole step more, or by half of float16's smallest number.
@@ -18,18 +20,40 @@ _MAX_STEPS_APART = 1.5
 _MAX_UNDERFLOW = 2.0**-25
 
 
-def check_manifest(checkpoint: Checkpoint) -> tuple[dict[str, str], list[CheckpointError]]:
-    """Return the manifest's hash of each tensor, and every broken rule of E16 and E17. Reads no tensor."""
-    if not checkpoint.quantization.llmint8:
-        return {}, []
+def check_manifest(checkpoint: Checkpoint) -> tuple[Manifest | None, list[CheckpointError]]:
+    """Return the manifest, and every broken rule of E16 and E17. Reads no tensor."""
+    # Without the block there need be none. One that is there all the same tells of a block that has been lost.
+    if not checkpoint.quantization.llmint8 and not (checkpoint.path / MANIFEST_NAME).exists():
+        return None, []
     try:
         manifest = read_manifest(checkpoint.path)
     except CheckpointError as error:
-        return {}, [error]
+        return None, [error]
     files = {name: info.file for name, info in checkpoint.tensors.items()}
     found = differences(manifest, dict(checkpoint.tensors), files)
-    problems = [CheckpointError("E17", f"{checkpoint.path / MANIFEST_NAME}: {difference}") for difference in found]
-    return {name: entry.sha256 for name, entry in manifest.tensors.items()}, problems
+    return manifest, [
+        CheckpointError("E17", f"{checkpoint.path / MANIFEST_NAME}: {difference}") for difference in found
+    ]
+
+
+def _check_files(checkpoint: Checkpoint, manifest: Manifest) -> list[CheckpointError]:
+    """Return which files without tensors are not as written. One may be missing: not every reader fetches all."""
+    problems = []
+    for name, expected in manifest.files.items():
+        path = checkpoint.path / name
+        try:
+            require_inside(path, checkpoint.path)
+            if not path.exists():
+                continue
+            with open_regular(path) as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except LLMInt8Error as error:
+            problems.append(CheckpointError("E19", str(error)))
+            continue
+        if found != expected:
+            what = "its SHA-256 is not the manifest's: it was changed since the conversion, or damaged"
+            problems.append(CheckpointError("E19", f"{path}: {what}"))
+    return problems
 
 
 def check_values(
@@ -39,7 +63,9 @@ def check_values(
 
     `progress` is called with the name and the bytes of each tensor after it was read.
     """
-    hashes, problems = check_manifest(checkpoint)
+    manifest, problems = check_manifest(checkpoint)
+    problems += _check_files(checkpoint, manifest) if manifest else []
+    hashes = {name: entry.sha256 for name, entry in manifest.tensors.items()} if manifest else {}
     kept: dict[str, torch.Tensor] = {}
     for name, info in sorted(checkpoint.tensors.items()):
         where = f"{checkpoint.path / info.file}: {name}"

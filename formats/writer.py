@@ -21,6 +21,8 @@ from torch import Tensor
 from .commit import publish, take_back
 from .errors import CorruptFileError, OutputError
 from .files import (
+    CARD_NAME,
+    CONFIG_NAME,
     MANIFEST_NAME,
     SAFETENSORS_INDEX_NAME,
     SAFETENSORS_NAME,
@@ -222,16 +224,20 @@ class CheckpointWriter:
             name: ManifestEntry(finals[place.file], place.dtype, place.shape, self._hashes[name])
             for name, (_, place) in self._places.items()
         }
-        manifest = Manifest(quantization.producer, source, entries, modules)
-        files = {**small_files, MANIFEST_NAME: encode_json(manifest.to_dict())}
+        files = dict(small_files)
         if len(finals) > 1:
             index = {
                 "metadata": {"total_size": self.nbytes},
                 "weight_map": {name: entry.file for name, entry in sorted(entries.items())},
             }
             files[SAFETENSORS_INDEX_NAME] = encode_json(index)
-        config = {**config, "quantization_config": quantization.to_dict()}
-        publish(self._out, self.journal, finals, files, encode_json(config))
+        stored_config = encode_json({**config, "quantization_config": quantization.to_dict()})
+        # The card is for its readers to edit.
+        hashed = {name: data for name, data in files.items() if name != CARD_NAME} | {CONFIG_NAME: stored_config}
+        hashes = {name: hashlib.sha256(data).hexdigest() for name, data in hashed.items()}
+        manifest = Manifest(quantization.producer, source, entries, modules, hashes)
+        files[MANIFEST_NAME] = encode_json(manifest.to_dict())
+        publish(self._out, self.journal, finals, files, stored_config)
         return manifest
 
     def _final_names(self) -> dict[str, str]:

@@ -176,19 +176,19 @@ def test_the_disk_fills_up_at_every_tensor(
 
 @pytest.mark.parametrize("options", [{"outliers": "none", "jobs": 1}, {"calibration_tokens": 64}], ids=str)
 def test_little_address_space(tmp_path: Path, options: dict[str, Any]) -> None:
-    """A source of 350 MB is converted in 200 MB of address space more than the process has when it starts."""
+    """A source is converted in 400 MiB of address space more than the process has when it starts; threads take most of it."""
     import resource
 
     source = tmp_path / "source"
-    wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 10, "num_attention_heads": 8}
+    wide = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 8}
     assert finish(start(lambda: make_source(source, **wide))) == 0
     size = sum(info.nbytes for info in formats.open_source(source).tensors.values())
 
     def limited() -> None:
         now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (now + (200 << 20), resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (now + (400 << 20), resource.RLIM_INFINITY))
         convert(source, tmp_path / "out", **options)()
 
     assert finish(start(limited)) == 0
     assert not formats.check_values(formats.open_checkpoint(tmp_path / "out"))
-    print(f"{size / 1e6:.0f} MB converted in 200 MiB")
+    print(f"{size / 1e6:.0f} MB converted in 400 MiB")

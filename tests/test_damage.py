@@ -217,7 +217,7 @@ def test_a_tensor_dropped_or_added(copy: Path) -> None:
     value = json.loads(index)
     value["weight_map"]["added"] = shard.name
     (copy / INDEX).write_text(json.dumps(value))
-    assert problems(copy) == [f"E17 {copy / MANIFEST}: added: in {shard.name}, not in the manifest"]
+    assert problems(copy)[0] == f"E17 {copy / MANIFEST}: added: in {shard.name}, not in the manifest"
 
 
 def _by_offset(info: TensorInfo) -> tuple[int, int]:
@@ -246,6 +246,34 @@ def test_every_wrong_entry_of_the_index(copy: Path) -> None:
         without = {name: file for name, file in index["weight_map"].items() if name != tensor}
         (copy / INDEX).write_text(json.dumps({**index, "weight_map": without}))
         assert tensor in problems(copy)[0]
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, "generation_config.json"])
+def test_a_flipped_bit_in_any_byte_of_a_small_file(copy: Path, name: str) -> None:
+    whole = (copy / name).read_bytes()
+    damages = ((i, whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :]) for i in range(len(whole)))
+    for position, found in each_damage(copy, damages, copy / name):
+        assert found, f"byte {position}"
+
+
+def test_a_small_file_that_is_gone_or_a_link(copy: Path, tmp_path: Path) -> None:
+    """A reader may fetch only what it needs, so a file may be missing; what is there must be in the checkpoint."""
+    file = copy / "generation_config.json"
+    file.rename(tmp_path / "elsewhere")
+    assert problems(copy) == []
+    file.symlink_to(tmp_path / "elsewhere")
+    (found,) = problems(copy)
+    assert found.startswith(f"E19 {file}: a link to ")
+
+
+@pytest.mark.parametrize("name", ["../config.json", "/etc/passwd", "a//b", "a\\b", "", "."])
+def test_a_manifest_that_names_files_elsewhere(copy: Path, name: str) -> None:
+    manifest = json.loads((copy / MANIFEST).read_bytes())
+    manifest["files"][name] = "0" * 64
+    (copy / MANIFEST).write_text(json.dumps(manifest))
+    (found,) = problems(copy)
+    assert found.startswith("E16")
+    assert "not the name of a file in the checkpoint" in found
 
 
 def test_every_wrong_entry_of_the_manifest(copy: Path) -> None:
