@@ -52,9 +52,12 @@ def read_rows(text: str) -> list[Row]:
 
     """
     try:
+        entries = json.loads(text)
+        if not isinstance(entries, list):
+            raise TypeError("not a list")
         rows = [
             Row(entry["architecture"], entry["N"], entry["K"], entry["M"], Tile(*(entry[key] for key in Tile._fields)))
-            for entry in json.loads(text)
+            for entry in entries
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"not a table of tiles: {error!r}") from None
@@ -83,6 +86,7 @@ def shipped_rows() -> list[Row]:
     return read_rows(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 
 
+@functools.cache
 def cached_rows() -> list[Row]:
     """Return the rows measured on this machine; a file that cannot be read counts as none, with a warning."""
     path = cache_path()
@@ -91,9 +95,7 @@ def cached_rows() -> list[Row]:
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
-        logging.getLogger("llmint8").warning(
-            "%s is not used: %s; `llmint8 bench --tune` after deleting it writes a new one", path, error
-        )
+        logging.getLogger("llmint8").warning("%s is not used: %s; `llmint8 bench --tune` writes a new one", path, error)
         return []
 
 
@@ -135,6 +137,7 @@ def choose_tile(device: torch.device, m: int, n: int, k: int) -> Tile:
 
 def forget() -> None:
     """Read the tables again at the next call, after one of the files has changed."""
+    cached_rows.cache_clear()
     _table.cache_clear()
     _choose.cache_clear()
 
