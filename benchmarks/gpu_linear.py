@@ -1,13 +1,13 @@
 """Time the int8 layer on a GPU: against cuBLAS in float16, `torch._int_mm`, bitsandbytes, and what the memory allows.
 
-Layers of OPT and Llama 3, for each number of rows M and 0, 16 and 64 outlier columns, with zero point and bias, in float16
-on random data. CUDA graphs, weights rotated through four times the L2 cache, variants interleaved (`kernels/measure.py`);
-bitsandbytes with a threshold waits for the GPU and cannot be captured, so it is called as it is. `_int_mm` is given
-quantized rows, and its epilogue (scales, bias) is eager. The floor is the larger of bytes (N K + M K + 2 M N) by the
-copy bandwidth of an H200 and operations by twice its measured bfloat16 rate.
+Layers of OPT and Llama 3, for each number of rows M and 0, 16 and 64 outlier columns, with zero point and bias, in
+float16, on random data. CUDA graphs, weights rotated through four times the L2 cache, variants interleaved
+(`kernels/measure.py`); bitsandbytes waits for the GPU where it has a threshold and cannot be captured, so it is called
+as it is. `_int_mm` is given quantized rows, and its epilogue (scales, bias) is eager. The floor is the larger of bytes
+(N K + M K + 2 M N) by the copy bandwidth of an H200 and operations by twice its measured bfloat16 rate.
 
-Prints a table and merges its rows into `results/gpu_linear-<device>.json`. Every model takes about a minute. Without an
-installed llmint8: PYTHONPATH=.typing.
+Prints a table and merges its rows into `results/gpu_linear-<device>.json`; `--models` and `--rows` divide the work.
+Where llmint8 is not installed: PYTHONPATH=.typing.
 
     python benchmarks/gpu_linear.py [--models OPT-6.7B,...] [--rows 1,16,...]
 """
@@ -70,8 +70,9 @@ def variants(m: int, n: int, k: int, device: torch.device) -> tuple[dict[str, li
     ]
     quantized = [reference.quantize_weight(weight) for weight in weights]
     row_sums = [values.sum(1, dtype=torch.int32) for values, _ in quantized]
-    # Spread over the row, as outliers are.
+    # Spread over the row, as outliers are, and large enough for bitsandbytes' threshold.
     dims = {count: torch.arange(count, dtype=torch.int32, device=device) * (k // max(count, 1)) for count in OUTLIERS}
+    x[:, dims[16].long()] *= 10
 
     def ours(copy: int, count: int, columns: Tensor) -> Callable[[], Any]:
         arguments = (x, *quantized[copy], dims[count], columns, bias, row_sums[copy], True)
@@ -88,7 +89,6 @@ def variants(m: int, n: int, k: int, device: torch.device) -> tuple[dict[str, li
         found["int_mm"] = [lambda q=q, a=a: int_mm(rows, q, a, bias) for q, a in quantized]
     eager = set()
     if importlib.util.find_spec("bitsandbytes"):
-        x[:, dims[16].long()] *= 10  # for the threshold to find
         for name, threshold in (("bnb", 6.0), ("bnb0", 0.0)):
             layers = [bitsandbytes_layer(weight, bias, threshold) for weight in weights]
             found[name] = [lambda layer=layer: layer(x) for layer in layers]

@@ -16,6 +16,8 @@ Call = Callable[[], object]
 ROUNDS = 7
 # Of one variant in one round: long against the clock's steps, short enough that the GPU does not heat up between two.
 _ROUND_US = 4000.0
+# In one graph: the start of a graph takes as long as a small kernel.
+_GRAPH_CALLS = 16
 
 
 class Timing(NamedTuple):
@@ -40,13 +42,14 @@ def interleaved(variants: Mapping[str, Sequence[Call]], eager: Collection[str] =
         eager: the names of those that are not captured in a CUDA graph.
 
     """
-    passes = {name: _pass(calls, captured=name not in eager) for name, calls in variants.items()}
+    longer = {name: [*calls] * max(1, _GRAPH_CALLS // len(calls)) for name, calls in variants.items()}
+    passes = {name: _pass(calls, captured=name not in eager) for name, calls in longer.items()}
     repeats = {name: max(1, round(_ROUND_US / _elapsed_us(run, 1))) for name, run in passes.items()}
     times: dict[str, list[float]] = {name: [] for name in passes}
     for _ in range(ROUNDS):
         for name, run in passes.items():
             elapsed = _elapsed_us(run, repeats[name])
-            times[name].append(elapsed / (repeats[name] * len(variants[name])))
+            times[name].append(elapsed / (repeats[name] * len(longer[name])))
     return {name: summary(found) for name, found in times.items()}
 
 

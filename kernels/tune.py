@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,15 +87,11 @@ def tune(device: torch.device, n: int, k: int, progress: Callable[[], None] = la
             return int8_matmul(rows, weights[number], absmax, row_sums[number], columns, None, torch.float16, tile)
 
         fitting = [tile for tile in candidates(m, torch.cuda.get_device_capability(device)) if _fits(call, tile)]
-        calls = {str(tile): [_bound(call, tile, i) for i in range(len(weights))] for tile in fitting}
+        calls = {str(tile): [partial(call, tile, number) for number in range(len(weights))] for tile in fitting}
         times = interleaved(calls)
         found.append(Row(architecture(device), n, k, m, min(fitting, key=lambda tile: times[str(tile)].median)))
         progress()
     return found
-
-
-def _bound(call: Callable[[Tile, int], object], tile: Tile, number: int) -> Callable[[], object]:
-    return lambda: call(tile, number)
 
 
 def _fits(call: Callable[[Tile, int], object], tile: Tile) -> bool:
