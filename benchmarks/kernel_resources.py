@@ -27,9 +27,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from llmint8.kernels import int8_matmul, quantize_rows
 from llmint8.kernels.tiles import Tile, shipped_rows
 
-# Bytes of shared memory that one block may have, and the int8 instruction of the tensor cores. The tiles of `any` are
-# compiled for sm_80, with the shared memory of the smallest GPUs.
-LIMITS = {"sm_80": (163 * 1024, "IMMA"), "sm_90": (227 * 1024, "IGMMA"), "any": (64 * 1024, "IMMA")}
+# Bytes of shared memory that one program may have. The tiles of `any` are compiled for sm_80, and have to do with the
+# shared memory of the smallest GPUs.
+LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "any": 64 * 1024}
 TARGETS = {"sm_80": 80, "sm_90": 90, "any": 80}
 WIDTHS = (64, 4096, 8192, 16384, 65536)  # K of the row quantization: each number of warps, and the loop
 POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.int32: "i32"}
@@ -87,8 +87,8 @@ class Recorder:
         self.compiled = triton.compile(source, target=target, options=settings)
 
 
-def resources(compiled: Any, architecture: str, name: str, tensor_cores: bool) -> Resources:
-    """Read what was compiled with the `cuobjdump` that Triton brings."""
+def resources(compiled: Any, architecture: str, name: str, instruction: str | None = None) -> Resources:
+    """Read what was compiled with the `cuobjdump` that Triton brings; `instruction` is the one it has to have."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -97,21 +97,20 @@ def resources(compiled: Any, architecture: str, name: str, tensor_cores: bool) -
             subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
             for option in ("-res-usage", "-sass")
         )
-    limit, instruction = LIMITS[architecture]
     found = Resources(
         architecture,
         name,
         int(re.search(r"REG:(\d+)", usage)[1]),
         int(re.search(r"STACK:(\d+)", usage)[1]),
         compiled.metadata.shared,
-        len(re.findall(rf"\b{instruction}\b", sass)),
+        len(re.findall(rf"\b{instruction}\b", sass)) if instruction else 0,
         [],
     )
     if found.spilled_bytes or re.search(r"\b(STL|LDL)\b", sass):
         found.problems.append("spills registers")
-    if found.shared_bytes > limit:
-        found.problems.append(f"more than {limit} bytes of shared memory")
-    if tensor_cores and not found.tensor_core_instructions:
+    if found.shared_bytes > LIMITS[architecture]:
+        found.problems.append(f"more than {LIMITS[architecture]} bytes of shared memory")
+    if instruction and not found.tensor_core_instructions:
         found.problems.append(f"no {instruction}")
     return found
 
@@ -134,7 +133,9 @@ def matmul_resources(
     with patch.object(int8_matmul, "int8_matmul_kernel", recorder):
         int8_matmul.int8_matmul(rows, weight, absmax, row_sum, empty(n, outliers), bias, dtype, tile)
     name = "int8_matmul {0}x{1}x{2}, {4} warps, {5} stages".format(*tile) + (", TMA" if tile.tma else "")
-    return resources(recorder.compiled, architecture, name, tensor_cores=True)
+    # Hopper's own instruction needs 64 rows; below, its tensor cores take Ampere's.
+    instruction = "IGMMA" if architecture == "sm_90" and tile.block_m >= 64 else "IMMA"
+    return resources(recorder.compiled, architecture, name, instruction)
 
 
 def row_resources(architecture: str, in_features: int, dtype: torch.dtype = torch.float16) -> Resources:
@@ -143,7 +144,7 @@ def row_resources(architecture: str, in_features: int, dtype: torch.dtype = torc
     recorder = Recorder(quantize_rows.quantize_rows_kernel, architecture)
     with patch.object(quantize_rows, "quantize_rows_kernel", recorder):
         quantize_rows.quantize_rows(x, torch.empty(64, dtype=torch.int32, device="meta"), True)
-    return resources(recorder.compiled, architecture, f"quantize_rows K={in_features}", tensor_cores=False)
+    return resources(recorder.compiled, architecture, f"quantize_rows K={in_features}")
 
 
 def compile_one(job: tuple[str, Tile | int]) -> Resources:

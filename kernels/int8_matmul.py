@@ -7,7 +7,9 @@ the bias; only the result is rounded to the dtype of the output, so nothing over
 
 Both operands are row-major with K innermost, which is what int8 tensor cores read. Aligned rows (K a multiple of 16)
 are read 16 bytes at a time; any other M, N, K and number of outliers is right, and slower. The exact correction of the
-zero point holds to K = 66,000, the products to 133,000. Tiles come from `tiles.py`.
+zero point holds to K = 66,000, the products to 133,000. Tiles come from `tiles.py`. For up to 16 rows they are small:
+the weight streams in through every multiprocessor without dividing K, and a row's result does not depend on the rows
+it is called with.
 """
 
 from typing import Any
@@ -38,7 +40,7 @@ def _tile_of(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_
 
 @triton.jit
 def _int8_sums(
-    x, w, first_m, first_n, row, column, K, stride_wn,
+    x, w, first_m, first_n, M, row, column, K, stride_wn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE_K: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Return the int32 [BLOCK_M, BLOCK_N] sums over K; x and w are descriptors (TMA) or pointers."""
@@ -53,13 +55,18 @@ def _int8_sums(
         k = tl.arange(0, BLOCK_K)
         x_pointers = x + row.to(tl.int64)[:, None] * K + k[None, :]
         w_pointers = w + column.to(tl.int64)[:, None] * stride_wn + k[None, :]
+        # The empty places of a small block are not read: for few rows that would be most of the traffic.
+        present = (first_m + tl.arange(0, BLOCK_M))[:, None] < M
         for start in range(0, K, BLOCK_K):
-            if WHOLE_K:
-                x_block = tl.load(x_pointers)
+            if not WHOLE_K:
+                x_block = tl.load(x_pointers, mask=present & (k[None, :] < K - start), other=0)
+                w_block = tl.load(w_pointers, mask=k[None, :] < K - start, other=0)
+            elif BLOCK_M < 64:
+                x_block = tl.load(x_pointers, mask=present, other=0)
                 w_block = tl.load(w_pointers)
             else:
-                x_block = tl.load(x_pointers, mask=k[None, :] < K - start, other=0)
-                w_block = tl.load(w_pointers, mask=k[None, :] < K - start, other=0)
+                x_block = tl.load(x_pointers)
+                w_block = tl.load(w_pointers)
             sums = tl.dot(x_block, tl.trans(w_block), sums, out_dtype=tl.int32)
             x_pointers += BLOCK_K
             w_pointers += BLOCK_K
@@ -100,7 +107,7 @@ def int8_matmul_kernel(
     # Beyond the edge the first rows are read again: loads without a mask are the faster ones.
     row, column = m % M, n % N
     sums = _int8_sums(
-        x, w, tile_m * BLOCK_M, tile_n * BLOCK_N, row, column, K, stride_wn, BLOCK_M, BLOCK_N, BLOCK_K, WHOLE_K, TMA
+        x, w, tile_m * BLOCK_M, tile_n * BLOCK_N, M, row, column, K, stride_wn, BLOCK_M, BLOCK_N, BLOCK_K, WHOLE_K, TMA
     )
 
     if out_ptr.dtype.element_ty == tl.int32:
@@ -185,7 +192,7 @@ def int8_matmul(
     padded = 0 if rows.outliers is None else rows.outliers.shape[1]
     float32 = rows.outliers is not None and _multiply_in_float32(rows.outliers, outlier_weight)
     # The copy engine wants rows that begin at multiples of 16 bytes.
-    tma = tile.tma and not (weight.stride(0) % 16 or k % 16 or weight.data_ptr() % 16)
+    tma = tile.tma and k > 0 and not (weight.stride(0) % 16 or k % 16 or weight.data_ptr() % 16)
     kernel: Any = int8_matmul_kernel
     kernel[(triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)](
         _descriptor(rows.values, tile.block_m, tile.block_k) if tma else rows.values,

@@ -59,7 +59,7 @@ def _kept(x_row, dims_ptr, start, K, outliers, stride_xk, BLOCK_K: tl.constexpr,
     word = tl.arange(0, BLOCK_K // 32)
     bit = tl.arange(0, 32)
     column = start + word[:, None] * 32 + bit[None, :]
-    x = tl.load(x_row + column * stride_xk, mask=column < K, other=0.0).to(tl.float32)
+    x = tl.load(x_row + column * tl.cast(stride_xk, tl.int64), mask=column < K, other=0.0).to(tl.float32)
     if PADDED > 0:
         bits = tl.zeros([BLOCK_K // 32], tl.int32)
         for first in range(0, PADDED, 16):
@@ -151,7 +151,7 @@ def quantize_rows_kernel(
     for first in range(0, PADDED, 16):
         index = first + tl.arange(0, 16)
         dim = tl.load(dims_ptr + index, mask=index < outliers, other=0).to(tl.int32)
-        column = tl.load(x_row + dim * stride_xk, mask=index < outliers, other=0.0)
+        column = tl.load(x_row + dim * tl.cast(stride_xk, tl.int64), mask=index < outliers, other=0.0)
         tl.store(gathered_ptr + row * PADDED + index, column)
 
 

@@ -11,10 +11,22 @@ from llmint8.kernels.measure import interleaved, weight_copies
 from llmint8.kernels.tiles import Row, Tile, architecture
 
 # The M for which a tile is chosen; a call takes that of the next larger one.
-CALL_ROWS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+CALL_ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 OUTLIERS = 16
 GROUP_M = 8
-# BLOCK_M, BLOCK_N, BLOCK_K, num_warps. Hopper's own instruction needs 64 rows.
+# BLOCK_M, BLOCK_N, BLOCK_K, num_warps. Few rows: the weight's bytes take the time, and many small programs fetch them.
+FEW_ROWS = [
+    (16, 16, 256, 1),
+    (16, 16, 512, 1),
+    (16, 32, 256, 2),
+    (16, 32, 512, 2),
+    (16, 64, 256, 4),
+    (16, 64, 512, 4),
+    (16, 128, 256, 4),
+    (32, 64, 256, 4),
+    (32, 128, 128, 4),
+]
+# Hopper's own instruction needs 64 rows.
 HOPPER = [
     (64, 64, 128, 4),
     (64, 64, 256, 4),
@@ -29,11 +41,6 @@ HOPPER = [
     (256, 128, 128, 8),
 ]
 AMPERE = [
-    (16, 64, 128, 4),
-    (16, 64, 256, 4),
-    (16, 128, 128, 4),
-    (32, 64, 256, 4),
-    (32, 128, 128, 4),
     (64, 64, 128, 4),
     (64, 128, 64, 4),
     (64, 128, 128, 4),
@@ -50,11 +57,11 @@ def candidates(m: int, capability: tuple[int, int]) -> list[Tile]:
     hopper = capability >= (9, 0)
     return [
         Tile(block_m, block_n, block_k, GROUP_M, num_warps, num_stages, tma)
-        for block_m, block_n, block_k, num_warps in (HOPPER if hopper else AMPERE)
-        # Far beyond M most of a tile is wasted.
-        if block_m <= max(m, 64)
-        for num_stages in (3, 4)
-        for tma in ((False, True) if hopper else (False,))
+        for block_m, block_n, block_k, num_warps in (*FEW_ROWS, *(HOPPER if hopper else AMPERE))
+        # Far beyond M most of a tile is wasted; far below it the same weights are read again and again.
+        if block_m <= max(m, 64) and m <= block_m * (4 if block_m < 64 else m)
+        for num_stages in ((4, 5) if block_m < 64 else (3, 4))
+        for tma in ((False, True) if hopper and block_m >= 64 else (False,))
     ]
 
 

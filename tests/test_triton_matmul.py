@@ -126,6 +126,7 @@ def test_empty_shapes(m: int, n: int, k: int, activation: reference.Activation, 
     layer.assert_right(layer.rows(m), activation)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_sums_that_float16_cannot_hold_may_cancel(activation: reference.Activation, device: torch.device) -> None:
     """The int8 part is 20 x 64 x 100 = 128,000 and the outlier part takes nearly all of it away."""

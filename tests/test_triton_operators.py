@@ -121,3 +121,11 @@ def test_the_facade_on_the_gpu_agrees_with_the_cpu(dtype: torch.dtype) -> None:
         expected = linear.int8_linear(x, *given)
         found = linear.int8_linear(x.cuda(), *(v.cuda() if isinstance(v, Tensor) else v for v in given)).cpu()
         torch.testing.assert_close(found, expected, rtol=torch.finfo(dtype).eps * 2, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_row_does_not_depend_on_the_rows_it_is_called_with(layer: Int8Linear) -> None:
+    x = torch.randn(16, 256, device="cuda", dtype=torch.float16)
+    together = layer(x)
+    assert all(torch.equal(together[i : i + 1], layer(x[i : i + 1])) for i in range(16))
+    assert torch.equal(together[3:7], layer(x[3:7]))

@@ -36,7 +36,8 @@ def test_what_ships_has_a_tile_for_every_call(architecture: str) -> None:
     for m in (1, 16, 17, 128, 8192, 1 << 20):
         for n in (1, 1024, 4096, 49152):
             assert tiles.closest(rows, m, n, 4096) is not None
-    assert all(row.tile.block_m >= 64 for row in rows if architecture == "sm_90")
+    # From 17 rows on Hopper's own instruction is used.
+    assert all(row.tile.block_m >= 64 for row in rows if architecture == "sm_90" and (row.m or 17) > 16)
     assert not any(row.tile.tma for row in rows if architecture != "sm_90")
 
 
