@@ -43,7 +43,9 @@ def interleaved(variants: Mapping[str, Sequence[Call]], eager: Collection[str] =
 
     """
     longer = {name: [*calls] * max(1, _GRAPH_CALLS // len(calls)) for name, calls in variants.items()}
-    passes = {name: _pass(calls, captured=name not in eager) for name, calls in longer.items()}
+    # One pool for all graphs: their results are not used, and a tuner captures dozens.
+    pool = torch.cuda.graph_pool_handle()
+    passes = {name: _pass(calls, None if name in eager else pool) for name, calls in longer.items()}
     repeats = {name: max(1, round(_ROUND_US / _elapsed_us(run, 1))) for name, run in passes.items()}
     times: dict[str, list[float]] = {name: [] for name in passes}
     for _ in range(ROUNDS):
@@ -59,17 +61,17 @@ def summary(times: Sequence[float]) -> Timing:
     return Timing(*quantiles.tolist())
 
 
-def _pass(calls: Sequence[Call], captured: bool) -> Call:
+def _pass(calls: Sequence[Call], pool: object) -> Call:
     def run() -> None:
         for call in calls:
             call()
 
     run()  # compiles kernels and fills the allocator's cache, neither of which may happen in a capture
     torch.cuda.synchronize()
-    if not captured:
+    if pool is None:
         return run
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         run()
     graph.replay()
     return graph.replay

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+# Without it cuBLAS refuses to work where memory is poisoned: that is a part of torch's deterministic mode.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Triton's own functions become interpreted or compiled when it is imported, so this comes before any test.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
