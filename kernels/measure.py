@@ -8,7 +8,7 @@ neighbours touch all alike.
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -61,7 +61,7 @@ def summary(times: Sequence[float]) -> Timing:
     return Timing(*quantiles.tolist())
 
 
-def _pass(calls: Sequence[Call], pool: object) -> Call:
+def _pass(calls: Sequence[Call], pool: Any) -> Call:
     def run() -> None:
         for call in calls:
             call()

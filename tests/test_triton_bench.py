@@ -2,7 +2,8 @@
 
 import importlib.util
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -50,6 +51,65 @@ def no_clock(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> dict[str,
         monkeypatch.setattr(module, "weight_copies", lambda nbytes, device: 2)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     return results
+
+
+class FakeGpu:
+    """A GPU whose calls take as long as they say; a graph takes what was captured into it, and 3 us to start."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.graphs = 0.0, 0
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                self.time = 0.0
+
+            def record(self) -> None:
+                self.time = gpu.now
+
+            def synchronize(self) -> None:
+                pass
+
+            def elapsed_time(self, other: Any) -> float:
+                return float(other.time - self.time) / 1000
+
+        class Graph:
+            duration = 0.0
+
+            def replay(self) -> None:
+                gpu.now += 3 + self.duration
+
+        @contextmanager
+        def capture(graph: Graph, pool: object) -> Iterator[None]:
+            gpu.graphs += 1
+            before = gpu.now
+            yield
+            graph.duration, gpu.now = gpu.now - before, before
+
+        fakes = {"Event": Event, "CUDAGraph": Graph, "graph": capture, "graph_pool_handle": object}
+        for name, fake in (fakes | {"synchronize": lambda: None}).items():
+            monkeypatch.setattr(torch.cuda, name, fake)
+
+    def call(self, duration: float) -> Callable[[], None]:
+        def run() -> None:
+            self.now += duration
+
+        return run
+
+
+def test_times_are_those_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(monkeypatch)
+    quick, slow = [gpu.call(10.0), gpu.call(30.0)], [gpu.call(9000.0)] * 40
+    times = measure.interleaved({"quick": quick, "slow": slow, "as it is": quick}, eager={"as it is"})
+    assert gpu.graphs == 2
+    # A graph holds at least 16 calls, so its start counts for little.
+    assert times["quick"].median == pytest.approx(20 + 3 / 16)
+    assert times["slow"].median == pytest.approx(9000 + 3 / 40)
+    assert times["as it is"] == pytest.approx((20, 20, 20))
+
+
+def test_a_timing_is_a_median_with_percentiles() -> None:
+    assert measure.summary([float(number) for number in range(11)]) == (5, 1, 9)
 
 
 @pytest.mark.parametrize("m", [1, 17])
