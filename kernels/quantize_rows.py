@@ -6,11 +6,12 @@ than `_LONGEST_BLOCK` is read twice. The same launch gathers the outlier dimensi
 Which dimensions are outliers is kept as bits, one 32-bit word for 32 neighbouring dimensions, made by comparing the
 words' numbers with the k outlier dims: K * k / 32 comparisons where a test of every dimension would take K * k.
 
-Divisions are IEEE divisions and halves round to even, so the int8 values are those of the reference, bit for bit,
-and so are scale and zero point. A row with NaN or infinity gets a scale that is not finite, as in the reference.
+Divisions round as IEEE says and halves round to even, so the int8 values are those of the reference on the CPU, bit for
+bit (docs/kernels.md has the one exception, rarer than one in 10**12), and so are scale and zero point. A row with NaN or
+infinity gets a scale that is not finite, as in the reference.
 
-Rows may have any strides. Aligned rows with K a multiple of 16 are read 16 bytes at a time;
-others are right, and slower.
+Rows may have any strides. Aligned rows with K a multiple of 16 are read 16 bytes at a time; others are right, and
+slower.
 """
 
 from typing import Any, NamedTuple
@@ -79,7 +80,7 @@ def _divide(numerator, divisor, reciprocal):
     not leave the normal numbers.
     """
     quotient = numerator * reciprocal
-    return tl.fma(tl.fma(-quotient, divisor, numerator), reciprocal, quotient)
+    return tl.fma(tl.fma(quotient, -divisor, numerator), reciprocal, quotient)
 
 
 @triton.jit
