@@ -7,8 +7,8 @@ Which dimensions are outliers is kept as bits, one 32-bit word for 32 neighbouri
 words' numbers with the k outlier dims: K * k / 32 comparisons where a test of every dimension would take K * k.
 
 Divisions round as IEEE says and halves round to even, so the int8 values are those of the reference on the CPU, bit for
-bit (docs/kernels.md has the one exception, rarer than one in 10**12), and so are scale and zero point. A row with NaN or
-infinity gets a scale that is not finite, as in the reference.
+bit (docs/kernels.md has the one exception, rarer than one in 10**12), and so are scale and zero point. A row with NaN
+or infinity gets a scale that is not finite, as in the reference.
 
 Rows may have any strides. Aligned rows with K a multiple of 16 are read 16 bytes at a time; others are right, and
 slower.
