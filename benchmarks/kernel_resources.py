@@ -116,19 +116,24 @@ def resources(compiled: Any, architecture: str, name: str, instruction: str | No
 
 
 def matmul_resources(
-    architecture: str, tile: Tile, dtype: torch.dtype = torch.float16, outliers: int = 64, zeropoint: bool = True
+    architecture: str,
+    tile: Tile,
+    dtype: torch.dtype = torch.float16,
+    outliers: int = 64,
+    zeropoint: bool = True,
+    k: int = 4096,
 ) -> Resources:
-    """Compile the product of a layer with 4096 inputs and outputs."""
+    """Compile the product of a layer with K inputs; one without a zero point has no bias either."""
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=kind, device="meta")
 
-    m, n, k = 512, 4096, 4096
+    m, n = 512, 4096
     columns = empty(m, quantize_rows.padded_outliers(outliers)) if outliers else None
     vectors = empty(m, kind=torch.float32), empty(m, kind=torch.float32) if zeropoint else None
     rows = quantize_rows.Rows(empty(m, k, kind=torch.int8), *vectors, columns)
     weight, absmax = empty(n, k, kind=torch.int8), empty(n, kind=torch.float32)
-    row_sum, bias = empty(n, kind=torch.int32), empty(n)
+    row_sum, bias = empty(n, kind=torch.int32), empty(n) if zeropoint else None
     recorder = Recorder(int8_matmul.int8_matmul_kernel, architecture)
     with patch.object(int8_matmul, "int8_matmul_kernel", recorder):
         int8_matmul.int8_matmul(rows, weight, absmax, row_sum, empty(n, outliers), bias, dtype, tile)
@@ -138,13 +143,15 @@ def matmul_resources(
     return resources(recorder.compiled, architecture, name, instruction)
 
 
-def row_resources(architecture: str, in_features: int, dtype: torch.dtype = torch.float16) -> Resources:
+def row_resources(
+    architecture: str, k: int, dtype: torch.dtype = torch.float16, outliers: int = 64, zeropoint: bool = True
+) -> Resources:
     """Compile the row quantization for K dimensions."""
-    x = torch.empty(512, in_features, dtype=dtype, device="meta")
+    x = torch.empty(512, k, dtype=dtype, device="meta")
     recorder = Recorder(quantize_rows.quantize_rows_kernel, architecture)
     with patch.object(quantize_rows, "quantize_rows_kernel", recorder):
-        quantize_rows.quantize_rows(x, torch.empty(64, dtype=torch.int32, device="meta"), True)
-    return resources(recorder.compiled, architecture, f"quantize_rows K={in_features}")
+        quantize_rows.quantize_rows(x, torch.empty(outliers, dtype=torch.int32, device="meta"), zeropoint)
+    return resources(recorder.compiled, architecture, f"quantize_rows K={k}")
 
 
 def compile_one(job: tuple[str, Tile | int]) -> Resources:

@@ -149,11 +149,12 @@ def quantize_rows_kernel(
         more = _kept(x_row, dims_ptr, block * BLOCK_K, K, outliers, stride_xk, BLOCK_K, PADDED)
         _store(values_row, more, block * BLOCK_K, K, divisor, zero_point, BLOCK_K, ZEROPOINT)
 
-    for first in range(0, PADDED, 16):
-        index = first + tl.arange(0, 16)
-        dim = tl.load(dims_ptr + index, mask=index < outliers, other=0).to(tl.int32)
-        column = tl.load(x_row + dim * tl.cast(stride_xk, tl.int64), mask=index < outliers, other=0.0)
-        tl.store(gathered_ptr + row * PADDED + index, column)
+    if PADDED > 0:
+        for first in range(0, PADDED, 16):
+            index = first + tl.arange(0, 16)
+            dim = tl.load(dims_ptr + index, mask=index < outliers, other=0).to(tl.int32)
+            column = tl.load(x_row + dim * tl.cast(stride_xk, tl.int64), mask=index < outliers, other=0.0)
+            tl.store(gathered_ptr + row * PADDED + index, column)
 
 
 def padded_outliers(count: int) -> int:

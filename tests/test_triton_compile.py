@@ -47,3 +47,19 @@ def test_a_bad_tile_is_found_out(tmp_path: Path) -> None:
         f"print(json.dumps([k.matmul_resources(a, k.Tile(*t)).problems for a, t in {list(BAD.values())}]))"
     )
     assert run(["-c", code], tmp_path) == [[problem] for problem in BAD]
+
+
+def test_layers_of_every_kind_compile(tmp_path: Path) -> None:
+    """The interpreter does not look at what no call reaches, and the compiler does: a layer without outliers, say."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+        "import kernel_resources as k, torch\n"
+        "tile = k.Tile(64, 64, 64, 8, 4, 3, False)\n"
+        "for dtype, kind in ((torch.float16, (0, False, 4096)), (torch.float16, (5, False, 255)), (torch.bfloat16,"
+        " (1, True, 1)), (torch.float32, (33, True, 4096)), (torch.float32, (0, True, 40000))):\n"
+        "    k.row_resources('sm_90', kind[2], dtype, *kind[:2])\n"
+        "    k.matmul_resources('sm_90', tile, dtype, *kind)\n"
+        "k.matmul_resources('sm_90', tile, torch.int32, 0, False)\n"
+        "print('true')"
+    )
+    assert run(["-c", code], tmp_path)
