@@ -1,12 +1,11 @@
 """The one call that runs a quantized linear layer. It picks the implementation; callers never see which.
 
-Today the reference runs everywhere. Kernels for CUDA and CPU take their place here, as branches on the device
-of `x`, behind the same signature.
+On CUDA this is the operator of `operators.py`, elsewhere the reference.
 """
 
 from torch import Tensor
 
-from llmint8.kernels import reference
+from llmint8.kernels import operators, reference
 from llmint8.kernels.reference import Activation
 
 
@@ -18,10 +17,19 @@ def int8_linear(
     outlier_weight: Tensor,
     bias: Tensor | None = None,
     activation: Activation = "absmax",
+    weight_row_sum: Tensor | None = None,
 ) -> Tensor:
-    """Compute `x @ dequantized(weight).T + bias` for x [..., K]; see `reference.int8_linear`."""
+    """Compute `x @ dequantized(weight).T + bias` for x [..., K]; see `reference.int8_linear`.
+
+    `weight_row_sum`, int32 [N], are the sums of the rows of the int8 weight, computed in every call if missing.
+    """
     rows = x.reshape(-1, x.shape[-1])
-    out = reference.int8_linear(rows, weight, weight_absmax, outlier_dims, outlier_weight, bias, activation)
+    if x.is_cuda:
+        out = operators.int8_linear(
+            rows, weight, weight_absmax, outlier_dims, outlier_weight, bias, weight_row_sum, activation == "zeropoint"
+        )
+    else:
+        out = reference.int8_linear(rows, weight, weight_absmax, outlier_dims, outlier_weight, bias, activation)
     return out.reshape(*x.shape[:-1], weight.shape[0])
 
 

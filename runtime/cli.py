@@ -12,6 +12,7 @@ from llmint8.converter.cli import Command, convert_command, printable, progress_
 from llmint8.converter.push_command import push_command
 from llmint8.formats.errors import SourceError
 
+from .bench_command import bench_command
 from .eval_command import eval_command
 from .report_command import report_command
 
@@ -26,6 +27,7 @@ main.add_command(convert_command)
 main.add_command(eval_command)
 main.add_command(report_command)
 main.add_command(push_command)
+main.add_command(bench_command)
 
 
 @main.command(cls=Command)

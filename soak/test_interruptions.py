@@ -176,7 +176,7 @@ def test_the_disk_fills_up_at_every_tensor(
 
 @pytest.mark.parametrize("options", [{"outliers": "none", "jobs": 1}, {"calibration_tokens": 64}], ids=str)
 def test_little_address_space(tmp_path: Path, options: dict[str, Any]) -> None:
-    """A source is converted in 400 MiB of address space more than the process has when it starts; threads take most of it."""
+    """400 MiB of address space more than the process has when it starts are enough; threads take most of them."""
     import resource
 
     source = tmp_path / "source"

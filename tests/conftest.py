@@ -1,6 +1,7 @@
 """Fixtures that more than one test file uses."""
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -8,6 +9,39 @@ from typing import Any
 
 import pytest
 import torch
+
+# Without it cuBLAS refuses to work where memory is poisoned: that is a part of torch's deterministic mode.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Triton's own functions become interpreted or compiled when it is imported, so this comes before any test.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none; where there is one, `-m gpu` also runs the kernels' tests on it."""
+    for item in items:
+        if not torch.cuda.is_available() and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        elif torch.cuda.is_available() and "device" in getattr(item, "fixturenames", ()):
+            item.add_marker("gpu")
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where Triton's kernels run: on the GPU, or on the CPU in the interpreter."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    pytest.importorskip("triton")
+    import numpy as np
+    from triton.runtime import interpreter
+
+    def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        exact = x.data.astype(np.longdouble) * y.data.astype(np.longdouble) + z.data.astype(np.longdouble)
+        return interpreter.TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    # Before 3.9 the interpreter rounds between the product and the sum, which no GPU does.
+    interpreter.InterpreterBuilder.create_fma = fma
+    return torch.device("cpu")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,186 @@
+"""Compile the Triton kernels for GPUs that are not there, and show what ptxas made of them.
+
+Every tile that `kernels/tiles.json` ships is compiled for its architecture as the launcher would launch it, in the
+heaviest form: float16, zero point, bias, 64 outlier columns. Printed for each: registers, bytes spilled, shared memory,
+int8 tensor-core instructions, and what is wrong with it, if anything. Needs Triton and its interpreter off, and no GPU.
+
+    python benchmarks/kernel_resources.py [--json]
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from llmint8.kernels import int8_matmul, quantize_rows
+from llmint8.kernels.tiles import Tile, shipped_rows
+
+# Bytes of shared memory that one program may have. The tiles of `any` are compiled for sm_80, and have to do with the
+# shared memory of the smallest GPUs.
+LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "any": 64 * 1024}
+TARGETS = {"sm_80": 80, "sm_90": 90, "any": 80}
+WIDTHS = (64, 4096, 8192, 16384, 65536)  # K of the row quantization: each number of warps, and the loop
+POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.int32: "i32"}
+
+
+@dataclass
+class Resources:
+    """What one compiled kernel takes of the GPU."""
+
+    architecture: str
+    kernel: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    tensor_core_instructions: int
+    problems: list[str]
+
+
+class Recorder:
+    """Stands where a kernel stands, and compiles for `architecture` what would be launched."""
+
+    def __init__(self, kernel: Any, architecture: str) -> None:
+        """Keep the kernel; `compiled` is the last one."""
+        self.kernel, self.architecture, self.compiled = kernel, architecture, None
+
+    def __getitem__(self, grid: Any) -> Any:
+        """Take the place of a launch."""
+        return self.compile
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compile for these arguments, specialized as Triton's launcher specializes."""
+        names = [parameter.name for parameter in self.kernel.params]
+        settings = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
+        values = dict(zip(names, args, strict=False)) | options
+        signature, constants, attributes = {}, {}, {}
+        for position, parameter in enumerate(self.kernel.params):
+            value, specialize = values[parameter.name], not parameter.do_not_specialize
+            aligned = True
+            if isinstance(value, torch.Tensor):
+                signature[parameter.name] = f"*{POINTERS[value.dtype]}"
+            elif isinstance(value, TensorDescriptor):
+                block = ", ".join(map(str, value.block_shape))
+                signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype]}[{block}]>"
+                aligned = False
+            elif parameter.is_constexpr or value is None or (value == 1 and specialize):
+                signature[parameter.name], constants[(position,)] = "constexpr", value
+                aligned = False
+            else:
+                signature[parameter.name] = "i32"
+                aligned = value % 16 == 0 and specialize
+            if aligned:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        target = GPUTarget("cuda", TARGETS[self.architecture], 32)
+        self.compiled = triton.compile(source, target=target, options=settings)
+
+
+def resources(compiled: Any, architecture: str, name: str, instruction: str | None = None) -> Resources:
+    """Read what was compiled with the `cuobjdump` that Triton brings; `instruction` is the one it has to have."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage, sass = (
+            subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    found = Resources(
+        architecture,
+        name,
+        int(re.search(r"REG:(\d+)", usage)[1]),
+        int(re.search(r"STACK:(\d+)", usage)[1]),
+        compiled.metadata.shared,
+        len(re.findall(rf"\b{instruction}\b", sass)) if instruction else 0,
+        [],
+    )
+    if found.spilled_bytes or re.search(r"\b(STL|LDL)\b", sass):
+        found.problems.append("spills registers")
+    if found.shared_bytes > LIMITS[architecture]:
+        found.problems.append(f"more than {LIMITS[architecture]} bytes of shared memory")
+    if instruction and not found.tensor_core_instructions:
+        found.problems.append(f"no {instruction}")
+    return found
+
+
+def matmul_resources(
+    architecture: str,
+    tile: Tile,
+    dtype: torch.dtype = torch.float16,
+    outliers: int = 64,
+    zeropoint: bool = True,
+    k: int = 4096,
+) -> Resources:
+    """Compile the product of a layer with K inputs; one without a zero point has no bias either."""
+
+    def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    m, n = 512, 4096
+    columns = empty(m, quantize_rows.padded_outliers(outliers)) if outliers else None
+    vectors = empty(m, kind=torch.float32), empty(m, kind=torch.float32) if zeropoint else None
+    rows = quantize_rows.Rows(empty(m, k, kind=torch.int8), *vectors, columns)
+    weight, absmax = empty(n, k, kind=torch.int8), empty(n, kind=torch.float32)
+    row_sum, bias = empty(n, kind=torch.int32), empty(n) if zeropoint else None
+    recorder = Recorder(int8_matmul.int8_matmul_kernel, architecture)
+    with patch.object(int8_matmul, "int8_matmul_kernel", recorder):
+        int8_matmul.int8_matmul(rows, weight, absmax, row_sum, empty(n, outliers), bias, dtype, tile)
+    name = "int8_matmul {0}x{1}x{2}, {4} warps, {5} stages".format(*tile) + (", TMA" if tile.tma else "")
+    # Hopper's own instruction needs 64 rows; below, its tensor cores take Ampere's.
+    instruction = "IGMMA" if architecture == "sm_90" and tile.block_m >= 64 else "IMMA"
+    return resources(recorder.compiled, architecture, name, instruction)
+
+
+def row_resources(
+    architecture: str, k: int, dtype: torch.dtype = torch.float16, outliers: int = 64, zeropoint: bool = True
+) -> Resources:
+    """Compile the row quantization for K dimensions."""
+    x = torch.empty(512, k, dtype=dtype, device="meta")
+    recorder = Recorder(quantize_rows.quantize_rows_kernel, architecture)
+    with patch.object(quantize_rows, "quantize_rows_kernel", recorder):
+        quantize_rows.quantize_rows(x, torch.empty(outliers, dtype=torch.int32, device="meta"), zeropoint)
+    return resources(recorder.compiled, architecture, f"quantize_rows K={k}")
+
+
+def compile_one(job: tuple[str, Tile | int]) -> Resources:
+    """Compile a tile of the product, or the row quantization for a K."""
+    architecture, what = job
+    if isinstance(what, Tile):
+        return matmul_resources(architecture, what)
+    return row_resources(architecture, what)
+
+
+def main() -> None:
+    """Compile everything that ships, on every core."""
+    jobs: list[tuple[str, Tile | int]] = list(dict.fromkeys((row.architecture, row.tile) for row in shipped_rows()))
+    jobs += [(architecture, width) for architecture in ("sm_80", "sm_90") for width in WIDTHS]
+    with ProcessPoolExecutor() as pool:
+        found = list(pool.map(compile_one, jobs))
+    if "--json" in sys.argv:
+        print(json.dumps([asdict(item) for item in found]))
+        return
+    print(
+        f"Triton {triton.__version__}\n\n| for | kernel | registers | spilled | shared memory | int8 instructions | |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for item in found:
+        print(
+            f"| {item.architecture} | {item.kernel} | {item.registers} | {item.spilled_bytes} | {item.shared_bytes:,} "
+            f"| {item.tensor_core_instructions} | {', '.join(item.problems)} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

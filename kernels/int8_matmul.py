@@ -1,0 +1,236 @@
+"""The mixed-precision product in Triton: int8 x int8 -> int32 on the tensor cores, everything else in the epilogue.
+
+A program computes one tile [BLOCK_M, BLOCK_N] of the output. Its int32 sums are exact, so they are those of
+`reference.int8_product` bit for bit. In the epilogue the zero points are corrected, still in integers; then, in
+float32, come the scales in the reference's order, the product of the outlier columns (16-bit inputs, float32 sums) and
+the bias; only the result is rounded to the dtype of the output, so nothing overflows on the way to float16.
+
+Both operands are row-major with K innermost, which is what int8 tensor cores read. Aligned rows (K a multiple of 16)
+are read 16 bytes at a time; any other M, N, K and number of outliers is right, and slower. The exact correction of the
+zero point holds to K = 66,000, the products to 133,000. Tiles come from `tiles.py`. For up to 16 rows they are small:
+the weight streams in through every multiprocessor without dividing K, and a row's result does not depend on the rows
+it is called with.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from llmint8.kernels.quantize_rows import Rows, quantize_rows
+from llmint8.kernels.tiles import Tile, choose_tile
+
+# Outlier columns multiplied in one step; `padded_outliers` pads to it. More spill registers, in the widest tiles.
+_OUTLIER_STEP = 32
+
+
+@triton.jit
+def _tile_of(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """Number the tiles so that programs running at one time share rows and columns, for the L2 cache."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    in_group = GROUP_M * tl.cdiv(N, BLOCK_N)
+    first = (program // in_group) * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    inside = program % in_group
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def _int8_sums(
+    x, w, first_m, first_n, M, row, column, K, stride_wn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE_K: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Return the int32 [BLOCK_M, BLOCK_N] sums over K; x and w are descriptors (TMA) or pointers."""
+    sums = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
+    if TMA:
+        for start in range(0, K, BLOCK_K):
+            # What lies outside of the matrices is read as 0.
+            x_block = x.load([first_m, start])  # [BLOCK_M, BLOCK_K]
+            w_block = w.load([first_n, start])  # [BLOCK_N, BLOCK_K]
+            sums = tl.dot(x_block, tl.trans(w_block), sums, out_dtype=tl.int32)
+    else:
+        k = tl.arange(0, BLOCK_K)
+        x_pointers = x + row.to(tl.int64)[:, None] * K + k[None, :]
+        w_pointers = w + column.to(tl.int64)[:, None] * stride_wn + k[None, :]
+        # The empty places of a small block are not read: for few rows that would be most of the traffic.
+        present = (first_m + tl.arange(0, BLOCK_M))[:, None] < M
+        for start in range(0, K, BLOCK_K):
+            if not WHOLE_K:
+                x_block = tl.load(x_pointers, mask=present & (k[None, :] < K - start), other=0)
+                w_block = tl.load(w_pointers, mask=k[None, :] < K - start, other=0)
+            elif BLOCK_M < 64:
+                x_block = tl.load(x_pointers, mask=present, other=0)
+                w_block = tl.load(w_pointers)
+            else:
+                x_block = tl.load(x_pointers)
+                w_block = tl.load(w_pointers)
+            sums = tl.dot(x_block, tl.trans(w_block), sums, out_dtype=tl.int32)
+            x_pointers += BLOCK_K
+            w_pointers += BLOCK_K
+    return sums
+
+
+@triton.jit(do_not_specialize=["M"])
+def int8_matmul_kernel(
+    x,
+    w,
+    out_ptr,
+    row_scale_ptr,
+    w_absmax_ptr,
+    zero_point_ptr,
+    row_sum_ptr,
+    x_outliers_ptr,
+    w_outliers_ptr,
+    bias_ptr,
+    M,
+    N,
+    K,
+    outliers,
+    stride_wn,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    WHOLE_K: tl.constexpr,
+    TMA: tl.constexpr,
+    PADDED: tl.constexpr,
+    OUTLIER_STEP: tl.constexpr,
+    FLOAT32_OUTLIERS: tl.constexpr,
+):
+    """Compute tile `program_id(0)`; the pointers to what a layer lacks are None. An int32 output takes the sums."""
+    tile_m, tile_n = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Beyond the edge the first rows are read again: loads without a mask are the faster ones.
+    row, column = m % M, n % N
+    sums = _int8_sums(
+        x, w, tile_m * BLOCK_M, tile_n * BLOCK_N, M, row, column, K, stride_wn, BLOCK_M, BLOCK_N, BLOCK_K, WHOLE_K, TMA
+    )
+
+    if out_ptr.dtype.element_ty == tl.int32:
+        out = sums
+    else:
+        if zero_point_ptr is not None:
+            zero_point = tl.load(zero_point_ptr + row).to(tl.int32)
+            sums -= zero_point[:, None] * tl.load(row_sum_ptr + column)[None, :]
+        column_scale = tl.div_rn(tl.load(w_absmax_ptr + column), 127.0)
+        out = sums.to(tl.float32) * tl.load(row_scale_ptr + row)[:, None] * column_scale[None, :]
+        for first in tl.static_range(0, PADDED, OUTLIER_STEP):
+            index = first + tl.arange(0, OUTLIER_STEP)
+            x_outliers = tl.load(x_outliers_ptr + row.to(tl.int64)[:, None] * PADDED + index[None, :])
+            w_outliers = tl.load(
+                w_outliers_ptr + column.to(tl.int64)[:, None] * outliers + index[None, :],
+                mask=index[None, :] < outliers,
+                other=0.0,
+            )
+            if FLOAT32_OUTLIERS:
+                x_outliers, w_outliers = x_outliers.to(tl.float32), w_outliers.to(tl.float32)
+            out = tl.dot(x_outliers, tl.trans(w_outliers), out, input_precision="ieee")
+        if bias_ptr is not None:
+            out += tl.load(bias_ptr + column).to(tl.float32)[None, :]
+    tl.store(
+        out_ptr + m.to(tl.int64)[:, None] * N + n[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=(m < M)[:, None] & (n < N)[None, :],
+    )
+
+
+def int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_absmax: Tensor,
+    outlier_dims: Tensor,
+    outlier_weight: Tensor,
+    bias: Tensor | None,
+    weight_row_sum: Tensor | None,
+    *,
+    zeropoint: bool,
+) -> Tensor:
+    """Run a layer in two launches: `reference.int8_linear` for x [M, K] of any strides on the GPU.
+
+    Where `weight_row_sum` (int32 [N]) is missing and needed, a third launch computes it.
+    """
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    if zeropoint and weight_row_sum is None:
+        weight_row_sum = weight.sum(1, dtype=torch.int32)
+    rows = quantize_rows(x, outlier_dims, zeropoint)
+    tile = choose_tile(x.device, x.shape[0], *weight.shape)
+    columns = outlier_weight.contiguous()
+    return int8_matmul(rows, weight, weight_absmax, weight_row_sum, columns, bias, x.dtype, tile)
+
+
+def int8_matmul(
+    rows: Rows,
+    weight: Tensor,
+    weight_absmax: Tensor,
+    weight_row_sum: Tensor | None,
+    outlier_weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    tile: Tile,
+) -> Tensor:
+    """Finish what `quantize_rows` began; see `reference.int8_linear`.
+
+    Args:
+        rows: of `quantize_rows`.
+        weight: int8 [N, K], rows contiguous.
+        weight_absmax: float32 [N].
+        weight_row_sum: int32 [N], needed with a zero point only.
+        outlier_weight: float [N, k], contiguous.
+        bias: float [N] or None.
+        dtype: float16, bfloat16 or float32, of the output [M, N]; int32 returns `reference.int8_product` alone.
+        tile: what one program computes.
+
+    """
+    m, n, k = rows.values.shape[0], *weight.shape
+    out = torch.empty(m, n, dtype=dtype, device=weight.device)
+    if out.numel() == 0:
+        return out
+    padded = 0 if rows.outliers is None else rows.outliers.shape[1]
+    float32 = rows.outliers is not None and _multiply_in_float32(rows.outliers, outlier_weight)
+    # The copy engine wants rows that begin at multiples of 16 bytes.
+    tma = tile.tma and k > 0 and not (weight.stride(0) % 16 or k % 16 or weight.data_ptr() % 16)
+    kernel: Any = int8_matmul_kernel
+    kernel[(triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)](
+        _descriptor(rows.values, tile.block_m, tile.block_k) if tma else rows.values,
+        _descriptor(weight, tile.block_n, tile.block_k) if tma else weight,
+        out,
+        rows.scale,
+        weight_absmax,
+        rows.zero_point,
+        weight_row_sum if rows.zero_point is not None else None,
+        rows.outliers,
+        outlier_weight if padded else None,
+        bias,
+        m,
+        n,
+        k,
+        outlier_weight.shape[1],
+        weight.stride(0),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        GROUP_M=tile.group_m,
+        WHOLE_K=k % tile.block_k == 0,
+        TMA=tma,
+        PADDED=padded,
+        # Products in float32 take more registers still.
+        OUTLIER_STEP=16 if float32 or padded == 16 else _OUTLIER_STEP,
+        FLOAT32_OUTLIERS=float32,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out
+
+
+def _descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
+    return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [rows, columns])
+
+
+def _multiply_in_float32(x: Tensor, weight: Tensor) -> bool:
+    """Whether the outlier product has to leave the 16-bit tensor cores."""
+    # On the CPU this is Triton's interpreter, whose bfloat16 product is garbage.
+    return x.dtype != weight.dtype or x.dtype == torch.float32 or (x.device.type == "cpu" and x.dtype == torch.bfloat16)

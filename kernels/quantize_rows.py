@@ -1,0 +1,216 @@
+"""Row quantization in Triton: activations to int8 in one launch, as `reference.quantize_rows` defines it.
+
+One program per row. The row stays in registers between the search for its range and the rounding; a row longer
+than `_LONGEST_BLOCK` is read twice. The same launch gathers the outlier dimensions for the 16-bit product.
+
+Which dimensions are outliers is kept as bits, one 32-bit word for 32 neighbouring dimensions, made by comparing the
+words' numbers with the k outlier dims: K * k / 32 comparisons where a test of every dimension would take K * k.
+
+Divisions round as IEEE says and halves round to even, so the int8 values are those of the reference on the CPU, bit for
+bit (docs/kernels.md has the one exception, rarer than one in 10**12), and so are scale and zero point. A row with NaN
+or infinity gets a scale that is not finite, as in the reference.
+
+Rows may have any strides. Aligned rows with K a multiple of 16 are read 16 bytes at a time; others are right, and
+slower.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# More per program does not fit the registers (65,536 in one block spills).
+_LONGEST_BLOCK = 16384
+# Adding and subtracting 1.5 * 2**23 rounds half to even; Triton's own rounding is a library call on NVIDIA only.
+_ROUND = tl.constexpr(12582912.0)
+_ROUND_BITS = tl.constexpr(0x4B400000)
+
+
+class Rows(NamedTuple):
+    """Quantized rows, `x ~ (values - zero_point) * scale` but for the outlier dimensions, which `outliers` holds."""
+
+    values: Tensor  # int8 [M, K]
+    scale: Tensor  # float32 [M]
+    zero_point: Tensor | None  # float32 [M], whole numbers; None when symmetric
+    outliers: Tensor | None  # [M, padded_outliers(k)] in the dtype of x, zero beyond k; None when k is 0
+
+
+@triton.jit
+def _ordered(x):
+    """Map float32 to int32 in the same order. NaN lies outside of the infinities, so a maximum shows it."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _range(kept, low, high, ZEROPOINT: tl.constexpr):
+    """Widen the range of the row, two values of `_ordered`, by a block; absmax has the magnitude for its upper end."""
+    if ZEROPOINT:
+        ordered = _ordered(kept)
+        return tl.minimum(low, tl.min(ordered)), tl.maximum(high, tl.max(ordered))
+    else:
+        return low, tl.maximum(high, tl.max(kept.to(tl.int32, bitcast=True) & 0x7FFFFFFF))
+
+
+@triton.jit
+def _kept(x_row, dims_ptr, start, K, outliers, stride_xk, BLOCK_K: tl.constexpr, PADDED: tl.constexpr):
+    """Load one block of the row: float32 [BLOCK_K / 32, 32], 0 in the outlier dimensions and beyond K."""
+    word = tl.arange(0, BLOCK_K // 32)
+    bit = tl.arange(0, 32)
+    column = start + word[:, None] * 32 + bit[None, :]
+    x = tl.load(x_row + column * tl.cast(stride_xk, tl.int64), mask=column < K, other=0.0).to(tl.float32)
+    if PADDED > 0:
+        bits = tl.zeros([BLOCK_K // 32], tl.int32)
+        for first in range(0, PADDED, 16):
+            index = first + tl.arange(0, 16)
+            # Dimensions of other blocks fall outside of the words of this one.
+            dim = tl.load(dims_ptr + index, mask=index < outliers, other=-1).to(tl.int32) - start
+            bits += tl.sum(tl.where((dim >> 5)[None, :] == word[:, None], (1 << (dim & 31))[None, :], 0), 1)
+        x = tl.where((bits[:, None] & (1 << bit)[None, :]) == 0, x, 0.0)
+    return x
+
+
+@triton.jit
+def _divide(numerator, divisor, reciprocal):
+    """Divide by a positive number as IEEE does, from its rounded reciprocal: a residual that is exact, and one step.
+
+    A seventh of the instructions of `div_rn`, which would make the kernel wait for the arithmetic. The reciprocal must
+    not leave the normal numbers.
+    """
+    quotient = numerator * reciprocal
+    return tl.fma(tl.fma(quotient, -divisor, numerator), reciprocal, quotient)
+
+
+@triton.jit
+def _store(values_row, kept, start, K, divisor, zero_point, BLOCK_K: tl.constexpr, ZEROPOINT: tl.constexpr):
+    column = start + tl.arange(0, BLOCK_K // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    numerator = kept
+    if not ZEROPOINT:
+        numerator = kept * 127
+    # Only rows of bfloat16 or float32 near the ends of the range come to the slow branch.
+    if (divisor > 2.0**-100) & (divisor < 2.0**100):
+        quotient = _divide(numerator, divisor, tl.div_rn(1.0, divisor))
+    else:
+        quotient = tl.div_rn(numerator, divisor)
+    # The sum's last bits are the integer, in two's complement, without a conversion.
+    values = (quotient + _ROUND).to(tl.int32, bitcast=True)
+    if ZEROPOINT:
+        values += zero_point.to(tl.int32) - _ROUND_BITS
+        values = tl.minimum(tl.maximum(values, -127), 127)
+    tl.store(values_row + column, values.to(tl.int8), mask=column < K)
+
+
+@triton.jit
+def quantize_rows_kernel(
+    x_ptr,
+    dims_ptr,
+    values_ptr,
+    scale_ptr,
+    zero_point_ptr,
+    gathered_ptr,
+    K,
+    outliers,
+    stride_xm,
+    stride_xk,
+    BLOCK_K: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PADDED: tl.constexpr,
+    ZEROPOINT: tl.constexpr,
+):
+    """Quantize row `program_id(0)`. BLOCKS blocks of BLOCK_K dimensions cover K; PADDED is 0 without outliers."""
+    row = tl.program_id(0).to(tl.int64)
+    x_row = x_ptr + row * stride_xm
+    values_row = values_ptr + row * K
+
+    # The int32 0 stands for 0.0, which both ranges hold.
+    kept = _kept(x_row, dims_ptr, 0, K, outliers, stride_xk, BLOCK_K, PADDED)
+    low, high = _range(kept, 0, 0, ZEROPOINT)
+    for block in range(1, BLOCKS):
+        more = _kept(x_row, dims_ptr, block * BLOCK_K, K, outliers, stride_xk, BLOCK_K, PADDED)
+        low, high = _range(more, low, high, ZEROPOINT)
+
+    upper = high.to(tl.float32, bitcast=True)
+    zero_point = 0.0
+    if ZEROPOINT:
+        lower = (low ^ ((low >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        scale = tl.div_rn(upper - lower, 254.0)
+        divisor = tl.where(scale == 0, 1.0, scale)
+        zero_point = ((-127 - tl.div_rn(lower, divisor)) + _ROUND) - _ROUND
+        tl.store(zero_point_ptr + row, zero_point)
+    else:
+        scale = tl.div_rn(upper, 127.0)
+        divisor = tl.where(upper == 0, 1.0, upper)
+    tl.store(scale_ptr + row, scale)
+
+    _store(values_row, kept, 0, K, divisor, zero_point, BLOCK_K, ZEROPOINT)
+    for block in range(1, BLOCKS):
+        more = _kept(x_row, dims_ptr, block * BLOCK_K, K, outliers, stride_xk, BLOCK_K, PADDED)
+        _store(values_row, more, block * BLOCK_K, K, divisor, zero_point, BLOCK_K, ZEROPOINT)
+
+    if PADDED > 0:
+        for first in range(0, PADDED, 16):
+            index = first + tl.arange(0, 16)
+            dim = tl.load(dims_ptr + index, mask=index < outliers, other=0).to(tl.int32)
+            column = tl.load(x_row + dim * tl.cast(stride_xk, tl.int64), mask=index < outliers, other=0.0)
+            tl.store(gathered_ptr + row * PADDED + index, column)
+
+
+def padded_outliers(count: int) -> int:
+    """Return the columns that `count` outliers take in the product: 0, 16, or a multiple of 32.
+
+    Few kernels do for layers whose counts all differ.
+    """
+    return 16 if 0 < count <= 16 else -(-count // 32) * 32
+
+
+def row_options(in_features: int) -> dict[str, int]:
+    """Return BLOCK_K, BLOCKS and num_warps of the kernel for rows of K dimensions."""
+    block = min(_LONGEST_BLOCK, max(512, triton.next_power_of_2(in_features)))
+    return {
+        "BLOCK_K": block,
+        "BLOCKS": max(1, triton.cdiv(in_features, block)),
+        "num_warps": max(1, block // 1024),
+    }
+
+
+def quantize_rows(x: Tensor, outlier_dims: Tensor, zeropoint: bool) -> Rows:
+    """Quantize the rows of `x` and gather its outlier dimensions; see `reference.quantize_rows`.
+
+    Args:
+        x: float16, bfloat16 or float32 [M, K], any strides, on the GPU.
+        outlier_dims: integer [k] on the same device, unique; k may be 0.
+        zeropoint: spread the row's range over the int8 values, in place of its absmax.
+
+    """
+    rows, in_features = x.shape
+    count = outlier_dims.shape[0]
+    padded = padded_outliers(count)
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    out = Rows(
+        empty(rows, in_features, dtype=torch.int8),
+        empty(rows, dtype=torch.float32),
+        empty(rows, dtype=torch.float32) if zeropoint else None,
+        empty(rows, padded, dtype=x.dtype) if count else None,
+    )
+    if rows:
+        kernel: Any = quantize_rows_kernel
+        kernel[(rows,)](
+            x,
+            outlier_dims if count else None,
+            out.values,
+            out.scale,
+            out.zero_point,
+            out.outliers,
+            in_features,
+            count,
+            *x.stride(),
+            PADDED=padded,
+            ZEROPOINT=zeropoint,
+            **row_options(in_features),
+        )
+    return out

@@ -1,0 +1,65 @@
+"""Every tile that ships compiles for its GPUs, without one: nothing spilled, int8 tensor cores, enough shared memory.
+
+Another process compiles, because this one interprets Triton.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmint8.kernels.tiles import shipped_rows
+
+pytest.importorskip("triton")
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "kernel_resources.py"
+BAD = {
+    "spills registers": ("sm_90", (128, 256, 128, 8, 4, 3, False)),
+    "no IGMMA": ("sm_90", (64, 64, 128, 8, 2, 3, False)),
+    "more than 166912 bytes of shared memory": ("sm_80", (128, 128, 128, 8, 8, 7, False)),
+}
+
+
+def run(arguments: list[str], cache: Path) -> Any:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_what_ships_compiles_without_a_spill_and_into_tensor_core_instructions(tmp_path: Path) -> None:
+    found = run([str(SCRIPT), "--json"], tmp_path)
+    assert [item for item in found if item["problems"]] == []
+    products = [item for item in found if item["tensor_core_instructions"]]
+    assert len(products) == len({(row.architecture, row.tile) for row in shipped_rows()})
+    assert {item["architecture"] for item in found} == {"sm_80", "sm_90", "any"}
+
+
+def test_a_bad_tile_is_found_out(tmp_path: Path) -> None:
+    code = (
+        f"import json, sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+        "import kernel_resources as k\n"
+        f"print(json.dumps([k.matmul_resources(a, k.Tile(*t)).problems for a, t in {list(BAD.values())}]))"
+    )
+    assert run(["-c", code], tmp_path) == [[problem] for problem in BAD]
+
+
+def test_layers_of_every_kind_compile(tmp_path: Path) -> None:
+    """The interpreter does not look at what no call reaches, and the compiler does: a layer without outliers, say."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+        "import kernel_resources as k, torch\n"
+        "tile = k.Tile(64, 64, 64, 8, 4, 3, False)\n"
+        "for dtype, kind in ((torch.float16, (0, False, 4096)), (torch.float16, (5, False, 255)), (torch.bfloat16,"
+        " (1, True, 1)), (torch.float32, (33, True, 4096)), (torch.float32, (0, True, 40000))):\n"
+        "    k.row_resources('sm_90', kind[2], dtype, *kind[:2])\n"
+        "    k.matmul_resources('sm_90', tile, dtype, *kind)\n"
+        "k.matmul_resources('sm_90', tile, torch.int32, 0, False)\n"
+        "print('true')"
+    )
+    assert run(["-c", code], tmp_path)
