@@ -88,6 +88,9 @@ def load(
     if device is not None:
         device_map = {"": torch.device(device)}
     model = _from_pretrained(cls, checkpoint.path, config, _dtype(dtype, checkpoint, config), device_map)
+    for layer in _int8_layers(model):
+        if not hasattr(layer, "_hf_hook"):  # accelerate moves the weights of those itself
+            layer.pack()
     _log_summary(model)
     return model
 
@@ -173,8 +176,12 @@ def no_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def _int8_layers(model: Any) -> list[Int8Linear]:
+    return [module for module in model.modules() if isinstance(module, Int8Linear)]
+
+
 def _log_summary(model: Any) -> None:
-    layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    layers = _int8_layers(model)
     config = model.config.quantization_config
     mode = f"dynamic (|x| >= {config.threshold:g})" if config.outliers == "dynamic" else config.outliers
     log.info("%d Int8Linear layers, outliers %s, activation %s", len(layers), mode, config.activation)
