@@ -54,7 +54,7 @@ def _is_exact(product: Literal["packed", "int_mm"]) -> bool:
         x = torch.full((rows, 512), 127, dtype=torch.int8)
         expected = (x.long() @ weight.long().t()).to(torch.int32)
         try:
-            found = torch._int_mm(x, weight.t()) if product == "int_mm" else _packed_product(x, _pack(weight), 64)
+            found = torch._int_mm(x, weight.t()) if product == "int_mm" else _packed_product(x, pack(weight), 64)
         except RuntimeError:  # built without oneDNN, or for a processor that has no such product
             return False
         if not torch.equal(found.to(torch.int32), expected):
@@ -62,30 +62,20 @@ def _is_exact(product: Literal["packed", "int_mm"]) -> bool:
     return True
 
 
+def packable(weight: Tensor) -> bool:
+    """Tell whether packing a weight, int8 [N, K] on any device, makes products on this machine faster."""
+    return weight.device.type == "cpu" and weight.numel() >= _PACK_ELEMENTS and best_product() == "packed"
+
+
 def pack(weight: Tensor) -> Tensor:
-    """Return a weight as the product here wants it.
-
-    Args:
-        weight: int8 [N, K], on any device.
-
-    Returns:
-        Opaque memory of the same size where packing pays, int8 and of shape [K, N], for which `is_mkldnn` is true; the
-        weight itself otherwise.
-
-    """
-    if weight.device.type != "cpu" or weight.numel() < _PACK_ELEMENTS or best_product() != "packed":
-        return weight
-    return _pack(weight)
+    """Lay out a weight, int8 [N, K], for the product: opaque memory of the same size, of shape [K, N]."""
+    packed: Tensor = torch.ops.onednn.qlinear_prepack(weight, None)
+    return packed
 
 
 def unpack(weight: Tensor) -> Tensor:
-    """Return int8 [N, K] for what `pack` returned, bit for bit."""
+    """Return int8 [N, K] for what `pack` returned, bit for bit, and any other weight as it is."""
     return weight.to_dense().t().contiguous() if weight.is_mkldnn else weight
-
-
-def _pack(weight: Tensor) -> Tensor:
-    packed: Tensor = torch.ops.onednn.qlinear_prepack(weight, None)
-    return packed
 
 
 def _packed_product(x: Tensor, packed: Tensor, out_features: int) -> Tensor:

@@ -4,8 +4,8 @@ Quantization is a named step, `from_linear`. Moving or casting the layer moves i
 outlier columns; the int8 values and their scales keep their dtypes, and forward changes nothing. The layer is
 frozen, and there is no gradient through it yet: backward says so.
 
-Who puts another weight in place calls `prepare` then. `pack` keeps a large weight on the CPU in the layout of the
-kernel, instead of its own; `unpacked_weight`, the state dict, copies and moves give it back as it was.
+Who puts another weight in place calls `prepare` then. It may keep the weight in the layout of a kernel instead of its
+own; `unpacked_weight`, the state dict, copies and moves give it back as it was.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class Int8Linear(nn.Module):
     """`y = x W^T + b` with W in int8, in the decomposition of LLM.int8() (arXiv 2208.07339, section 3.2).
 
     Attributes:
-        weight: int8 [N, K], all columns; `W ~ weight * weight_absmax[:, None] / 127`. Opaque once packed.
+        weight: int8 [N, K], all columns; `W ~ weight * weight_absmax[:, None] / 127`. Opaque where `packable`.
         weight_row_sum: int32 [N], the sums of the weight's rows, or None before `prepare`; not in the state dict.
         SCB: float32 [N], the absmax of each row under the name it has on disk; elsewhere `weight_absmax`.
         weight_format: uint8 [], always 0: row-major. bitsandbytes wants it on disk.
@@ -116,18 +116,19 @@ class Int8Linear(nn.Module):
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
         layer.prepare()
-        layer.pack()
         return layer
 
     def prepare(self) -> None:
-        """Compute what the kernels want to know of the weight."""
-        self.weight_row_sum = None if self.weight.is_meta else weight_row_sum(self.unpacked_weight())
+        """Compute what the kernels want to know of the weight, and lay it out for them; it takes no more memory."""
+        weight = self.unpacked_weight()
+        self.weight_row_sum = None if weight.is_meta else weight_row_sum(weight)
+        self._set_weight(cpu.pack(weight) if self.packable else weight)
 
-    def pack(self) -> None:
-        """Keep the weight in the layout of the kernel where that is faster; it takes no more memory."""
-        # The dynamic search reads columns of the weight in every call.
-        if self.outliers != "dynamic" and not self.weight.is_mkldnn:
-            self._set_weight(cpu.pack(self.weight))
+    @property
+    def packable(self) -> bool:
+        """Whether `prepare` packs the weight: not for the dynamic search, which takes columns of it in every call."""
+        # What accelerate placed has a hook, and moves as it is.
+        return self.outliers != "dynamic" and not hasattr(self, "_hf_hook") and cpu.packable(self.weight)
 
     def unpacked_weight(self) -> Tensor:
         """Return the weight, int8 [N, K]; a copy if it is packed."""
@@ -193,7 +194,7 @@ class Int8Linear(nn.Module):
 
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         if packed:
-            self.pack()
+            self.prepare()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -205,9 +206,10 @@ class Int8Linear(nn.Module):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take on that state; a weight that was packed is packed again."""
-        super().__setstate__({**state, "_parameters": dict(state["_parameters"])})  # type: ignore[no-untyped-call]
-        self.pack()
+        """Take on that state, and pack again what was packed."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.packable:
+            self.prepare()
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -230,12 +232,9 @@ class Int8Linear(nn.Module):
             if here is None or here.shape[1] != len(dims):
                 self.outlier_dims = torch.zeros(len(dims), dtype=torch.int32, device=device)
                 self.outlier_weight = torch.zeros(self.out_features, len(dims), dtype=dtype, device=device)
-        packed = self.weight.is_mkldnn
         self._set_weight(self.unpacked_weight())
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
         self.prepare()
-        if packed:
-            self.pack()
 
 
 class _RefuseBackward(torch.autograd.Function):

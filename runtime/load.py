@@ -1,8 +1,8 @@
 """Load an int8 checkpoint into the ordinary transformers class.
 
 The directory is opened and its structure checked by the formats room; transformers sees it only after that,
-so an index that leads elsewhere or a header that lies never reaches it. The weights are mapped from the files
-and not read: on the CPU they take memory as they are used, and the files must stay as they are meanwhile.
+so an index that leads elsewhere or a header that lies never reaches it. On the CPU the int8 layers are read and laid
+out for the kernels; what is not quantized is mapped from the files, which must stay as they are meanwhile.
 """
 
 import logging
@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from llmint8.converter.hub import resolve
 from llmint8.converter.models import load_config, model_class
+from llmint8.converter.names import module_names
 from llmint8.formats import DTYPES, FLOAT_DTYPES, Checkpoint, LLMInt8Error, Quantization, open_checkpoint
 from llmint8.kernels.reference import Activation
 
@@ -88,9 +90,7 @@ def load(
     if device is not None:
         device_map = {"": torch.device(device)}
     model = _from_pretrained(cls, checkpoint.path, config, _dtype(dtype, checkpoint, config), device_map)
-    for layer in _int8_layers(model):
-        if not hasattr(layer, "_hf_hook"):  # accelerate moves the weights of those itself
-            layer.pack()
+    _prepare(model, checkpoint)
     _log_summary(model)
     return model
 
@@ -174,6 +174,27 @@ def no_progress_bar() -> Iterator[None]:
     finally:
         if enabled:
             transformers_logging.enable_progress_bar()
+
+
+def _prepare(model: Any, checkpoint: Checkpoint) -> None:
+    """Let every layer prepare its weight, on the CPU in memory of its own.
+
+    Pages of a mapped file stay in memory once read, beside the packed weight. What accelerate moves stays as it is.
+    """
+    names = module_names(model, checkpoint.tensors)
+    layers = {
+        record: model.get_submodule(names[f"{record}.weight"].removesuffix(".weight")) for record in checkpoint.records
+    }
+    own = {r for r, layer in layers.items() if layer.weight.device.type == "cpu" and not hasattr(layer, "_hf_hook")}
+    # First all of them let go of the file: what was cast to another dtype is then no longer there twice either.
+    for record in own:
+        layers[record].weight = None
+        for name, buffer in layers[record].named_buffers():
+            setattr(layers[record], name, buffer.clone())
+    for record, layer in layers.items():
+        if record in own:
+            layer.weight = nn.Parameter(checkpoint.read(f"{record}.weight"), requires_grad=False)
+        layer.prepare()
 
 
 def _int8_layers(model: Any) -> list[Int8Linear]:

@@ -93,7 +93,6 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
                 raise LLMInt8Error(f"{name}: int8 in the checkpoint, but tied to another weight by the model")
             # The formats room allows no other value, and without the tensor it would be left undefined.
             module.weight_format = torch.zeros_like(module.weight_format)
-            module.prepare()
         config = self.quantization_config
         _rename_counts(config.stored, _saved_names(model, self._layers))
         config.records, config.shapes = [], {}  # large, and of no more use

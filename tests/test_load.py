@@ -460,4 +460,5 @@ def test_peak_memory_while_loading(plain: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     peaks = dict(line.split() for line in done.stdout.splitlines())
     assert peaks.keys() == set(dtypes)
-    assert max(int(peak) for peak in peaks.values()) <= 1.2 * size, peaks
+    # 16 MB: malloc keeps freed blocks of less than 32 MB to itself, and every weight here is one.
+    assert max(int(peak) for peak in peaks.values()) <= 1.2 * size + 16e6, peaks
