@@ -37,15 +37,12 @@ _ONE = torch.ones(1)
 _ZERO = torch.zeros(1, dtype=torch.int64)
 
 
+def unpacked_product() -> Product:
+    """Return the product for a weight as it is on this machine."""
+    return "int_mm" if _is_exact("int_mm") else "reference"
+
+
 @functools.cache
-def best_product() -> Product:
-    """Return the fastest product that is exact on this machine, by trying."""
-    for product in ("packed", "int_mm"):
-        if _is_exact(product):
-            return product
-    return "reference"
-
-
 def _is_exact(product: Literal["packed", "int_mm"]) -> bool:
     """Tell whether a product keeps the largest sums, in a single row as well as in several."""
     weight = torch.full((64, 512), 127, dtype=torch.int8)
@@ -64,7 +61,7 @@ def _is_exact(product: Literal["packed", "int_mm"]) -> bool:
 
 def packable(weight: Tensor) -> bool:
     """Tell whether packing a weight, int8 [N, K] on any device, makes products on this machine faster."""
-    return weight.device.type == "cpu" and weight.numel() >= _PACK_ELEMENTS and best_product() == "packed"
+    return weight.device.type == "cpu" and weight.numel() >= _PACK_ELEMENTS and _is_exact("packed")
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -98,27 +95,23 @@ def _(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     return x.new_empty(x.shape[0], out_features, dtype=torch.float32)
 
 
-def int8_product(x: Tensor, weight: Tensor, out_features: int) -> Tensor:
-    """Multiply int8 [M, K] by the weight transposed: [M, N] in int32, or in float32 where each sum is rounded once.
+def packed_product(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
+    """Multiply int8 [M, K], contiguous, by what `pack` returned: float32 [M, N], the int32 sums rounded once."""
+    product: Tensor = torch.ops.llmint8.packed_product(x, packed, out_features)
+    return product
 
-    Args:
-        x: int8 [M, K], contiguous.
-        weight: int8 [N, K], or what `pack` made of it.
-        out_features: N.
 
-    """
-    if weight.is_mkldnn:
-        product: Tensor = torch.ops.llmint8.packed_product(x, weight, out_features)
-        return product
+def int8_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply int8 [M, K] by int8 [N, K] transposed: int32 [M, N]."""
     # torch 2.13's _int_mm returns garbage for K = 1.
-    if x.shape[1] < 2 or _constant_best_product() == "reference":
+    if x.shape[1] < 2 or _unpacked_product() == "reference":
         return reference.int8_product(x, weight)
     return torch._int_mm(x, weight.t())
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _constant_best_product() -> Product:
-    return best_product()
+def _unpacked_product() -> Product:
+    return unpacked_product()  # one that torch.compile does not look into
 
 
 def quantize_rows(x: Tensor, outlier_dims: Tensor, activation: Activation) -> QuantizedRows:
@@ -149,6 +142,7 @@ def int8_linear(
     bias: Tensor | None,
     activation: Activation,
     weight_row_sum: Tensor | None,
+    packed: bool,
 ) -> Tensor:
     """As `reference.int8_linear`, for neither K nor N 0, and a weight that may be packed.
 
@@ -157,17 +151,22 @@ def int8_linear(
 
     Args:
         weight_row_sum: int32 [N]; None computes it here. `absmax` has no use for it.
+        packed: whether `pack` returned the weight. A tensor does not know it under torch.compile.
 
     """
     out_features = len(weight_absmax)
+
+    def product(values: Tensor) -> Tensor:
+        return packed_product(values, weight, out_features) if packed else int8_product(values, weight)
+
     if weight_row_sum is None and activation == "zeropoint":
-        weight_row_sum = int8_product(torch.ones(1, x.shape[1], dtype=torch.int8), weight, out_features)[0]
+        weight_row_sum = product(torch.ones(1, x.shape[1], dtype=torch.int8))[0]
     column_scale = weight_absmax / 127
     columns = outlier_weight.float().t()
 
     def block(x: Tensor) -> Tensor:
         values, scale, zero_point = _quantize_in_blocks(x, outlier_dims, activation)
-        out = int8_product(values, weight, out_features)
+        out = product(values)
         if zero_point is None or weight_row_sum is None:
             out = out.float()
         else:
@@ -177,19 +176,21 @@ def int8_linear(
             out = out.addmm_(x.index_select(1, outlier_dims).float(), columns)
         return (out if bias is None else out.add_(bias)).to(x.dtype)
 
-    blocks = [block(rows) for rows in torch.split(x, _rows_at_a_time(_OUTPUT_ELEMENTS // out_features, x))]
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+    step = _rows_at_a_time(_OUTPUT_ELEMENTS // out_features)
+    if step is None or len(x) <= step:
+        return block(x)
+    return torch.cat([block(rows) for rows in torch.split(x, step)])
 
 
 def _quantize_in_blocks(x: Tensor, outlier_dims: Tensor, activation: Activation) -> QuantizedRows:
-    step = _rows_at_a_time(_QUANTIZE_ELEMENTS // x.shape[1], x)
+    step = _rows_at_a_time(_QUANTIZE_ELEMENTS // x.shape[1])
+    if step is None or len(x) <= step:
+        return quantize_rows(x, outlier_dims, activation)
     blocks = [quantize_rows(rows, outlier_dims, activation) for rows in torch.split(x, step)]
-    if len(blocks) == 1:
-        return blocks[0]
     values, scales, zero_points = zip(*blocks, strict=True)
     return QuantizedRows(torch.cat(values), torch.cat(scales), None if None in zero_points else torch.cat(zero_points))
 
 
-def _rows_at_a_time(wanted: int, x: Tensor) -> int:
-    """Return how many rows of x make a block; all of them under torch.compile, which makes blocks of its own."""
-    return len(x) if torch.compiler.is_compiling() else max(1, wanted)
+def _rows_at_a_time(wanted: int) -> int | None:
+    """Return how many rows make a block; None, all of them, for torch.compile, which makes blocks of its own."""
+    return None if torch.compiler.is_compiling() else max(1, wanted)

@@ -19,24 +19,26 @@ def int8_linear(
     bias: Tensor | None = None,
     activation: Activation = "absmax",
     weight_row_sum: Tensor | None = None,
+    packed: bool = False,
 ) -> Tensor:
     """Compute `x @ dequantized(weight).T + bias` for x [..., K]; see `reference.int8_linear`.
 
     Args:
         x: float [..., K].
-        weight: int8 [N, K]; for x on the CPU it may be packed (`cpu.pack`).
+        weight: int8 [N, K], or packed.
         weight_absmax: float32 [N].
         outlier_dims: int32 [k].
         outlier_weight: float [N, k].
         bias: float [N] or None.
         activation: how the rows of x are quantized.
         weight_row_sum: int32 [N], the sum of each row of the weight, which `zeropoint` needs and computes without it.
+        packed: whether the weight is what `cpu.pack` returned.
 
     """
     rows = x.reshape(-1, x.shape[-1])
     tensors = (rows, weight, weight_absmax, outlier_dims, outlier_weight, bias, activation)
     if x.device.type == "cpu" and weight.numel():
-        out = cpu.int8_linear(*tensors, weight_row_sum)
+        out = cpu.int8_linear(*tensors, weight_row_sum, packed)
     else:
         out = reference.int8_linear(*tensors)
     return out.reshape(*x.shape[:-1], len(weight_absmax))
@@ -45,7 +47,7 @@ def int8_linear(
 def int8_product(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply int8 [M, K] by int8 [N, K] transposed, exactly: int32 [M, N]."""
     if x.device.type == "cpu":
-        return cpu.int8_product(x, weight, len(weight))
+        return cpu.int8_product(x, weight)
     return reference.int8_product(x, weight)
 
 

@@ -26,7 +26,8 @@ class Int8Linear(nn.Module):
     """`y = x W^T + b` with W in int8, in the decomposition of LLM.int8() (arXiv 2208.07339, section 3.2).
 
     Attributes:
-        weight: int8 [N, K], all columns; `W ~ weight * weight_absmax[:, None] / 127`. Opaque where `packable`.
+        weight: int8 [N, K], all columns; `W ~ weight * weight_absmax[:, None] / 127`. Opaque if `packed`.
+        packed: whether the weight is in the layout of a kernel; see `prepare`.
         weight_row_sum: int32 [N], the sums of the weight's rows, or None before `prepare`; not in the state dict.
         SCB: float32 [N], the absmax of each row under the name it has on disk; elsewhere `weight_absmax`.
         weight_format: uint8 [], always 0: row-major. bitsandbytes wants it on disk.
@@ -65,6 +66,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.outliers, self.threshold, self.activation = outliers, threshold, activation
+        self.packed = False
 
         def zeros(*shape: int, kind: torch.dtype | None) -> Tensor:
             return torch.zeros(shape, dtype=kind, device=device)
@@ -137,6 +139,7 @@ class Int8Linear(nn.Module):
     def _set_weight(self, weight: Tensor) -> None:
         if weight is not self.weight:
             self.weight = nn.Parameter(weight, requires_grad=False)
+        self.packed = weight.is_mkldnn
 
     @property
     def weight_absmax(self) -> Tensor:
@@ -158,11 +161,10 @@ class Int8Linear(nn.Module):
             )
         dims, columns = self.outlier_dims, self.outlier_weight
         if self.outliers == "none" or dims is None or columns is None:
-            dims = self.weight.new_empty(0, dtype=torch.int32)
+            dims = self.SCB.new_empty(0, dtype=torch.int32)
             columns = self.SCB.new_empty(self.out_features, 0)
-        return int8_linear(
-            x, self.weight, self.weight_absmax, dims, columns, self.bias, self.activation, self.weight_row_sum
-        )
+        absmax, row_sum = self.weight_absmax, self.weight_row_sum
+        return int8_linear(x, self.weight, absmax, dims, columns, self.bias, self.activation, row_sum, self.packed)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight in floating point, [N, K]; stored outlier columns are exact."""
@@ -182,7 +184,7 @@ class Int8Linear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move as `fn` does, but cast nothing that is part of the quantized weight."""
-        packed = self.weight.is_mkldnn
+        packed = self.packed
         self._set_weight(self.unpacked_weight())
         stored = (self.weight, self.SCB, self.weight_format, self.outlier_dims)
 
@@ -200,9 +202,9 @@ class Int8Linear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle takes along; the packed layout belongs to this machine."""
         state = dict(vars(self))
-        if self.weight.is_mkldnn:
+        if self.packed:
             weight = nn.Parameter(self.unpacked_weight(), requires_grad=False)
-            state["_parameters"] = {**self._parameters, "weight": weight}
+            state |= {"_parameters": {**self._parameters, "weight": weight}, "packed": False}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -213,7 +215,7 @@ class Int8Linear(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.weight.is_mkldnn:
+        if self.packed:
             destination[f"{prefix}weight"] = self.unpacked_weight()
 
     def _load_from_state_dict(

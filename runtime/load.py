@@ -22,8 +22,10 @@ from llmint8.converter.hub import resolve
 from llmint8.converter.models import load_config, model_class
 from llmint8.converter.names import module_names
 from llmint8.formats import DTYPES, FLOAT_DTYPES, Checkpoint, LLMInt8Error, Quantization, open_checkpoint
+from llmint8.kernels import cpu
 from llmint8.kernels.reference import Activation
 
+from .compiled import compile_decode
 from .layer import Int8Linear, Outliers
 from .quantizer import QUANT_METHOD
 
@@ -40,6 +42,7 @@ def load(
     threshold: float | None = None,
     activation: Activation | None = None,
     revision: str | None = None,
+    compile: bool = False,
 ) -> PreTrainedModel:
     """Load an int8 checkpoint, written by llmint8 or by bitsandbytes, ready to run.
 
@@ -54,6 +57,8 @@ def load(
         threshold: for `dynamic`; the checkpoint's `llm_int8_threshold` by default.
         activation: how inputs are quantized, `absmax` or `zeropoint`; what the checkpoint records by default.
         revision: branch, tag or commit on the Hub.
+        compile: let `generate` decode with a static cache and `torch.compile`; see `runtime/compiled.py`. A warning
+            says so where that cannot be.
 
     Returns:
         The model, in eval mode: the transformers class that the config's `architectures` names, a causal LM
@@ -92,6 +97,8 @@ def load(
     model = _from_pretrained(cls, checkpoint.path, config, _dtype(dtype, checkpoint, config), device_map)
     _prepare(model, checkpoint)
     _log_summary(model)
+    if compile:
+        compile_decode(model)
     return model
 
 
@@ -205,4 +212,8 @@ def _log_summary(model: Any) -> None:
     layers = _int8_layers(model)
     config = model.config.quantization_config
     mode = f"dynamic (|x| >= {config.threshold:g})" if config.outliers == "dynamic" else config.outliers
-    log.info("%d Int8Linear layers, outliers %s, activation %s", len(layers), mode, config.activation)
+    packed = sum(layer.packed for layer in layers)
+    on_cpu = sum(layer.weight.device.type == "cpu" for layer in layers) - packed
+    products = {"packed": packed, cpu.unpacked_product(): on_cpu}
+    kernels = "".join(f", {count} x {name} on the CPU" for name, count in products.items() if count)
+    log.info("%d Int8Linear layers, outliers %s, activation %s%s", len(layers), mode, config.activation, kernels)
