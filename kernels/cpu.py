@@ -165,7 +165,7 @@ def int8_linear(
     columns = outlier_weight.float().t()
 
     def block(x: Tensor) -> Tensor:
-        values, scale, zero_point = _quantize_in_blocks(x, outlier_dims, activation)
+        values, scale, zero_point = quantize_in_blocks(x, outlier_dims, activation)
         out = product(values)
         if zero_point is None or weight_row_sum is None:
             out = out.float()
@@ -182,7 +182,8 @@ def int8_linear(
     return torch.cat([block(rows) for rows in torch.split(x, step)])
 
 
-def _quantize_in_blocks(x: Tensor, outlier_dims: Tensor, activation: Activation) -> QuantizedRows:
+def quantize_in_blocks(x: Tensor, outlier_dims: Tensor, activation: Activation) -> QuantizedRows:
+    """As `quantize_rows`, so many rows at a time that they stay in the cache."""
     step = _rows_at_a_time(_QUANTIZE_ELEMENTS // x.shape[1])
     if step is None or len(x) <= step:
         return quantize_rows(x, outlier_dims, activation)

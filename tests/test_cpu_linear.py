@@ -115,7 +115,7 @@ def test_rows_are_quantized_to_the_bit(
     if m:
         x[0] = 0
     before = x.clone()
-    got, expected = cpu._quantize_in_blocks(x, dims, activation), reference.quantize_rows(x, dims, activation)
+    got, expected = cpu.quantize_in_blocks(x, dims, activation), reference.quantize_rows(x, dims, activation)
     assert torch.equal(x, before)
     assert torch.equal(got.values, expected.values)
     normal = expected.scale > 0
