@@ -134,7 +134,7 @@ class Int8Linear(nn.Module):
 
     def unpacked_weight(self) -> Tensor:
         """Return the weight, int8 [N, K]; a copy if it is packed."""
-        return cpu.unpack(self.weight)
+        return cpu.unpack(self.weight) if self.weight.is_mkldnn else self.weight
 
     def _set_weight(self, weight: Tensor) -> None:
         if weight is not self.weight:
@@ -155,7 +155,7 @@ class Int8Linear(nn.Module):
 
     def _product(self, x: Tensor) -> Tensor:
         if self.outliers == "dynamic":
-            weight = self.unpacked_weight()  # not packed, unless the mode was changed since
+            weight = cpu.unpack(self.weight) if self.packed else self.weight  # packed if the mode was changed since
             return dynamic_int8_linear(
                 x, weight, self.weight_absmax, self.threshold, self.bias, self.activation, self.weight_row_sum
             )
