@@ -18,6 +18,7 @@ import argparse
 import gc
 import importlib.util
 import json
+import logging
 import statistics
 import tempfile
 import time
@@ -93,6 +94,7 @@ def ours(compile: bool, source: Path, int8: Path, work: Path) -> Run:
 
 def bitsandbytes(source: Path, int8: Path, work: Path) -> Run:
     """The source, quantized while loading."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a cast, again and again
     config = transformers.BitsAndBytesConfig(load_in_8bit=True)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         source, dtype=torch.bfloat16, quantization_config=config, device_map="cpu"

@@ -163,16 +163,16 @@ def int8_linear(
 
     if weight_row_sum is None and activation == "zeropoint":
         weight_row_sum = product(torch.ones(1, x.shape[1], dtype=torch.int8, device="cpu"))[0]
+    row_sum = None if weight_row_sum is None else weight_row_sum.float()
     column_scale = weight_absmax / 127
     columns = outlier_weight.float().t()
 
+    # In place from here on: what is large enough to be new memory from the system costs more than all the arithmetic.
     def block(x: Tensor) -> Tensor:
         values, scale, zero_point = quantize_in_blocks(x, outlier_dims, activation)
-        out = product(values)
-        if zero_point is None or weight_row_sum is None:
-            out = out.float()
-        else:
-            out = torch.addcmul(out, zero_point, weight_row_sum, value=-1)
+        out = product(values).float()
+        if zero_point is not None and row_sum is not None:
+            out = out.addcmul_(zero_point, row_sum, value=-1)
         out = out.mul_(scale).mul_(column_scale)
         if outlier_dims.numel():
             out = out.addmm_(x.index_select(1, outlier_dims).float(), columns)
