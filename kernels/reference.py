@@ -108,9 +108,6 @@ def quantize_rows(x: Tensor, outlier_dims: Tensor, activation: Activation = "abs
 
 def int8_product(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply int8 [M, K] by int8 [N, K] transposed, exactly: int32 [M, N]. K up to 133,000 cannot overflow."""
-    # torch 2.13's _int_mm on the CPU is exact for every shape but K = 1, where it returns garbage.
-    if x.device.type == "cpu" and x.shape[1] != 1:
-        return torch._int_mm(x, weight.t())
     out = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.int32, device=x.device)
     for start in range(0, x.shape[1], _EXACT_FLOAT32_K):
         columns = slice(start, start + _EXACT_FLOAT32_K)

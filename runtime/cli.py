@@ -178,6 +178,8 @@ def _compare(opened: Any, source: str, quiet: bool) -> list[str]:
 @click.option("--device", help="Such as cpu or cuda; the default is the CPU.")
 @click.option("--revision", metavar="REV", help="Branch, tag or commit, when CHECKPOINT is a Hub repo.")
 @click.option("--trust-remote-code", is_flag=True, help="Run the model code in CHECKPOINT, if it needs any.")
+@click.option("--compile", "compiled", is_flag=True, help="Compile the decoding first: pays for long texts.")
+@click.option("--stats", is_flag=True, help="Print times, speed and memory.")
 @click.option("--quiet", is_flag=True, help="Print the text only.")
 def generate(
     checkpoint: str,
@@ -188,6 +190,8 @@ def generate(
     device: str | None,
     revision: str | None,
     trust_remote_code: bool,
+    compiled: bool,
+    stats: bool,
     quiet: bool,
 ) -> None:
     """Generate text with an int8 checkpoint, streaming it to the terminal."""
@@ -196,13 +200,13 @@ def generate(
     from llmint8.converter.hub import resolve
 
     from . import load
-    from .generate import stream_chat
+    from .generate import statistics, stream_chat
 
     path = resolve(checkpoint, revision, "int8").path
     tokenizer = load_tokenizer(path, trust_remote_code)
     if tokenizer is None:
         raise SourceError(f"{path}: no tokenizer; copy the tokenizer files of the source there")
-    model = load(path, device=device, trust_remote_code=trust_remote_code)
+    model = load(path, device=device, trust_remote_code=trust_remote_code, compile=compiled)
     done = stream_chat(
         model,
         tokenizer,
@@ -213,5 +217,7 @@ def generate(
         chat_template=not no_chat,
     )
     click.echo()
-    if not quiet:
+    if stats:
+        click.echo(printable_lines(statistics(model, done)), err=True)
+    elif not quiet:
         click.echo(f"{done.new_tokens} tokens, {done.new_tokens / done.seconds:.1f} per second.", err=True)

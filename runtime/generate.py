@@ -1,21 +1,46 @@
 """Text from a prompt, piece by piece as it is generated."""
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import TextStreamer
+
+from .compiled import is_compiled
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What a call of `stream_chat` did. `seconds` covers the prompt and the new tokens."""
+    """What a call of `stream_chat` did.
+
+    Attributes:
+        text: all of it.
+        prompt_tokens: their number.
+        new_tokens: their number.
+        token_seconds: from the start to each new token, so that the first covers the prompt, and the second the
+            compilation of a model loaded with `compile=True`.
+
+    """
 
     text: str
     prompt_tokens: int
     new_tokens: int
-    seconds: float
+    token_seconds: list[float]
+
+    @property
+    def seconds(self) -> float:
+        """From the start to the last token."""
+        return self.token_seconds[-1]
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """From the second token on, when everything has been set up; None for fewer than three."""
+        if len(self.token_seconds) < 3:
+            return None
+        return (len(self.token_seconds) - 2) / (self.token_seconds[-1] - self.token_seconds[1])
 
 
 def stream_chat(
@@ -56,21 +81,49 @@ def stream_chat(
     output = model.generate(
         **inputs, **how, max_new_tokens=max_new_tokens, pad_token_id=_pad(tokenizer), streamer=streamer
     )
-    seconds = time.perf_counter() - start
     first = 1 if model.config.is_encoder_decoder else prompt_tokens
+    seconds = [moment - start for moment in streamer.moments]
     return Generation("".join(streamer.pieces), prompt_tokens, int(output.shape[1]) - first, seconds)
+
+
+def statistics(model: Any, done: Generation) -> list[str]:
+    """Return lines for a reader: times, speed, and the largest memory of this process so far."""
+    lines = [f"First token    {done.token_seconds[0]:.2f} s, after {done.prompt_tokens} tokens of prompt"]
+    if is_compiled(model) and done.new_tokens > 1:
+        lines += [f"Compilation    {done.token_seconds[1] - done.token_seconds[0]:.1f} s, with the second token"]
+    if done.tokens_per_second is not None:
+        lines += [f"Then           {done.tokens_per_second:.1f} tokens per second, {done.new_tokens} in all"]
+    if model.device.type == "cuda":
+        lines += [f"GPU memory     {torch.cuda.max_memory_allocated(model.device) / 1e9:.2f} GB at most"]
+    if sys.platform != "win32":
+        lines += [f"Memory         {_peak_memory() / 1e9:.2f} GB at most"]
+    return lines
+
+
+def _peak_memory() -> int:
+    """Return the largest resident memory of this process, in bytes."""
+    import resource  # Windows has none
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 _GREEDY = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 class _Pieces(TextStreamer):  # type: ignore[misc]
-    """Passes text on and keeps it."""
+    """Passes text on and keeps it, and the moments at which tokens came."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.pieces: list[str] = []
+        self.moments: list[float] = []
         self._write = write
+
+    def put(self, value: Any) -> None:
+        if not self.next_tokens_are_prompt:
+            self.moments.append(time.perf_counter())
+        super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if text:

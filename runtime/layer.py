@@ -3,6 +3,9 @@
 Quantization is a named step, `from_linear`. Moving or casting the layer moves its tensors and casts bias and
 outlier columns; the int8 values and their scales keep their dtypes, and forward changes nothing. The layer is
 frozen, and there is no gradient through it yet: backward says so.
+
+Who puts another weight in place calls `prepare` then. It may keep the weight in the layout of a kernel instead of its
+own; `unpacked_weight`, the state dict, copies and moves give it back as it was.
 """
 
 from collections.abc import Callable
@@ -12,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from llmint8.kernels.linear import dynamic_int8_linear, int8_linear
+from llmint8.kernels import cpu
+from llmint8.kernels.linear import dynamic_int8_linear, int8_linear, weight_row_sum
 from llmint8.kernels.reference import Activation, dequantize_weight, quantize_weight
 
 Outliers = Literal["static", "dynamic", "none"]
@@ -22,7 +26,9 @@ class Int8Linear(nn.Module):
     """`y = x W^T + b` with W in int8, in the decomposition of LLM.int8() (arXiv 2208.07339, section 3.2).
 
     Attributes:
-        weight: int8 [N, K], all columns; `W ~ weight * weight_absmax[:, None] / 127`.
+        weight: int8 [N, K], all columns; `W ~ weight * weight_absmax[:, None] / 127`. Opaque if `packed`.
+        packed: whether the weight is in the layout of a kernel; see `prepare`.
+        weight_row_sum: int32 [N], the sums of the weight's rows, or None before `prepare`; not in the state dict.
         SCB: float32 [N], the absmax of each row under the name it has on disk; elsewhere `weight_absmax`.
         weight_format: uint8 [], always 0: row-major. bitsandbytes wants it on disk.
         outlier_dims: int32 [k], sorted, or None for a layer that stores no outliers (bitsandbytes wrote it).
@@ -39,6 +45,7 @@ class Int8Linear(nn.Module):
     bias: nn.Parameter | None
     SCB: Tensor
     weight_format: Tensor
+    weight_row_sum: Tensor | None
     outlier_dims: Tensor | None
     outlier_weight: Tensor | None
 
@@ -59,6 +66,7 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.outliers, self.threshold, self.activation = outliers, threshold, activation
+        self.packed = False
 
         def zeros(*shape: int, kind: torch.dtype | None) -> Tensor:
             return torch.zeros(shape, dtype=kind, device=device)
@@ -66,6 +74,7 @@ class Int8Linear(nn.Module):
         self.weight = nn.Parameter(zeros(out_features, in_features, kind=torch.int8), requires_grad=False)
         self.register_buffer("SCB", zeros(out_features, kind=torch.float32))
         self.register_buffer("weight_format", zeros(kind=torch.uint8))
+        self.register_buffer("weight_row_sum", None, persistent=False)
         k = outlier_count
         self.register_buffer("outlier_dims", None if k is None else zeros(k, kind=torch.int32))
         self.register_buffer("outlier_weight", None if k is None else zeros(out_features, k, kind=dtype))
@@ -108,7 +117,29 @@ class Int8Linear(nn.Module):
         layer.outlier_dims, layer.outlier_weight = dims, outlier_weight.detach().clone()
         if bias is not None:
             layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        layer.prepare()
         return layer
+
+    def prepare(self) -> None:
+        """Compute what the kernels want to know of the weight, and lay it out for them; it takes no more memory."""
+        weight = self.unpacked_weight()
+        self.weight_row_sum = None if weight.is_meta else weight_row_sum(weight)
+        self._set_weight(cpu.pack(weight) if self.packable else weight)
+
+    @property
+    def packable(self) -> bool:
+        """Whether `prepare` packs the weight: not for the dynamic search, which takes columns of it in every call."""
+        # What accelerate placed has a hook, and moves as it is.
+        return self.outliers != "dynamic" and not hasattr(self, "_hf_hook") and cpu.packable(self.weight)
+
+    def unpacked_weight(self) -> Tensor:
+        """Return the weight, int8 [N, K]; a copy if it is packed."""
+        return cpu.unpack(self.weight) if self.weight.is_mkldnn else self.weight
+
+    def _set_weight(self, weight: Tensor) -> None:
+        if weight is not self.weight:
+            self.weight = nn.Parameter(weight, requires_grad=False)
+        self.packed = weight.is_mkldnn
 
     @property
     def weight_absmax(self) -> Tensor:
@@ -124,16 +155,20 @@ class Int8Linear(nn.Module):
 
     def _product(self, x: Tensor) -> Tensor:
         if self.outliers == "dynamic":
-            return dynamic_int8_linear(x, self.weight, self.weight_absmax, self.threshold, self.bias, self.activation)
+            weight = cpu.unpack(self.weight) if self.packed else self.weight  # packed if the mode was changed since
+            return dynamic_int8_linear(
+                x, weight, self.weight_absmax, self.threshold, self.bias, self.activation, self.weight_row_sum
+            )
         dims, columns = self.outlier_dims, self.outlier_weight
         if self.outliers == "none" or dims is None or columns is None:
-            dims = self.weight.new_empty(0, dtype=torch.int32)
+            dims = self.SCB.new_empty(0, dtype=torch.int32)
             columns = self.SCB.new_empty(self.out_features, 0)
-        return int8_linear(x, self.weight, self.weight_absmax, dims, columns, self.bias, self.activation)
+        absmax, row_sum = self.weight_absmax, self.weight_row_sum
+        return int8_linear(x, self.weight, absmax, dims, columns, self.bias, self.activation, row_sum, self.packed)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight in floating point, [N, K]; stored outlier columns are exact."""
-        weight = dequantize_weight(self.weight, self.weight_absmax).to(dtype)
+        weight = dequantize_weight(self.unpacked_weight(), self.weight_absmax).to(dtype)
         if self.outlier_dims is not None and self.outlier_weight is not None:
             weight[:, self.outlier_dims.long()] = self.outlier_weight.to(dtype)
         return weight
@@ -149,6 +184,8 @@ class Int8Linear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move as `fn` does, but cast nothing that is part of the quantized weight."""
+        packed = self.packed
+        self._set_weight(self.unpacked_weight())
         stored = (self.weight, self.SCB, self.weight_format, self.outlier_dims)
 
         def move(tensor: Tensor) -> Tensor:
@@ -158,7 +195,28 @@ class Int8Linear(nn.Module):
             return moved
 
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        if packed:
+            self.prepare()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle takes along; the packed layout belongs to this machine."""
+        state = dict(vars(self))
+        if self.packed:
+            weight = nn.Parameter(self.unpacked_weight(), requires_grad=False)
+            state |= {"_parameters": {**self._parameters, "weight": weight}, "packed": False}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take on that state, and pack again what was packed."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self.packable:
+            self.prepare()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.packed:
+            destination[f"{prefix}weight"] = self.unpacked_weight()
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
@@ -176,7 +234,9 @@ class Int8Linear(nn.Module):
             if here is None or here.shape[1] != len(dims):
                 self.outlier_dims = torch.zeros(len(dims), dtype=torch.int32, device=device)
                 self.outlier_weight = torch.zeros(self.out_features, len(dims), dtype=dtype, device=device)
+        self._set_weight(self.unpacked_weight())
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        self.prepare()
 
 
 class _RefuseBackward(torch.autograd.Function):

@@ -1,8 +1,8 @@
 """Load an int8 checkpoint into the ordinary transformers class.
 
 The directory is opened and its structure checked by the formats room; transformers sees it only after that,
-so an index that leads elsewhere or a header that lies never reaches it. The weights are mapped from the files
-and not read: on the CPU they take memory as they are used, and the files must stay as they are meanwhile.
+so an index that leads elsewhere or a header that lies never reaches it. On the CPU the int8 layers are read and laid
+out for the kernels; what is not quantized is mapped from the files, which must stay as they are meanwhile.
 """
 
 import logging
@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from llmint8.converter.hub import resolve
 from llmint8.converter.limits import bounded_modules
 from llmint8.converter.models import first_line, is_trusted, load_config, model_class
+from llmint8.converter.names import module_names
 from llmint8.formats import (
     DTYPES,
     FLOAT_DTYPES,
@@ -32,8 +34,10 @@ from llmint8.formats import (
 )
 from llmint8.formats.files import CONFIG_NAME
 from llmint8.formats.source import small_files
+from llmint8.kernels import cpu
 from llmint8.kernels.reference import Activation
 
+from .compiled import compile_decode
 from .layer import Int8Linear, Outliers
 from .quantizer import QUANT_METHOD
 
@@ -52,6 +56,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     verify: bool = False,
+    compile: bool = False,
 ) -> PreTrainedModel:
     """Load an int8 checkpoint, written by llmint8 or by bitsandbytes, ready to run.
 
@@ -67,8 +72,10 @@ def load(
         activation: how inputs are quantized, `absmax` or `zeropoint`; what the checkpoint records by default.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run the model code in the directory, if its config.json names any.
-        verify: check every value and every hash first, rules E12 to E18 too. All tensors are read once more for it,
+        verify: check every value and every hash first, rules E12 to E19 too. All tensors are read once more for it,
             one at a time; that takes about as long as `llmint8 verify`.
+        compile: let `generate` decode with a static cache and `torch.compile`; see `runtime/compiled.py`. A warning
+            says so where that cannot be.
 
     Returns:
         The model, in eval mode: the transformers class that the config's `architectures` names, a causal LM
@@ -103,7 +110,10 @@ def load(
         device_map = {"": torch.device(device)}
     with bounded_modules(len(checkpoint.tensors)):
         model = _from_pretrained(cls, checkpoint.path, config, _dtype(dtype, checkpoint, config), device_map)
+    _prepare(model, checkpoint)
     _log_summary(model)
+    if compile:
+        compile_decode(model)
     return model
 
 
@@ -209,8 +219,37 @@ def no_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def _prepare(model: Any, checkpoint: Checkpoint) -> None:
+    """Let every layer prepare its weight, on the CPU in memory of its own.
+
+    Pages of a mapped file stay in memory once read, beside the packed weight. What accelerate moves stays as it is.
+    """
+    names = module_names(model, checkpoint.tensors)
+    layers = {
+        record: model.get_submodule(names[f"{record}.weight"].removesuffix(".weight")) for record in checkpoint.records
+    }
+    own = {r for r, layer in layers.items() if layer.weight.device.type == "cpu" and not hasattr(layer, "_hf_hook")}
+    # First all of them let go of the file: what was cast to another dtype is then no longer there twice either.
+    for record in own:
+        layers[record].weight = None
+        for name, buffer in layers[record].named_buffers():
+            setattr(layers[record], name, buffer.clone())
+    for record, layer in layers.items():
+        if record in own:
+            layer.weight = nn.Parameter(checkpoint.read(f"{record}.weight"), requires_grad=False)
+        layer.prepare()
+
+
+def _int8_layers(model: Any) -> list[Int8Linear]:
+    return [module for module in model.modules() if isinstance(module, Int8Linear)]
+
+
 def _log_summary(model: Any) -> None:
-    layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    layers = _int8_layers(model)
     config = model.config.quantization_config
     mode = f"dynamic (|x| >= {config.threshold:g})" if config.outliers == "dynamic" else config.outliers
-    log.info("%d Int8Linear layers, outliers %s, activation %s", len(layers), mode, config.activation)
+    packed = sum(layer.packed for layer in layers)
+    on_cpu = sum(layer.weight.device.type == "cpu" for layer in layers) - packed
+    products = {"packed": packed, cpu.unpacked_product(): on_cpu}
+    kernels = "".join(f", {count} x {name} on the CPU" for name, count in products.items() if count)
+    log.info("%d Int8Linear layers, outliers %s, activation %s%s", len(layers), mode, config.activation, kernels)

@@ -21,7 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from llmint8.converter.models import is_linear
 from llmint8.formats import LLMInt8Error
-from llmint8.kernels.reference import Activation, QuantizedRows, dynamic_outlier_dims, int8_product, quantize_rows
+from llmint8.kernels.linear import int8_product
+from llmint8.kernels.reference import Activation, QuantizedRows, dynamic_outlier_dims, quantize_rows
 
 Granularity = Literal["tensor", "row", "vector"]
 

@@ -104,6 +104,11 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     @property
+    def is_compileable(self) -> bool:
+        """Tell that `generate` may compile the model."""
+        return True
+
+    @property
     def is_trainable(self) -> bool:
         """Tell that there is no gradient through the layers yet."""
         return False
