@@ -167,25 +167,14 @@ def convert_command(
     source: str,
     out: Path,
     revision: str | None,
-    outliers: str,
-    calibration: Path | None,
-    calibration_tokens: int,
-    device: str,
-    dtype: str | None,
-    skip: tuple[str, ...],
-    only: tuple[str, ...],
-    quantize_head: bool,
-    max_shard_size: str,
-    on_nonfinite: Any,
-    jobs: int | None,
     force: bool,
     low_disk: bool,
-    trust_remote_code: bool,
     dry_run: bool,
     push_to_hub: str | None,
     private: bool,
     quiet: bool,
     verbose: bool,
+    **options: Any,
 ) -> None:
     """Convert the 16-bit checkpoint SOURCE into an int8 checkpoint OUT.
 
@@ -197,21 +186,7 @@ def convert_command(
         raise ValueError("--private says how to publish; add --push-to-hub REPO")
     from . import Options, execute, make_plan, resolve
 
-    options = Options(
-        outliers=outliers,
-        calibration=calibration,
-        calibration_tokens=calibration_tokens,
-        device=device,
-        dtype=dtype,
-        skip=skip,
-        only=only,
-        quantize_head=quantize_head,
-        max_shard_size=max_shard_size,
-        on_nonfinite=on_nonfinite,
-        trust_remote_code=trust_remote_code,
-        jobs=jobs,
-    )
-    plan = make_plan(resolve(source, revision, "source", low_disk), out, options)
+    plan = make_plan(resolve(source, revision, "source", low_disk), out, Options(**options))
     if dry_run:
         _echo_notices(plan.selection.notices)
         click.echo(_plan_text(plan, verbose))

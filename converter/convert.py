@@ -1,12 +1,9 @@
 """The conversion itself: plan, calibrated pass, everything else, outlier columns, and the files that complete it."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from llmint8.formats import CheckpointWriter, Manifest, OutputError
 from llmint8.formats.files import CARD_NAME
@@ -16,7 +13,7 @@ from .calibration_text import load_calibration
 from .card import Subject, new_card, read_card
 from .hub import resolve
 from .models import usable_device
-from .options import OnNonfinite, Options
+from .options import Options
 from .plan import ConversionPlan, make_plan, with_selection
 from .provenance import describe, fingerprint, identify, output_config
 from .transfer import Progress, Transfer
@@ -46,21 +43,10 @@ def convert(
     out: str | Path,
     *,
     revision: str | None = None,
-    outliers: str = Options.outliers,
-    calibration: str | Path | None = None,
-    calibration_tokens: int = Options.calibration_tokens,
-    device: str | torch.device = Options.device,
-    dtype: str | None = None,
-    skip: Sequence[str] = (),
-    only: Sequence[str] = (),
-    quantize_head: bool = False,
-    max_shard_size: str | int = Options.max_shard_size,
-    on_nonfinite: OnNonfinite = Options.on_nonfinite,
-    trust_remote_code: bool = False,
-    jobs: int | None = None,
     low_disk: bool = False,
     force: bool = False,
     progress: Progress = _no_progress,
+    **options: Any,
 ) -> ConversionReport:
     """Convert a 16-bit checkpoint to an int8 one.
 
@@ -73,43 +59,18 @@ def convert(
         source: a directory, or a Hub repo id.
         out: the directory to write: new, empty, or unfinished.
         revision: branch, tag or commit of a Hub repo.
-        outliers: this and what follows up to `jobs`: see `Options`.
-        calibration: see `Options`.
-        calibration_tokens: see `Options`.
-        device: see `Options`.
-        dtype: see `Options`.
-        skip: see `Options`.
-        only: see `Options`.
-        quantize_head: see `Options`.
-        max_shard_size: see `Options`.
-        on_nonfinite: see `Options`.
-        trust_remote_code: see `Options`.
-        jobs: see `Options`.
         low_disk: of a Hub repo, keep two shards on the disk at most, each for as long as it is needed.
         force: start over where OUT is unfinished, whatever it was begun with.
         progress: called with the name and source bytes of each tensor that is done, from several threads in turn.
+        options: the attributes of `Options`, such as `outliers="none"`.
 
     Raises:
         SourceError, CorruptFileError, OutputError: with one line that says what is wrong.
         ValueError: an option's value is not valid.
 
     """
-    text = None if calibration is None else Path(calibration)
-    options = Options(
-        outliers=outliers,
-        calibration=text,
-        calibration_tokens=calibration_tokens,
-        device=device,
-        dtype=dtype,
-        skip=skip,
-        only=only,
-        quantize_head=quantize_head,
-        max_shard_size=max_shard_size,
-        on_nonfinite=on_nonfinite,
-        trust_remote_code=trust_remote_code,
-        jobs=jobs,
-    )
-    return execute(make_plan(resolve(source, revision, "source", low_disk), Path(out), options), force, progress)
+    plan = make_plan(resolve(source, revision, "source", low_disk), Path(out), Options(**options))
+    return execute(plan, force, progress)
 
 
 def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_progress) -> ConversionReport:
@@ -124,7 +85,8 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
         )
     calibrated = plan.criterion.kind != "none"
     tokens = options.calibration_tokens
-    batch = load_calibration(plan.source.path, plan.config, options.calibration, tokens) if calibrated else None
+    text = None if options.calibration is None else Path(options.calibration)
+    batch = load_calibration(plan.source.path, plan.config, text, tokens) if calibrated else None
     with CheckpointWriter(plan.out, plan.max_shard_bytes, fingerprint(plan), force) as writer:
         writer.plan(plan.groups)
         transfer = Transfer(plan, writer, device, progress)
@@ -166,8 +128,7 @@ def _without_nonfinite(plan: ConversionPlan) -> ConversionPlan:
     """Return the plan with every layer whose weight is not finite left in 16 bit."""
     reasons = {}
     for name, layer in plan.selection.layers.items():
-        weight = plan.source.read(layer.weight.name)
-        if not all(bool(rows.isfinite().all()) for rows in torch.split(weight, 1024)):
+        if not all(bool(rows.isfinite().all()) for rows in plan.source.read_rows(layer.weight.name)):
             reasons[name] = "holds NaN or infinity"
     selection = plan.selection.without(reasons)
     return with_selection(plan, selection)

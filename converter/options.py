@@ -36,7 +36,7 @@ class Options:
     """
 
     outliers: str = "top-k=16"
-    calibration: Path | None = None
+    calibration: str | Path | None = None
     calibration_tokens: int = 512
     device: str | torch.device = "cpu"
     dtype: str | None = None

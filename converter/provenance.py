@@ -53,7 +53,7 @@ def fingerprint(plan: ConversionPlan) -> dict[str, str]:
     source = plan.source
     found = {"the source": plan.origin.name, "its commit": str(plan.origin.commit), **plan.options.spelled()}
     if plan.options.calibration is not None:
-        found["the calibration text"] = _short_hash(plan.options.calibration)
+        found["the calibration text"] = _short_hash(Path(plan.options.calibration))
     for file in [source.path / "config.json", *source.small_files]:
         found[f"the source's {file.relative_to(source.path)}"] = _short_hash(file)
     for weights in source.files:

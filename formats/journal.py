@@ -30,6 +30,8 @@ except ImportError:  # Windows
 
 JOURNAL_NAME = "conversion.partial"
 _MAX_LINE_BYTES = 64 << 20
+# Whatever a link leads to is not ours to write.
+_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 
 def is_unfinished(out: Path) -> bool:
@@ -160,7 +162,7 @@ class Journal:
 
 def _open_locked(path: Path) -> BinaryIO:
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _FLAGS, 0o666)
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
     file = os.fdopen(descriptor, "r+b", buffering=0)
