@@ -242,16 +242,18 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers.utils.logging.disable_progress_bar()
+    variants = arguments.variants
     with tempfile.TemporaryDirectory() as directory:
         work, source = Path(directory), Path(arguments.source)
         if arguments.source == "llama-1b":
+            variants = [name for name in variants if name != "ctranslate2"]  # its converter wants a tokenizer
             source = work / "llama-1b"
             make_llama(source)
         int8 = arguments.int8 or work / "int8"
         if arguments.int8 is None:
             options = {"outliers": "none"} if arguments.source == "llama-1b" else {}
             converter.convert(source, int8, **options)
-        rows = measure(arguments.variants, arguments.tokens, arguments.rounds, source, int8, work)
+        rows = measure(variants, arguments.tokens, arguments.rounds, source, int8, work)
     for row in rows:
         print(f"{row['variant']:14} {row['tokens_per_s']:7.1f} tokens/s   first turn {row['first_turn_s']:6.1f} s")
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import IO, Any
 
 from .errors import CorruptFileError, OutputError, SourceError
 from .strict_json import parse_json
@@ -56,6 +56,12 @@ def write_durably(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def begin_writeback(file: IO[bytes], offset: int, nbytes: int) -> None:
+    """Have the system write to the disk now what it may hold back: the flush at the end then waits for little."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def sync_file(path: Path) -> None:

@@ -26,6 +26,7 @@ from .files import (
     MANIFEST_NAME,
     SAFETENSORS_INDEX_NAME,
     SAFETENSORS_NAME,
+    begin_writeback,
     encode_json,
     named_errors,
     sync_file,
@@ -191,6 +192,7 @@ class CheckpointWriter:
                     raise ValueError(f"{name}: rows {block.dtype} {list(block.shape)}, planned was {place}")
                 digest.update(data)
                 _write_all(file, data)
+            begin_writeback(file, place.offset, place.nbytes)
         if rest:
             raise ValueError(f"{name}: {rest} bytes less than planned in {place}")
         self._hashes[name] = digest.hexdigest()
