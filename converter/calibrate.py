@@ -6,9 +6,7 @@ know of the weight, and the layer's output where that is small: a conversion tha
 the pass again, but reads and multiplies by few of the weights that it had reached.
 """
 
-import ctypes
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +19,7 @@ from llmint8.formats import LLMInt8Error
 from llmint8.formats.journal import Journal, Record
 from llmint8.kernels.reference import Activation
 
+from .memory import return_freed_memory
 from .models import first_line, meta_model, text_inputs
 from .names import fused_parameters, parameter_tensors
 from .outliers import Curve, InputStatistics, column_norms, rounded, select
@@ -83,7 +82,7 @@ class Calibrator:
         not_finite: list[str] = []
 
         def on_linear(call: LinearCall) -> None:
-            _return_freed_memory()
+            return_freed_memory()
             layer = layers[call.name]
             record = done.get(call.name)
             finite = bool(call.rows.isfinite().all())
@@ -174,13 +173,3 @@ class Calibrator:
             return dims.to(torch.int32), self._columns(name, positions[name][order])
 
         return Outliers(counts, statistics, self._notices, load)
-
-
-def _return_freed_memory() -> None:
-    """Give freed memory back to the system where the C library, glibc, would keep it.
-
-    Layers come and go in sizes that do not fill each other's gaps: without this, memory grows with every layer.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)

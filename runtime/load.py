@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from llmint8.converter.hub import resolve
 from llmint8.converter.limits import bounded_modules
+from llmint8.converter.memory import return_freed_memory
 from llmint8.converter.models import first_line, is_trusted, load_config, model_class
 from llmint8.converter.names import module_names
 from llmint8.formats import (
@@ -236,6 +237,7 @@ def _prepare(model: Any, checkpoint: Checkpoint) -> None:
             setattr(layers[record], name, buffer.clone())
     for record, layer in layers.items():
         if record in own:
+            return_freed_memory()
             layer.weight = nn.Parameter(checkpoint.read(f"{record}.weight"), requires_grad=False)
         layer.prepare()
 
