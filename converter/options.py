@@ -58,7 +58,8 @@ class Options:
     @property
     def threads(self) -> int:
         """How many tensors are converted at a time."""
-        return self.jobs or min(_MAX_JOBS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.jobs or min(_MAX_JOBS, cores)
 
     def spelled(self) -> dict[str, str]:
         """Return option -> value as the command line has them, without those that do not change the result."""
