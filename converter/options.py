@@ -62,8 +62,9 @@ class Options:
         return self.jobs or min(_MAX_JOBS, cores)
 
     def spelled(self) -> dict[str, str]:
-        """Return option -> value as the command line has them, without those that do not change the result."""
-        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "jobs"}
+        """Return option -> value as the command line has them, but for `jobs`, and for a file that may have moved."""
+        names = [field.name for field in fields(self) if field.name not in ("jobs", "calibration")]
+        values = {name: getattr(self, name) for name in names}
         return {
             f"--{name.replace('_', '-')}": ", ".join(map(repr, value))
             if isinstance(value, tuple | list)

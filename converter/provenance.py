@@ -52,8 +52,8 @@ def fingerprint(plan: ConversionPlan) -> dict[str, str]:
     """Return what a conversion is made of, in words: with the same fingerprint it has the same result."""
     source = plan.source
     found = {"the source": plan.origin.name, "its commit": str(plan.origin.commit), **plan.options.spelled()}
-    if plan.options.calibration is not None:
-        found["the calibration text"] = _short_hash(Path(plan.options.calibration))
+    text = plan.options.calibration
+    found["the calibration text"] = "the packaged one" if text is None else _short_hash(Path(text))
     for file in [source.path / "config.json", *source.small_files]:
         found[f"the source's {file.relative_to(source.path)}"] = _short_hash(file)
     for weights in source.files:

@@ -220,6 +220,17 @@ def test_other_options_are_refused_by_name(source, tmp_path, options, message):
     assert contents(tmp_path / "out") == contents(tmp_path / "new")
 
 
+def test_the_calibration_text_may_move_but_not_change(source, tmp_path):
+    texts = [tmp_path / name for name in ("one.txt", "two.txt", "other.txt")]
+    for file, text in zip(texts, ("abc", "abc", "abd"), strict=True):
+        file.write_text(text)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", calibration=texts[0], progress=interrupt_after(5))
+    with pytest.raises(formats.OutputError, match=r"the calibration text was \w+ and is \w+"):
+        convert(source, tmp_path / "out", calibration=texts[2])
+    convert(source, tmp_path / "out", calibration=str(texts[1]))
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
 def test_a_changed_source_is_refused_by_name(source, tmp_path, name):
     copy = shutil.copytree(source, tmp_path / "source")
