@@ -7,7 +7,8 @@ the pass again, but reads and multiplies by few of the weights that it had reach
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -81,6 +82,17 @@ class Calibrator:
         done = {name: record for name in order if (record := self._earlier(layers[name], has)) is not None}
         not_finite: list[str] = []
 
+        failed: list[bool] = []
+
+        @contextmanager
+        def ours() -> Iterator[None]:
+            try:
+                yield
+            except BaseException:
+                failed.append(True)
+                raise
+
+        @ours()
         def on_linear(call: LinearCall) -> None:
             return_freed_memory()
             layer = layers[call.name]
@@ -97,7 +109,7 @@ class Calibrator:
             if finite:
                 norms = torch.stack(column_norms(call.weight, values, absmax))
                 dims = self._statistics.see(layer.name, call.x, call.rows, (norms[0], norms[1]), call.out)
-                self._put_aside(layer, call.weight[:, dims.to(call.weight.device)], norms, call.out)
+                self._put_aside(layer, call.weight, dims, norms, call.out)
 
         try:
             stream_forward(
@@ -107,13 +119,15 @@ class Calibrator:
                 fused_parameters(model, self._plan.source.tensors),
                 {name: layers[name].weight.name for name in order},
                 {n: partial(self._journal.load, r.tensors[2]) for n, r in done.items() if len(r.tensors) > 2},
-                read,
+                ours()(read),
                 on_linear,
                 self._device,
             )
-        except (LLMInt8Error, OSError, MemoryError, torch.OutOfMemoryError):
+        except (LLMInt8Error, OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
             raise
         except Exception as error:  # the model's code may raise anything
+            if failed or "DefaultCPUAllocator" in str(error):  # out of memory has no type of its own there
+                raise
             log.debug("calibration pass", exc_info=True)
             self._notices.append(
                 f"the calibration pass ended early ({first_line(error)}); "
@@ -130,22 +144,26 @@ class Calibrator:
         record = self._journal.get("layer", layer.name)
         return record if record is not None and has(layer) else None
 
-    def _put_aside(self, layer: SelectedLayer, columns: Tensor, norms: Tensor, out: Tensor) -> None:
-        """Record the candidate columns [N, C], as rows; the norms [2, K]; and maybe the output [M, N]."""
-        tensors = [columns.t(), norms]
+    def _put_aside(self, layer: SelectedLayer, weight: Tensor, dims: Tensor, norms: Tensor, out: Tensor) -> None:
+        """Record the columns of a weight [N, K] at `dims`, as rows; the norms [2, K]; and maybe the output [M, N]."""
+        tensors = [weight[:, dims.to(weight.device)].t(), norms]
         if kept_output_bytes(layer, len(out)):
             tensors.append(out)
-        self._journal.put("layer", layer.name, None, [tensor.cpu().contiguous() for tensor in tensors])
+        self._journal.put("layer", layer.name, dims.tolist(), [tensor.cpu().contiguous() for tensor in tensors])
 
     def _remember_curve(self, layer: str, measure: Callable[[], Curve]) -> Curve:
         return self._journal.remember("curve", layer, measure)  # type: ignore[no-any-return]
 
-    def _columns(self, layer: str, positions: Tensor) -> Tensor:
-        """Return the columns [N, k] at some positions of what was put aside."""
-        record = self._journal.get("layer", layer)
-        assert record is not None
+    def _columns(self, layer: SelectedLayer, dims: Tensor) -> Tensor:
+        """Return the columns [N, k] of a weight; those that were put aside, or of the weight itself."""
+        record = self._journal.get("layer", layer.name)
+        rows = {dim: row for row, dim in enumerate(record.value)} if record else {}
+        if record is None or not rows.keys() >= set(dims.tolist()):
+            # Another machine began this: its rounding, and so its order of the candidates, may be another.
+            weight = self._plan.source.read(layer.weight.name)
+            return (weight.t() if layer.transposed else weight)[:, dims]
         columns = record.tensors[0]
-        return torch.cat([self._journal.load(columns.rows(row, row + 1)) for row in positions.tolist()]).t()
+        return torch.cat([self._journal.load(columns.rows(rows[dim], rows[dim] + 1)) for dim in dims.tolist()]).t()
 
     def choose(self) -> Outliers:
         """Choose the outliers of all layers seen."""
@@ -169,7 +187,7 @@ class Calibrator:
         dims_of = {name: group.dims for group in groups for name in group.layers}
 
         def load(name: str) -> tuple[Tensor, Tensor]:
-            dims, order = dims_of[name][positions[name]].sort()
-            return dims.to(torch.int32), self._columns(name, positions[name][order])
+            dims = dims_of[name][positions[name]].sort().values
+            return dims.to(torch.int32), self._columns(self._plan.selection.layers[name], dims)
 
         return Outliers(counts, statistics, self._notices, load)

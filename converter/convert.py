@@ -77,8 +77,6 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
     """Carry out a plan; see `convert`."""
     started = time.monotonic()
     options, device = plan.options, usable_device(plan.options.device)
-    if options.on_nonfinite == "keep":
-        plan = _without_nonfinite(plan)
     if plan.disk_needed > plan.disk_free:
         raise OutputError(
             f"{plan.out}: needs {plan.disk_needed / 1e9:.2f} GB, {plan.disk_free / 1e9:.2f} GB are free there"
@@ -88,6 +86,8 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
     text = None if options.calibration is None else Path(options.calibration)
     batch = load_calibration(plan.source.path, plan.config, text, tokens) if calibrated else None
     with CheckpointWriter(plan.out, plan.max_shard_bytes, fingerprint(plan), force) as writer:
+        if options.on_nonfinite == "keep":
+            plan = _without_nonfinite(plan)
         writer.plan(plan.groups)
         transfer = Transfer(plan, writer, device, progress)
         calibrator = Calibrator(plan, batch.tokens, device, writer.journal) if batch else None

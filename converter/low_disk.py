@@ -27,7 +27,6 @@ from llmint8.formats.tensors import MAX_HEADER_BYTES, parse_header, read_header,
 
 from .hub import Resolved, explain, patiently
 
-WORKING_NAME = "source.partial"
 MOST_SHARDS = 2
 # Nearly every header is smaller, and a second request takes longer than these bytes.
 _FIRST_REQUEST = 1 << 17

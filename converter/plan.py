@@ -20,11 +20,12 @@ from llmint8.formats import (
     outlier_specs,
     require_writable,
 )
+from llmint8.formats.journal import WORKING_NAME
 from llmint8.formats.tensors import BLOCK_BYTES
 
 from .hub import Resolved
 from .limits import bounded_modules
-from .low_disk import MOST_SHARDS, WORKING_NAME, open_remote
+from .low_disk import MOST_SHARDS, open_remote
 from .models import Head, load_config, meta_model, own_head
 from .options import Options
 from .outliers import Criterion, max_candidates, parse_criterion

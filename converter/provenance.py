@@ -1,7 +1,7 @@
 """What a conversion writes about itself: config.json, its quantization, and where the source came from."""
 
 import hashlib
-from datetime import datetime
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def fingerprint(plan: ConversionPlan) -> dict[str, str]:
         found[f"the source's {file.relative_to(source.path)}"] = _short_hash(file)
     for weights in source.files:
         # Of a commit the files are always the same, and may be fetched anew.
-        time = None if plan.origin.commit else datetime.fromtimestamp(weights.path.stat().st_mtime)
+        time = None if plan.origin.commit else datetime.fromtimestamp(weights.path.stat().st_mtime, UTC)
         modified = f", modified {time.isoformat()}" if time else ""
         found[f"the source's {weights.path.name}"] = f"{weights.size} bytes{modified}"
     return found | {name: _version(name) for name in ("llmint8", "torch", "transformers")}

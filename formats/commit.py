@@ -6,7 +6,8 @@ done again. The journal itself goes when config.json is there.
 
 from pathlib import Path
 
-from .files import CONFIG_NAME, named_errors, sync_directory, sync_file, write_durably
+from .errors import OutputError
+from .files import CONFIG_NAME, named_errors, sync_directory, sync_file, temporary_name, write_durably
 from .journal import Journal
 
 
@@ -43,10 +44,13 @@ def take_back(out: Path, journal: Journal) -> None:
     if record is None:
         return
     with named_errors(out):
+        names = [*record.value["files"], *record.value["shards"], *record.value["shards"].values()]
+        if not all((out / name).resolve().is_relative_to(out.resolve()) for name in names):
+            raise OutputError(f"{journal.path}: names files outside of {out}; it is not of a conversion, remove it")
         for name in reversed(record.value["files"]):
             path = out / name
             path.unlink(missing_ok=True)
-            path.with_name(path.name + ".partial").unlink(missing_ok=True)
+            temporary_name(path).unlink(missing_ok=True)
             if path.parent != out and path.parent.is_dir() and not any(path.parent.iterdir()):
                 path.parent.rmdir()
         for partial, final in record.value["shards"].items():

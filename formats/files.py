@@ -48,9 +48,14 @@ def named_errors(path: Path) -> Iterator[None]:
         raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
 
 
+def temporary_name(path: Path) -> Path:
+    """Return the name that a file has until it is whole; no file of a checkpoint has such a one."""
+    return path.with_name(path.name + ".new.partial")
+
+
 def write_durably(path: Path, data: bytes) -> None:
     """Write a whole file under a temporary name, flush it to the disk, and give it its name."""
-    temporary = path.with_name(path.name + ".partial")
+    temporary = temporary_name(path)
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()

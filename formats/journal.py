@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from torch import Tensor
 
 from .errors import CorruptFileError, OutputError
-from .tensors import DTYPE_NAMES, DTYPES, TensorInfo, as_bytes, read_tensor
+from .tensors import DTYPE_NAMES, DTYPES, TensorInfo, as_bytes, is_shape, read_tensor
 
 try:
     import fcntl
@@ -29,6 +29,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 JOURNAL_NAME = "conversion.partial"
+# Where the converter may keep what it has fetched of the source.
+WORKING_NAME = "source.partial"
 _MAX_LINE_BYTES = 64 << 20
 # Whatever a link leads to is not ours to write.
 _FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
@@ -134,13 +136,16 @@ class Journal:
         size = os.fstat(self._file.fileno()).st_size
         with self.path.open("rb") as file:
             first = _parse(file)
-            if first is None:
+            begun = first.get("fingerprint") if first else None
+            if not isinstance(begun, dict):
+                if any(path.suffix != ".partial" for path in self.path.parent.iterdir()):
+                    raise OutputError(f"{self.path}: not the journal of a conversion; remove it")
                 self._file.truncate(0)
                 return self._write(json.dumps({"fingerprint": fingerprint or {}}).encode() + b"\n")
             if fingerprint is not None:
-                _compare(self.path.parent, first.get("fingerprint", {}), fingerprint)
+                _compare(self.path.parent, begun, fingerprint)
             end = file.tell()
-            while (entry := _parse(file)) is not None:
+            while (entry := _parse(file)) is not None and _is_record(entry):
                 record = self._record(entry, file.tell())
                 following = file.tell() + sum(info.nbytes for info in record.tensors)
                 if following > size:
@@ -188,10 +193,18 @@ def _parse(file: BinaryIO) -> dict[str, Any] | None:
     line = file.readline(_MAX_LINE_BYTES)
     try:
         entry = json.loads(line) if line.endswith(b"\n") else None
-        known = isinstance(entry, dict) and ("kind" not in entry or all(d in DTYPES for d, _ in entry["tensors"]))
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, RecursionError):
         return None
-    return entry if known else None
+    return entry if isinstance(entry, dict) else None
+
+
+def _is_record(entry: dict[str, Any]) -> bool:
+    if entry.keys() != {"kind", "name", "value", "tensors", "sha256"} or not isinstance(entry["tensors"], list):
+        return False
+    specs = [spec for spec in entry["tensors"] if isinstance(spec, list) and len(spec) == 2]
+    whole = len(specs) == len(entry["tensors"]) and all(is_shape(shape) for _, shape in specs)
+    words = [entry["kind"], entry["name"], entry["sha256"], *(dtype for dtype, _ in specs)]
+    return whole and all(isinstance(word, str) for word in words) and all(dtype in DTYPES for dtype, _ in specs)
 
 
 def _compare(out: Path, begun: dict[str, str], now: dict[str, str]) -> None:

@@ -179,13 +179,16 @@ def read_tensor(path: Path, info: TensorInfo) -> Tensor:
     tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
     view = as_bytes(tensor)
     with open_regular(path) as file:
-        file.seek(info.offset)
-        done = 0
-        while done < len(view):
-            count = file.readinto(view[done:])
-            if not count:
-                raise CorruptFileError(f"{path}: {info.name}: the file ends {len(view) - done} bytes too early")
-            done += count
+        try:
+            file.seek(info.offset)
+            done = 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise CorruptFileError(f"{path}: {info.name}: the file ends {len(view) - done} bytes too early")
+                done += count
+        except OSError as error:
+            raise CorruptFileError(f"{path}: {info.name}: cannot be read: {error.strerror}") from None
     return tensor
 
 

@@ -10,6 +10,7 @@ stopped, whatever stopped it: it takes back what a commit had begun, and trusts 
 """
 
 import hashlib
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -31,12 +32,13 @@ from .files import (
     named_errors,
     sync_file,
 )
-from .journal import JOURNAL_NAME, Journal, is_unfinished
+from .journal import WORKING_NAME, Journal, is_unfinished
 from .manifest import Manifest, ManifestEntry, tensor_sha256
 from .quantization import Quantization
 from .tensors import DTYPE_NAMES, DTYPES, TensorInfo, TensorSpec, as_bytes, encode_header, read_tensor
 
 _SHARD_NAME = "model-{:05d}.safetensors.partial"
+_PARTIAL_SHARD = re.compile(r"model-\d{5,}\.safetensors\.partial")
 
 
 @dataclass
@@ -104,9 +106,11 @@ class CheckpointWriter:
         """Remove what was written, the journal last."""
         take_back(self._out, self.journal)
         with named_errors(self._out):
-            partial = [path for path in self._out.iterdir() if path.suffix == ".partial"]
-            for path in sorted(partial, key=lambda path: path.name == JOURNAL_NAME):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(self._out / WORKING_NAME, ignore_errors=True)
+            for path in self._out.iterdir():
+                if _PARTIAL_SHARD.fullmatch(path.name):
+                    path.unlink()
+            self.journal.path.unlink()
 
     def give_up(self) -> None:
         """Keep nothing when the writer is left by an error: the same command would meet it again."""

@@ -225,6 +225,14 @@ def test_what_is_left_of_another_file_is_fetched_anew(hub: Any, source: Path, tm
     assert sorted(downloads(hub)[before:]) == shards(source)[1:]
 
 
+def test_with_a_search_for_values_that_are_not_finite(hub: Any, source: Path, tmp_path: Path) -> None:
+    """It reads the weights before anything is converted; what is interrupted then goes on, or starts over."""
+    hub.add(REPO, files_of(source))
+    result = run(REPO, tmp_path / "out", "--low-disk", "--outliers", "none", "--on-nonfinite", "keep")
+    assert result.exit_code == 0, result.output
+    assert not (tmp_path / "out" / "source.partial").exists()
+
+
 @pytest.mark.parametrize("options", [{"outliers": "none"}, {"calibration_tokens": 2}], ids=str)
 def test_going_on_fetches_only_shards_with_something_left(
     hub: Any, source: Path, tmp_path: Path, options: dict[str, Any]

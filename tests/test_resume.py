@@ -319,3 +319,130 @@ def test_a_signal_leaves_what_goes_on(source, tmp_path, number):
     assert result.exit_code == 0, result.output
     converter.convert(source, tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("options", ["calibrated", "outputs-kept"])
+def test_going_on_where_rounding_is_another_stores_the_right_columns(source, tmp_path, monkeypatch, options):
+    """As on another machine: the candidates come in another order then, and may be others."""
+    from llmint8.converter import streaming
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", progress=interrupt_after(14), **OPTIONS[options])
+    generator, linear = torch.Generator().manual_seed(0), streaming.blockwise_linear
+    noise = lambda out: out * (1 + torch.rand(out.shape, generator=generator))  # noqa: E731
+    monkeypatch.setattr(streaming, "blockwise_linear", lambda x, weight: noise(linear(x, weight)))
+    # Layers whose output is kept do not multiply: the embedding is what differs then.
+    embedding = torch.nn.functional.embedding
+    monkeypatch.setattr(
+        torch.nn.functional, "embedding", lambda *a, **k: noise(embedding(*a, **k).float()) if a[1].ndim == 2 else 0
+    )
+    convert(source, tmp_path / "out", **OPTIONS[options])
+    checkpoint, original = formats.open_checkpoint(tmp_path / "out"), formats.open_source(source)
+    assert not formats.check_values(checkpoint)
+    for name in checkpoint.records:
+        dims = checkpoint.read(f"{name}.outlier_dims").long()
+        assert torch.equal(checkpoint.read(f"{name}.outlier_weight"), original.read(f"{name}.weight")[:, dims]), name
+
+
+def test_out_of_memory_in_the_pass_is_no_early_end_of_it(source, tmp_path, monkeypatch):
+    read = formats.Source.read
+
+    def starved(self, name):
+        if "layers.1.mlp" in name:
+            torch.empty(1 << 58, dtype=torch.uint8)
+        return read(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(formats.Source, "read", starved)
+        with pytest.raises(RuntimeError, match="allocate"):
+            convert(source, tmp_path / "out")
+    convert(source, tmp_path / "out")
+    convert(source, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_source_file_named_as_the_journal_is_copied(source, tmp_path):
+    copy = shutil.copytree(source, tmp_path / "source")
+    (copy / "conversion").write_text("mine")
+    convert(copy, tmp_path / "out")
+    assert (tmp_path / "out" / "conversion").read_text() == "mine"
+    assert not formats.is_unfinished(tmp_path / "out")
+
+
+ODD_LINES = {
+    "empty": b"{}\n",
+    "shape": b'{"kind":"tensor","name":"x","value":1,"tensors":[["F16",5]],"sha256":""}\n',
+    "dtype": b'{"kind":"tensor","name":"x","value":1,"tensors":[[[],[1]]],"sha256":""}\n',
+    "key": b'{"kind":"tensor","name":"x","tensors":[],"sha256":""}\n',
+    "deep": b"[" * 100_000 + b"\n",
+    "binary": b"\xff\0\n",
+}
+
+
+@pytest.mark.parametrize("line", ODD_LINES.values(), ids=ODD_LINES)
+@pytest.mark.parametrize("force", [False, True])
+def test_a_damaged_journal_is_gone_on_with_or_forced(source, tmp_path, line, force):
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", outliers="none", progress=interrupt_after(5))
+    with (tmp_path / "out" / JOURNAL_NAME).open("ab") as file:
+        file.write(line)
+    convert(source, tmp_path / "out", outliers="none", force=force)
+    convert(source, tmp_path / "whole", outliers="none")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_journal_removes_nothing_outside(source, tmp_path, force):
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", outliers="none", progress=interrupt_after(5))
+    (tmp_path / "victim").write_text("x")
+    with (tmp_path / "out" / JOURNAL_NAME).open("ab") as file:
+        file.write(b'{"kind":"commit","name":"","value":{"files":["../victim"],"shards":{}},"tensors":[],"sha256":"')
+        file.write(b'e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}\n')
+    with pytest.raises(formats.OutputError, match="names files outside"):
+        convert(source, tmp_path / "out", outliers="none", force=force)
+    assert (tmp_path / "victim").exists()
+
+
+def test_force_leaves_what_is_not_ours(source, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", progress=interrupt_after(5))
+    (tmp_path / "out" / "mine.partial").mkdir()
+    (tmp_path / "out" / "mine.partial" / "thesis").write_text("x")
+    convert(source, tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "mine.partial" / "thesis").read_text() == "x"
+
+
+def test_an_empty_file_with_the_journals_name_makes_no_directory_ours(source, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text("mine")
+    (tmp_path / "out" / JOURNAL_NAME).touch()
+    with pytest.raises(formats.OutputError, match="not the journal of a conversion"):
+        convert(source, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").read_text() == "mine"
+
+
+def test_an_io_error_names_the_source(source, tmp_path, monkeypatch):
+    from llmint8.formats import tensors
+
+    class Broken:
+        def __init__(self, file):
+            self._file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self._file.close()
+
+        def __getattr__(self, name):
+            return getattr(self._file, name)
+
+        def readinto(self, view):
+            raise OSError(5, "Input/output error")
+
+    plan = converter.make_plan(converter.resolve(source), tmp_path / "out", converter.Options(outliers="none"))
+    opened = tensors.open_regular
+    monkeypatch.setattr(tensors, "open_regular", lambda path: Broken(opened(path)))
+    with pytest.raises(formats.CorruptFileError, match=r"model\.safetensors: .*: cannot be read: Input/output error"):
+        converter.execute(plan)
