@@ -2,7 +2,8 @@
 
 Every tile that `kernels/tiles.json` ships is compiled for its architecture as the launcher would launch it, in the
 heaviest form: float16, zero point, bias, 64 outlier columns. Printed for each: registers, bytes spilled, shared memory,
-int8 tensor-core instructions, and what is wrong with it, if anything. Needs Triton and its interpreter off, and no GPU.
+instructions that multiply int8 (tensor cores or dp4a), and what is wrong with it, if anything. Needs Triton and its
+interpreter off, and no GPU.
 
     python benchmarks/kernel_resources.py [--json]
 """
@@ -24,14 +25,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from llmint8.kernels import int8_matmul, quantize_rows
-from llmint8.kernels.tiles import Tile, shipped_rows
+from llmint8.kernels import gpu, int8_decode, int8_matmul, quantize_rows
+from llmint8.kernels.tiles import TENSOR_CORE_ROWS, Tile, shipped_rows
 
 # Bytes of shared memory that one program may have. The tiles of `any` are compiled for sm_80, and have to do with the
 # shared memory of the smallest GPUs.
 LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "any": 64 * 1024}
 TARGETS = {"sm_80": 80, "sm_90": 90, "any": 80}
 WIDTHS = (64, 4096, 8192, 16384, 65536)  # K of the row quantization: each number of warps, and the loop
+SETTINGS = ("num_warps", "num_stages", "enable_fp_fusion")
 POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.int32: "i32"}
 
 
@@ -44,7 +46,7 @@ class Resources:
     registers: int
     spilled_bytes: int
     shared_bytes: int
-    tensor_core_instructions: int
+    int8_instructions: int
     problems: list[str]
 
 
@@ -62,7 +64,7 @@ class Recorder:
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile for these arguments, specialized as Triton's launcher specializes."""
         names = [parameter.name for parameter in self.kernel.params]
-        settings = {name: options.pop(name) for name in ("num_warps", "num_stages") if name in options}
+        settings = {name: options.pop(name) for name in SETTINGS if name in options}
         values = dict(zip(names, args, strict=False)) | options
         signature, constants, attributes = {}, {}, {}
         for position, parameter in enumerate(self.kernel.params):
@@ -85,6 +87,14 @@ class Recorder:
         source = ASTSource(self.kernel, signature, constants, attributes)
         target = GPUTarget("cuda", TARGETS[self.architecture], 32)
         self.compiled = triton.compile(source, target=target, options=settings)
+
+
+class Nothing:
+    """Stands where a kernel stands that is not to be compiled."""
+
+    def __getitem__(self, grid: Any) -> Any:
+        """Take the place of a launch."""
+        return lambda *args, **options: None
 
 
 def resources(compiled: Any, architecture: str, name: str, instruction: str | None = None) -> Resources:
@@ -110,12 +120,12 @@ def resources(compiled: Any, architecture: str, name: str, instruction: str | No
         found.problems.append("spills registers")
     if found.shared_bytes > LIMITS[architecture]:
         found.problems.append(f"more than {LIMITS[architecture]} bytes of shared memory")
-    if instruction and not found.tensor_core_instructions:
+    if instruction and not found.int8_instructions:
         found.problems.append(f"no {instruction}")
     return found
 
 
-def matmul_resources(
+def layer_resources(
     architecture: str,
     tile: Tile,
     dtype: torch.dtype = torch.float16,
@@ -123,21 +133,31 @@ def matmul_resources(
     zeropoint: bool = True,
     k: int = 4096,
 ) -> Resources:
-    """Compile the product of a layer with K inputs; one without a zero point has no bias either."""
+    """Compile the product, or the whole, of a layer with K inputs; one without a zero point has no bias either."""
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=kind, device="meta")
 
-    m, n = 512, 4096
-    columns = empty(m, quantize_rows.padded_outliers(outliers)) if outliers else None
-    vectors = empty(m, kind=torch.float32), empty(m, kind=torch.float32) if zeropoint else None
-    rows = quantize_rows.Rows(empty(m, k, kind=torch.int8), *vectors, columns)
+    decode = tile.block_m < TENSOR_CORE_ROWS
+    m, n = tile.block_m if decode else 512, 4096
     weight, absmax = empty(n, k, kind=torch.int8), empty(n, kind=torch.float32)
     row_sum, bias = empty(n, kind=torch.int32), empty(n) if zeropoint else None
-    recorder = Recorder(int8_matmul.int8_matmul_kernel, architecture)
-    with patch.object(int8_matmul, "int8_matmul_kernel", recorder):
-        int8_matmul.int8_matmul(rows, weight, absmax, row_sum, empty(n, outliers), bias, dtype, tile)
-    name = "int8_matmul {0}x{1}x{2}, {4} warps, {5} stages".format(*tile) + (", TMA" if tile.tma else "")
+    dims = empty(outliers, kind=torch.int32)
+    module, kernel = (int8_decode, "int8_decode_kernel") if decode else (int8_matmul, "int8_matmul_kernel")
+    recorder = Recorder(getattr(module, kernel), architecture)
+    with patch.object(module, kernel, recorder), patch.object(quantize_rows, "quantize_rows_kernel", Nothing()):
+        x = empty(m, k)
+        columns = empty(n, outliers)
+        gpu.int8_linear(x, weight, absmax, dims, columns, bias, row_sum, zeropoint=zeropoint, tile=tile)
+    name = f"{kernel.removesuffix('_kernel')} {tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps"
+    if decode:
+        found = resources(recorder.compiled, architecture, name, "IDP")
+        # Triton chooses which of two operands it moves between threads; the rows of x take a fraction of the time.
+        block = f"x{tile.block_n}x{tile.block_k // 16}x4xi32"
+        if re.search(f"convert_layout .*{block}", recorder.compiled.asm["ttgir"]):
+            found.problems.append("moves the weight through shared memory")
+        return found
+    name += f", {tile.num_stages} stages" + (", TMA" if tile.tma else "") + (", K divided" if tile.split_k > 1 else "")
     # Hopper's own instruction needs 64 rows; below, its tensor cores take Ampere's.
     instruction = "IGMMA" if architecture == "sm_90" and tile.block_m >= 64 else "IMMA"
     return resources(recorder.compiled, architecture, name, instruction)
@@ -155,10 +175,10 @@ def row_resources(
 
 
 def compile_one(job: tuple[str, Tile | int]) -> Resources:
-    """Compile a tile of the product, or the row quantization for a K."""
+    """Compile for a tile, or the row quantization for a K."""
     architecture, what = job
     if isinstance(what, Tile):
-        return matmul_resources(architecture, what)
+        return layer_resources(architecture, what)
     return row_resources(architecture, what)
 
 
@@ -178,7 +198,7 @@ def main() -> None:
     for item in found:
         print(
             f"| {item.architecture} | {item.kernel} | {item.registers} | {item.spilled_bytes} | {item.shared_bytes:,} "
-            f"| {item.tensor_core_instructions} | {', '.join(item.problems)} |"
+            f"| {item.int8_instructions} | {', '.join(item.problems)} |"
         )
 
 

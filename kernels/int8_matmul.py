@@ -20,10 +20,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from llmint8.kernels.quantize_rows import Rows, quantize_rows
-from llmint8.kernels.tiles import Tile, choose_tile
+from llmint8.kernels.quantize_rows import Rows
+from llmint8.kernels.tiles import Tile
 
-# Outlier columns multiplied in one step; `padded_outliers` pads to it. More spill registers, in the widest tiles.
+# Outlier columns multiplied in one step; `padded_outliers` pads to it. With more, the widest tiles spill registers.
 _OUTLIER_STEP = 32
 
 
@@ -40,24 +40,24 @@ def _tile_of(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_
 
 @triton.jit
 def _int8_sums(
-    x, w, first_m, first_n, M, row, column, K, stride_wn,
+    x, w, first_m, first_n, first_k, end_k, M, row, column, K, stride_wn,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE_K: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """Return the int32 [BLOCK_M, BLOCK_N] sums over K; x and w are descriptors (TMA) or pointers."""
+    """Return the int32 [BLOCK_M, BLOCK_N] sums over a part of K; x and w are descriptors (TMA) or pointers."""
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
     if TMA:
-        for start in range(0, K, BLOCK_K):
+        for start in range(first_k, end_k, BLOCK_K):
             # What lies outside of the matrices is read as 0.
             x_block = x.load([first_m, start])  # [BLOCK_M, BLOCK_K]
             w_block = w.load([first_n, start])  # [BLOCK_N, BLOCK_K]
             sums = tl.dot(x_block, tl.trans(w_block), sums, out_dtype=tl.int32)
     else:
         k = tl.arange(0, BLOCK_K)
-        x_pointers = x + row.to(tl.int64)[:, None] * K + k[None, :]
-        w_pointers = w + column.to(tl.int64)[:, None] * stride_wn + k[None, :]
+        x_pointers = x + row.to(tl.int64)[:, None] * K + first_k + k[None, :]
+        w_pointers = w + column.to(tl.int64)[:, None] * stride_wn + first_k + k[None, :]
         # The empty places of a small block are not read: for few rows that would be most of the traffic.
         present = (first_m + tl.arange(0, BLOCK_M))[:, None] < M
-        for start in range(0, K, BLOCK_K):
+        for start in range(first_k, end_k, BLOCK_K):
             if not WHOLE_K:
                 x_block = tl.load(x_pointers, mask=present & (k[None, :] < K - start), other=0)
                 w_block = tl.load(w_pointers, mask=k[None, :] < K - start, other=0)
@@ -73,6 +73,48 @@ def _int8_sums(
     return sums
 
 
+@triton.jit
+def _sums_of_all(sums, partial_ptr, counter_ptr, M, N, m, n, SPLIT_K: tl.constexpr):
+    """Hand in the sums over a part of K. The last program of a tile to do so gets those over all of it, and True."""
+    place = m.to(tl.int64)[:, None] * N + n[None, :]
+    inside = (m < M)[:, None] & (n < N)[None, :]
+    part = tl.cast(M, tl.int64) * N
+    tl.store(partial_ptr + tl.program_id(1) * part + place, sums, mask=inside)
+    # The stores of all threads come before the one that counts.
+    tl.debug_barrier()
+    last = tl.atomic_add(counter_ptr + tl.program_id(0), 1, sem="acq_rel") == SPLIT_K - 1
+    if last:
+        sums = tl.zeros_like(sums)
+        for split in range(SPLIT_K):
+            # Past the L1 cache, which does not see what others wrote.
+            sums += tl.load(partial_ptr + split * part + place, mask=inside, other=0, cache_modifier=".cg")
+    return sums, last
+
+
+@triton.jit
+def scaled(sums, row_scale, zero_point, row_sum, column_scale, ZEROPOINT: tl.constexpr):
+    """Turn int32 sums [M, N] into float32; row_scale and zero_point are float32 [M, 1], the others [N]."""
+    if ZEROPOINT:
+        sums -= zero_point.to(tl.int32) * row_sum[None, :]
+    return sums.to(tl.float32) * row_scale * column_scale[None, :]
+
+
+@triton.jit
+def _add_outliers(
+    out, x_rows, w_rows, outliers,
+    PADDED: tl.constexpr, OUTLIER_STEP: tl.constexpr, FLOAT32_OUTLIERS: tl.constexpr,
+):  # fmt: skip
+    """Add the product of outlier columns, given the pointers of their rows [M] and [N], to float32 [M, N]."""
+    for first in tl.static_range(0, PADDED, OUTLIER_STEP):
+        index = first + tl.arange(0, OUTLIER_STEP)[None, :]
+        x_outliers = tl.load(x_rows[:, None] + index)
+        w_outliers = tl.load(w_rows[:, None] + index, mask=index < outliers, other=0.0)
+        if FLOAT32_OUTLIERS:
+            x_outliers, w_outliers = x_outliers.to(tl.float32), w_outliers.to(tl.float32)
+        out = tl.dot(x_outliers, tl.trans(w_outliers), out, input_precision="ieee")
+    return out
+
+
 @triton.jit(do_not_specialize=["M"])
 def int8_matmul_kernel(
     x,
@@ -85,6 +127,8 @@ def int8_matmul_kernel(
     x_outliers_ptr,
     w_outliers_ptr,
     bias_ptr,
+    partial_ptr,
+    counter_ptr,
     M,
     N,
     K,
@@ -94,41 +138,54 @@ def int8_matmul_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     WHOLE_K: tl.constexpr,
     TMA: tl.constexpr,
     PADDED: tl.constexpr,
     OUTLIER_STEP: tl.constexpr,
     FLOAT32_OUTLIERS: tl.constexpr,
 ):
-    """Compute tile `program_id(0)`; the pointers to what a layer lacks are None. An int32 output takes the sums."""
+    """Compute tile `program_id(0)`, over part `program_id(1)` of K; the pointers to what a layer lacks are None.
+
+    An int32 output takes the sums.
+    """
     tile_m, tile_n = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # Beyond the edge the first rows are read again: loads without a mask are the faster ones.
     row, column = m % M, n % N
+    first_k, end_k = 0, K
+    if SPLIT_K > 1:
+        length = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
+        first_k = tl.program_id(1) * length
+        end_k = tl.minimum(first_k + length, K)
     sums = _int8_sums(
-        x, w, tile_m * BLOCK_M, tile_n * BLOCK_N, M, row, column, K, stride_wn, BLOCK_M, BLOCK_N, BLOCK_K, WHOLE_K, TMA
-    )
+        x, w, tile_m * BLOCK_M, tile_n * BLOCK_N, first_k, end_k, M, row, column, K, stride_wn,
+        BLOCK_M, BLOCK_N, BLOCK_K, WHOLE_K, TMA,
+    )  # fmt: skip
+    if SPLIT_K > 1:
+        sums, last = _sums_of_all(sums, partial_ptr, counter_ptr, M, N, m, n, SPLIT_K)
+        if not last:
+            return
 
     if out_ptr.dtype.element_ty == tl.int32:
         out = sums
     else:
-        if zero_point_ptr is not None:
-            zero_point = tl.load(zero_point_ptr + row).to(tl.int32)
-            sums -= zero_point[:, None] * tl.load(row_sum_ptr + column)[None, :]
         column_scale = tl.div_rn(tl.load(w_absmax_ptr + column), 127.0)
-        out = sums.to(tl.float32) * tl.load(row_scale_ptr + row)[:, None] * column_scale[None, :]
-        for first in tl.static_range(0, PADDED, OUTLIER_STEP):
-            index = first + tl.arange(0, OUTLIER_STEP)
-            x_outliers = tl.load(x_outliers_ptr + row.to(tl.int64)[:, None] * PADDED + index[None, :])
-            w_outliers = tl.load(
-                w_outliers_ptr + column.to(tl.int64)[:, None] * outliers + index[None, :],
-                mask=index[None, :] < outliers,
-                other=0.0,
-            )
-            if FLOAT32_OUTLIERS:
-                x_outliers, w_outliers = x_outliers.to(tl.float32), w_outliers.to(tl.float32)
-            out = tl.dot(x_outliers, tl.trans(w_outliers), out, input_precision="ieee")
+        zero_point, row_sum = None, None
+        if zero_point_ptr is not None:
+            zero_point, row_sum = tl.load(zero_point_ptr + row)[:, None], tl.load(row_sum_ptr + column)
+        row_scale = tl.load(row_scale_ptr + row)[:, None]
+        out = scaled(sums, row_scale, zero_point, row_sum, column_scale, zero_point_ptr is not None)
+        if PADDED > 0:
+            x_rows = x_outliers_ptr + row.to(tl.int64) * PADDED
+            w_rows = w_outliers_ptr + column.to(tl.int64) * outliers
+            if BLOCK_M == 16:
+                # By itself, as `int8_decode.py` has it; larger tiles have no registers for that.
+                none = tl.zeros_like(out)
+                out += _add_outliers(none, x_rows, w_rows, outliers, PADDED, OUTLIER_STEP, FLOAT32_OUTLIERS)
+            else:
+                out = _add_outliers(out, x_rows, w_rows, outliers, PADDED, OUTLIER_STEP, FLOAT32_OUTLIERS)
         if bias_ptr is not None:
             out += tl.load(bias_ptr + column).to(tl.float32)[None, :]
     tl.store(
@@ -138,28 +195,9 @@ def int8_matmul_kernel(
     )
 
 
-def int8_linear(
-    x: Tensor,
-    weight: Tensor,
-    weight_absmax: Tensor,
-    outlier_dims: Tensor,
-    outlier_weight: Tensor,
-    bias: Tensor | None,
-    weight_row_sum: Tensor | None,
-    *,
-    zeropoint: bool,
-) -> Tensor:
-    """Run a layer in two launches: `reference.int8_linear` for x [M, K] of any strides on the GPU.
-
-    Where `weight_row_sum` (int32 [N]) is missing and needed, a third launch computes it.
-    """
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    if zeropoint and weight_row_sum is None:
-        weight_row_sum = weight.sum(1, dtype=torch.int32)
-    rows = quantize_rows(x, outlier_dims, zeropoint)
-    tile = choose_tile(x.device, x.shape[0], *weight.shape)
-    columns = outlier_weight.contiguous()
-    return int8_matmul(rows, weight, weight_absmax, weight_row_sum, columns, bias, x.dtype, tile)
+def counters(tile: Tile, m: int, n: int) -> int:
+    """Return how many `Rows.counters` the product of [m, K] and [n, K] takes: none where the tile does not divide K."""
+    return triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n) if tile.split_k > 1 else 0
 
 
 def int8_matmul(
@@ -175,7 +213,7 @@ def int8_matmul(
     """Finish what `quantize_rows` began; see `reference.int8_linear`.
 
     Args:
-        rows: of `quantize_rows`.
+        rows: of `quantize_rows`, with the `counters` of this tile. They are used up.
         weight: int8 [N, K], rows contiguous.
         weight_absmax: float32 [N].
         weight_row_sum: int32 [N], needed with a zero point only.
@@ -190,11 +228,13 @@ def int8_matmul(
     if out.numel() == 0:
         return out
     padded = 0 if rows.outliers is None else rows.outliers.shape[1]
-    float32 = rows.outliers is not None and _multiply_in_float32(rows.outliers, outlier_weight)
+    float32 = rows.outliers is not None and multiply_in_float32(rows.outliers, outlier_weight)
     # The copy engine wants rows that begin at multiples of 16 bytes.
     tma = tile.tma and k > 0 and not (weight.stride(0) % 16 or k % 16 or weight.data_ptr() % 16)
+    split = tile.split_k > 1
+    partial = torch.empty(tile.split_k, m, n, dtype=torch.int32, device=weight.device) if split else None
     kernel: Any = int8_matmul_kernel
-    kernel[(triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n),)](
+    kernel[(triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n), tile.split_k)](
         _descriptor(rows.values, tile.block_m, tile.block_k) if tma else rows.values,
         _descriptor(weight, tile.block_n, tile.block_k) if tma else weight,
         out,
@@ -205,6 +245,8 @@ def int8_matmul(
         rows.outliers,
         outlier_weight if padded else None,
         bias,
+        partial,
+        rows.counters if split else None,
         m,
         n,
         k,
@@ -214,6 +256,7 @@ def int8_matmul(
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
         GROUP_M=tile.group_m,
+        SPLIT_K=tile.split_k,
         WHOLE_K=k % tile.block_k == 0,
         TMA=tma,
         PADDED=padded,
@@ -222,6 +265,8 @@ def int8_matmul(
         FLOAT32_OUTLIERS=float32,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        # Every path rounds alike, whatever Triton's default is.
+        enable_fp_fusion=False,
     )
     return out
 
@@ -230,7 +275,7 @@ def _descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
     return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [rows, columns])
 
 
-def _multiply_in_float32(x: Tensor, weight: Tensor) -> bool:
-    """Whether the outlier product has to leave the 16-bit tensor cores."""
+def multiply_in_float32(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether the product of outlier columns has to leave the 16-bit tensor cores."""
     # On the CPU this is Triton's interpreter, whose bfloat16 product is garbage.
     return x.dtype != weight.dtype or x.dtype == torch.float32 or (x.device.type == "cpu" and x.dtype == torch.bfloat16)

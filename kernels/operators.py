@@ -52,7 +52,7 @@ def _gpu(
 ) -> Tensor:
     if not _has_triton():
         return _reference(x, weight, weight_absmax, outlier_dims, outlier_weight, bias, weight_row_sum, zeropoint)
-    from llmint8.kernels.int8_matmul import int8_linear
+    from llmint8.kernels.gpu import int8_linear
 
     # Triton launches on the current device, which need not be that of the layer.
     with torch.cuda.device(x.device):

@@ -23,6 +23,8 @@ from torch import Tensor
 
 # More per program does not fit the registers (65,536 in one block spills).
 _LONGEST_BLOCK = 16384
+# What a warp holds of it.
+WARP_ELEMENTS = 1024
 # Adding and subtracting 1.5 * 2**23 rounds half to even; Triton's own rounding is a library call on NVIDIA only.
 _ROUND = tl.constexpr(12582912.0)
 _ROUND_BITS = tl.constexpr(0x4B400000)
@@ -35,6 +37,7 @@ class Rows(NamedTuple):
     scale: Tensor  # float32 [M]
     zero_point: Tensor | None  # float32 [M], whole numbers; None when symmetric
     outliers: Tensor | None  # [M, padded_outliers(k)] in the dtype of x, zero beyond k; None when k is 0
+    counters: Tensor | None  # int32, zeros, for a product that divides K among programs
 
 
 @triton.jit
@@ -45,31 +48,67 @@ def _ordered(x):
 
 
 @triton.jit
-def _range(kept, low, high, ZEROPOINT: tl.constexpr):
-    """Widen the range of the row, two values of `_ordered`, by a block; absmax has the magnitude for its upper end."""
+def _extend(low, high, x, ZEROPOINT: tl.constexpr):
+    """Widen the range of each row, two values of `_ordered`, by a block; absmax has the magnitude for its upper end."""
     if ZEROPOINT:
-        ordered = _ordered(kept)
-        return tl.minimum(low, tl.min(ordered)), tl.maximum(high, tl.max(ordered))
+        ordered = tl.reshape(_ordered(x), [x.shape[0], x.shape[1] * x.shape[2]])
+        return tl.minimum(low, tl.min(ordered, 1)), tl.maximum(high, tl.max(ordered, 1))
     else:
-        return low, tl.maximum(high, tl.max(kept.to(tl.int32, bitcast=True) & 0x7FFFFFFF))
+        magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        return low, tl.maximum(high, tl.max(tl.reshape(magnitude, [x.shape[0], x.shape[1] * x.shape[2]]), 1))
 
 
 @triton.jit
-def _kept(x_row, dims_ptr, start, K, outliers, stride_xk, BLOCK_K: tl.constexpr, PADDED: tl.constexpr):
-    """Load one block of the row: float32 [BLOCK_K / 32, 32], 0 in the outlier dimensions and beyond K."""
-    word = tl.arange(0, BLOCK_K // 32)
-    bit = tl.arange(0, 32)
-    column = start + word[:, None] * 32 + bit[None, :]
-    x = tl.load(x_row + column * tl.cast(stride_xk, tl.int64), mask=column < K, other=0.0).to(tl.float32)
+def load_rows(x_rows, start, K, stride_xk, BLOCK_K: tl.constexpr):
+    """Load one block of rows, given their pointers [R]: [R, BLOCK_K / 32, 32], 0 beyond K."""
+    column = start + tl.arange(0, BLOCK_K // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    pointers = x_rows[:, None, None] + (column * tl.cast(stride_xk, tl.int64))[None, :, :]
+    return tl.load(pointers, mask=(column < K)[None, :, :], other=0.0)
+
+
+@triton.jit
+def kept(x, dims_ptr, start, outliers, PADDED: tl.constexpr):
+    """Turn a block of `load_rows` to float32, and its outlier dimensions to 0."""
+    x = x.to(tl.float32)
     if PADDED > 0:
-        bits = tl.zeros([BLOCK_K // 32], tl.int32)
+        word = tl.arange(0, x.shape[1])
+        bits = tl.zeros([x.shape[1]], tl.int32)
         for first in range(0, PADDED, 16):
             index = first + tl.arange(0, 16)
             # Dimensions of other blocks fall outside of the words of this one.
             dim = tl.load(dims_ptr + index, mask=index < outliers, other=-1).to(tl.int32) - start
             bits += tl.sum(tl.where((dim >> 5)[None, :] == word[:, None], (1 << (dim & 31))[None, :], 0), 1)
-        x = tl.where((bits[:, None] & (1 << bit)[None, :]) == 0, x, 0.0)
+        x = tl.where(((bits[:, None] & (1 << tl.arange(0, 32))[None, :]) == 0)[None, :, :], x, 0.0)
     return x
+
+
+@triton.jit
+def row_parameters(
+    x_rows, first, dims_ptr, K, outliers, stride_xk,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, ZEROPOINT: tl.constexpr,
+):  # fmt: skip
+    """Search the range of rows, given their pointers [R] and their first block by `load_rows`.
+
+    Returns their scale, divisor and zero point, float32 [R] each, and their first block as `kept` does.
+    """
+    # The int32 0 stands for 0.0, which both ranges hold.
+    low, high = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.int32)
+    first = kept(first, dims_ptr, 0, outliers, PADDED)
+    low, high = _extend(low, high, first, ZEROPOINT)
+    for start in range(BLOCK_K, BLOCKS * BLOCK_K, BLOCK_K):
+        more = kept(load_rows(x_rows, start, K, stride_xk, BLOCK_K), dims_ptr, start, outliers, PADDED)
+        low, high = _extend(low, high, more, ZEROPOINT)
+    upper = high.to(tl.float32, bitcast=True)
+    if ZEROPOINT:
+        lower = (low ^ ((low >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        scale = tl.div_rn(upper - lower, 254.0)
+        divisor = tl.where(scale == 0, 1.0, scale)
+        zero_point = ((-127 - tl.div_rn(lower, divisor)) + _ROUND) - _ROUND
+    else:
+        scale = tl.div_rn(upper, 127.0)
+        divisor = tl.where(upper == 0, 1.0, upper)
+        zero_point = tl.zeros([ROWS], tl.float32)
+    return scale, divisor, zero_point, first
 
 
 @triton.jit
@@ -84,22 +123,29 @@ def _divide(numerator, divisor, reciprocal):
 
 
 @triton.jit
-def _store(values_row, kept, start, K, divisor, zero_point, BLOCK_K: tl.constexpr, ZEROPOINT: tl.constexpr):
-    column = start + tl.arange(0, BLOCK_K // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
-    numerator = kept
+def quantized(x, divisor, zero_point, ZEROPOINT: tl.constexpr):
+    """Round a block of `kept` to int32 whose last 8 bits are the int8 values."""
+    numerator = x
     if not ZEROPOINT:
-        numerator = kept * 127
+        numerator = x * 127
+    divisors = divisor[:, None, None]
     # Only rows of bfloat16 or float32 near the ends of the range come to the slow branch.
-    if (divisor > 2.0**-100) & (divisor < 2.0**100):
-        quotient = _divide(numerator, divisor, tl.div_rn(1.0, divisor))
+    if tl.min(((divisor > 2.0**-100) & (divisor < 2.0**100)).to(tl.int32), 0) != 0:
+        quotient = _divide(numerator, divisors, tl.div_rn(1.0, divisor)[:, None, None])
     else:
-        quotient = tl.div_rn(numerator, divisor)
+        quotient = tl.div_rn(numerator, divisors)
     # The sum's last bits are the integer, in two's complement, without a conversion.
     values = (quotient + _ROUND).to(tl.int32, bitcast=True)
     if ZEROPOINT:
-        values += zero_point.to(tl.int32) - _ROUND_BITS
+        values += zero_point.to(tl.int32)[:, None, None] - _ROUND_BITS
         values = tl.minimum(tl.maximum(values, -127), 127)
-    tl.store(values_row + column, values.to(tl.int8), mask=column < K)
+    return values
+
+
+@triton.jit
+def _store(values_rows, values, start, K, BLOCK_K: tl.constexpr):
+    column = start + tl.arange(0, BLOCK_K // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    tl.store(values_rows[:, None, None] + column[None, :, :], values.to(tl.int8), mask=(column < K)[None, :, :])
 
 
 @triton.jit
@@ -110,6 +156,7 @@ def quantize_rows_kernel(
     scale_ptr,
     zero_point_ptr,
     gathered_ptr,
+    counters_ptr,
     K,
     outliers,
     stride_xm,
@@ -118,43 +165,36 @@ def quantize_rows_kernel(
     BLOCKS: tl.constexpr,
     PADDED: tl.constexpr,
     ZEROPOINT: tl.constexpr,
+    COUNTERS: tl.constexpr,
 ):
     """Quantize row `program_id(0)`. BLOCKS blocks of BLOCK_K dimensions cover K; PADDED is 0 without outliers."""
-    row = tl.program_id(0).to(tl.int64)
-    x_row = x_ptr + row * stride_xm
-    values_row = values_ptr + row * K
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    x_rows = x_ptr + row * stride_xm
+    values_rows = values_ptr + row * K
+    if COUNTERS > 0:  # known to the compiler, unlike the other condition  # noqa: SIM102
+        if tl.program_id(0) == 0:
+            tl.store(counters_ptr + tl.arange(0, COUNTERS), tl.zeros([COUNTERS], tl.int32))
 
-    # The int32 0 stands for 0.0, which both ranges hold.
-    kept = _kept(x_row, dims_ptr, 0, K, outliers, stride_xk, BLOCK_K, PADDED)
-    low, high = _range(kept, 0, 0, ZEROPOINT)
-    for block in range(1, BLOCKS):
-        more = _kept(x_row, dims_ptr, block * BLOCK_K, K, outliers, stride_xk, BLOCK_K, PADDED)
-        low, high = _range(more, low, high, ZEROPOINT)
-
-    upper = high.to(tl.float32, bitcast=True)
-    zero_point = 0.0
-    if ZEROPOINT:
-        lower = (low ^ ((low >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-        scale = tl.div_rn(upper - lower, 254.0)
-        divisor = tl.where(scale == 0, 1.0, scale)
-        zero_point = ((-127 - tl.div_rn(lower, divisor)) + _ROUND) - _ROUND
-        tl.store(zero_point_ptr + row, zero_point)
-    else:
-        scale = tl.div_rn(upper, 127.0)
-        divisor = tl.where(upper == 0, 1.0, upper)
+    first = load_rows(x_rows, 0, K, stride_xk, BLOCK_K)
+    scale, divisor, zero_point, first = row_parameters(
+        x_rows, first, dims_ptr, K, outliers, stride_xk, 1, BLOCK_K, BLOCKS, PADDED, ZEROPOINT
+    )
     tl.store(scale_ptr + row, scale)
+    if ZEROPOINT:
+        tl.store(zero_point_ptr + row, zero_point)
 
-    _store(values_row, kept, 0, K, divisor, zero_point, BLOCK_K, ZEROPOINT)
-    for block in range(1, BLOCKS):
-        more = _kept(x_row, dims_ptr, block * BLOCK_K, K, outliers, stride_xk, BLOCK_K, PADDED)
-        _store(values_row, more, block * BLOCK_K, K, divisor, zero_point, BLOCK_K, ZEROPOINT)
+    _store(values_rows, quantized(first, divisor, zero_point, ZEROPOINT), 0, K, BLOCK_K)
+    for start in range(BLOCK_K, BLOCKS * BLOCK_K, BLOCK_K):
+        more = kept(load_rows(x_rows, start, K, stride_xk, BLOCK_K), dims_ptr, start, outliers, PADDED)
+        _store(values_rows, quantized(more, divisor, zero_point, ZEROPOINT), start, K, BLOCK_K)
 
     if PADDED > 0:
-        for first in range(0, PADDED, 16):
-            index = first + tl.arange(0, 16)
-            dim = tl.load(dims_ptr + index, mask=index < outliers, other=0).to(tl.int32)
-            column = tl.load(x_row + dim * tl.cast(stride_xk, tl.int64), mask=index < outliers, other=0.0)
-            tl.store(gathered_ptr + row * PADDED + index, column)
+        for start in range(0, PADDED, 16):
+            index = start + tl.arange(0, 16)
+            dim = tl.load(dims_ptr + index, mask=index < outliers, other=0).to(tl.int64)
+            pointers = x_rows[:, None] + (dim * stride_xk)[None, :]
+            column = tl.load(pointers, mask=(index < outliers)[None, :], other=0.0)
+            tl.store(gathered_ptr + row[:, None] * PADDED + index[None, :], column)
 
 
 def padded_outliers(count: int) -> int:
@@ -165,23 +205,20 @@ def padded_outliers(count: int) -> int:
     return 16 if 0 < count <= 16 else -(-count // 32) * 32
 
 
-def row_options(in_features: int) -> dict[str, int]:
-    """Return BLOCK_K, BLOCKS and num_warps of the kernel for rows of K dimensions."""
-    block = min(_LONGEST_BLOCK, max(512, triton.next_power_of_2(in_features)))
-    return {
-        "BLOCK_K": block,
-        "BLOCKS": max(1, triton.cdiv(in_features, block)),
-        "num_warps": max(1, block // 1024),
-    }
+def row_block(in_features: int, longest: int) -> dict[str, int]:
+    """Return BLOCK_K and BLOCKS of `row_parameters` for rows of K dimensions, in blocks of up to `longest`."""
+    block = min(longest, max(512, triton.next_power_of_2(in_features)))
+    return {"BLOCK_K": block, "BLOCKS": max(1, triton.cdiv(in_features, block))}
 
 
-def quantize_rows(x: Tensor, outlier_dims: Tensor, zeropoint: bool) -> Rows:
+def quantize_rows(x: Tensor, outlier_dims: Tensor, zeropoint: bool, counters: int = 0) -> Rows:
     """Quantize the rows of `x` and gather its outlier dimensions; see `reference.quantize_rows`.
 
     Args:
         x: float16, bfloat16 or float32 [M, K], any strides, on the GPU.
         outlier_dims: integer [k] on the same device, unique; k may be 0.
         zeropoint: spread the row's range over the int8 values, in place of its absmax.
+        counters: how many zeros to return in `Rows.counters`, at least; the same launch sets them.
 
     """
     rows, in_features = x.shape
@@ -196,8 +233,10 @@ def quantize_rows(x: Tensor, outlier_dims: Tensor, zeropoint: bool) -> Rows:
         empty(rows, dtype=torch.float32),
         empty(rows, dtype=torch.float32) if zeropoint else None,
         empty(rows, padded, dtype=x.dtype) if count else None,
+        empty(triton.next_power_of_2(counters), dtype=torch.int32) if counters else None,
     )
     if rows:
+        block = row_block(in_features, _LONGEST_BLOCK)
         kernel: Any = quantize_rows_kernel
         kernel[(rows,)](
             x,
@@ -206,11 +245,14 @@ def quantize_rows(x: Tensor, outlier_dims: Tensor, zeropoint: bool) -> Rows:
             out.scale,
             out.zero_point,
             out.outliers,
+            out.counters,
             in_features,
             count,
             *x.stride(),
             PADDED=padded,
             ZEROPOINT=zeropoint,
-            **row_options(in_features),
+            COUNTERS=0 if out.counters is None else out.counters.shape[0],
+            **block,
+            num_warps=max(1, block["BLOCK_K"] // WARP_ELEMENTS),
         )
     return out

@@ -16,9 +16,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+# A product on tensor cores has that many rows at least; smaller tiles are those of `int8_decode.py`.
+TENSOR_CORE_ROWS = 16
+
 
 class Tile(NamedTuple):
-    """The shape of one program's work, and how Triton is to compile it."""
+    """The shape of one program's work, and how Triton is to compile it.
+
+    A `block_m` of 1, 2 or 4 is a tile of `int8_decode.py`, which has no use for group_m, num_stages, tma and split_k.
+    """
 
     block_m: int
     block_n: int
@@ -27,6 +33,7 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     tma: bool  # load through the copy engine (sm_90 and later) where the layer's alignment allows it
+    split_k: int = 1  # programs among which K is divided
 
 
 class Row(NamedTuple):
@@ -62,12 +69,14 @@ def read_rows(text: str) -> list[Row]:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"not a table of tiles: {error!r}") from None
     for row in rows:
-        sizes = row.tile[:-1]
+        sizes = (*row.tile[:6], row.tile.split_k)
         limits = [limit for limit in (row.n, row.k, row.m) if limit is not None]
         if not all(type(size) is int and size > 0 for size in (*sizes, *limits)) or type(row.tile.tma) is not bool:
             raise ValueError(f"not a tile: {row}")
         # What Triton's products of int8 blocks need; blocks and warps are powers of two.
-        if any(size & (size - 1) for size in (*sizes[:3], row.tile.num_warps)) or min(sizes[:2]) < 16 or sizes[2] < 32:
+        powers = (*sizes[:3], row.tile.num_warps)
+        columns = TENSOR_CORE_ROWS if row.tile.block_m >= TENSOR_CORE_ROWS else 8
+        if any(size & (size - 1) for size in powers) or sizes[0] == 8 or sizes[1] < columns or sizes[2] < 32:
             raise ValueError(f"not a tile: {row}")
     return rows
 

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -11,21 +10,32 @@ from llmint8.kernels.measure import interleaved, weight_copies
 from llmint8.kernels.tiles import Row, Tile, architecture
 
 # The M for which a tile is chosen; a call takes that of the next larger one.
-CALL_ROWS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+CALL_ROWS = (1, 2, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 OUTLIERS = 16
 GROUP_M = 8
+# BLOCK_N, BLOCK_K, num_warps of `int8_decode.py`, for as many rows as it takes.
+DECODE = [
+    (8, 1024, 4),
+    (16, 512, 4),
+    (16, 1024, 4),
+    (16, 1024, 8),
+    (32, 512, 4),
+    (32, 512, 8),
+    (32, 1024, 8),
+    (64, 512, 8),
+]
+DECODE_ROWS = 4
 # BLOCK_M, BLOCK_N, BLOCK_K, num_warps. Few rows: the weight's bytes take the time, and many small programs fetch them.
 FEW_ROWS = [
-    (16, 16, 256, 1),
     (16, 16, 512, 1),
     (16, 32, 256, 2),
     (16, 32, 512, 2),
     (16, 64, 256, 4),
-    (16, 64, 512, 4),
     (16, 128, 256, 4),
     (32, 64, 256, 4),
     (32, 128, 128, 4),
 ]
+SPLITS = (1, 2, 4, 8)
 # Hopper's own instruction needs 64 rows.
 HOPPER = [
     (64, 64, 128, 4),
@@ -55,13 +65,18 @@ AMPERE = [
 def candidates(m: int, capability: tuple[int, int]) -> list[Tile]:
     """Return the tiles worth trying for calls of M rows; some may not fit the GPU."""
     hopper = capability >= (9, 0)
-    return [
-        Tile(block_m, block_n, block_k, GROUP_M, num_warps, num_stages, tma)
+    decode = [
+        Tile(1 << (m - 1).bit_length(), block_n, block_k, GROUP_M, num_warps, 1, False)
+        for block_n, block_k, num_warps in (DECODE if m <= DECODE_ROWS else ())
+    ]
+    return decode + [
+        Tile(block_m, block_n, block_k, GROUP_M, num_warps, num_stages, tma, split_k)
         for block_m, block_n, block_k, num_warps in (*FEW_ROWS, *(HOPPER if hopper else AMPERE))
         # Far beyond M most of a tile is wasted; far below it the same weights are read again and again.
         if block_m <= max(m, 64) and m <= block_m * (4 if block_m < 64 else m)
         for num_stages in ((4, 5) if block_m < 64 else (3, 4))
         for tma in ((False, True) if hopper and block_m >= 64 else (False,))
+        for split_k in (SPLITS if m <= 64 else (1,))
     ]
 
 
@@ -75,8 +90,7 @@ def tune(device: torch.device, n: int, k: int, progress: Callable[[], None] = la
         progress: called after each of `CALL_ROWS`.
 
     """
-    from llmint8.kernels.int8_matmul import int8_matmul
-    from llmint8.kernels.quantize_rows import quantize_rows
+    from llmint8.kernels.gpu import int8_linear
 
     def integers() -> torch.Tensor:
         return torch.randint(-127, 128, (n, k), dtype=torch.int8, device=device)
@@ -88,10 +102,12 @@ def tune(device: torch.device, n: int, k: int, progress: Callable[[], None] = la
     columns = torch.randn(n, len(dims), dtype=torch.float16, device=device)
     found = []
     for m in CALL_ROWS:
-        rows = quantize_rows(torch.randn(m, k, dtype=torch.float16, device=device), dims, True)
+        x = torch.randn(m, k, dtype=torch.float16, device=device)
 
-        def call(tile: Tile, number: int, rows: Any = rows) -> object:
-            return int8_matmul(rows, weights[number], absmax, row_sums[number], columns, None, torch.float16, tile)
+        # The whole layer, as a tile may save the launch that quantizes.
+        def call(tile: Tile, number: int, x: torch.Tensor = x) -> object:
+            layer = weights[number], absmax, dims, columns, None, row_sums[number]
+            return int8_linear(x, *layer, zeropoint=True, tile=tile)
 
         fitting = [tile for tile in candidates(m, torch.cuda.get_device_capability(device)) if _fits(call, tile)]
         calls = {str(tile): [partial(call, tile, number) for number in range(len(weights))] for tile in fitting}

@@ -32,10 +32,10 @@ def run(arguments: list[str], cache: Path) -> Any:
     return json.loads(done.stdout)
 
 
-def test_what_ships_compiles_without_a_spill_and_into_tensor_core_instructions(tmp_path: Path) -> None:
+def test_what_ships_compiles_without_a_spill_and_into_int8_instructions(tmp_path: Path) -> None:
     found = run([str(SCRIPT), "--json"], tmp_path)
     assert [item for item in found if item["problems"]] == []
-    products = [item for item in found if item["tensor_core_instructions"]]
+    products = [item for item in found if item["int8_instructions"]]
     assert len(products) == len({(row.architecture, row.tile) for row in shipped_rows()})
     assert {item["architecture"] for item in found} == {"sm_80", "sm_90", "any"}
 
@@ -44,7 +44,7 @@ def test_a_bad_tile_is_found_out(tmp_path: Path) -> None:
     code = (
         f"import json, sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
         "import kernel_resources as k\n"
-        f"print(json.dumps([k.matmul_resources(a, k.Tile(*t)).problems for a, t in {list(BAD.values())}]))"
+        f"print(json.dumps([k.layer_resources(a, k.Tile(*t)).problems for a, t in {list(BAD.values())}]))"
     )
     assert run(["-c", code], tmp_path) == [[problem] for problem in BAD]
 
@@ -54,12 +54,14 @@ def test_layers_of_every_kind_compile(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
         "import kernel_resources as k, torch\n"
-        "tile = k.Tile(64, 64, 64, 8, 4, 3, False)\n"
         "for dtype, kind in ((torch.float16, (0, False, 4096)), (torch.float16, (5, False, 255)), (torch.bfloat16,"
         " (1, True, 1)), (torch.float32, (33, True, 4096)), (torch.float32, (0, True, 40000))):\n"
         "    k.row_resources('sm_90', kind[2], dtype, *kind[:2])\n"
-        "    k.matmul_resources('sm_90', tile, dtype, *kind)\n"
-        "k.matmul_resources('sm_90', tile, torch.int32, 0, False)\n"
+        "    for tile in (k.Tile(64, 64, 64, 8, 4, 3, False), k.Tile(16, 64, 64, 8, 4, 3, False, 4)):\n"
+        "        k.layer_resources('sm_90', tile, dtype, *kind)\n"
+        "for kind in ((torch.float16, 0, False, 4096), (torch.bfloat16, 512, True, 4080),"
+        " (torch.float32, 5, True, 64)):\n"
+        "    k.layer_resources('sm_90', k.Tile(1, 16, 128, 8, 4, 1, False), *kind)\n"
         "print('true')"
     )
     assert run(["-c", code], tmp_path)

@@ -1,4 +1,4 @@
-"""The product in Triton: int32 sums bit for bit, the layer within the rounding of binary32 and of its output."""
+"""The layer in Triton: int32 sums bit for bit, the rest within the rounding of binary32 and of its output."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from torch import Tensor
 from llmint8.kernels import reference, tiles
 from llmint8.kernels.tiles import Tile, shipped_rows
 
+gpu = pytest.importorskip("llmint8.kernels.gpu")
 matmul = pytest.importorskip("llmint8.kernels.int8_matmul")
 quantize = pytest.importorskip("llmint8.kernels.quantize_rows")
 
@@ -16,7 +17,8 @@ DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 # The step between neighbouring numbers, relative. The interpreter truncates to bfloat16, so a whole one.
 STEP = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-23}
 ACTIVATIONS: tuple[reference.Activation, ...] = ("absmax", "zeropoint")
-TILES = list(dict.fromkeys((row.architecture, row.tile) for row in shipped_rows()))
+SHIPPED = dict.fromkeys((row.architecture, row.tile) for row in shipped_rows())
+TILES = [(architecture, tile) for architecture, tile in SHIPPED if tile.block_m >= tiles.TENSOR_CORE_ROWS]
 LAYERS = [
     (1, 1, 1, 1),
     (1, 63, 255, 0),
@@ -45,10 +47,17 @@ class Layer:
         x[:, self.dims.long()] *= 20
         return x.to(self.columns.dtype)
 
-    def run(self, x: Tensor, activation: str, device: torch.device, row_sum: Tensor | None = None) -> Tensor:
+    def run(
+        self,
+        x: Tensor,
+        activation: str,
+        device: torch.device,
+        row_sum: Tensor | None = None,
+        tile: Tile | None = None,
+    ) -> Tensor:
         tensors = x, self.weight, self.absmax, self.dims, self.columns, self.bias, row_sum
         there = (None if tensor is None else tensor.to(device) for tensor in tensors)
-        return matmul.int8_linear(*there, zeropoint=activation == "zeropoint").cpu()
+        return gpu.int8_linear(*there, zeropoint=activation == "zeropoint", tile=tile).cpu()
 
     def assert_right(self, x: Tensor, activation: reference.Activation, found: Tensor) -> None:
         """Compare with the reference; `rounding` is what two orders of the same float32 operations may differ by."""
@@ -78,7 +87,9 @@ def layer_id(layer: tuple[int, int, int, int]) -> str:
 def sums(x: Tensor, weight: Tensor, tile: Tile) -> Tensor:
     """The int32 product alone."""
     nothing = torch.empty(0, device=x.device)
-    rows = quantize.Rows(x, nothing, None, None)
+    count = matmul.counters(tile, len(x), len(weight))
+    counters = torch.zeros(count, dtype=torch.int32, device=x.device) if count else None
+    rows = quantize.Rows(x, nothing, None, None, counters)
     return matmul.int8_matmul(rows, weight, nothing, None, nothing[None], None, torch.int32, tile)
 
 
@@ -106,6 +117,89 @@ def test_the_largest_sums_do_not_overflow(sign: int, device: torch.device) -> No
     expected = torch.tensor([133_000, 0, 133_000], dtype=torch.int64) * 127 * 127 * sign
     found = sums(x, weight, Tile(16, 16, 2048, 1, 4, 2, False))
     assert torch.equal(found.cpu().long(), expected.expand(2, 3))
+
+
+@pytest.mark.parametrize(("n", "k"), [(70, 272), (300, 255), (20, 31)], ids=lambda size: str(size))
+@pytest.mark.parametrize("split_k", [2, 3, 8])
+def test_sums_are_exact_where_programs_share_k(split_k: int, n: int, k: int, device: torch.device) -> None:
+    """Some of them are left without any, too."""
+    random = torch.Generator().manual_seed(k)
+    x = torch.randint(-127, 128, (33, k), dtype=torch.int8, generator=random)
+    weight = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=random)
+    tile = Tile(16, 32, 64, 8, 4, 2, False, split_k)
+    assert torch.equal(sums(x.to(device), weight.to(device), tile).cpu(), reference.int8_product(x, weight))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("outliers", [0, 1, 17, 100])
+@pytest.mark.parametrize(
+    ("m", "n", "k", "tile"),
+    [
+        (1, 1, 16, Tile(1, 16, 64, 1, 4, 1, False)),
+        (1, 63, 4112, Tile(1, 8, 1024, 1, 1, 1, False)),
+        (2, 40, 1008, Tile(2, 32, 512, 1, 4, 1, False)),
+        (3, 17, 128, Tile(4, 16, 128, 1, 2, 1, False)),
+        (4, 32, 96, Tile(4, 32, 32, 1, 4, 1, False)),
+    ],
+    ids=lambda value: "x".join(map(str, value[:3])) if isinstance(value, Tile) else str(value),
+)
+def test_layers_in_one_launch_are_those_of_the_reference(
+    m: int,
+    n: int,
+    k: int,
+    tile: Tile,
+    outliers: int,
+    dtype: str,
+    activation: reference.Activation,
+    device: torch.device,
+) -> None:
+    layer = Layer(n, k, min(outliers, k), DTYPES[dtype])
+    x = layer.rows(m)
+    row_sum = layer.weight.sum(1, dtype=torch.int32)
+    layer.assert_right(x, activation, layer.run(x, activation, device, row_sum, tile))
+
+
+def test_one_launch_does_all_for_one_row(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    monkeypatch.setattr(gpu, "quantize_rows", None)
+    layer = Layer(40, 64, 3, torch.float16)
+    row_sum = layer.weight.sum(1, dtype=torch.int32)
+    layer.assert_right(layer.rows(1), "zeropoint", layer.run(layer.rows(1), "zeropoint", device, row_sum))
+
+
+@pytest.mark.parametrize("k", [70, 64], ids=["K70", "a part of another"])
+def test_weights_that_are_not_aligned_take_two_launches(
+    k: int, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    monkeypatch.setattr(gpu, "int8_decode", None)
+    layer = Layer(40, k, 5, torch.float16)
+    wide = torch.full((40, 80), 127, dtype=torch.int8, device=device)
+    wide[:, 3 : 3 + k] = layer.weight.to(device)
+    layer.weight = layer.weight if k == 70 else wide[:, 3:67]
+    found = layer.run(layer.rows(1), "absmax", device)
+    layer.weight = layer.weight.cpu()
+    layer.assert_right(layer.rows(1), "absmax", found)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("outliers", [0, 1, 40])
+def test_a_row_does_not_depend_on_up_to_16_rows_it_is_called_with(
+    outliers: int, activation: reference.Activation, device: torch.device
+) -> None:
+    """To the bit: one launch, two, and programs that share K. The outlier sums are exact in the interpreter, whose
+    own order of adding follows the shapes."""
+    layer = Layer(70, 160, outliers, torch.float16)
+    if outliers > 1 and device.type == "cpu":
+        layer.columns = layer.columns.mul(4).round()
+    x = layer.rows(16)
+    x[:, layer.dims.long()] = x[:, layer.dims.long()].round()
+    row_sum = layer.weight.sum(1, dtype=torch.int32)
+    together = layer.run(x, activation, device, row_sum)
+    for m in (1, 2, 3, 5, 16):
+        assert torch.equal(layer.run(x[16 - m :], activation, device, row_sum), together[16 - m :]), m
+    for tile in (Tile(4, 16, 32, 1, 4, 1, False), Tile(1, 8, 64, 1, 4, 1, False), Tile(16, 32, 32, 1, 4, 2, False, 3)):
+        rows = x[: tile.block_m]
+        assert torch.equal(layer.run(rows, activation, device, row_sum, tile), together[: tile.block_m]), tile
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -177,10 +271,12 @@ def test_rows_and_weights_that_are_parts_of_others(activation: reference.Activat
 
 def test_the_row_sums_may_be_given(device: torch.device) -> None:
     layer = Layer(33, 65, 3, torch.float16)
-    x, row_sum = layer.rows(4), layer.weight.sum(1, dtype=torch.int32)
-    expected = layer.run(x, "zeropoint", device)
-    assert torch.equal(layer.run(x, "zeropoint", device, row_sum), expected)
-    assert not torch.equal(layer.run(x, "zeropoint", device, row_sum + 10), expected)
+    row_sum = layer.weight.sum(1, dtype=torch.int32)
+    for m in (1, 4):
+        x = layer.rows(m)
+        expected = layer.run(x, "zeropoint", device)
+        assert torch.equal(layer.run(x, "zeropoint", device, row_sum), expected)
+        assert not torch.equal(layer.run(x, "zeropoint", device, row_sum + 10), expected)
 
 
 @pytest.mark.parametrize(("x_dtype", "columns"), [("F16", "F32"), ("BF16", "F16"), ("F32", "BF16")])
