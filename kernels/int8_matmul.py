@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from llmint8.kernels.outlier_search import Found, add_found
 from llmint8.kernels.quantize_rows import Rows, quantize_rows
 from llmint8.kernels.tiles import Tile, choose_tile
 
@@ -85,11 +86,15 @@ def int8_matmul_kernel(
     x_outliers_ptr,
     w_outliers_ptr,
     bias_ptr,
+    dims_ptr,
+    total_ptr,
     M,
     N,
     K,
     outliers,
     stride_wn,
+    stride_xm,
+    stride_xk,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -100,7 +105,10 @@ def int8_matmul_kernel(
     OUTLIER_STEP: tl.constexpr,
     FLOAT32_OUTLIERS: tl.constexpr,
 ):
-    """Compute tile `program_id(0)`; the pointers to what a layer lacks are None. An int32 output takes the sums."""
+    """Compute tile `program_id(0)`; the pointers to what a layer lacks are None. An int32 output takes the sums.
+
+    With `total_ptr` the outliers are x and the int8 weight themselves, in the first `total` of the `dims`.
+    """
     tile_m, tile_n = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -117,7 +125,13 @@ def int8_matmul_kernel(
             zero_point = tl.load(zero_point_ptr + row).to(tl.int32)
             sums -= zero_point[:, None] * tl.load(row_sum_ptr + column)[None, :]
         column_scale = tl.div_rn(tl.load(w_absmax_ptr + column), 127.0)
-        out = sums.to(tl.float32) * tl.load(row_scale_ptr + row)[:, None] * column_scale[None, :]
+        out = sums.to(tl.float32) * tl.load(row_scale_ptr + row)[:, None]
+        if total_ptr is not None:
+            out = add_found(
+                out, x_outliers_ptr, w_outliers_ptr, dims_ptr, total_ptr, row, column, stride_xm, stride_xk, stride_wn,
+                OUTLIER_STEP, FLOAT32_OUTLIERS,
+            )  # fmt: skip
+        out *= column_scale[None, :]
         for first in tl.static_range(0, PADDED, OUTLIER_STEP):
             index = first + tl.arange(0, OUTLIER_STEP)
             x_outliers = tl.load(x_outliers_ptr + row.to(tl.int64)[:, None] * PADDED + index[None, :])
@@ -142,7 +156,7 @@ def int8_linear(
     x: Tensor,
     weight: Tensor,
     weight_absmax: Tensor,
-    outlier_dims: Tensor,
+    outlier_dims: Tensor | Found,
     outlier_weight: Tensor,
     bias: Tensor | None,
     weight_row_sum: Tensor | None,
@@ -151,7 +165,8 @@ def int8_linear(
 ) -> Tensor:
     """Run a layer in two launches: `reference.int8_linear` for x [M, K] of any strides on the GPU.
 
-    Where `weight_row_sum` (int32 [N]) is missing and needed, a third launch computes it.
+    Outliers may be those that `outlier_search.search` found in x; `outlier_weight` is [N, 0] then. Where
+    `weight_row_sum` (int32 [N]) is missing and needed, a third launch computes it.
     """
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     if zeropoint and weight_row_sum is None:
@@ -179,7 +194,7 @@ def int8_matmul(
         weight: int8 [N, K], rows contiguous.
         weight_absmax: float32 [N].
         weight_row_sum: int32 [N], needed with a zero point only.
-        outlier_weight: float [N, k], contiguous.
+        outlier_weight: float [N, k], contiguous; where `rows` has what a search found, k is 0.
         bias: float [N] or None.
         dtype: float16, bfloat16 or float32, of the output [M, N]; int32 returns `reference.int8_product` alone.
         tile: what one program computes.
@@ -191,6 +206,9 @@ def int8_matmul(
         return out
     padded = 0 if rows.outliers is None else rows.outliers.shape[1]
     float32 = rows.outliers is not None and _multiply_in_float32(rows.outliers, outlier_weight)
+    found = rows.found
+    if found:
+        float32 = _multiply_in_float32(found.x, found.x)
     # The copy engine wants rows that begin at multiples of 16 bytes.
     tma = tile.tma and k > 0 and not (weight.stride(0) % 16 or k % 16 or weight.data_ptr() % 16)
     kernel: Any = int8_matmul_kernel
@@ -202,14 +220,17 @@ def int8_matmul(
         weight_absmax,
         rows.zero_point,
         weight_row_sum if rows.zero_point is not None else None,
-        rows.outliers,
-        outlier_weight if padded else None,
+        found.x if found else rows.outliers,
+        weight if found else outlier_weight if padded else None,
         bias,
+        found.dims if found else None,
+        found.total if found else None,
         m,
         n,
         k,
         outlier_weight.shape[1],
         weight.stride(0),
+        *(found.x.stride() if found else (0, 0)),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
@@ -217,8 +238,8 @@ def int8_matmul(
         WHOLE_K=k % tile.block_k == 0,
         TMA=tma,
         PADDED=padded,
-        # Products in float32 take more registers still.
-        OUTLIER_STEP=16 if float32 or padded == 16 else _OUTLIER_STEP,
+        # Products in float32 take more registers still, and so does finding the columns by a list.
+        OUTLIER_STEP=16 if float32 or found or padded == 16 else _OUTLIER_STEP,
         FLOAT32_OUTLIERS=float32,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmint8.kernels.outlier_search import Found
+
 # More per program does not fit the registers (65,536 in one block spills).
 _LONGEST_BLOCK = 16384
 # Adding and subtracting 1.5 * 2**23 rounds half to even; Triton's own rounding is a library call on NVIDIA only.
@@ -29,12 +31,13 @@ _ROUND_BITS = tl.constexpr(0x4B400000)
 
 
 class Rows(NamedTuple):
-    """Quantized rows, `x ~ (values - zero_point) * scale` but for the outlier dimensions, which `outliers` holds."""
+    """Quantized rows, `x ~ (values - zero_point) * scale` but for the outlier dimensions: `outliers` or `found`."""
 
     values: Tensor  # int8 [M, K]
     scale: Tensor  # float32 [M]
     zero_point: Tensor | None  # float32 [M], whole numbers; None when symmetric
     outliers: Tensor | None  # [M, padded_outliers(k)] in the dtype of x, zero beyond k; None when k is 0
+    found: Found | None = None
 
 
 @triton.jit
@@ -55,7 +58,7 @@ def _range(kept, low, high, ZEROPOINT: tl.constexpr):
 
 
 @triton.jit
-def _kept(x_row, dims_ptr, start, K, outliers, stride_xk, BLOCK_K: tl.constexpr, PADDED: tl.constexpr):
+def _kept(x_row, dims_ptr, flags_ptr, start, K, outliers, stride_xk, BLOCK_K: tl.constexpr, PADDED: tl.constexpr):
     """Load one block of the row: float32 [BLOCK_K / 32, 32], 0 in the outlier dimensions and beyond K."""
     word = tl.arange(0, BLOCK_K // 32)
     bit = tl.arange(0, 32)
@@ -69,6 +72,8 @@ def _kept(x_row, dims_ptr, start, K, outliers, stride_xk, BLOCK_K: tl.constexpr,
             dim = tl.load(dims_ptr + index, mask=index < outliers, other=-1).to(tl.int32) - start
             bits += tl.sum(tl.where((dim >> 5)[None, :] == word[:, None], (1 << (dim & 31))[None, :], 0), 1)
         x = tl.where((bits[:, None] & (1 << bit)[None, :]) == 0, x, 0.0)
+    if flags_ptr is not None:
+        x = tl.where(tl.load(flags_ptr + column, mask=column < K, other=0) == 0, x, 0.0)
     return x
 
 
@@ -106,6 +111,7 @@ def _store(values_row, kept, start, K, divisor, zero_point, BLOCK_K: tl.constexp
 def quantize_rows_kernel(
     x_ptr,
     dims_ptr,
+    flags_ptr,
     values_ptr,
     scale_ptr,
     zero_point_ptr,
@@ -119,16 +125,16 @@ def quantize_rows_kernel(
     PADDED: tl.constexpr,
     ZEROPOINT: tl.constexpr,
 ):
-    """Quantize row `program_id(0)`. BLOCKS blocks of BLOCK_K dimensions cover K; PADDED is 0 without outliers."""
+    """Quantize row `program_id(0)`. BLOCKS blocks of BLOCK_K dimensions cover K; PADDED is 0 without outlier dims."""
     row = tl.program_id(0).to(tl.int64)
     x_row = x_ptr + row * stride_xm
     values_row = values_ptr + row * K
 
     # The int32 0 stands for 0.0, which both ranges hold.
-    kept = _kept(x_row, dims_ptr, 0, K, outliers, stride_xk, BLOCK_K, PADDED)
+    kept = _kept(x_row, dims_ptr, flags_ptr, 0, K, outliers, stride_xk, BLOCK_K, PADDED)
     low, high = _range(kept, 0, 0, ZEROPOINT)
     for block in range(1, BLOCKS):
-        more = _kept(x_row, dims_ptr, block * BLOCK_K, K, outliers, stride_xk, BLOCK_K, PADDED)
+        more = _kept(x_row, dims_ptr, flags_ptr, block * BLOCK_K, K, outliers, stride_xk, BLOCK_K, PADDED)
         low, high = _range(more, low, high, ZEROPOINT)
 
     upper = high.to(tl.float32, bitcast=True)
@@ -146,7 +152,7 @@ def quantize_rows_kernel(
 
     _store(values_row, kept, 0, K, divisor, zero_point, BLOCK_K, ZEROPOINT)
     for block in range(1, BLOCKS):
-        more = _kept(x_row, dims_ptr, block * BLOCK_K, K, outliers, stride_xk, BLOCK_K, PADDED)
+        more = _kept(x_row, dims_ptr, flags_ptr, block * BLOCK_K, K, outliers, stride_xk, BLOCK_K, PADDED)
         _store(values_row, more, block * BLOCK_K, K, divisor, zero_point, BLOCK_K, ZEROPOINT)
 
     if PADDED > 0:
@@ -175,17 +181,18 @@ def row_options(in_features: int) -> dict[str, int]:
     }
 
 
-def quantize_rows(x: Tensor, outlier_dims: Tensor, zeropoint: bool) -> Rows:
+def quantize_rows(x: Tensor, outlier_dims: Tensor | Found, zeropoint: bool) -> Rows:
     """Quantize the rows of `x` and gather its outlier dimensions; see `reference.quantize_rows`.
 
     Args:
         x: float16, bfloat16 or float32 [M, K], any strides, on the GPU.
-        outlier_dims: integer [k] on the same device, unique; k may be 0.
+        outlier_dims: integer [k] on the same device, unique; k may be 0. What a search found is not gathered.
         zeropoint: spread the row's range over the int8 values, in place of its absmax.
 
     """
     rows, in_features = x.shape
-    count = outlier_dims.shape[0]
+    found = outlier_dims if isinstance(outlier_dims, Found) else None
+    count = 0 if found else len(outlier_dims)
     padded = padded_outliers(count)
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -196,12 +203,14 @@ def quantize_rows(x: Tensor, outlier_dims: Tensor, zeropoint: bool) -> Rows:
         empty(rows, dtype=torch.float32),
         empty(rows, dtype=torch.float32) if zeropoint else None,
         empty(rows, padded, dtype=x.dtype) if count else None,
+        found,
     )
     if rows:
         kernel: Any = quantize_rows_kernel
         kernel[(rows,)](
             x,
             outlier_dims if count else None,
+            found.flags if found else None,
             out.values,
             out.scale,
             out.zero_point,

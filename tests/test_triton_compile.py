@@ -36,7 +36,14 @@ def test_what_ships_compiles_without_a_spill_and_into_tensor_core_instructions(t
     found = run([str(SCRIPT), "--json"], tmp_path)
     assert [item for item in found if item["problems"]] == []
     products = [item for item in found if item["tensor_core_instructions"]]
-    assert len(products) == len({(row.architecture, row.tile) for row in shipped_rows()})
+    # Each with the outliers that are stored, and with those that are searched.
+    assert len(products) == 2 * len({(row.architecture, row.tile) for row in shipped_rows()})
+    assert {item["kernel"].split()[0] for item in found} == {
+        "flag_kernel",
+        "int8_matmul",
+        "list_kernel",
+        "quantize_rows",
+    }
     assert {item["architecture"] for item in found} == {"sm_80", "sm_90", "any"}
 
 
@@ -59,6 +66,9 @@ def test_layers_of_every_kind_compile(tmp_path: Path) -> None:
         " (1, True, 1)), (torch.float32, (33, True, 4096)), (torch.float32, (0, True, 40000))):\n"
         "    k.row_resources('sm_90', kind[2], dtype, *kind[:2])\n"
         "    k.matmul_resources('sm_90', tile, dtype, *kind)\n"
+        "    k.row_resources('sm_90', kind[2], dtype, 0, kind[1], searched=True)\n"
+        "    k.matmul_resources('sm_90', tile, dtype, *kind, searched=True)\n"
+        "    k.search_resources('sm_90', 'flag_kernel', 17, dtype)\n"
         "k.matmul_resources('sm_90', tile, torch.int32, 0, False)\n"
         "print('true')"
     )
