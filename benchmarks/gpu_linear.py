@@ -87,6 +87,9 @@ def variants(m: int, n: int, k: int, device: torch.device) -> tuple[dict[str, li
     if m > 16:  # `_int_mm` on CUDA takes no fewer
         rows = reference.quantize_rows(x, dims[0])
         found["int_mm"] = [lambda q=q, a=a: int_mm(rows, q, a, bias) for q, a in quantized]
+    # Outliers searched in the call: printed, and not part of the rows.
+    layers = [(*weight, bias, row_sum, 6.0, True) for weight, row_sum in zip(quantized, row_sums, strict=True)]
+    found["ours searched"] = [lambda layer=layer: operators.dynamic_int8_linear(x, *layer) for layer in layers]
     eager = set()
     if importlib.util.find_spec("bitsandbytes"):
         for name, threshold in (("bnb", 6.0), ("bnb0", 0.0)):
@@ -134,7 +137,10 @@ def measured_rows(name: str, m: int, n: int, k: int, device: torch.device) -> li
         row |= {"ours_us": times[f"ours {count}"], "quantize_us": times[f"quantize {count}"]}
         row |= {f"{other}_us": times.get(other) for other in ("fp16", "int_mm", "bnb", "bnb0")}
         rows.append(row | {"floor_us": floor_us(m, n, k)})
-    print(f"eager, M={m} N={n} K={k}: ours {times['eager ours 16']:.1f}, fp16 {times['eager fp16']:.1f} us", flush=True)
+    printed = {"ours searched": "outliers searched", "eager ours 16": "eager ours", "eager fp16": "eager fp16"}
+    print(
+        f"M={m} N={n} K={k}:", ", ".join(f"{name} {times[key]:.1f}" for key, name in printed.items()), "us", flush=True
+    )
     return rows
 
 

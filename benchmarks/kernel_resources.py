@@ -1,9 +1,9 @@
 """Compile the Triton kernels for GPUs that are not there, and show what ptxas made of them.
 
 Every tile that `kernels/tiles.json` ships is compiled for its architecture as the launcher would launch it, in the
-heaviest form: float16, zero point, bias, 64 outlier columns. Printed for each: registers, bytes spilled, shared memory,
-instructions that multiply int8 (tensor cores or dp4a), and what is wrong with it, if anything. Needs Triton and its
-interpreter off, and no GPU.
+heaviest form: float16, zero point, bias, 64 outlier columns; and once more for outliers that are searched. Printed for
+each: registers, bytes spilled, shared memory, instructions that multiply int8 (tensor cores or dp4a), and what is wrong
+with it, if anything. Needs Triton and its interpreter off, and no GPU.
 
     python benchmarks/kernel_resources.py [--json]
 """
@@ -13,8 +13,10 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from llmint8.kernels import gpu, int8_decode, int8_matmul, quantize_rows
+from llmint8.kernels import gpu, int8_decode, int8_matmul, outlier_search, quantize_rows
 from llmint8.kernels.tiles import TENSOR_CORE_ROWS, Tile, shipped_rows
 
 # Bytes of shared memory that one program may have. The tiles of `any` are compiled for sm_80, and have to do with the
@@ -75,6 +77,9 @@ class Recorder:
             elif isinstance(value, TensorDescriptor):
                 block = ", ".join(map(str, value.block_shape))
                 signature[parameter.name] = f"tensordesc<{POINTERS[value.base.dtype]}[{block}]>"
+                aligned = False
+            elif isinstance(value, float):
+                signature[parameter.name] = "fp32"
                 aligned = False
             elif parameter.is_constexpr or value is None or (value == 1 and specialize):
                 signature[parameter.name], constants[(position,)] = "constexpr", value
@@ -132,8 +137,12 @@ def layer_resources(
     outliers: int = 64,
     zeropoint: bool = True,
     k: int = 4096,
+    searched: bool = False,
 ) -> Resources:
-    """Compile the product, or the whole, of a layer with K inputs; one without a zero point has no bias either."""
+    """Compile the product, or the whole, of a layer with K inputs; one without a zero point has no bias either.
+
+    `searched`: with outliers that `outlier_search` found, in place of stored ones.
+    """
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=kind, device="meta")
@@ -142,12 +151,11 @@ def layer_resources(
     m, n = tile.block_m if decode else 512, 4096
     weight, absmax = empty(n, k, kind=torch.int8), empty(n, kind=torch.float32)
     row_sum, bias = empty(n, kind=torch.int32), empty(n) if zeropoint else None
-    dims = empty(outliers, kind=torch.int32)
+    x, columns = empty(m, k), empty(n, 0 if searched else outliers)
+    dims = outliers_of(x) if searched else empty(outliers, kind=torch.int32)
     module, kernel = (int8_decode, "int8_decode_kernel") if decode else (int8_matmul, "int8_matmul_kernel")
     recorder = Recorder(getattr(module, kernel), architecture)
     with patch.object(module, kernel, recorder), patch.object(quantize_rows, "quantize_rows_kernel", Nothing()):
-        x = empty(m, k)
-        columns = empty(n, outliers)
         gpu.int8_linear(x, weight, absmax, dims, columns, bias, row_sum, zeropoint=zeropoint, tile=tile)
     name = f"{kernel.removesuffix('_kernel')} {tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps"
     if decode:
@@ -158,34 +166,60 @@ def layer_resources(
             found.problems.append("moves the weight through shared memory")
         return found
     name += f", {tile.num_stages} stages" + (", TMA" if tile.tma else "") + (", K divided" if tile.split_k > 1 else "")
+    name += ", searched" if searched else ""
     # Hopper's own instruction needs 64 rows; below, its tensor cores take Ampere's.
     instruction = "IGMMA" if architecture == "sm_90" and tile.block_m >= 64 else "IMMA"
     return resources(recorder.compiled, architecture, name, instruction)
 
 
+def outliers_of(x: torch.Tensor) -> outlier_search.Found:
+    """Return what a search of x finds, without looking."""
+    k = x.shape[1]
+    lists = ((k, torch.int8), (k, torch.int32), (1, torch.int32))
+    return outlier_search.Found(x, *(torch.empty(size, dtype=kind, device="meta") for size, kind in lists))
+
+
 def row_resources(
-    architecture: str, k: int, dtype: torch.dtype = torch.float16, outliers: int = 64, zeropoint: bool = True
+    architecture: str,
+    k: int,
+    dtype: torch.dtype = torch.float16,
+    outliers: int = 64,
+    zeropoint: bool = True,
+    searched: bool = False,
 ) -> Resources:
     """Compile the row quantization for K dimensions."""
     x = torch.empty(512, k, dtype=dtype, device="meta")
     recorder = Recorder(quantize_rows.quantize_rows_kernel, architecture)
     with patch.object(quantize_rows, "quantize_rows_kernel", recorder):
-        quantize_rows.quantize_rows(x, torch.empty(outliers, dtype=torch.int32, device="meta"), zeropoint)
-    return resources(recorder.compiled, architecture, f"quantize_rows K={k}")
+        dims = torch.empty(outliers, dtype=torch.int32, device="meta")
+        quantize_rows.quantize_rows(x, outliers_of(x) if searched else dims, zeropoint)
+    return resources(recorder.compiled, architecture, f"quantize_rows K={k}" + (", searched" if searched else ""))
 
 
-def compile_one(job: tuple[str, Tile | int]) -> Resources:
-    """Compile for a tile, or the row quantization for a K."""
-    architecture, what = job
-    if isinstance(what, Tile):
-        return layer_resources(architecture, what)
-    return row_resources(architecture, what)
+def search_resources(architecture: str, kernel: str, m: int, dtype: torch.dtype = torch.float16) -> Resources:
+    """Compile a kernel of the outlier search, by its name, for M rows."""
+    recorders = {name: Recorder(getattr(outlier_search, name), architecture) for name in ("flag_kernel", "list_kernel")}
+    with patch.multiple(outlier_search, **recorders):
+        outlier_search.search(torch.empty(m, 4096, dtype=dtype, device="meta"), 6.0)
+    return resources(recorders[kernel].compiled, architecture, f"{kernel} M={m}")
+
+
+def compile_one(job: Callable[[], Resources]) -> Resources:
+    """Run a job in a process of its own."""
+    return job()
 
 
 def main() -> None:
     """Compile everything that ships, on every core."""
-    jobs: list[tuple[str, Tile | int]] = list(dict.fromkeys((row.architecture, row.tile) for row in shipped_rows()))
-    jobs += [(architecture, width) for architecture in ("sm_80", "sm_90") for width in WIDTHS]
+    tiles = dict.fromkeys((row.architecture, row.tile) for row in shipped_rows())
+    jobs = [partial(layer_resources, *tile) for tile in tiles]
+    products = [tile for tile in tiles if tile[1].block_m >= TENSOR_CORE_ROWS]
+    jobs += [partial(layer_resources, *tile, searched=True) for tile in products]
+    for architecture in ("sm_80", "sm_90"):
+        for searched in (False, True):
+            jobs += [partial(row_resources, architecture, width, searched=searched) for width in WIDTHS]
+        jobs += [partial(search_resources, architecture, "flag_kernel", m) for m in (1, 16, 512)]
+        jobs += [partial(search_resources, architecture, "list_kernel", 1)]
     with ProcessPoolExecutor() as pool:
         found = list(pool.map(compile_one, jobs))
     if "--json" in sys.argv:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from llmint8.kernels.int8_decode import accepts, int8_decode
 from llmint8.kernels.int8_matmul import counters, int8_matmul
+from llmint8.kernels.outlier_search import Found
 from llmint8.kernels.quantize_rows import quantize_rows
 from llmint8.kernels.tiles import TENSOR_CORE_ROWS, Tile, choose_tile
 
@@ -17,7 +18,7 @@ def int8_linear(
     x: Tensor,
     weight: Tensor,
     weight_absmax: Tensor,
-    outlier_dims: Tensor,
+    outlier_dims: Tensor | Found,
     outlier_weight: Tensor,
     bias: Tensor | None,
     weight_row_sum: Tensor | None,
@@ -27,8 +28,9 @@ def int8_linear(
 ) -> Tensor:
     """Run a layer: `reference.int8_linear` for x [M, K] of any strides on the GPU.
 
-    Where `weight_row_sum` (int32 [N]) is missing and needed, a launch of its own computes it. `tile` is for the tuner
-    and tests; None chooses.
+    Outliers may be those that `outlier_search.search` found in x; `outlier_weight` is [N, 0] then. Where
+    `weight_row_sum` (int32 [N]) is missing and needed, a launch of its own computes it. `tile` is for the tuner and
+    tests; None chooses.
     """
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     if zeropoint and weight_row_sum is None:
@@ -37,9 +39,10 @@ def int8_linear(
     m, n, k = x.shape[0], *weight.shape
     if tile is None:
         tile = choose_tile(x.device, m, n, k)
-        if tile.block_m < TENSOR_CORE_ROWS and not accepts(weight):
+        if tile.block_m < TENSOR_CORE_ROWS and (isinstance(outlier_dims, Found) or not accepts(weight)):
             tile = choose_tile(x.device, TENSOR_CORE_ROWS, n, k)
     if tile.block_m < TENSOR_CORE_ROWS:
+        assert isinstance(outlier_dims, Tensor)
         return int8_decode(x, weight, weight_absmax, weight_row_sum, outlier_dims, columns, bias, zeropoint, tile)
     rows = quantize_rows(x, outlier_dims, zeropoint, counters(tile, m, n))
     return int8_matmul(rows, weight, weight_absmax, weight_row_sum, columns, bias, x.dtype, tile)

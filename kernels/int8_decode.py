@@ -112,7 +112,7 @@ def int8_decode_kernel(
     tl.debug_barrier()
 
     scale, divisor, zero_point, _ = row_parameters(
-        x_rows, x_first, dims_ptr, K, outliers, stride_xk, ROWS, RANGE_K, RANGES, PADDED, ZEROPOINT
+        x_rows, x_first, dims_ptr, None, K, outliers, stride_xk, ROWS, RANGE_K, RANGES, PADDED, ZEROPOINT
     )
     # The tensor cores' rows are the rows of x, again and again.
     m = tl.arange(0, _TENSOR_CORE_ROWS)
@@ -132,13 +132,13 @@ def int8_decode_kernel(
         w = w_next
         w_pointers += BLOCK_K // 4
         w_next = tl.load(w_pointers, mask=word < (K - start - BLOCK_K) // 4, other=0)
-        x = kept(x_block, dims_ptr, start, outliers, PADDED)
+        x = kept(x_block, dims_ptr, None, start, K, outliers, PADDED)
         x = _packed(quantized(x, divisor, zero_point, ZEROPOINT), ROWS, BLOCK_K)
         sums += tl.sum(_dot4(tl.reshape(x, [ROWS, 1, BLOCK_K // 16, 4]), w, DP4A), 3)
 
     total = _repeated(tl.sum(sums, 2), ROWS, BLOCK_N)
     row_scale, row_zero_point = _repeated(scale[:, None], ROWS, 1), _repeated(zero_point[:, None], ROWS, 1)
-    out = scaled(total, row_scale, row_zero_point, row_sum, tl.div_rn(w_absmax, 127.0), ZEROPOINT) + product
+    out = scaled(total, row_scale, row_zero_point, row_sum, ZEROPOINT) * tl.div_rn(w_absmax, 127.0)[None, :] + product
     if bias_ptr is not None:
         out += tl.load(bias_ptr + column).to(tl.float32)[None, :]
     tl.store(

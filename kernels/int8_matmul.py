@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from llmint8.kernels.outlier_search import add_found
 from llmint8.kernels.quantize_rows import Rows
 from llmint8.kernels.tiles import Tile
 
@@ -92,11 +93,11 @@ def _sums_of_all(sums, partial_ptr, counter_ptr, M, N, m, n, SPLIT_K: tl.constex
 
 
 @triton.jit
-def scaled(sums, row_scale, zero_point, row_sum, column_scale, ZEROPOINT: tl.constexpr):
-    """Turn int32 sums [M, N] into float32; row_scale and zero_point are float32 [M, 1], the others [N]."""
+def scaled(sums, row_scale, zero_point, row_sum, ZEROPOINT: tl.constexpr):
+    """Turn int32 sums [M, N] into float32, scaled by row; row_scale and zero_point are float32 [M, 1], row_sum [N]."""
     if ZEROPOINT:
         sums -= zero_point.to(tl.int32) * row_sum[None, :]
-    return sums.to(tl.float32) * row_scale * column_scale[None, :]
+    return sums.to(tl.float32) * row_scale
 
 
 @triton.jit
@@ -127,6 +128,8 @@ def int8_matmul_kernel(
     x_outliers_ptr,
     w_outliers_ptr,
     bias_ptr,
+    dims_ptr,
+    total_ptr,
     partial_ptr,
     counter_ptr,
     M,
@@ -134,6 +137,8 @@ def int8_matmul_kernel(
     K,
     outliers,
     stride_wn,
+    stride_xm,
+    stride_xk,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -147,7 +152,8 @@ def int8_matmul_kernel(
 ):
     """Compute tile `program_id(0)`, over part `program_id(1)` of K; the pointers to what a layer lacks are None.
 
-    An int32 output takes the sums.
+    With `total_ptr` the outliers are x and the int8 weight themselves, in the first `total` of the `dims`. An int32
+    output takes the sums.
     """
     tile_m, tile_n = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -176,7 +182,13 @@ def int8_matmul_kernel(
         if zero_point_ptr is not None:
             zero_point, row_sum = tl.load(zero_point_ptr + row)[:, None], tl.load(row_sum_ptr + column)
         row_scale = tl.load(row_scale_ptr + row)[:, None]
-        out = scaled(sums, row_scale, zero_point, row_sum, column_scale, zero_point_ptr is not None)
+        out = scaled(sums, row_scale, zero_point, row_sum, zero_point_ptr is not None)
+        if total_ptr is not None:
+            out = add_found(
+                out, x_outliers_ptr, w_outliers_ptr, dims_ptr, total_ptr, row, column, stride_xm, stride_xk, stride_wn,
+                OUTLIER_STEP, FLOAT32_OUTLIERS,
+            )  # fmt: skip
+        out *= column_scale[None, :]
         if PADDED > 0:
             x_rows = x_outliers_ptr + row.to(tl.int64) * PADDED
             w_rows = w_outliers_ptr + column.to(tl.int64) * outliers
@@ -217,7 +229,7 @@ def int8_matmul(
         weight: int8 [N, K], rows contiguous.
         weight_absmax: float32 [N].
         weight_row_sum: int32 [N], needed with a zero point only.
-        outlier_weight: float [N, k], contiguous.
+        outlier_weight: float [N, k], contiguous; where `rows` has what a search found, k is 0.
         bias: float [N] or None.
         dtype: float16, bfloat16 or float32, of the output [M, N]; int32 returns `reference.int8_product` alone.
         tile: what one program computes.
@@ -229,6 +241,9 @@ def int8_matmul(
         return out
     padded = 0 if rows.outliers is None else rows.outliers.shape[1]
     float32 = rows.outliers is not None and multiply_in_float32(rows.outliers, outlier_weight)
+    found = rows.found
+    if found:
+        float32 = multiply_in_float32(found.x, found.x)
     # The copy engine wants rows that begin at multiples of 16 bytes.
     tma = tile.tma and k > 0 and not (weight.stride(0) % 16 or k % 16 or weight.data_ptr() % 16)
     split = tile.split_k > 1
@@ -242,9 +257,11 @@ def int8_matmul(
         weight_absmax,
         rows.zero_point,
         weight_row_sum if rows.zero_point is not None else None,
-        rows.outliers,
-        outlier_weight if padded else None,
+        found.x if found else rows.outliers,
+        weight if found else outlier_weight if padded else None,
         bias,
+        found.dims if found else None,
+        found.total if found else None,
         partial,
         rows.counters if split else None,
         m,
@@ -252,6 +269,7 @@ def int8_matmul(
         k,
         outlier_weight.shape[1],
         weight.stride(0),
+        *(found.x.stride() if found else (0, 0)),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
@@ -260,8 +278,8 @@ def int8_matmul(
         WHOLE_K=k % tile.block_k == 0,
         TMA=tma,
         PADDED=padded,
-        # Products in float32 take more registers still.
-        OUTLIER_STEP=16 if float32 or padded == 16 else _OUTLIER_STEP,
+        # Products in float32 take more registers still, and so does finding the columns by a list.
+        OUTLIER_STEP=16 if float32 or found or padded == 16 else _OUTLIER_STEP,
         FLOAT32_OUTLIERS=float32,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,

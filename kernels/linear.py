@@ -1,6 +1,6 @@
 """The one call that runs a quantized linear layer. It picks the implementation; callers never see which.
 
-On the CPU it is `cpu.py`, on CUDA the operator of `operators.py`, elsewhere the reference: branches on the device of
+On the CPU it is `cpu.py`, on CUDA an operator of `operators.py`, elsewhere the reference: branches on the device of
 `x`, behind one signature.
 """
 
@@ -70,10 +70,14 @@ def dynamic_int8_linear(
 ) -> Tensor:
     """LLM.int8() as published: outlier dimensions are searched in every call, `|x| >= threshold`.
 
-    Their weight columns are dequantized from int8, as there is no other copy, so it
-    is not packed. Shapes as in `int8_linear`.
+    Their weight columns are dequantized from int8, as there is no other copy, so it is not packed. Shapes as in
+    `int8_linear`. On CUDA nothing waits for the GPU; elsewhere shapes depend on the values of x.
     """
     rows = x.reshape(-1, x.shape[-1])
+    if x.is_cuda:
+        zeropoint = activation == "zeropoint"
+        out = operators.dynamic_int8_linear(rows, weight, weight_absmax, bias, weight_row_sum, threshold, zeropoint)
+        return out.reshape(*x.shape[:-1], len(weight_absmax))
     dims = reference.dynamic_outlier_dims(rows, threshold)
     columns = reference.dequantize_weight(weight[:, dims], weight_absmax)
     return int8_linear(x, weight, weight_absmax, dims.int(), columns, bias, activation, weight_row_sum)

@@ -1,7 +1,8 @@
 """The layer as one PyTorch operator, `torch.ops.llmint8.int8_linear`, so that compilers and CUDA graphs take it whole.
 
-On a GPU it is two Triton kernels: rows to int8 (`quantize_rows.py`), then the product (`int8_matmul.py`). Nothing in
-it waits for the GPU, and shapes do not depend on values. On the CPU it is the reference. It has no gradient.
+On a GPU it is two Triton kernels: rows to int8 (`quantize_rows.py`), then the product (`int8_matmul.py`). With outliers
+searched in the call, `torch.ops.llmint8.dynamic_int8_linear`, two more come before (`outlier_search.py`). Nothing in
+them waits for the GPU, and shapes do not depend on values. On the CPU they are the reference. They have no gradient.
 
 Triton is imported by the first call on a GPU. Where there is none (CUDA on Windows) the reference runs there, too, and
 a warning says so.
@@ -22,6 +23,11 @@ _LIBRARY = torch.library.Library("llmint8", "FRAGMENT")  # type: ignore[no-untyp
 _LIBRARY.define(  # type: ignore[no-untyped-call]
     "int8_linear(Tensor x, Tensor weight, Tensor weight_absmax, Tensor outlier_dims, Tensor outlier_weight, "
     "Tensor? bias, Tensor? weight_row_sum, bool zeropoint) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(  # type: ignore[no-untyped-call]
+    "dynamic_int8_linear(Tensor x, Tensor weight, Tensor weight_absmax, Tensor? bias, Tensor? weight_row_sum, "
+    "float threshold, bool zeropoint) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -61,6 +67,38 @@ def _gpu(
         )
 
 
+def _dynamic_reference(
+    x: Tensor,
+    weight: Tensor,
+    weight_absmax: Tensor,
+    bias: Tensor | None,
+    weight_row_sum: Tensor | None,
+    threshold: float,
+    zeropoint: bool,
+) -> Tensor:
+    activation: reference.Activation = "zeropoint" if zeropoint else "absmax"
+    return reference.dynamic_int8_linear(x, weight, weight_absmax, threshold, bias, activation)
+
+
+def _dynamic_gpu(
+    x: Tensor,
+    weight: Tensor,
+    weight_absmax: Tensor,
+    bias: Tensor | None,
+    weight_row_sum: Tensor | None,
+    threshold: float,
+    zeropoint: bool,
+) -> Tensor:
+    if not _has_triton():
+        return _dynamic_reference(x, weight, weight_absmax, bias, weight_row_sum, threshold, zeropoint)
+    from llmint8.kernels.gpu import int8_linear
+    from llmint8.kernels.outlier_search import search
+
+    with torch.cuda.device(x.device):
+        found = search(x, threshold)
+        return int8_linear(x, weight, weight_absmax, found, weight[:, :0], bias, weight_row_sum, zeropoint=zeropoint)
+
+
 def _fake(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
@@ -76,7 +114,11 @@ def _has_triton() -> bool:
 
 
 _LIBRARY.impl("int8_linear", _reference, "CPU")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("dynamic_int8_linear", _dynamic_reference, "CPU")  # type: ignore[no-untyped-call]
 # The key of AMD's GPUs, too.
 _LIBRARY.impl("int8_linear", _gpu, "CUDA")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("dynamic_int8_linear", _dynamic_gpu, "CUDA")  # type: ignore[no-untyped-call]
 torch.library.register_fake("llmint8::int8_linear", _fake, lib=_LIBRARY)
+torch.library.register_fake("llmint8::dynamic_int8_linear", _fake, lib=_LIBRARY)
 int8_linear: Callable[..., Tensor] = torch.ops.llmint8.int8_linear.default
+dynamic_int8_linear: Callable[..., Tensor] = torch.ops.llmint8.dynamic_int8_linear.default

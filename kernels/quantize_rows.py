@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from llmint8.kernels.outlier_search import Found
+
 # More per program does not fit the registers (65,536 in one block spills).
 _LONGEST_BLOCK = 16384
 # What a warp holds of it.
@@ -31,13 +33,14 @@ _ROUND_BITS = tl.constexpr(0x4B400000)
 
 
 class Rows(NamedTuple):
-    """Quantized rows, `x ~ (values - zero_point) * scale` but for the outlier dimensions, which `outliers` holds."""
+    """Quantized rows, `x ~ (values - zero_point) * scale` but for the outlier dimensions: `outliers` or `found`."""
 
     values: Tensor  # int8 [M, K]
     scale: Tensor  # float32 [M]
     zero_point: Tensor | None  # float32 [M], whole numbers; None when symmetric
     outliers: Tensor | None  # [M, padded_outliers(k)] in the dtype of x, zero beyond k; None when k is 0
-    counters: Tensor | None  # int32, zeros, for a product that divides K among programs
+    counters: Tensor | None = None  # int32, zeros, for a product that divides K among programs
+    found: Found | None = None
 
 
 @triton.jit
@@ -67,8 +70,8 @@ def load_rows(x_rows, start, K, stride_xk, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def kept(x, dims_ptr, start, outliers, PADDED: tl.constexpr):
-    """Turn a block of `load_rows` to float32, and its outlier dimensions to 0."""
+def kept(x, dims_ptr, flags_ptr, start, K, outliers, PADDED: tl.constexpr):
+    """Turn a block of `load_rows` to float32, and its outlier dimensions to 0: those listed, or those with a flag."""
     x = x.to(tl.float32)
     if PADDED > 0:
         word = tl.arange(0, x.shape[1])
@@ -79,12 +82,15 @@ def kept(x, dims_ptr, start, outliers, PADDED: tl.constexpr):
             dim = tl.load(dims_ptr + index, mask=index < outliers, other=-1).to(tl.int32) - start
             bits += tl.sum(tl.where((dim >> 5)[None, :] == word[:, None], (1 << (dim & 31))[None, :], 0), 1)
         x = tl.where(((bits[:, None] & (1 << tl.arange(0, 32))[None, :]) == 0)[None, :, :], x, 0.0)
+    if flags_ptr is not None:
+        column = start + tl.arange(0, x.shape[1])[:, None] * 32 + tl.arange(0, 32)[None, :]
+        x = tl.where((tl.load(flags_ptr + column, mask=column < K, other=0) == 0)[None, :, :], x, 0.0)
     return x
 
 
 @triton.jit
 def row_parameters(
-    x_rows, first, dims_ptr, K, outliers, stride_xk,
+    x_rows, first, dims_ptr, flags_ptr, K, outliers, stride_xk,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, ZEROPOINT: tl.constexpr,
 ):  # fmt: skip
     """Search the range of rows, given their pointers [R] and their first block by `load_rows`.
@@ -93,10 +99,10 @@ def row_parameters(
     """
     # The int32 0 stands for 0.0, which both ranges hold.
     low, high = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.int32)
-    first = kept(first, dims_ptr, 0, outliers, PADDED)
+    first = kept(first, dims_ptr, flags_ptr, 0, K, outliers, PADDED)
     low, high = _extend(low, high, first, ZEROPOINT)
     for start in range(BLOCK_K, BLOCKS * BLOCK_K, BLOCK_K):
-        more = kept(load_rows(x_rows, start, K, stride_xk, BLOCK_K), dims_ptr, start, outliers, PADDED)
+        more = kept(load_rows(x_rows, start, K, stride_xk, BLOCK_K), dims_ptr, flags_ptr, start, K, outliers, PADDED)
         low, high = _extend(low, high, more, ZEROPOINT)
     upper = high.to(tl.float32, bitcast=True)
     if ZEROPOINT:
@@ -152,6 +158,7 @@ def _store(values_rows, values, start, K, BLOCK_K: tl.constexpr):
 def quantize_rows_kernel(
     x_ptr,
     dims_ptr,
+    flags_ptr,
     values_ptr,
     scale_ptr,
     zero_point_ptr,
@@ -167,7 +174,7 @@ def quantize_rows_kernel(
     ZEROPOINT: tl.constexpr,
     COUNTERS: tl.constexpr,
 ):
-    """Quantize row `program_id(0)`. BLOCKS blocks of BLOCK_K dimensions cover K; PADDED is 0 without outliers."""
+    """Quantize row `program_id(0)`. BLOCKS blocks of BLOCK_K dimensions cover K; PADDED is 0 without outlier dims."""
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     x_rows = x_ptr + row * stride_xm
     values_rows = values_ptr + row * K
@@ -177,7 +184,7 @@ def quantize_rows_kernel(
 
     first = load_rows(x_rows, 0, K, stride_xk, BLOCK_K)
     scale, divisor, zero_point, first = row_parameters(
-        x_rows, first, dims_ptr, K, outliers, stride_xk, 1, BLOCK_K, BLOCKS, PADDED, ZEROPOINT
+        x_rows, first, dims_ptr, flags_ptr, K, outliers, stride_xk, 1, BLOCK_K, BLOCKS, PADDED, ZEROPOINT
     )
     tl.store(scale_ptr + row, scale)
     if ZEROPOINT:
@@ -185,7 +192,7 @@ def quantize_rows_kernel(
 
     _store(values_rows, quantized(first, divisor, zero_point, ZEROPOINT), 0, K, BLOCK_K)
     for start in range(BLOCK_K, BLOCKS * BLOCK_K, BLOCK_K):
-        more = kept(load_rows(x_rows, start, K, stride_xk, BLOCK_K), dims_ptr, start, outliers, PADDED)
+        more = kept(load_rows(x_rows, start, K, stride_xk, BLOCK_K), dims_ptr, flags_ptr, start, K, outliers, PADDED)
         _store(values_rows, quantized(more, divisor, zero_point, ZEROPOINT), start, K, BLOCK_K)
 
     if PADDED > 0:
@@ -211,18 +218,19 @@ def row_block(in_features: int, longest: int) -> dict[str, int]:
     return {"BLOCK_K": block, "BLOCKS": max(1, triton.cdiv(in_features, block))}
 
 
-def quantize_rows(x: Tensor, outlier_dims: Tensor, zeropoint: bool, counters: int = 0) -> Rows:
+def quantize_rows(x: Tensor, outlier_dims: Tensor | Found, zeropoint: bool, counters: int = 0) -> Rows:
     """Quantize the rows of `x` and gather its outlier dimensions; see `reference.quantize_rows`.
 
     Args:
         x: float16, bfloat16 or float32 [M, K], any strides, on the GPU.
-        outlier_dims: integer [k] on the same device, unique; k may be 0.
+        outlier_dims: integer [k] on the same device, unique; k may be 0. What a search found is not gathered.
         zeropoint: spread the row's range over the int8 values, in place of its absmax.
         counters: how many zeros to return in `Rows.counters`, at least; the same launch sets them.
 
     """
     rows, in_features = x.shape
-    count = outlier_dims.shape[0]
+    found = outlier_dims if isinstance(outlier_dims, Found) else None
+    count = 0 if found else len(outlier_dims)
     padded = padded_outliers(count)
 
     def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -234,6 +242,7 @@ def quantize_rows(x: Tensor, outlier_dims: Tensor, zeropoint: bool, counters: in
         empty(rows, dtype=torch.float32) if zeropoint else None,
         empty(rows, padded, dtype=x.dtype) if count else None,
         empty(triton.next_power_of_2(counters), dtype=torch.int32) if counters else None,
+        found,
     )
     if rows:
         block = row_block(in_features, _LONGEST_BLOCK)
@@ -241,6 +250,7 @@ def quantize_rows(x: Tensor, outlier_dims: Tensor, zeropoint: bool, counters: in
         kernel[(rows,)](
             x,
             outlier_dims if count else None,
+            found.flags if found else None,
             out.values,
             out.scale,
             out.zero_point,

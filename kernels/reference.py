@@ -158,3 +158,20 @@ def int8_linear(
     if bias is not None:
         out += bias.float()
     return out.to(x.dtype)
+
+
+def dynamic_int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    weight_absmax: Tensor,
+    threshold: float,
+    bias: Tensor | None = None,
+    activation: Activation = "absmax",
+) -> Tensor:
+    """LLM.int8() as published: `int8_linear` with the outliers of this call.
+
+    Their weight columns are dequantized from int8, as there is no other copy. Shapes as in `int8_linear`.
+    """
+    dims = dynamic_outlier_dims(x, threshold)
+    columns = dequantize_weight(weight[:, dims], weight_absmax)
+    return int8_linear(x, weight, weight_absmax, dims, columns, bias, activation)

@@ -45,8 +45,10 @@ def is_compiled(model: Any) -> bool:
 def _obstacle(model: Any) -> str | None:
     if not model.can_generate() or not getattr(model, "_can_compile_fullgraph", False):
         return f"transformers has no static cache for {type(model).__name__}"
-    if any(layer.outliers == "dynamic" for layer in model.modules() if isinstance(layer, Int8Linear)):
-        return "outliers='dynamic' makes tensors whose size depends on the input"
+    layers = [layer for layer in model.modules() if isinstance(layer, Int8Linear)]
+    for device in (layer.weight.device.type for layer in layers if layer.outliers == "dynamic"):
+        if device != "cuda":
+            return f"outliers='dynamic' makes tensors whose size depends on the input, on {device}; on CUDA it does not"
     if any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules()):
         return "some layers are offloaded"
     if model.device.type == "cpu" and not _cpp_compiler():

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmint8 import converter, runtime
 from llmint8.runtime import compiled
@@ -90,7 +91,20 @@ def test_the_dynamic_search_is_not_compiled(checkpoint: Path, caplog: pytest.Log
     model = runtime.load(checkpoint, compile=True, outliers="dynamic")
     assert not compiled.is_compiled(model)
     assert len(warnings(caplog)) == 1
-    assert "dynamic" in warnings(caplog)[0]
+    assert "outliers='dynamic'" in warnings(caplog)[0]
+    assert "on cpu" in warnings(caplog)[0]
+
+
+def test_the_dynamic_search_is_no_obstacle_on_the_gpu(checkpoint: Path) -> None:
+    model = runtime.load(checkpoint, outliers="dynamic").to("meta")
+    assert compiled._obstacle(model) == (
+        "outliers='dynamic' makes tensors whose size depends on the input, on meta; on CUDA it does not"
+    )
+    with FakeTensorMode():
+        for layer in (module for module in model.modules() if isinstance(module, runtime.Int8Linear)):
+            weight = torch.empty(layer.weight.shape, dtype=torch.int8, device="cuda")
+            layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+    assert compiled._obstacle(model) is None
 
 
 def test_a_model_without_static_cache_is_not_compiled(

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llmint8.kernels.tiles import shipped_rows
+from llmint8.kernels.tiles import TENSOR_CORE_ROWS, shipped_rows
 
 pytest.importorskip("triton")
 
@@ -36,7 +36,16 @@ def test_what_ships_compiles_without_a_spill_and_into_int8_instructions(tmp_path
     found = run([str(SCRIPT), "--json"], tmp_path)
     assert [item for item in found if item["problems"]] == []
     products = [item for item in found if item["int8_instructions"]]
-    assert len(products) == len({(row.architecture, row.tile) for row in shipped_rows()})
+    tiles = {(row.architecture, row.tile) for row in shipped_rows()}
+    # Each with the outliers that are stored, and those of more than a few rows with those that are searched.
+    assert len(products) == len(tiles) + sum(tile.block_m >= TENSOR_CORE_ROWS for _, tile in tiles)
+    assert {item["kernel"].split()[0] for item in found} == {
+        "flag_kernel",
+        "int8_decode",
+        "int8_matmul",
+        "list_kernel",
+        "quantize_rows",
+    }
     assert {item["architecture"] for item in found} == {"sm_80", "sm_90", "any"}
 
 
@@ -57,8 +66,11 @@ def test_layers_of_every_kind_compile(tmp_path: Path) -> None:
         "for dtype, kind in ((torch.float16, (0, False, 4096)), (torch.float16, (5, False, 255)), (torch.bfloat16,"
         " (1, True, 1)), (torch.float32, (33, True, 4096)), (torch.float32, (0, True, 40000))):\n"
         "    k.row_resources('sm_90', kind[2], dtype, *kind[:2])\n"
+        "    k.row_resources('sm_90', kind[2], dtype, 0, kind[1], searched=True)\n"
+        "    k.search_resources('sm_90', 'flag_kernel', 17, dtype)\n"
         "    for tile in (k.Tile(64, 64, 64, 8, 4, 3, False), k.Tile(16, 64, 64, 8, 4, 3, False, 4)):\n"
-        "        k.layer_resources('sm_90', tile, dtype, *kind)\n"
+        "        for searched in (False, True):\n"
+        "            k.layer_resources('sm_90', tile, dtype, *kind, searched=searched)\n"
         "for kind in ((torch.float16, 0, False, 4096), (torch.bfloat16, 512, True, 4080),"
         " (torch.float32, 5, True, 64)):\n"
         "    k.layer_resources('sm_90', k.Tile(1, 16, 128, 8, 4, 1, False), *kind)\n"

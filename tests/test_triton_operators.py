@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 
 from llmint8.kernels import linear, operators, reference
 from llmint8.runtime import Int8Linear
@@ -22,6 +24,13 @@ def arguments(device: str, m: int = 5, zeropoint: bool = True) -> tuple[Tensor |
     return *(tensor.to(device) for tensor in tensors), zeropoint
 
 
+def dynamic_arguments(device: str, m: int = 5, zeropoint: bool = True) -> tuple[Tensor | float | None, ...]:
+    """Of the operator that searches: two or more of the columns hold an outlier."""
+    x, values, absmax, dims, _, bias, row_sum, _ = arguments(device, m)
+    x[:, dims.long()] = 7.0
+    return x, values, absmax, bias, row_sum, 3.0, zeropoint
+
+
 @pytest.mark.parametrize("zeropoint", [False, True])
 @pytest.mark.parametrize("device_type", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_opcheck_passes(device_type: str, zeropoint: bool) -> None:
@@ -32,31 +41,48 @@ def test_opcheck_passes(device_type: str, zeropoint: bool) -> None:
     torch.library.opcheck(operators.int8_linear, tuple(bare))
 
 
+@pytest.mark.parametrize("zeropoint", [False, True])
+@pytest.mark.parametrize("device_type", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_opcheck_passes_with_a_search(device_type: str, zeropoint: bool) -> None:
+    for m in (0, 1, 5):
+        torch.library.opcheck(operators.dynamic_int8_linear, dynamic_arguments(device_type, m, zeropoint))
+    bare = list(dynamic_arguments(device_type, 2, zeropoint))
+    bare[3] = bare[4] = None
+    torch.library.opcheck(operators.dynamic_int8_linear, tuple(bare))
+
+
 def test_the_operator_is_the_reference_on_the_cpu() -> None:
     x, values, absmax, dims, columns, bias, _, _ = arguments("cpu")
     expected = reference.int8_linear(x, values, absmax, dims, columns, bias, "zeropoint")
     assert torch.equal(operators.int8_linear(*arguments("cpu")), expected)
+    x, values, absmax, bias, row_sum, threshold, zeropoint = dynamic_arguments("cpu")
+    expected = linear.dynamic_int8_linear(x, values, absmax, threshold, bias, "zeropoint", row_sum)
+    found = operators.dynamic_int8_linear(x, values, absmax, bias, row_sum, threshold, zeropoint)
+    torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("search", [False, True])
 @pytest.mark.parametrize("device_type", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_it_compiles_into_one_graph_for_every_number_of_rows(device_type: str) -> None:
+def test_it_compiles_into_one_graph_for_every_number_of_rows(device_type: str, search: bool) -> None:
+    operator = operators.dynamic_int8_linear if search else operators.int8_linear
+    made = dynamic_arguments if search else arguments
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
         graphs.append(graph)
         return graph
 
-    _, *layer = arguments(device_type)
+    _, *layer = made(device_type)
 
     def double(x: Tensor) -> Tensor:
-        return 2 * operators.int8_linear(x, *layer)
+        return 2 * operator(x, *layer)
 
     compiled = torch.compile(double, backend=keep, fullgraph=True, dynamic=True)
     for m in (5, 7, 32):
-        x = arguments(device_type, m)[0]
+        x = made(device_type, m)[0]
         assert torch.equal(compiled(x), double(x))
     assert len(graphs) == 1
-    assert operators.int8_linear in {node.target for node in graphs[0].graph.nodes}
+    assert operator in {node.target for node in graphs[0].graph.nodes}
 
 
 def test_the_layer_works_where_triton_is_not_installed() -> None:
@@ -74,20 +100,33 @@ def test_without_triton_the_reference_runs_and_a_warning_says_so(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     operators._has_triton.cache_clear()
-    expected = operators.int8_linear(*arguments("cpu"))
+    expected, searched = (
+        operators.int8_linear(*arguments("cpu")),
+        operators.dynamic_int8_linear(*dynamic_arguments("cpu")),
+    )
     for _ in range(2):
         assert torch.equal(operators._gpu(*arguments("cpu")), expected)
+        assert torch.equal(operators._dynamic_gpu(*dynamic_arguments("cpu")), searched)
     assert [record.getMessage() for record in caplog.records if "Triton is not installed" in record.getMessage()]
     assert len(caplog.records) == 1
     operators._has_triton.cache_clear()
 
 
-@pytest.fixture
-def layer() -> Int8Linear:
+def test_shapes_depend_on_values_where_a_search_runs_on_the_cpu_and_not_on_the_gpu() -> None:
+    """Tensors without values show it, and no GPU has to be there."""
+    for device, outcome in (("cpu", pytest.raises(DynamicOutputShapeException)), ("cuda", nullcontext())):
+        with FakeTensorMode(), outcome:
+            layer = Int8Linear(64, 48, outliers="dynamic", device=device, dtype=torch.float16)
+            out = layer(torch.empty(2, 5, 64, dtype=torch.float16, device=device))
+    assert (out.shape, out.dtype, out.device.type) == ((2, 5, 48), torch.float16, "cuda")
+
+
+@pytest.fixture(params=["static", "dynamic"])
+def layer(request: pytest.FixtureRequest) -> Int8Linear:
     """A layer on the GPU that has run, so that its kernels are compiled."""
     torch.manual_seed(0)
     made = Int8Linear.from_linear(nn.Linear(256, 384).half(), torch.tensor([7, 100])).to("cuda")
-    made.activation = "zeropoint"
+    made.activation, made.outliers, made.threshold = "zeropoint", request.param, 2.5
     made(torch.randn(3, 256, device="cuda", dtype=torch.float16))
     return made
 
@@ -128,6 +167,20 @@ def test_the_facade_on_the_gpu_agrees_with_the_cpu(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_the_search_on_the_gpu_agrees_with_the_cpu(dtype: torch.dtype) -> None:
+    for m, n, k in ((1, 64, 64), (100, 4096, 4096), (513, 1000, 4100)):
+        torch.manual_seed(m)
+        layer = Int8Linear.from_linear(nn.Linear(k, n).to(dtype))
+        layer.outliers, layer.threshold, layer.activation = "dynamic", 4.5, "zeropoint"
+        x = torch.randn(2, m, k).to(dtype)
+        expected = layer(x)
+        found = layer.to("cuda")(x.cuda()).cpu()
+        torch.testing.assert_close(found, expected, rtol=torch.finfo(dtype).eps * 2, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layer", ["static"], indirect=True)  # a search makes the rows of a call depend on each other
 def test_a_row_does_not_depend_on_the_rows_it_is_called_with(layer: Int8Linear) -> None:
     x = torch.randn(16, 256, device="cuda", dtype=torch.float16)
     together = layer(x)
