@@ -29,43 +29,12 @@ from typing import Any
 
 import torch
 import transformers
-from transformers.generation.streamers import BaseStreamer
+from generation import by_transformers, steps_per_second
 
 from llmint8 import converter, runtime
 
-PROMPT_TOKENS = 8
+PROMPT = torch.arange(10, 18)[None]
 Run = Callable[[int], list[float]]  # number of tokens -> the moment at which each came
-
-
-class Clock(BaseStreamer):
-    """Keeps the moment at which each token came; the prompt is the first."""
-
-    def __init__(self) -> None:
-        """Start without any."""
-        self.moments: list[float] = []
-
-    def put(self, value: Any) -> None:
-        """Take note of a token."""
-        self.moments.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Do nothing."""
-
-
-def by_transformers(model: Any, tokens: int) -> list[float]:
-    """Generate with a model of transformers."""
-    clock = Clock()
-    prompt = torch.arange(10, 10 + PROMPT_TOKENS)[None]
-    model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        do_sample=False,
-        pad_token_id=0,
-        streamer=clock,
-    )
-    return clock.moments[1:]
 
 
 def by_steps(steps: Callable[[int], Iterator[Any]], tokens: int) -> list[float]:
@@ -75,7 +44,7 @@ def by_steps(steps: Callable[[int], Iterator[Any]], tokens: int) -> list[float]:
 
 def plain(dtype: str, source: Path, int8: Path, work: Path) -> Run:
     """The source in a floating-point type."""
-    return partial(by_transformers, transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype))
+    return partial(by_transformers, transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype), PROMPT)
 
 
 def compiled(dtype: str, source: Path, int8: Path, work: Path) -> Run:
@@ -84,12 +53,12 @@ def compiled(dtype: str, source: Path, int8: Path, work: Path) -> Run:
 
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     compile_decode(model)
-    return partial(by_transformers, model)
+    return partial(by_transformers, model, PROMPT)
 
 
 def ours(compile: bool, source: Path, int8: Path, work: Path) -> Run:
     """The int8 checkpoint."""
-    return partial(by_transformers, runtime.load(int8, compile=compile))
+    return partial(by_transformers, runtime.load(int8, compile=compile), PROMPT)
 
 
 def bitsandbytes(source: Path, int8: Path, work: Path) -> Run:
@@ -99,7 +68,7 @@ def bitsandbytes(source: Path, int8: Path, work: Path) -> Run:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         source, dtype=torch.bfloat16, quantization_config=config, device_map="cpu"
     )
-    return partial(by_transformers, model)
+    return partial(by_transformers, model, PROMPT)
 
 
 def ctranslate2(source: Path, int8: Path, work: Path) -> Run:
@@ -110,7 +79,7 @@ def ctranslate2(source: Path, int8: Path, work: Path) -> Run:
     ct2.converters.TransformersConverter(str(source)).convert(str(work / "ct2"), quantization="int8")
     torch.set_num_threads(threads)
     generator = ct2.Generator(str(work / "ct2"), device="cpu", intra_threads=threads, compute_type="int8")
-    prompt = transformers.AutoTokenizer.from_pretrained(source).convert_ids_to_tokens(range(10, 10 + PROMPT_TOKENS))
+    prompt = transformers.AutoTokenizer.from_pretrained(source).convert_ids_to_tokens(PROMPT[0].tolist())
     return partial(by_steps, lambda tokens: generator.generate_tokens(prompt, max_length=tokens, end_token=[]))
 
 
@@ -124,7 +93,7 @@ def llama_cpp(source: Path, int8: Path, work: Path) -> Run:
 
     def steps(tokens: int) -> Iterator[int]:
         llama.reset()
-        found: Iterator[int] = llama.generate(list(range(10, 10 + PROMPT_TOKENS)), temp=0.0)
+        found: Iterator[int] = llama.generate(PROMPT[0].tolist(), temp=0.0)
         return found
 
     return partial(by_steps, steps)
@@ -216,7 +185,7 @@ def measure(names: list[str], tokens: int, rounds: int, source: Path, int8: Path
             start = time.perf_counter()
             moments = run(tokens)
             if number:
-                speeds[name].append((len(moments) - 2) / (moments[-1] - moments[1]))
+                speeds[name].append(steps_per_second(moments))
             else:
                 firsts[name] = moments[-1] - start
     return [

@@ -14,8 +14,6 @@ Where llmint8 is not installed: PYTHONPATH=.typing.
 
 import argparse
 import importlib.util
-import json
-import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from result_files import merge, result_file
 from torch import Tensor
 
 from llmint8.kernels import measure, operators, reference
@@ -31,6 +30,7 @@ from llmint8.kernels import measure, operators, reference
 COPY_BANDWIDTH, INT8_RATE = 4.3e12, 2 * 790e12
 OUTLIERS = (0, 16, 64)
 ROWS = (1, 16, 64, 128, 512, 2048, 8192)
+KEYS = ("device", "model", "layer", "M", "N", "K", "outliers")  # of a case; the rest was measured
 
 
 def opt(hidden: int) -> dict[str, tuple[int, int]]:
@@ -107,14 +107,17 @@ def int_mm(rows: reference.QuantizedRows, weight: Tensor, absmax: Tensor, bias: 
     return (product * rows.scale[:, None] * (absmax / 127) + bias).half()
 
 
-def bitsandbytes_layer(weight: Tensor, bias: Tensor, threshold: float) -> Any:
-    """Return bitsandbytes' layer with the same weight; it quantizes while moving to the device."""
+def bitsandbytes_layer(weight: Tensor, bias: Tensor | None, threshold: float) -> Any:
+    """Return bitsandbytes' layer with the same weight, quantized where it is."""
     import bitsandbytes
 
-    layer = bitsandbytes.nn.Linear8bitLt(weight.shape[1], weight.shape[0], has_fp16_weights=False, threshold=threshold)
-    layer.weight = bitsandbytes.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
-    layer.bias = torch.nn.Parameter(bias, requires_grad=False)
-    return layer.to(weight.device)
+    made, parameter = bitsandbytes.nn.Linear8bitLt, bitsandbytes.nn.Int8Params
+    n, k = weight.shape
+    layer = made(k, n, bias is not None, has_fp16_weights=False, threshold=threshold, device="meta")
+    values, absmax, _ = bitsandbytes.functional.int8_vectorwise_quant(weight)
+    layer.weight = parameter(values, requires_grad=False, has_fp16_weights=False, CB=values, SCB=absmax)
+    layer.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
+    return layer
 
 
 def kernel_names(call: Callable[[], Any]) -> list[str]:
@@ -161,16 +164,6 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
         yield line.format(*shape, *times, *ratios)
 
 
-def merge(file: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows into the file, in place of those measured before for the same case."""
-    keys = ("device", "model", "layer", "M", "N", "K", "outliers")
-    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    merged = {tuple(row[key] for key in keys): row for row in [*before, *rows]}
-    file.parent.mkdir(exist_ok=True)
-    lines = ",\n  ".join(json.dumps(row) for row in merged.values())
-    file.write_text(f"[\n  {lines}\n]\n", encoding="utf-8")
-
-
 def run(models: list[str], call_rows: list[int], device: torch.device, name: str, file: Path) -> list[dict[str, Any]]:
     """Measure the layers of the models; a shape that two of them share is measured once."""
     found: list[dict[str, Any]] = []
@@ -181,7 +174,7 @@ def run(models: list[str], call_rows: list[int], device: torch.device, name: str
                 if (m, n, k) not in known:
                     known[m, n, k] = measured_rows(name, m, n, k, device)
                 found += [row | {"model": model, "layer": layer} for row in known[m, n, k]]
-        merge(file, found)
+        merge(file, found, KEYS)
     return found
 
 
@@ -201,8 +194,7 @@ def main() -> None:
     calls, _ = variants(512, 4096, 4096, device)
     for variant in ("ours 16", "fp16", "int_mm"):
         print(f"{variant}: {', '.join(kernel_names(calls[variant][0]))}", flush=True)
-    slug = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
-    file = Path(__file__).parent / "results" / f"gpu_linear-{slug}.json"
+    file = result_file("gpu_linear", name)
     for line in table(run(models, [int(m) for m in options.rows.split(",")], device, name, file)):
         print(line)
 

@@ -20,8 +20,8 @@ class Generation:
         text: all of it.
         prompt_tokens: their number.
         new_tokens: their number.
-        token_seconds: from the start to each new token, so that the first covers the prompt, and the second the
-            compilation of a model loaded with `compile=True`.
+        token_seconds: from the start to each new token, so that the first covers the prompt. With a model loaded with
+            `compile=True` the second covers the compilation, and on CUDA the third the capture of its graph.
 
     """
 
@@ -37,10 +37,10 @@ class Generation:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """From the second token on, when everything has been set up; None for fewer than three."""
-        if len(self.token_seconds) < 3:
+        """From the third token on, when everything has been set up; None for fewer than four."""
+        if len(self.token_seconds) < 4:
             return None
-        return (len(self.token_seconds) - 2) / (self.token_seconds[-1] - self.token_seconds[1])
+        return (len(self.token_seconds) - 3) / (self.token_seconds[-1] - self.token_seconds[2])
 
 
 def stream_chat(
@@ -89,8 +89,8 @@ def stream_chat(
 def statistics(model: Any, done: Generation) -> list[str]:
     """Return lines for a reader: times, speed, and the largest memory of this process so far."""
     lines = [f"First token    {done.token_seconds[0]:.2f} s, after {done.prompt_tokens} tokens of prompt"]
-    if is_compiled(model) and done.new_tokens > 1:
-        lines += [f"Compilation    {done.token_seconds[1] - done.token_seconds[0]:.1f} s, with the second token"]
+    if is_compiled(model) and len(done.token_seconds) > 2:
+        lines += [f"Compilation    {done.token_seconds[2] - done.token_seconds[0]:.1f} s, with two more tokens"]
     if done.tokens_per_second is not None:
         lines += [f"Then           {done.tokens_per_second:.1f} tokens per second, {done.new_tokens} in all"]
     if model.device.type == "cuda":

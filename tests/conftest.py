@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -61,6 +61,18 @@ def quiet_transformers() -> Iterator[None]:
     logging.disable_progress_bar()
     yield
     logging.enable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def benchmark() -> Callable[[str], ModuleType]:
+    """Imports a script of `benchmarks/` by its name, with its folder on sys.path, as it is when Python starts it."""
+
+    def script(name: str) -> ModuleType:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+            return importlib.import_module(name)
+
+    return script
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """`stream_chat`: the text arrives in pieces, the numbers are right, errors come through."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,7 +8,8 @@ import tokenizers
 import torch
 import transformers
 
-from llmint8.runtime.generate import stream_chat
+from llmint8.runtime import compiled
+from llmint8.runtime.generate import Generation, statistics, stream_chat
 
 WORDS = {f"w{i}": i for i in range(97)}
 CHAT = "{% for m in messages %}w7 {{ m['content'] }}{% endfor %}{% if add_generation_prompt %} w8 w9{% endif %}"
@@ -95,3 +97,30 @@ def test_invalid_arguments(model: Any, tokenizer: Any) -> None:
         stream_chat(model, tokenizer, "w3", lambda text: None, temperature=-1.0)
     with pytest.raises(ValueError, match="prompt is '  '"):
         stream_chat(model, tokenizer, "  ", lambda text: None)
+
+
+def test_statistics_leave_the_compilation_out_of_the_speed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = Generation("w1", prompt_tokens=7, new_tokens=5, token_seconds=[0.5, 30.0, 40.0, 40.25, 40.5])
+    first, speed = "First token    0.50 s, after 7 tokens of prompt", "Then           4.0 tokens per second, 5 in all"
+    assert statistics(model, done)[:2] == [first, speed]
+    monkeypatch.setattr(compiled, "_cpp_compiler", lambda: "g++")
+    assert compiled.compile_decode(model)
+    assert statistics(model, done)[:3] == [first, "Compilation    39.5 s, with two more tokens", speed]
+    assert statistics(model, done)[3:] == statistics(model, done)[-1:]
+    assert statistics(model, done)[-1].startswith("Memory         ")
+    short = Generation("w1", prompt_tokens=7, new_tokens=2, token_seconds=[0.5, 30.0])
+    assert [line.split()[0] for line in statistics(model, short)] == ["First", "Memory"]
+
+
+def test_statistics_on_a_gpu_have_the_peak_of_its_memory(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = SimpleNamespace(device=torch.device("cuda:1"), generation_config=model.generation_config)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 10**9 * (1 + device.index))
+    done = Generation("w1", prompt_tokens=7, new_tokens=1, token_seconds=[0.5])
+    assert "GPU memory     2.00 GB at most" in statistics(there, done)
+
+
+def test_statistics_follow_from_a_generation(model: Any, tokenizer: Any) -> None:
+    done = stream_chat(model, tokenizer, "w3 w4 w5", lambda text: None, max_new_tokens=6)
+    assert len(done.token_seconds) == 6
+    assert done.token_seconds == sorted(done.token_seconds)
+    assert [line.split()[0] for line in statistics(model, done)] == ["First", "Then", "Memory"]

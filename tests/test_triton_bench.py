@@ -1,6 +1,5 @@
 """What measures the kernels, on the CPU: everything but the clock runs, in Triton's interpreter; on a GPU all of it."""
 
-import importlib.util
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,14 +23,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def gpu_linear() -> ModuleType:
-    path = Path(__file__).parent.parent / "benchmarks" / "gpu_linear.py"
-    spec = importlib.util.spec_from_file_location("gpu_linear", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def gpu_linear(benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark("gpu_linear")
 
 
 @pytest.fixture
