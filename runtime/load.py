@@ -40,7 +40,7 @@ from llmint8.kernels.reference import Activation
 
 from .compiled import compile_decode
 from .layer import Int8Linear, Outliers
-from .outlier_misses import kept_limits
+from .misses import kept_limits
 from .quantizer import QUANT_METHOD
 
 log = logging.getLogger("llmint8")

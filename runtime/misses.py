@@ -8,6 +8,7 @@ A layer counts where it runs, in buffers of its own, without a word to the host;
 its state dict. Not counted are layers that the calibration did not reach, and outliers that are not the stored ones.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
@@ -128,16 +129,17 @@ def kept_limits(checkpoint: Checkpoint) -> dict[str, float]:
     if not file.exists():
         return {}
     modules: dict[str, Any] = read_manifest(checkpoint.path).modules
-    limits = {}
+    seen: dict[str, float] = {}
+    sharing: dict[str, list[str]] = defaultdict(list)
     for name in checkpoint.records:
         try:
-            first = modules.get(name, {}).get("shares_input_with", name)
-            value = modules.get(first, {}).get("kept_absmax")
-            if value is not None:
-                limits[name] = _MARGIN * _magnitude(value)
+            statistics = modules.get(name, {})
+            sharing[statistics.get("shares_input_with", name)].append(name)
+            if "kept_absmax" in statistics:
+                seen[name] = _magnitude(statistics["kept_absmax"])
         except (AttributeError, TypeError, ValueError) as error:
             raise LLMInt8Error(f"{file}: {name}: malformed statistics ({error}); convert the source again") from None
-    return limits
+    return {name: _MARGIN * value for first, value in seen.items() for name in sharing[first]}
 
 
 def _magnitude(value: Any) -> float:
