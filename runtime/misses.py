@@ -104,8 +104,8 @@ class MissCounter(nn.Module):
 
     def forward(self, x: Tensor) -> None:
         """Count the rows of x [..., K], of any floating-point dtype."""
-        kept = x.index_fill(-1, self.dims, 0)
-        rows = torch.linalg.vector_norm(kept, torch.inf, dim=-1, dtype=torch.float32).flatten()
+        # A norm would be one operation instead of two, and on the CPU takes twenty times as long.
+        rows = x.abs().index_fill_(-1, self.dims, 0).amax(-1).float().flatten()
         self.rows.add_(rows.numel())
         self.misses.add_((rows > self.limit).sum())
         # There may be no rows, as for an expert that no token goes to.
