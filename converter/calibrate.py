@@ -180,6 +180,7 @@ class Calibrator:
             recorded = max(count, _RECORDED_CANDIDATES)
             statistics[group.layers[0]] = {
                 **{key: v[:recorded] if isinstance(v, list) else v for key, v in group.statistics.items()},
+                "kept_absmax": group.kept_absmax(count),
                 "ks": group.ks,
                 "errors": rounded(group.errors),
             }

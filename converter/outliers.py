@@ -87,14 +87,20 @@ class InputGroup:
 
     `dims` are the candidates, by falling magnitude; `errors[i]` is the relative output error, summed over the layers,
     when the first `ks[i]` of them stay in 16 bit. What is chosen are the candidates at the first positions of `order`.
+    `absmax` is the largest magnitude of each candidate, and then that of all other dimensions, where there are any.
     """
 
     layers: list[str]
     dims: Tensor  # int64 [C]
+    absmax: Tensor  # float32 [C] or [C + 1], on the CPU
     order: Tensor  # int64 [C]
     statistics: dict[str, Any]
     ks: list[int] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
+
+    def kept_absmax(self, count: int) -> float:
+        """Return the largest magnitude that was quantized, with `count` candidates in 16 bit; exactly, unrounded."""
+        return float(self.absmax.index_fill(0, self.order[:count], 0).max())
 
 
 Curve = tuple[list[int], list[float]]
@@ -153,8 +159,9 @@ class InputStatistics:
     def _describe(self, rows: Tensor) -> InputGroup:
         absmax = rows.abs().amax(0)
         positions = (rows.abs() >= OUTLIER_MAGNITUDE).float().mean(0)
-        dims = absmax.argsort(descending=True, stable=True).cpu()
-        dims = dims[: self._candidates(absmax, positions)]
+        ranking = absmax.argsort(descending=True, stable=True).cpu()
+        count = self._candidates(absmax, positions)
+        dims = ranking[:count]
         quartiles = torch.quantile(rows[:, dims], torch.tensor([0.25, 0.5, 0.75], device=rows.device), dim=0)
         statistics = {
             "tokens": rows.shape[0],
@@ -165,7 +172,7 @@ class InputStatistics:
             "positions": rounded(positions[dims].tolist()),
             "quartiles": [rounded(column) for column in quartiles.t().tolist()],
         }
-        return InputGroup([], dims, torch.arange(len(dims)), statistics)
+        return InputGroup([], dims, absmax.cpu()[ranking[: count + 1]], torch.arange(len(dims)), statistics)
 
     def _candidates(self, absmax: Tensor, positions: Tensor) -> int:
         budget = max_candidates(len(absmax))

@@ -2,5 +2,6 @@
 
 from .layer import Int8Linear
 from .load import load
+from .misses import OutlierMisses, outlier_misses
 
-__all__ = ["Int8Linear", "load"]
+__all__ = ["Int8Linear", "OutlierMisses", "load", "outlier_misses"]

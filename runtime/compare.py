@@ -25,8 +25,17 @@ from .evaluate import Evaluation, Logits, measure, token_windows
 from .layer import Int8Linear, Outliers
 from .load import load, no_progress_bar
 from .methods import METHODS, THRESHOLD, Method, Simulation
+from .misses import outlier_misses
 
 _HEAD_IN_16_BIT = "head in 16 bit"
+
+
+class BeyondCalibration(NamedTuple):
+    """Rows of inputs larger than those of the calibration: their share, 0 to 1, and the layer with the largest."""
+
+    share: float
+    layer: str
+    layer_share: float
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,7 @@ class Comparison:
     layers: int  # in int8 in the checkpoint; the same are simulated
     head_kl: float | None  # what an int8 output head adds to the mean KL, nats; None where it is in 16 bit
     stored_columns: float  # share of their input columns that the checkpoint stores in 16 bit, 0 to 1
+    beyond_calibration: BeyondCalibration | None  # None where it is unknown, and where other modes ran too
     evaluation: Evaluation
 
 
@@ -87,12 +97,16 @@ def compare(
     if isinstance(model.get_output_embeddings(), Int8Linear):
         candidates[without] = _with_head_of(reference, model, candidates[own])
     total = len(windows) * (1 + len(candidates))
+    counted = not methods and any(layer.kept_limit is not None for layer in layers.values())
+    if counted:
+        outlier_misses(model)
     found = measure(windows, logits_of(reference), candidates, lambda name: progress(name, total))
     stored = sum(0 if layer.outlier_dims is None else len(layer.outlier_dims) for layer in layers.values())
     columns = sum(layer.in_features for layer in layers.values())
     kl = {row.name: row.kl_mean for row in found.measurements}
     head_kl = kl[own] - kl[without] if without in kl else None
-    return Comparison(len(windows), len(layers), head_kl, stored / max(1, columns), found)
+    beyond = _beyond_calibration(model) if counted else None
+    return Comparison(len(windows), len(layers), head_kl, stored / max(1, columns), beyond, found)
 
 
 def load_reference(path: Path, window: int, device: str) -> Any:
@@ -186,6 +200,14 @@ def _with_head_of(reference: Any, model: Any, logits: Logits) -> Logits:
             del head.forward
 
     return with_head
+
+
+def _beyond_calibration(model: Any) -> BeyondCalibration:
+    found = outlier_misses(model)
+    shares = {name: counts.misses / max(1, counts.rows) for name, counts in found.items()}
+    misses, rows = (sum(getattr(counts, key) for counts in found.values()) for key in ("misses", "rows"))
+    worst = max(shares, key=lambda name: shares[name])
+    return BeyondCalibration(misses / max(1, rows), worst, shares[worst])
 
 
 def _simulated(model: Any, names: list[str]) -> dict[str, Logits]:

@@ -47,7 +47,8 @@ def eval_command(
     """Measure how close the int8 checkpoint OUT is to its 16-bit source.
 
     Both run in float32 on the same windows of the text. KL is that of the next-token distribution in nats: the mean
-    over all positions, the median and the 99th percentile. OUT and SOURCE are directories or Hub ids.
+    over all positions, the median and the 99th percentile. Without --methods it is told, too, how many of the inputs
+    are larger than those of the calibration. OUT and SOURCE are directories or Hub ids.
     """
     set_up_logging(False)
     from .compare import compare
@@ -67,6 +68,7 @@ def eval_command(
         "layers": found.layers,
         "stored_columns": found.stored_columns,
         "head_kl": found.head_kl,
+        "beyond_calibration": found.beyond_calibration and found.beyond_calibration._asdict(),
         "reference_perplexity": expected,
         "methods": [
             asdict(row) | {"perplexity_difference": row.perplexity - expected} for row in found.evaluation.measurements
@@ -108,6 +110,11 @@ def _table(facts: dict[str, Any]) -> str:
     ]
     if facts["head_kl"] is not None:
         rows.append(f"The int8 output head adds {facts['head_kl']:.5f} to the mean KL.")
+    if (beyond := facts["beyond_calibration"]) is not None:
+        most = f", {beyond['layer_share']:.2%} at {printable(beyond['layer'])}" if beyond["share"] else ""
+        rows.append(
+            f"{beyond['share']:.2%} of the inputs exceed the largest of the calibration by over a quarter{most}."
+        )
     return "\n".join(rows)
 
 

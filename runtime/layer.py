@@ -38,6 +38,8 @@ class Int8Linear(nn.Module):
             those with any |x| >= `threshold` in the call, `none` none.
         threshold: see `outliers`.
         activation: how the rows of x are quantized, `absmax` or `zeropoint`.
+        kept_limit: the magnitude that x should not exceed outside of the stored outliers, or None where it is unknown.
+        miss_counter: counts the rows of x that do; None until `outlier_misses` begins.
 
     """
 
@@ -67,6 +69,8 @@ class Int8Linear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.outliers, self.threshold, self.activation = outliers, threshold, activation
         self.packed = False
+        self.kept_limit: float | None = None
+        self.miss_counter: nn.Module | None = None
 
         def zeros(*shape: int, kind: torch.dtype | None) -> Tensor:
             return torch.zeros(shape, dtype=kind, device=device)
@@ -150,6 +154,8 @@ class Int8Linear(nn.Module):
         """Map x [..., K] in float16, bfloat16 or float32 to [..., N] in the dtype of x."""
         # The graph through the scales and the outlier columns alone would give gradients that are wrong.
         with torch.no_grad():
+            if self.miss_counter is not None:
+                self.miss_counter(x)
             out = self._product(x)
         return _refuse_backward(out, x) if x.requires_grad and torch.is_grad_enabled() else out
 

@@ -40,6 +40,7 @@ from llmint8.kernels.reference import Activation
 
 from .compiled import compile_decode
 from .layer import Int8Linear, Outliers
+from .misses import kept_limits
 from .quantizer import QUANT_METHOD
 
 log = logging.getLogger("llmint8")
@@ -107,11 +108,12 @@ def load(
         "threshold": threshold,
         "activation": activation or checkpoint.quantization.activation,
     }
+    limits = kept_limits(checkpoint) if outliers == "static" else {}
     if device is not None:
         device_map = {"": torch.device(device)}
     with bounded_modules(len(checkpoint.tensors)):
         model = _from_pretrained(cls, checkpoint.path, config, _dtype(dtype, checkpoint, config), device_map)
-    _prepare(model, checkpoint)
+    _prepare(model, checkpoint, limits)
     _log_summary(model)
     if compile:
         compile_decode(model)
@@ -220,8 +222,8 @@ def no_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _prepare(model: Any, checkpoint: Checkpoint) -> None:
-    """Let every layer prepare its weight, on the CPU in memory of its own.
+def _prepare(model: Any, checkpoint: Checkpoint, limits: dict[str, float]) -> None:
+    """Let every layer prepare its weight, on the CPU in memory of its own, and give it its limit.
 
     Pages of a mapped file stay in memory once read, beside the packed weight. What accelerate moves stays as it is.
     """
@@ -240,6 +242,7 @@ def _prepare(model: Any, checkpoint: Checkpoint) -> None:
             return_freed_memory()
             layer.weight = nn.Parameter(checkpoint.read(f"{record}.weight"), requires_grad=False)
         layer.prepare()
+        layer.kept_limit = limits.get(record)
 
 
 def _int8_layers(model: Any) -> list[Int8Linear]:

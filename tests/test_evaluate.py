@@ -350,6 +350,30 @@ def test_table(folder: Path) -> None:
     assert len({len(line) for line in (head, reference, ours)}) == 1
 
 
+def test_inputs_beyond_the_calibration_are_told(folder: Path) -> None:
+    facts = json.loads(run(folder / "out", *options(folder), "--json").stdout)
+    assert facts["beyond_calibration"] is None  # there was none
+    out, worst = folder / "calibrated", "model.layers.1.self_attn.o_proj"
+    converter.convert(folder / "planted", out, outliers="top-k=2")
+    given = options(folder, reference=folder / "planted")
+
+    def last_line(limits: dict[str, float]) -> str:
+        manifest = json.loads((out / "llmint8_manifest.json").read_text())
+        for name, statistics in manifest["modules"].items():
+            if "kept_absmax" in statistics:
+                statistics["kept_absmax"] = limits.get(name, 1e6)
+        (out / "llmint8_manifest.json").write_text(json.dumps(manifest))
+        return run(out, *given).stdout.splitlines()[-1]
+
+    assert last_line({}) == "0.00% of the inputs exceed the largest of the calibration by over a quarter."
+    told = f"7.14% of the inputs exceed the largest of the calibration by over a quarter, 100.00% at {worst}."
+    assert last_line({worst: 0.0}) == told
+    facts = json.loads(run(out, *given, "--json").stdout)
+    assert facts["beyond_calibration"] == {"share": pytest.approx(1 / 14), "layer": worst, "layer_share": 1.0}
+    facts = json.loads(run(out, *given, "--json", "--methods").stdout)
+    assert facts["beyond_calibration"] is None  # other modes ran too, with inputs of their own
+
+
 def test_what_an_int8_head_costs_is_measured_against_the_same_model_with_the_16_bit_head(folder: Path) -> None:
     converter.convert(folder / "source", folder / "head8", outliers="none", quantize_head=True)
     facts = json.loads(run(folder / "head8", *options(folder), "--json").stdout)

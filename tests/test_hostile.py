@@ -656,6 +656,12 @@ LOADS |= {
     "a generation config that is a list": write("generation_config.json", "[1]"),
     "a generation config that is nested": write("generation_config.json", '{"a":' + "[" * 100_000),
     "a dtype that is a function": edit_json(CONFIG, dtype="load"),
+    "a manifest linked from outside": link(MANIFEST, "../secret.json"),
+    "a manifest that is a FIFO": instead(MANIFEST, os.mkfifo),
+    "a manifest of no modules": edit_json(MANIFEST, modules=[ESCAPE]),
+    "statistics that drive the terminal": edit_json(
+        MANIFEST, modules={"model.layers.0.mlp.up_proj": {"kept_absmax": ESCAPE}}
+    ),
 }
 
 

@@ -282,7 +282,9 @@ def test_a_budget_is_never_exceeded_and_counts_every_layer_of_a_group():
     for number in range(6):
         errors = torch.rand(5, generator=generator).sort(descending=True).values.tolist()
         layers = [f"{number}.{i}" for i in range(number % 3 + 1)]
-        groups.append(InputGroup(layers, torch.arange(12), torch.arange(12), {}, [0, 2, 4, 8, 12], errors))
+        groups.append(
+            InputGroup(layers, torch.arange(12), torch.zeros(12), torch.arange(12), {}, [0, 2, 4, 8, 12], errors)
+        )
     total = sum(len(group.layers) for group in groups)
     for budget in (0.5, 1, 3, 7, 12):
         counts = select(groups, Criterion("top-k", budget))
