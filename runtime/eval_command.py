@@ -112,9 +112,7 @@ def _table(facts: dict[str, Any]) -> str:
         rows.append(f"The int8 output head adds {facts['head_kl']:.5f} to the mean KL.")
     if (beyond := facts["beyond_calibration"]) is not None:
         most = f", {beyond['layer_share']:.2%} at {printable(beyond['layer'])}" if beyond["share"] else ""
-        rows.append(
-            f"{beyond['share']:.2%} of the inputs exceed the largest of the calibration by over a quarter{most}."
-        )
+        rows.append(f"{beyond['share']:.2%} of the inputs exceed the largest of the calibration{most}.")
     return "\n".join(rows)
 
 

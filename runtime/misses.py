@@ -20,15 +20,12 @@ from llmint8.formats.files import MANIFEST_NAME
 
 from .layer import Int8Linear
 
-# The calibration ran on the 16-bit weights. In the int8 model its own rows come out up to a tenth larger.
-_MARGIN = 1.25
-
 
 class OutlierMisses(NamedTuple):
     """What a layer has counted. A row is one position of one sequence; magnitudes are those of the kept dimensions.
 
-    `misses` of the `rows` were beyond `limit`, which is 1.25 times the largest magnitude of the calibration;
-    `largest` is the largest magnitude of all rows.
+    `misses` of the `rows` were beyond `limit`, the largest magnitude of the calibration; `largest` is the largest
+    magnitude of all rows.
     """
 
     rows: int
@@ -139,7 +136,7 @@ def kept_limits(checkpoint: Checkpoint) -> dict[str, float]:
                 seen[name] = _magnitude(statistics["kept_absmax"])
         except (AttributeError, TypeError, ValueError) as error:
             raise LLMInt8Error(f"{file}: {name}: malformed statistics ({error}); convert the source again") from None
-    return {name: _MARGIN * value for first, value in seen.items() for name in sharing[first]}
+    return {name: value for first, value in seen.items() for name in sharing[first]}
 
 
 def _magnitude(value: Any) -> float:

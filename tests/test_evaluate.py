@@ -365,8 +365,8 @@ def test_inputs_beyond_the_calibration_are_told(folder: Path) -> None:
         (out / "llmint8_manifest.json").write_text(json.dumps(manifest))
         return run(out, *given).stdout.splitlines()[-1]
 
-    assert last_line({}) == "0.00% of the inputs exceed the largest of the calibration by over a quarter."
-    told = f"7.14% of the inputs exceed the largest of the calibration by over a quarter, 100.00% at {worst}."
+    assert last_line({}) == "0.00% of the inputs exceed the largest of the calibration."
+    told = f"7.14% of the inputs exceed the largest of the calibration, 100.00% at {worst}."
     assert last_line({worst: 0.0}) == told
     facts = json.loads(run(out, *given, "--json").stdout)
     assert facts["beyond_calibration"] == {"share": pytest.approx(1 / 14), "layer": worst, "layer_share": 1.0}

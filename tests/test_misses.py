@@ -92,17 +92,34 @@ def test_an_interrupted_conversion_records_the_same(source: Path, checkpoint: Pa
     assert (tmp_path / "out" / MANIFEST).read_bytes() == (checkpoint / MANIFEST).read_bytes()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_calibration_itself_has_no_misses(source: Path, checkpoint: Path, dtype: torch.dtype) -> None:
-    model, tokens = runtime.load(checkpoint, dtype=dtype), calibration_tokens(source)
+def test_the_inputs_of_the_calibration_are_no_misses(source: Path, checkpoint: Path) -> None:
+    """Those of the 16-bit model, each given to its own layer; a hair more is a miss."""
+    model, tokens = runtime.load(checkpoint, dtype=torch.float32), calibration_tokens(source)
     begun = runtime.outlier_misses(model)
     assert set(begun) == set(open_checkpoint(checkpoint).records)
     assert {found[:3] for found in begun.values()} == {(0, 0, 0.0)}
+    reference = transformers.LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
+    for name in begun:
+        layer = model.get_submodule(name)
+        reference.get_submodule(name).register_forward_pre_hook(lambda _, args, layer=layer: (layer(args[0]), None)[1])
+    run(reference, tokens)
+    for name, found in runtime.outlier_misses(model).items():
+        assert found[:3] == (tokens.numel(), 0, pytest.approx(found.limit, rel=1e-5)), name
+        x = torch.zeros(1, model.get_submodule(name).in_features)
+        x[0, kept_dim(model.get_submodule(name))] = -1.0001 * found.limit
+        model.get_submodule(name)(x)
+        assert runtime.outlier_misses(model)[name].misses == 1, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_calibration_text_has_few_misses(source: Path, checkpoint: Path, dtype: torch.dtype) -> None:
+    """The int8 model's inputs are those of the 16-bit model, but for the errors of int8 on the way."""
+    model, tokens = runtime.load(checkpoint, dtype=dtype), calibration_tokens(source)
+    runtime.outlier_misses(model)
     run(model, tokens)
     for name, found in runtime.outlier_misses(model).items():
-        assert (found.rows, found.misses) == (tokens.numel(), 0), name
-        # As large as in the calibration, but for the errors of int8 on the way.
-        assert 0.6 * found.limit < found.largest < found.limit, name
+        assert found.misses <= 3, name
+        assert 0.75 * found.limit < found.largest < 1.25 * found.limit, name
 
 
 def test_a_large_input_is_counted_in_its_layer_only(source: Path, checkpoint: Path) -> None:
@@ -115,13 +132,15 @@ def test_a_large_input_is_counted_in_its_layer_only(source: Path, checkpoint: Pa
         x[0, [3, 7], kept_dim(layer)] = torch.tensor([1e3, -2e3], dtype=x.dtype)
         return (x,)
 
+    run(model, tokens)
+    before = runtime.outlier_misses(model)
     with layer.register_forward_pre_hook(plant):
         run(model, tokens)
     found = runtime.outlier_misses(model)
-    assert {name: entry.misses for name, entry in found.items() if entry.misses} == {LAST: 2}
+    more = {name: entry.misses - 2 * before[name].misses for name, entry in found.items()}
+    assert {name: count for name, count in more.items() if count} == {LAST: 2}
     assert found[LAST].largest == pytest.approx(2e3, rel=1e-2)
-    run(model, tokens)
-    assert runtime.outlier_misses(model)[LAST][:2] == (2 * tokens.numel(), 2)
+    assert found[LAST].rows == 2 * tokens.numel()
 
 
 def test_outlier_columns_do_not_count(checkpoint: Path) -> None:
@@ -216,10 +235,10 @@ def test_a_compiled_model_counts_from_the_first_call_on(checkpoint: Path) -> Non
     # The prompt of three runs uncompiled, and then four times the token before; the fifth is not looked at again.
     assert {found.rows for found in runtime.outlier_misses(model).values()} == {14}
     assert all(found.largest > 0 for found in runtime.outlier_misses(model).values())
-    layer = model.get_submodule(LAST)
+    layer, before = model.get_submodule(LAST), runtime.outlier_misses(model)[LAST].misses
     x = torch.full((1, 1, layer.in_features), 1e3, dtype=torch.bfloat16)
     torch.compile(layer, fullgraph=True)(x)
-    assert runtime.outlier_misses(model)[LAST][:3] == (15, 1, float(x.max()))
+    assert runtime.outlier_misses(model)[LAST][:3] == (15, before + 1, float(x.max()))
 
 
 @pytest.mark.parametrize(
