@@ -51,6 +51,10 @@ MODELS = {
     "OPT-175B": opt(12288),
     "Llama-3-8B": llama(4096, 1024, 14336),
     "Llama-3-70B": llama(8192, 1024, 28672),
+    # Layers that share an input as one layer: what would be gained by joining them, against the sum of their times.
+    "OPT-6.7B-joined": {"q, k, v": (3 * 4096, 4096)},
+    "OPT-30B-joined": {"q, k, v": (3 * 7168, 7168)},
+    "Llama-3-8B-joined": {"q, k, v": (4096 + 2 * 1024, 4096), "gate, up": (2 * 14336, 4096)},
 }
 
 
