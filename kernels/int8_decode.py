@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llmint8.kernels.int8_matmul import multiply_in_float32, scaled
+from llmint8.kernels.epilogue import multiply_in_float32, scaled
 from llmint8.kernels.quantize_rows import (
     WARP_ELEMENTS,
     kept,

@@ -7,9 +7,8 @@ the bias; only the result is rounded to the dtype of the output, so nothing over
 
 Both operands are row-major with K innermost, which is what int8 tensor cores read. Aligned rows (K a multiple of 16)
 are read 16 bytes at a time; any other M, N, K and number of outliers is right, and slower. The exact correction of the
-zero point holds to K = 66,000, the products to 133,000. Tiles come from `tiles.py`. For up to 16 rows they are small:
-the weight streams in through every multiprocessor without dividing K, and a row's result does not depend on the rows
-it is called with.
+zero point holds to K = 66,000, the products to 133,000. Tiles come from `tiles.py`. For few rows several programs
+divide K, so that the weight streams in through every multiprocessor: the last to be done adds up the sums of all.
 """
 
 from typing import Any
@@ -20,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from llmint8.kernels.outlier_search import add_found
+from llmint8.kernels.epilogue import add_found, add_outliers, multiply_in_float32, scaled
 from llmint8.kernels.quantize_rows import Rows
 from llmint8.kernels.tiles import Tile
 
@@ -90,30 +89,6 @@ def _sums_of_all(sums, partial_ptr, counter_ptr, M, N, m, n, SPLIT_K: tl.constex
             # Past the L1 cache, which does not see what others wrote.
             sums += tl.load(partial_ptr + split * part + place, mask=inside, other=0, cache_modifier=".cg")
     return sums, last
-
-
-@triton.jit
-def scaled(sums, row_scale, zero_point, row_sum, ZEROPOINT: tl.constexpr):
-    """Turn int32 sums [M, N] into float32, scaled by row; row_scale and zero_point are float32 [M, 1], row_sum [N]."""
-    if ZEROPOINT:
-        sums -= zero_point.to(tl.int32) * row_sum[None, :]
-    return sums.to(tl.float32) * row_scale
-
-
-@triton.jit
-def _add_outliers(
-    out, x_rows, w_rows, outliers,
-    PADDED: tl.constexpr, OUTLIER_STEP: tl.constexpr, FLOAT32_OUTLIERS: tl.constexpr,
-):  # fmt: skip
-    """Add the product of outlier columns, given the pointers of their rows [M] and [N], to float32 [M, N]."""
-    for first in tl.static_range(0, PADDED, OUTLIER_STEP):
-        index = first + tl.arange(0, OUTLIER_STEP)[None, :]
-        x_outliers = tl.load(x_rows[:, None] + index)
-        w_outliers = tl.load(w_rows[:, None] + index, mask=index < outliers, other=0.0)
-        if FLOAT32_OUTLIERS:
-            x_outliers, w_outliers = x_outliers.to(tl.float32), w_outliers.to(tl.float32)
-        out = tl.dot(x_outliers, tl.trans(w_outliers), out, input_precision="ieee")
-    return out
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -195,9 +170,9 @@ def int8_matmul_kernel(
             if BLOCK_M == 16:
                 # By itself, as `int8_decode.py` has it; larger tiles have no registers for that.
                 none = tl.zeros_like(out)
-                out += _add_outliers(none, x_rows, w_rows, outliers, PADDED, OUTLIER_STEP, FLOAT32_OUTLIERS)
+                out += add_outliers(none, x_rows, w_rows, outliers, PADDED, OUTLIER_STEP, FLOAT32_OUTLIERS)
             else:
-                out = _add_outliers(out, x_rows, w_rows, outliers, PADDED, OUTLIER_STEP, FLOAT32_OUTLIERS)
+                out = add_outliers(out, x_rows, w_rows, outliers, PADDED, OUTLIER_STEP, FLOAT32_OUTLIERS)
         if bias_ptr is not None:
             out += tl.load(bias_ptr + column).to(tl.float32)[None, :]
     tl.store(
@@ -291,9 +266,3 @@ def int8_matmul(
 
 def _descriptor(matrix: Tensor, rows: int, columns: int) -> Any:
     return TensorDescriptor(matrix, list(matrix.shape), [matrix.stride(0), 1], [rows, columns])
-
-
-def multiply_in_float32(x: Tensor, weight: Tensor) -> bool:
-    """Tell whether the product of outlier columns has to leave the 16-bit tensor cores."""
-    # On the CPU this is Triton's interpreter, whose bfloat16 product is garbage.
-    return x.dtype != weight.dtype or x.dtype == torch.float32 or (x.device.type == "cpu" and x.dtype == torch.bfloat16)

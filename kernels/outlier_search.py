@@ -2,8 +2,8 @@
 
 Two launches come before those of `quantize_rows.py` and `int8_matmul.py`. The first flags the dimensions that hold
 any |x| >= threshold, the second lists them. The list has room for all K. How much of it is used stays on the GPU, where
-the epilogue of the product loops to that count (`add_found`), with columns of x and of the int8 weight as they are. So
-shapes do not depend on values, and no number of outliers is too large.
+the epilogue of the product loops to that count, with columns of x and of the int8 weight as they are. So shapes do not
+depend on values, and no number of outliers is too large.
 
 The dimensions are those of `reference.dynamic_outlier_dims` on the CPU exactly: torch compares in the dtype of x, to
 which the threshold is rounded, and a NaN is no outlier. No order of programs changes the flags or the list.
@@ -101,28 +101,3 @@ def search(x: Tensor, threshold: float) -> Found:
         flags, found.dims, found.total, in_features, BLOCK_K=_LIST_COLUMNS, num_warps=8
     )
     return found
-
-
-@triton.jit
-def add_found(
-    out, x_ptr, w_ptr, dims_ptr, total_ptr, row, column, stride_xm, stride_xk, stride_wn,
-    STEP: tl.constexpr, FLOAT32: tl.constexpr,
-):  # fmt: skip
-    """Add the products of x and the int8 weight, both still without the column's scale, in the dimensions found."""
-    total = tl.load(total_ptr)
-    x_rows = x_ptr + row.to(tl.int64)[:, None] * stride_xm
-    w_rows = w_ptr + column.to(tl.int64)[:, None] * stride_wn
-    first = 0
-    # Not a `for`: that would be pipelined, with buffers in shared memory for steps that are rarely more than one.
-    while first < total:
-        index = first + tl.arange(0, STEP)
-        present = (index < total)[None, :]
-        dim = tl.load(dims_ptr + index, mask=index < total, other=0)[None, :]
-        x = tl.load(x_rows + dim * tl.cast(stride_xk, tl.int64), mask=present, other=0.0)  # [BLOCK_M, STEP]
-        w = tl.load(w_rows + dim, mask=present, other=0)  # [BLOCK_N, STEP]
-        if FLOAT32:
-            x = x.to(tl.float32)
-        # int8 is exact in every one of the dtypes.
-        out = tl.dot(x, tl.trans(w.to(x.dtype)), out, input_precision="ieee")
-        first += STEP
-    return out
