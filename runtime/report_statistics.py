@@ -99,7 +99,7 @@ def read_inputs(checkpoint: Checkpoint, manifest: Manifest, where: Path) -> list
             continue  # a layer that the calibration did not reach
         try:
             inputs.append(_layer_input(checkpoint, first, tuple(layers), raw))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:  # the last: an integer no float holds
             raise LLMInt8Error(
                 f"{where}: {first}: malformed statistics ({type(error).__name__}: {error}); convert the source again"
             ) from None

@@ -371,6 +371,7 @@ def test_no_statistics(folder: Path, tmp_path: Path) -> None:
         {"ks": [2, 4], "errors": [1, 1]},
         {"errors": "x"},
         {"absmax_median": math.nan},
+        {"absmax_median": 10**400},
     ],
     ids=lambda changes: "-".join(changes),
 )
