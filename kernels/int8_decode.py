@@ -160,7 +160,7 @@ def _repeated(rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 def accepts(weight: Tensor, outlier_dims: Tensor) -> bool:
-    """Tell whether the weight, int8 [N, K] with contiguous rows, is aligned as the kernel reads it, and outliers few."""
+    """Tell whether the weight, int8 [N, K] with contiguous rows, is aligned and its outliers are few enough."""
     if len(outlier_dims) > _MOST_OUTLIERS:
         return False
     return not (weight.shape[1] % 16 or weight.stride(0) % 16 or weight.data_ptr() % 16 or not weight.shape[1])
