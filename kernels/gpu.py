@@ -39,7 +39,7 @@ def int8_linear(
     m, n, k = x.shape[0], *weight.shape
     if tile is None:
         tile = choose_tile(x.device, m, n, k)
-        if tile.block_m < TENSOR_CORE_ROWS and (isinstance(outlier_dims, Found) or not accepts(weight)):
+        if tile.block_m < TENSOR_CORE_ROWS and (isinstance(outlier_dims, Found) or not accepts(weight, outlier_dims)):
             tile = choose_tile(x.device, TENSOR_CORE_ROWS, n, k)
     if tile.block_m < TENSOR_CORE_ROWS:
         assert isinstance(outlier_dims, Tensor)

@@ -10,7 +10,8 @@ and add up their int32 sums at the end. They are exact, so K needs no division a
 The epilogue is that of `int8_matmul.py` for up to 16 rows, operation for operation: a row gives the same result in
 both, to the bit.
 
-Rows of the weight have to be aligned to 16 bytes, K to 16; `accepts` tells.
+Rows of the weight have to be aligned to 16 bytes, K to 16, and outliers, multiplied in one step, not to be too many;
+`accepts` tells.
 """
 
 from typing import Any
@@ -34,6 +35,8 @@ from llmint8.kernels.tiles import Tile
 
 # A product on tensor cores has 16 rows at least.
 _TENSOR_CORE_ROWS = tl.constexpr(16)
+# Outlier columns that shared memory holds, with every tile that ships and in every dtype; 1,024 spill registers.
+_MOST_OUTLIERS = 256
 
 
 @triton.jit
@@ -156,8 +159,10 @@ def _repeated(rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.reshape(wide, [_TENSOR_CORE_ROWS, COLUMNS])
 
 
-def accepts(weight: Tensor) -> bool:
-    """Tell whether the weight, int8 [N, K] with contiguous rows, is aligned as the kernel reads it."""
+def accepts(weight: Tensor, outlier_dims: Tensor) -> bool:
+    """Tell whether the weight, int8 [N, K] with contiguous rows, is aligned and its outliers are few enough."""
+    if len(outlier_dims) > _MOST_OUTLIERS:
+        return False
     return not (weight.shape[1] % 16 or weight.stride(0) % 16 or weight.data_ptr() % 16 or not weight.shape[1])
 
 
@@ -176,7 +181,7 @@ def int8_decode(
 
     Args:
         x: float16, bfloat16 or float32 [M, K], any strides, M up to the tile's `block_m`.
-        weight: int8 [N, K] that `accepts` accepts.
+        weight: int8 [N, K] that `accepts` accepts, with the outlier dims.
         weight_absmax: float32 [N].
         weight_row_sum: int32 [N], needed with `zeropoint` only.
         outlier_dims: integer [k].

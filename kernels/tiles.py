@@ -114,6 +114,8 @@ def closest(rows: list[Row], m: int, n: int, k: int) -> Tile | None:
     def distance(row: Row) -> tuple[bool, float, float]:
         return row.k is None, row.n or math.inf, row.m or math.inf
 
+    # A tile of `int8_decode.py` computes so many rows and no more.
+    rows = [row for row in rows if row.tile.block_m >= min(m, TENSOR_CORE_ROWS)]
     own = [row for row in rows if (row.n, row.k) == (n, k)]
     fitting = own or [row for row in rows if row.k is None and n <= (row.n or n)]
     # Beyond the largest call that was measured its tile is the best guess.

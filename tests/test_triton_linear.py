@@ -181,6 +181,15 @@ def test_weights_that_are_not_aligned_take_two_launches(
     layer.assert_right(layer.rows(1), "absmax", found)
 
 
+def test_more_outliers_than_one_step_multiplies_take_two_launches(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """Shared memory has no room for any number of them."""
+    monkeypatch.setattr(gpu, "int8_decode", None)
+    layer = Layer(40, 528, 300, torch.float16)
+    layer.assert_right(layer.rows(1), "absmax", layer.run(layer.rows(1), "absmax", device))
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("outliers", [0, 1, 40])
 def test_a_row_does_not_depend_on_up_to_16_rows_it_is_called_with(

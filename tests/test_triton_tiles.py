@@ -58,6 +58,15 @@ def test_the_closest_row_is_taken() -> None:
     assert tiles.closest(rows[3:], 1, 998, 77) is None
 
 
+def test_no_tile_is_chosen_for_more_rows_than_it_computes() -> None:
+    two = A._replace(block_m=2)
+    assert tiles.closest([Row("x", 64, 64, 2, two), Row("x", None, None, None, B)], 2, 64, 64) == two
+    for row in (Row("x", 64, 64, 2, two), Row("x", 64, 64, None, two), Row("x", None, None, 16, two)):
+        for m in (4, 16, 8192):
+            assert tiles.closest([row, Row("x", None, None, None, B)], m, 64, 64) == B
+            assert tiles.closest([row], m, 64, 64) is None
+
+
 def test_what_was_measured_on_this_machine_comes_first(cache: Path) -> None:
     before = tiles.choose_tile(CPU, 100, 4096, 4096)
     other = next(tile for tile in (A, B) if tile != before)
