@@ -1,8 +1,8 @@
 """The layer as one PyTorch operator, `torch.ops.llmint8.int8_linear`, so that compilers and CUDA graphs take it whole.
 
-On a GPU it is two Triton kernels: rows to int8 (`quantize_rows.py`), then the product (`int8_matmul.py`). With outliers
-searched in the call, `torch.ops.llmint8.dynamic_int8_linear`, two more come before (`outlier_search.py`). Nothing in
-them waits for the GPU, and shapes do not depend on values. On the CPU they are the reference. They have no gradient.
+On a GPU it is one or two launches of Triton kernels (`gpu.py`). With outliers searched in the call,
+`torch.ops.llmint8.dynamic_int8_linear`, two more come before (`outlier_search.py`). Nothing in them waits for the GPU,
+and shapes do not depend on values. On the CPU they are the reference. They have no gradient.
 
 Triton is imported by the first call on a GPU. Where there is none (CUDA on Windows) the reference runs there, too, and
 a warning says so.

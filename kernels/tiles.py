@@ -66,7 +66,7 @@ def read_rows(text: str) -> list[Row]:
             Row(entry["architecture"], entry["N"], entry["K"], entry["M"], Tile(*(entry[key] for key in Tile._fields)))
             for entry in entries
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"not a table of tiles: {error!r}") from None
     for row in rows:
         sizes = (*row.tile[:6], row.tile.split_k)

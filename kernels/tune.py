@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from llmint8.kernels.measure import interleaved, weight_copies
-from llmint8.kernels.tiles import Row, Tile, architecture
+from llmint8.kernels.tiles import TENSOR_CORE_ROWS, Row, Tile, architecture
 
 # The M for which a tile is chosen; a call takes that of the next larger one.
 CALL_ROWS = (1, 2, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -72,12 +72,19 @@ def candidates(m: int, capability: tuple[int, int]) -> list[Tile]:
     return decode + [
         Tile(block_m, block_n, block_k, GROUP_M, num_warps, num_stages, tma, split_k)
         for block_m, block_n, block_k, num_warps in (*FEW_ROWS, *(HOPPER if hopper else AMPERE))
-        # Far beyond M most of a tile is wasted; far below it the same weights are read again and again.
-        if block_m <= max(m, 64) and m <= block_m * (4 if block_m < 64 else m)
+        if _worth_trying(block_m, m)
         for num_stages in ((4, 5) if block_m < 64 else (3, 4))
         for tma in ((False, True) if hopper and block_m >= 64 else (False,))
         for split_k in (SPLITS if m <= 64 else (1,))
     ]
+
+
+def _worth_trying(block_m: int, m: int) -> bool:
+    if m <= TENSOR_CORE_ROWS:
+        # These tiles all add the outlier columns in one order, so a row's result does not depend on the others.
+        return block_m == TENSOR_CORE_ROWS
+    # Far beyond M most of a tile is wasted; far below it the same weights are read again and again.
+    return block_m <= max(m, 64) and m <= block_m * (4 if block_m < 64 else m)
 
 
 def tune(device: torch.device, n: int, k: int, progress: Callable[[], None] = lambda: None) -> list[Row]:

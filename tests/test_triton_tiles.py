@@ -89,8 +89,10 @@ def test_what_was_measured_on_this_machine_comes_first(cache: Path) -> None:
         tiles.write_rows([Row("any", None, None, None, A)]).replace("128", "-128"),
         tiles.write_rows([Row("any", None, None, None, A)]).replace("128", "16"),
         tiles.write_rows([Row("any", None, None, None, A)]).replace("false", "0"),
+        tiles.write_rows([Row("any", None, None, None, A)]).replace(', "split_k": 1', ""),
+        "[" * 100_000,
     ],
-    ids=["empty", "object", "number", "short", "no power", "fraction", "negative", "small", "no bool"],
+    ids=["empty", "object", "number", "short", "no power", "fraction", "negative", "small", "no bool", "old", "deep"],
 )
 def test_a_broken_file_is_not_used_and_a_warning_names_it(
     text: str, cache: Path, caplog: pytest.LogCaptureFixture
@@ -119,3 +121,5 @@ def test_the_tuner_tries_what_a_table_may_hold(capability: tuple[int, int]) -> N
         rows = [Row("x", 64, 64, m, tile) for tile in found]
         assert tiles.read_rows(tiles.write_rows(rows)) == rows
         assert capability >= (9, 0) or not any(tile.tma for tile in found)
+        # Tiles of more rows add the outlier columns in another order.
+        assert m > 16 or all(tile.block_m in (16, m) for tile in found)
