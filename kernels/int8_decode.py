@@ -131,6 +131,7 @@ def int8_decode_kernel(
 
     sums = tl.zeros([ROWS, BLOCK_N, BLOCK_K // 16], tl.int32)
     for start in range(0, K, BLOCK_K):
+        # Before the weight: Triton then moves x between the threads for their product, and not the weight.
         x_block = load_rows(x_rows, start, K, stride_xk, BLOCK_K)
         w = w_next
         w_pointers += BLOCK_K // 4

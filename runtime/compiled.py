@@ -2,7 +2,7 @@
 
 The first forward pass of one token compiles, which takes from seconds to minutes; the prompt runs uncompiled. A cache
 of another length (prompt plus new tokens) compiles once more, then for any length. On CUDA the pass is captured in a
-graph.
+graph; `generate` makes a new cache in each call, and where its memory is another the graph is captured again.
 
 What stands in the way of compiling is looked for when the model is loaded. One warning says what it is, and
 `generate` then works as without.

@@ -295,11 +295,12 @@ def test_outlier_columns_of_another_dtype(x_dtype: str, columns: str, device: to
     layer.assert_right(x, "absmax", layer.run(x, "absmax", device))
 
 
-def test_rows_that_are_not_finite_do_not_touch_the_others(device: torch.device) -> None:
-    layer = Layer(33, 65, 3, torch.float16)
+@pytest.mark.parametrize("tile", [None, Tile(4, 16, 64, 1, 4, 1, False)], ids=["two launches", "one"])
+def test_rows_that_are_not_finite_do_not_touch_the_others(tile: Tile | None, device: torch.device) -> None:
+    layer = Layer(33, 80, 3, torch.float16)
     x = layer.rows(3)
-    clean = layer.run(x, "absmax", device)
+    clean = layer.run(x, "absmax", device, tile=tile)
     x[1] = float("nan")
-    out = layer.run(x, "absmax", device)
+    out = layer.run(x, "absmax", device, tile=tile)
     assert bool(out[1].isnan().all())
     assert torch.equal(out[::2], clean[::2])
