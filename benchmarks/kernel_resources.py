@@ -1,9 +1,9 @@
 """Compile the Triton kernels for GPUs that are not there, and show what ptxas made of them.
 
 Every tile that `kernels/tiles.json` ships is compiled for its architecture as the launcher would launch it, in the
-heaviest form: float16, zero point, bias, 64 outlier columns; and once more for outliers that are searched. Printed for
-each: registers, bytes spilled, shared memory, instructions that multiply int8 (tensor cores or dp4a), and what is wrong
-with it, if anything. Needs Triton and its interpreter off, and no GPU.
+heaviest form: float16, zero point, bias, 64 outlier columns; and once more for outliers that are searched, or where a
+layer is one launch for 16. Printed for each: registers, bytes spilled, shared memory, instructions that multiply int8
+(tensor cores or dp4a), and what is wrong with it, if anything. Needs Triton and its interpreter off, and no GPU.
 
     python benchmarks/kernel_resources.py [--json]
 """
@@ -159,7 +159,7 @@ def layer_resources(
         gpu.int8_linear(x, weight, absmax, dims, columns, bias, row_sum, zeropoint=zeropoint, tile=tile)
     name = f"{kernel.removesuffix('_kernel')} {tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps"
     if decode:
-        found = resources(recorder.compiled, architecture, name, "IDP")
+        found = resources(recorder.compiled, architecture, f"{name}, {outliers} outliers", "IDP")
         # Triton chooses which of two operands it moves between threads; the rows of x take a fraction of the time.
         block = f"x{tile.block_n}x{tile.block_k // 16}x4xi32"
         if re.search(f"convert_layout .*{block}", recorder.compiled.asm["ttgir"]):
@@ -213,8 +213,10 @@ def main() -> None:
     """Compile everything that ships, on every core."""
     tiles = dict.fromkeys((row.architecture, row.tile) for row in shipped_rows())
     jobs = [partial(layer_resources, *tile) for tile in tiles]
-    products = [tile for tile in tiles if tile[1].block_m >= TENSOR_CORE_ROWS]
-    jobs += [partial(layer_resources, *tile, searched=True) for tile in products]
+    for tile in tiles:
+        decode = tile[1].block_m < TENSOR_CORE_ROWS
+        # What takes the most registers of a whole layer is not the number of its outliers.
+        jobs.append(partial(layer_resources, *tile, **({"outliers": 16} if decode else {"searched": True})))
     for architecture in ("sm_80", "sm_90"):
         for searched in (False, True):
             jobs += [partial(row_resources, architecture, width, searched=searched) for width in WIDTHS]
