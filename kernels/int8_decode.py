@@ -31,10 +31,9 @@ from llmint8.kernels.quantize_rows import (
     row_block,
     row_parameters,
 )
-from llmint8.kernels.tiles import Tile
+from llmint8.kernels.tiles import TENSOR_CORE_ROWS, Tile, aligned
 
-# A product on tensor cores has 16 rows at least.
-_TENSOR_CORE_ROWS = tl.constexpr(16)
+_TENSOR_CORE_ROWS = tl.constexpr(TENSOR_CORE_ROWS)
 # Outlier columns that shared memory holds, with every tile that ships and in every dtype; 1,024 spill registers.
 _MOST_OUTLIERS = 256
 
@@ -162,9 +161,7 @@ def _repeated(rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 def accepts(weight: Tensor, outlier_dims: Tensor) -> bool:
     """Tell whether the weight, int8 [N, K] with contiguous rows, is aligned and its outliers are few enough."""
-    if len(outlier_dims) > _MOST_OUTLIERS:
-        return False
-    return not (weight.shape[1] % 16 or weight.stride(0) % 16 or weight.data_ptr() % 16 or not weight.shape[1])
+    return aligned(weight) and len(outlier_dims) <= _MOST_OUTLIERS
 
 
 def int8_decode(
@@ -198,7 +195,7 @@ def int8_decode(
         return out
     count = outlier_dims.shape[0]
     padded = padded_outliers(count)
-    ranges = row_block(k, WARP_ELEMENTS * tile.num_warps // tile.block_m)
+    range_k, ranges = row_block(k, WARP_ELEMENTS * tile.num_warps // tile.block_m)
     kernel: Any = int8_decode_kernel
     kernel[(triton.cdiv(n, tile.block_n),)](
         x,
@@ -221,8 +218,8 @@ def int8_decode(
         ZEROPOINT=zeropoint,
         # The other form runs in the interpreter and on AMD's GPUs.
         DP4A=x.device.type != "cpu" and not torch.version.hip,
-        RANGE_K=ranges["BLOCK_K"],
-        RANGES=ranges["BLOCKS"],
+        RANGE_K=range_k,
+        RANGES=ranges,
         PADDED=padded,
         OUTLIERS=triton.next_power_of_2(padded),
         FLOAT32_OUTLIERS=padded > 0 and multiply_in_float32(x, outlier_weight),

@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmint8.kernels.epilogue import add_found, add_outliers, multiply_in_float32, scaled
 from llmint8.kernels.quantize_rows import Rows
-from llmint8.kernels.tiles import Tile
+from llmint8.kernels.tiles import Tile, aligned
 
 # Outlier columns multiplied in one step; `padded_outliers` pads to it. With more, the widest tiles spill registers.
 _OUTLIER_STEP = 32
@@ -182,9 +182,14 @@ def int8_matmul_kernel(
     )
 
 
+def _tiles(tile: Tile, m: int, n: int) -> int:
+    count: int = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
+    return count
+
+
 def counters(tile: Tile, m: int, n: int) -> int:
     """Return how many `Rows.counters` the product of [m, K] and [n, K] takes: none where the tile does not divide K."""
-    return triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n) if tile.split_k > 1 else 0
+    return _tiles(tile, m, n) if tile.split_k > 1 else 0
 
 
 def int8_matmul(
@@ -219,12 +224,11 @@ def int8_matmul(
     found = rows.found
     if found:
         float32 = multiply_in_float32(found.x, found.x)
-    # The copy engine wants rows that begin at multiples of 16 bytes.
-    tma = tile.tma and k > 0 and not (weight.stride(0) % 16 or k % 16 or weight.data_ptr() % 16)
+    tma = tile.tma and aligned(weight)  # as the copy engine wants it
     split = tile.split_k > 1
     partial = torch.empty(tile.split_k, m, n, dtype=torch.int32, device=weight.device) if split else None
     kernel: Any = int8_matmul_kernel
-    kernel[(triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n), tile.split_k)](
+    kernel[(_tiles(tile, m, n), tile.split_k)](
         _descriptor(rows.values, tile.block_m, tile.block_k) if tma else rows.values,
         _descriptor(weight, tile.block_n, tile.block_k) if tma else weight,
         out,

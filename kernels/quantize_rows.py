@@ -212,10 +212,10 @@ def padded_outliers(count: int) -> int:
     return 16 if 0 < count <= 16 else -(-count // 32) * 32
 
 
-def row_block(in_features: int, longest: int) -> dict[str, int]:
+def row_block(in_features: int, longest: int) -> tuple[int, int]:
     """Return BLOCK_K and BLOCKS of `row_parameters` for rows of K dimensions, in blocks of up to `longest`."""
     block = min(longest, max(512, triton.next_power_of_2(in_features)))
-    return {"BLOCK_K": block, "BLOCKS": max(1, triton.cdiv(in_features, block))}
+    return block, max(1, triton.cdiv(in_features, block))
 
 
 def quantize_rows(x: Tensor, outlier_dims: Tensor | Found, zeropoint: bool, counters: int = 0) -> Rows:
@@ -245,7 +245,7 @@ def quantize_rows(x: Tensor, outlier_dims: Tensor | Found, zeropoint: bool, coun
         found,
     )
     if rows:
-        block = row_block(in_features, _LONGEST_BLOCK)
+        block, blocks = row_block(in_features, _LONGEST_BLOCK)
         kernel: Any = quantize_rows_kernel
         kernel[(rows,)](
             x,
@@ -262,7 +262,8 @@ def quantize_rows(x: Tensor, outlier_dims: Tensor | Found, zeropoint: bool, coun
             PADDED=padded,
             ZEROPOINT=zeropoint,
             COUNTERS=0 if out.counters is None else out.counters.shape[0],
-            **block,
-            num_warps=max(1, block["BLOCK_K"] // WARP_ELEMENTS),
+            BLOCK_K=block,
+            BLOCKS=blocks,
+            num_warps=max(1, block // WARP_ELEMENTS),
         )
     return out

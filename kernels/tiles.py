@@ -46,6 +46,12 @@ class Row(NamedTuple):
     tile: Tile
 
 
+def aligned(weight: torch.Tensor) -> bool:
+    """Tell whether rows of int8 [N, K], themselves contiguous, begin and end at multiples of 16 bytes."""
+    k = weight.shape[1]
+    return k > 0 and not (k % 16 or weight.stride(0) % 16 or weight.data_ptr() % 16)
+
+
 def cache_path() -> Path:
     """Return where the rows measured on this machine stand."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmint8" / "tiles.json"

@@ -1,4 +1,4 @@
-"""Find the fastest tile of the product for a layer on this GPU, by trying."""
+"""Find the fastest tile for a layer on this GPU, by trying."""
 
 import logging
 from collections.abc import Callable
