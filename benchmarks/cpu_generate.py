@@ -49,7 +49,7 @@ def plain(dtype: str, source: Path, int8: Path, work: Path) -> Run:
 
 def compiled(dtype: str, source: Path, int8: Path, work: Path) -> Run:
     """The same with the compiled loop that `runtime.load(compile=True)` sets up."""
-    from llmint8.runtime.compiled import compile_decode
+    from llmint8.runtime.model.compiled import compile_decode
 
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     compile_decode(model)

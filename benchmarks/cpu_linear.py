@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmint8.kernels import cpu
+from llmint8.kernels.cpu import linear as cpu
+from llmint8.kernels.cpu import product
 from llmint8.runtime import Int8Linear
 
 ROUNDS = 7
@@ -92,15 +93,15 @@ def measure(shape: tuple[int, int], names: list[str]) -> list[dict[str, Any]]:
     layers = {name: build(name, shape) for name in names}
     dims = torch.arange(16, dtype=torch.int32)
     weight = torch.randint(-127, 128, shape, dtype=torch.int8)
-    packed = cpu.packable(weight)
-    layout = cpu.pack(weight) if packed else weight
+    packed = product.packable(weight)
+    layout = product.pack(weight) if packed else weight
     for m in (1, 32, 512):
         x = torch.randn(m, shape[1], dtype=torch.bfloat16)
         values = cpu.quantize_rows(x, dims, "zeropoint").values
         calls: dict[str, Callable[[], Any]] = {name: lambda f=layer, x=x: f(x) for name, layer in layers.items()}
         calls["quantization"] = lambda x=x: cpu.quantize_in_blocks(x, dims, "zeropoint")
         calls["product"] = lambda values=values: (
-            cpu.packed_product(values, layout, shape[0]) if packed else cpu.int8_product(values, layout)
+            product.packed_product(values, layout, shape[0]) if packed else product.int8_product(values, layout)
         )
         rows.append({"out": shape[0], "in": shape[1], "M": m, "packed": packed, **medians(calls)})
         print_row(rows[-1], names)

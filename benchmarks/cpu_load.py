@@ -2,7 +2,7 @@
 
     python benchmarks/cpu_load.py CHECKPOINT [--threads N]
 
-`read` is reading every byte of the weight files, `pack` laying out the weights that `kernels/cpu.py` packs, and `load`
+`read` is reading every byte of the weight files, `pack` laying out the weights that the CPU kernels pack, and `load`
 is `runtime.load`. They take turns in one process, with the files in the page cache; medians of three turns, printed and
 written to `results/cpu_load.json`.
 """
@@ -19,7 +19,7 @@ import torch
 
 from llmint8 import runtime
 from llmint8.formats import Checkpoint, open_checkpoint
-from llmint8.kernels import cpu
+from llmint8.kernels.cpu import product
 
 ROUNDS = 3
 
@@ -39,8 +39,8 @@ def pack_seconds(checkpoint: Checkpoint) -> float:
     for record in checkpoint.records:
         weight = checkpoint.read(f"{record}.weight")
         start = time.perf_counter()
-        if cpu.packable(weight):
-            cpu.pack(weight)
+        if product.packable(weight):
+            product.pack(weight)
         seconds += time.perf_counter() - start
     return seconds
 

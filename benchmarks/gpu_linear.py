@@ -2,9 +2,9 @@
 
 Layers of OPT and Llama 3, for each number of rows M and 0, 16 and 64 outlier columns, with zero point and bias, in
 float16, on random data. CUDA graphs, weights rotated through four times the L2 cache, variants interleaved
-(`kernels/measure.py`); bitsandbytes waits for the GPU where it has a threshold and cannot be captured, so it is called
-as it is. `_int_mm` is given quantized rows, and its epilogue (scales, bias) is eager. The floor is the larger of bytes
-(N K + M K + 2 M N) by the copy bandwidth of an H200 and operations by twice its measured bfloat16 rate.
+(`kernels/gpu/measure.py`); bitsandbytes waits for the GPU where it has a threshold and cannot be captured, so it is
+called as it is. `_int_mm` is given quantized rows, and its epilogue (scales, bias) is eager. The floor is the larger of
+bytes (N K + M K + 2 M N) by the copy bandwidth of an H200 and operations by twice its measured bfloat16 rate.
 
 Prints a table and merges its rows into `results/gpu_linear-<device>.json`; `--models` and `--rows` divide the work.
 Where llmint8 is not installed: PYTHONPATH=.typing.
@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from result_files import merge, result_file
 from torch import Tensor
 
-from llmint8.kernels import measure, operators, reference
+from llmint8.kernels import operators, reference
+from llmint8.kernels.gpu import measure
 
 # Bytes a second of a copy, and int8 operations a second at best: twice what a bfloat16 product of 8192**3 reaches.
 COPY_BANDWIDTH, INT8_RATE = 4.3e12, 2 * 790e12
@@ -65,7 +66,7 @@ def floor_us(m: int, n: int, k: int) -> float:
 
 def variants(m: int, n: int, k: int, device: torch.device) -> tuple[dict[str, list[Callable[[], Any]]], set[str]]:
     """Return the calls of each variant, one for each copy of the weight, and which of them cannot be captured."""
-    from llmint8.kernels.quantize_rows import quantize_rows
+    from llmint8.kernels.gpu.quantize_rows import quantize_rows
 
     x = torch.randn(m, k, dtype=torch.float16, device=device)
     bias = torch.randn(n, dtype=torch.float16, device=device)

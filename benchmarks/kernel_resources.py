@@ -1,6 +1,6 @@
 """Compile the Triton kernels for GPUs that are not there, and show what ptxas made of them.
 
-Every tile that `kernels/tiles.json` ships is compiled for its architecture as the launcher would launch it, in the
+Every tile that `kernels/gpu/tiles.json` ships is compiled for its architecture as the launcher would launch it, in the
 heaviest form: float16, zero point, bias, 64 outlier columns; and once more for outliers that are searched, or where a
 layer is one launch for 16. Printed for each: registers, bytes spilled, shared memory, instructions that multiply int8
 (tensor cores or dp4a), and what is wrong with it, if anything. Needs Triton and its interpreter off, and no GPU.
@@ -27,8 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from llmint8.kernels import gpu, int8_decode, int8_matmul, outlier_search, quantize_rows
-from llmint8.kernels.tiles import TENSOR_CORE_ROWS, Tile, shipped_rows
+from llmint8.kernels.gpu import decode, linear, matmul, outlier_search, quantize_rows
+from llmint8.kernels.gpu.tiles import TENSOR_CORE_ROWS, Tile, shipped_rows
 
 # Bytes of shared memory that one program may have. The tiles of `any` are compiled for sm_80, and have to do with the
 # shared memory of the smallest GPUs.
@@ -147,18 +147,18 @@ def layer_resources(
     def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=kind, device="meta")
 
-    decode = tile.block_m < TENSOR_CORE_ROWS
-    m, n = tile.block_m if decode else 512, 4096
+    few = tile.block_m < TENSOR_CORE_ROWS
+    m, n = tile.block_m if few else 512, 4096
     weight, absmax = empty(n, k, kind=torch.int8), empty(n, kind=torch.float32)
     row_sum, bias = empty(n, kind=torch.int32), empty(n) if zeropoint else None
     x, columns = empty(m, k), empty(n, 0 if searched else outliers)
     dims = outliers_of(x) if searched else empty(outliers, kind=torch.int32)
-    module, kernel = (int8_decode, "int8_decode_kernel") if decode else (int8_matmul, "int8_matmul_kernel")
+    module, kernel = (decode, "int8_decode_kernel") if few else (matmul, "int8_matmul_kernel")
     recorder = Recorder(getattr(module, kernel), architecture)
     with patch.object(module, kernel, recorder), patch.object(quantize_rows, "quantize_rows_kernel", Nothing()):
-        gpu.int8_linear(x, weight, absmax, dims, columns, bias, row_sum, zeropoint=zeropoint, tile=tile)
+        linear.int8_linear(x, weight, absmax, dims, columns, bias, row_sum, zeropoint=zeropoint, tile=tile)
     name = f"{kernel.removesuffix('_kernel')} {tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps"
-    if decode:
+    if few:
         found = resources(recorder.compiled, architecture, f"{name}, {outliers} outliers", "IDP")
         # Triton chooses which of two operands it moves between threads; the rows of x take a fraction of the time.
         block = f"x{tile.block_n}x{tile.block_k // 16}x4xi32"

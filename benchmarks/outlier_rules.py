@@ -23,8 +23,8 @@ import transformers
 from tokenizers import ByteLevelBPETokenizer
 
 from llmint8 import converter, runtime
-from llmint8.converter import calibrate
-from llmint8.runtime.evaluate import measure, token_windows
+from llmint8.converter.calibration import calibrator
+from llmint8.runtime.accuracy.evaluate import measure, token_windows
 
 # A spread for each kind of input in each block: attention, attention output, first and second linear of the MLP.
 SPREADS = [(1.2, 0.2, 0.6, 1.0), (0.3, 0.8, 1.3, 0.5), (0.8, 0.3, 0.3, 1.6), (0.2, 0.6, 0.9, 0.7), (0.6, 0.2, 0.4, 2.0)]
@@ -96,8 +96,8 @@ def compare(source: Path, windows: torch.Tensor) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as directory:
         for rule in ("none", "uniform top-k=16", "top-k=8", "top-k=16", "threshold=6.0"):
             out = Path(directory) / rule
-            select = uniform if rule.startswith("uniform") else calibrate.select
-            with patch.object(calibrate, "select", select):
+            select = uniform if rule.startswith("uniform") else calibrator.select
+            with patch.object(calibrator, "select", select):
                 report = converter.convert(source, out, outliers=rule.removeprefix("uniform "))
             for activation in ("absmax", "zeropoint"):
                 model = runtime.load(out, dtype=torch.float32, activation=activation)

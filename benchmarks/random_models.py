@@ -8,7 +8,7 @@ import transformers
 from gpu_linear import bitsandbytes_layer
 from torch import Tensor, nn
 
-from llmint8.converter.models import is_linear
+from llmint8.converter.model.build import is_linear
 from llmint8.runtime import Int8Linear
 
 OUTLIERS = 16

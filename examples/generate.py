@@ -8,7 +8,7 @@ import sys
 from transformers import AutoTokenizer
 
 from llmint8 import runtime
-from llmint8.runtime.generate import stream_chat
+from llmint8.runtime.model.generate import stream_chat
 
 checkpoint, question = sys.argv[1:]
 model = runtime.load(checkpoint)

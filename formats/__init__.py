@@ -1,15 +1,16 @@
 """Everything about bytes on disk: source checkpoints read, int8 checkpoints read, written and checked (spec.md)."""
 
-from .checkpoint import Checkpoint, Int8Record, int8_specs, open_checkpoint, outlier_specs, record_specs
+from .containers.tensors import DTYPE_NAMES, DTYPES, FLOAT_DTYPES, TensorInfo, TensorSpec
+from .disk.names import is_unfinished
+from .disk.reading import read_json
 from .errors import CheckpointError, CorruptFileError, LLMInt8Error, OutputError, SourceError
-from .files import read_json
-from .journal import is_unfinished
-from .manifest import Manifest, read_manifest
-from .quantization import FORMAT_VERSION, Quantization
-from .source import Source, open_source
-from .tensors import DTYPE_NAMES, DTYPES, FLOAT_DTYPES, TensorInfo, TensorSpec
-from .validate import check_manifest, check_values
-from .writer import CheckpointWriter, require_writable
+from .int8.checkpoint import Checkpoint, open_checkpoint
+from .int8.manifest import Manifest, read_manifest
+from .int8.quantization import FORMAT_VERSION, Quantization
+from .int8.records import Int8Record, int8_specs, outlier_specs, record_specs
+from .int8.validate import check_manifest, check_values
+from .sources.source import Source, open_source
+from .writing.writer import CheckpointWriter, require_writable
 
 __all__ = [
     "DTYPES",

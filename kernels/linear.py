@@ -1,13 +1,15 @@
 """The one call that runs a quantized linear layer. It picks the implementation; callers never see which.
 
-On the CPU it is `cpu.py`, on CUDA an operator of `operators.py`, elsewhere the reference: branches on the device of
-`x`, behind one signature.
+On the CPU it is `cpu/linear.py`, on CUDA an operator of `operators.py`, elsewhere the reference: branches on the device
+of `x`, behind one signature.
 """
 
 from torch import Tensor
 
-from llmint8.kernels import cpu, operators, reference
-from llmint8.kernels.reference import Activation
+from . import operators, reference
+from .cpu import linear as cpu
+from .cpu.product import int8_product as cpu_product
+from .reference import Activation
 
 
 def int8_linear(
@@ -32,7 +34,7 @@ def int8_linear(
         bias: float [N] or None.
         activation: how the rows of x are quantized.
         weight_row_sum: int32 [N], the sum of each row of the weight, which `zeropoint` needs and computes without it.
-        packed: whether the weight is what `cpu.pack` returned.
+        packed: whether the weight is what `cpu.product.pack` returned.
 
     """
     rows = x.reshape(-1, x.shape[-1])
@@ -49,7 +51,7 @@ def int8_linear(
 def int8_product(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply int8 [M, K] by int8 [N, K] transposed, exactly: int32 [M, N]."""
     if x.device.type == "cpu":
-        return cpu.int8_product(x, weight)
+        return cpu_product(x, weight)
     return reference.int8_product(x, weight)
 
 

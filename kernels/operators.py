@@ -1,8 +1,8 @@
 """The layer as one PyTorch operator, `torch.ops.llmint8.int8_linear`, so that compilers and CUDA graphs take it whole.
 
-On a GPU it is one or two launches of Triton kernels (`gpu.py`). With outliers searched in the call,
-`torch.ops.llmint8.dynamic_int8_linear`, two more come before (`outlier_search.py`). Nothing in them waits for the GPU,
-and shapes do not depend on values. On the CPU they are the reference. They have no gradient.
+On a GPU it is one or two launches of Triton kernels (`gpu/linear.py`). With outliers searched in the call,
+`torch.ops.llmint8.dynamic_int8_linear`, two more come before (`gpu/outlier_search.py`). Nothing in them waits for the
+GPU, and shapes do not depend on values. On the CPU they are the reference. They have no gradient.
 
 Triton is imported by the first call on a GPU. Where there is none (CUDA on Windows) the reference runs there, too, and
 a warning says so.
@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llmint8.kernels import reference
+from . import reference
 
 # `Library` dispatches in a fraction of the time that `torch.library.custom_op` takes.
 _LIBRARY = torch.library.Library("llmint8", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -58,7 +58,7 @@ def _gpu(
 ) -> Tensor:
     if not _has_triton():
         return _reference(x, weight, weight_absmax, outlier_dims, outlier_weight, bias, weight_row_sum, zeropoint)
-    from llmint8.kernels.gpu import int8_linear
+    from .gpu.linear import int8_linear
 
     # Triton launches on the current device, which need not be that of the layer.
     with torch.cuda.device(x.device):
@@ -91,8 +91,8 @@ def _dynamic_gpu(
 ) -> Tensor:
     if not _has_triton():
         return _dynamic_reference(x, weight, weight_absmax, bias, weight_row_sum, threshold, zeropoint)
-    from llmint8.kernels.gpu import int8_linear
-    from llmint8.kernels.outlier_search import search
+    from .gpu.linear import int8_linear
+    from .gpu.outlier_search import search
 
     with torch.cuda.device(x.device):
         found = search(x, threshold)

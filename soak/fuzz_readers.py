@@ -25,7 +25,12 @@ import torch
 
 with atheris.instrument_imports(include=["llmint8.formats", "pickletools", "zipfile"]):
     from llmint8 import formats
-    from llmint8.formats import files, manifest, pickles, quantization, strict_json, tensors, torch_file
+    from llmint8.formats.containers import index as shard_index
+    from llmint8.formats.containers import safetensors, tensors
+    from llmint8.formats.containers.pytorch import file as torch_file
+    from llmint8.formats.containers.pytorch import pickles
+    from llmint8.formats.disk import durable, names, strict_json
+    from llmint8.formats.int8 import manifest, quantization
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-"))
 QUANTIZATION = quantization.Quantization(["lm_head"], {"a": 1}, criterion="top-k=1", source={"name": "s"})
@@ -35,7 +40,7 @@ def header(data: bytes) -> None:
     """A safetensors file: its header, then every tensor."""
     path = FOLDER / "model.safetensors"
     path.write_bytes(data)
-    for info in formats_or_error(lambda: tensors.read_header(path)).values():
+    for info in formats_or_error(lambda: safetensors.read_header(path)).values():
         tensors.read_tensor(path, info)
 
 
@@ -43,17 +48,17 @@ def index(data: bytes) -> None:
     """An index."""
     path = FOLDER / "model.safetensors.index.json"
     path.write_bytes(data)
-    for name, file in formats_or_error(lambda: files.read_weight_map(path, ".safetensors")).items():
+    for name, file in formats_or_error(lambda: shard_index.read_weight_map(path, ".safetensors")).items():
         assert name.isprintable()
         assert Path(file).name == file
 
 
 def manifest_file(data: bytes) -> None:
     """A manifest, read and written again."""
-    (FOLDER / files.MANIFEST_NAME).write_bytes(data)
+    (FOLDER / names.MANIFEST_NAME).write_bytes(data)
     found = formats_or_error(lambda: manifest.read_manifest(FOLDER))
     if found:
-        files.encode_json(found.to_dict())
+        durable.encode_json(found.to_dict())
 
 
 def quantization_config(data: bytes) -> None:
@@ -64,7 +69,7 @@ def quantization_config(data: bytes) -> None:
             found = quantization.Quantization.from_dict(value)
             if "llmint8" in value:
                 found = found.with_block(value["llmint8"])
-            files.encode_json(found.to_dict())
+            durable.encode_json(found.to_dict())
     except ValueError as error:
         check_line(error)
 
@@ -140,8 +145,8 @@ SHARD = min(name for name in CHECKPOINT_FILES if name.endswith(".safetensors"))
 Target = tuple[Callable[[bytes], None], list[bytes]]
 TARGETS: dict[str, Target] = {
     "header": (header, [ORIGINALS[SHARD], struct.pack("<Q", 2) + b"{}"]),
-    "index": (index, [ORIGINALS[files.SAFETENSORS_INDEX_NAME]]),
-    "manifest": (manifest_file, [ORIGINALS[files.MANIFEST_NAME]]),
+    "index": (index, [ORIGINALS[names.SAFETENSORS_INDEX_NAME]]),
+    "manifest": (manifest_file, [ORIGINALS[names.MANIFEST_NAME]]),
     "quantization": (quantization_config, [json.dumps(QUANTIZATION.to_dict()).encode()]),
     "pickle": (pickle, [zipfile.ZipFile(io.BytesIO(saved())).read("archive/data.pkl")]),
     "torch-save": (torch_save, [saved(), saved(_use_new_zipfile_serialization=False)]),

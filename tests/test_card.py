@@ -10,8 +10,8 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
 from llmint8 import converter, formats
-from llmint8.converter.card import EVALUATION_NAME, Subject, metadata, new_card, read_card, refreshed_card
-from llmint8.converter.licence import objection
+from llmint8.converter.hub.card import EVALUATION_NAME, Subject, metadata, new_card, read_card, refreshed_card
+from llmint8.converter.hub.licence import objection
 from llmint8.formats import LLMInt8Error
 
 SOURCE_CARD = """---

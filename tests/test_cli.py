@@ -8,8 +8,9 @@ import transformers
 from click.testing import CliRunner
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from llmint8.converter.cli import convert_command
-from llmint8.runtime.cli import main
+from llmint8 import formats
+from llmint8.converter.commands.convert import convert_command
+from llmint8.runtime.commands.main import main
 
 CONFIG = transformers.LlamaConfig(
     vocab_size=128,
@@ -125,10 +126,59 @@ def test_names_cannot_drive_the_terminal(source, tmp_path):
 def test_inspect_table(converted):
     result = run(main, "inspect", converted)
     assert result.exit_code == 0
-    row = next(line for line in result.stdout.splitlines() if line.startswith("model.layers.0.mlp.down_proj"))
-    assert row.split()[1:4] == ["32", "48", "0"]
+    row = next(line for line in result.stdout.splitlines() if line.startswith("model.layers.*.mlp.down_proj"))
+    assert row.split()[1:5] == ["1", "32", "48", "0"]
     assert "LlamaForCausalLM, from source" in result.stdout
     assert "Not quantized lm_head" in result.stdout
+
+
+def write_checkpoint(path, layers, others):
+    """Write int8 layers, name -> (out, in, number of outliers), and other tensors, name -> shape in float16."""
+    writer = formats.CheckpointWriter(path, 1 << 30)
+    counts = {name: outliers for name, (_, _, outliers) in layers.items()}
+    with writer:
+        specs = [formats.record_specs(name, *sizes, "F16") for name, sizes in layers.items()]
+        writer.plan([*specs, [formats.TensorSpec(name, "F16", shape) for name, shape in others.items()]])
+        for spec in [spec for group in specs for spec in group]:
+            ones = torch.arange(spec.shape[0]) if spec.name.endswith("dims") else torch.ones(spec.shape)
+            zeros = torch.zeros(spec.shape)
+            tensor = zeros if spec.name.endswith("weight_format") else ones
+            writer.write(spec.name, tensor.to(formats.DTYPES[spec.dtype]))
+        for name, shape in others.items():
+            writer.write(name, torch.ones(shape, dtype=torch.float16))
+        writer.commit({"model_type": "made-up"}, formats.Quantization(["lm_head"], counts), {}, {}, {})
+
+
+def test_inspect_sums_up_repeated_layers_and_says_what_a_block_takes(tmp_path):
+    layers = {f"model.layers.{i}.up": (1000, 500, 3 + i) for i in range(12)}
+    layers |= {f"model.layers.{i}.experts.{j}.w1": (1000, 10, 0) for i in (0, 1) for j in (0, 1)}
+    layers |= {"model.layers.5.odd": (1000, 600, 2), "vision.0.fc": (2000, 1000, 1), "connector": (10, 20, 0)}
+    others = {"model.layers.3.norm.weight": (100_000,), "model.embed.weight": (1000, 800), "model.norm.weight": (8,)}
+    write_checkpoint(tmp_path / "out", layers, others)
+    said = run(main, "inspect", tmp_path / "out").stdout
+    # Bytes: the weight, four for a row's scale, one for the format, two for an element of a column, four for a dim.
+    assert [line.split() for line in said.partition("\n\n")[0].splitlines()] == [
+        ["layer", "number", "out", "in", "16-bit", "columns", "MB", "each"],
+        ["connector", "1", "10", "20", "0", "0.00"],
+        ["model.layers.*.experts.*.w1", "4", "1000", "10", "0", "0.01"],
+        ["model.layers.*.up", "12", "1000", "500", "3", "to", "14", "0.51", "to", "0.53"],
+        ["model.layers.*.odd", "1", "1000", "600", "2", "0.61"],
+        ["vision.*.fc", "1", "2000", "1000", "1", "2.01"],
+    ]
+    assert "\nBlocks        12 x model.layers.*, 0.5 to 1.1 MB each\nBlocks        1 x vision.*, 2.0 MB each\n" in said
+    assert "\nOutside       1.6 MB: model.embed 1.6 MB\n" in said
+
+
+def test_inspect_all_lists_every_layer_in_natural_order(tmp_path):
+    names = ["a.9.x", "a.10.x", "a.10.y", "a.100.x", "b"]
+    write_checkpoint(tmp_path / "out", dict.fromkeys(reversed(names), (4, 8, 0)), {})
+    said = run(main, "inspect", tmp_path / "out", "--all").stdout
+    assert [line.split()[0] for line in said.partition("\n\n")[0].splitlines()[1:]] == names
+    facts = json.loads(run(main, "inspect", tmp_path / "out", "--json").stdout)
+    assert [layer["name"] for layer in facts["layers"]] == names
+    size = 4 * 8 + 4 * 4 + 1
+    assert facts["block_bytes"] == {"a.9": size, "a.10": 2 * size, "a.100": size}
+    assert facts["outside_bytes"] == {"b": size}
 
 
 def test_inspect_json(converted):
@@ -189,5 +239,5 @@ def test_generate_without_tokenizer_is_one_line(converted):
 
 
 def test_a_defect_is_one_line_too(source, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmint8.converter.execute", lambda *arguments: {}["gone"])
+    monkeypatch.setattr("llmint8.converter.conversion.convert.execute", lambda *arguments: {}["gone"])
     assert_one_line_error(run(convert_command, source, tmp_path / "out"), "unexpected: KeyError: 'gone'", "--verbose")

@@ -288,7 +288,7 @@ def test_one_block_of_rows_at_a_time(source, tmp_path, monkeypatch):
             assert not [ref for ref in alive[:-1] if ref() is not None], f"another block is alive in {name}"
 
     monkeypatch.setattr(formats.Source, "read_rows", watched)
-    monkeypatch.setattr("llmint8.formats.tensors.BLOCK_BYTES", 100)
+    monkeypatch.setattr("llmint8.formats.containers.tensors.BLOCK_BYTES", 100)
     converter.convert(source, tmp_path / "out", outliers="none", jobs=1)
     assert sorted(reads) == sorted(load_file(source / "model.safetensors"))
     assert len(alive) > 2 * len(reads)

@@ -11,7 +11,7 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmint8 import converter, runtime
-from llmint8.runtime import compiled
+from llmint8.runtime.model import compiled
 
 
 @pytest.fixture(scope="module")

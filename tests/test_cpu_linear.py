@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmint8.kernels import cpu, linear, reference
+from llmint8.kernels import linear, reference
+from llmint8.kernels.cpu import linear as cpu
+from llmint8.kernels.cpu import product as products
 from llmint8.kernels.reference import Activation
 from llmint8.runtime import Int8Linear
 
@@ -33,10 +35,11 @@ activations = pytest.mark.parametrize("activation", ["absmax", "zeropoint"])
 def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Let one product run wherever it can."""
     wanted: Literal["packed", "int_mm", "reference"] = request.param
-    if wanted != "reference" and not cpu._is_exact(wanted):
+    if wanted != "reference" and not products._is_exact(wanted):
         pytest.skip(f"this machine has no exact {wanted}")
-    monkeypatch.setattr(cpu, "_is_exact", lambda name: name == wanted)
-    monkeypatch.setattr(cpu, "_PACK_ELEMENTS", 0)
+    monkeypatch.setattr(products, "_is_exact", lambda name: name == wanted)
+    monkeypatch.setattr(products, "unpacked_product", lambda: "int_mm" if wanted == "int_mm" else "reference")
+    monkeypatch.setattr(products, "_PACK_ELEMENTS", 0)
     return wanted
 
 
@@ -54,13 +57,13 @@ def arguments(m: int, k_in: int, n: int, k: int, dtype: torch.dtype, bias: bool 
 
 
 def packed_if(product: str, weight: Tensor) -> Tensor:
-    assert cpu.packable(weight) == (product == "packed")
-    return cpu.pack(weight) if product == "packed" else weight
+    assert products.packable(weight) == (product == "packed")
+    return products.pack(weight) if product == "packed" else weight
 
 
 def multiplied(product: str, x: Tensor, weight: Tensor) -> Tensor:
     layout = packed_if(product, weight)
-    return cpu.packed_product(x, layout, len(weight)) if product == "packed" else cpu.int8_product(x, layout)
+    return products.packed_product(x, layout, len(weight)) if product == "packed" else products.int8_product(x, layout)
 
 
 def assert_close(got: Tensor, expected: Tensor) -> None:
@@ -152,18 +155,18 @@ def test_a_row_does_not_depend_on_the_others(product: str) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 64), (64, 1), (63, 4095), (192, 576)], ids=str)
 def test_packing_is_undone_to_the_bit(shape: tuple[int, int]) -> None:
-    if not cpu._is_exact("packed"):
+    if not products._is_exact("packed"):
         pytest.skip("this machine has no exact packed product")
     weight = int8s(*shape)
-    unpacked = cpu.unpack(cpu.pack(weight))
+    unpacked = products.unpack(products.pack(weight))
     assert torch.equal(unpacked, weight)
     assert unpacked.is_contiguous()
 
 
 def test_only_large_weights_are_packed() -> None:
-    assert not cpu.packable(int8s(1024, 1024))
-    assert not cpu.packable(torch.empty(4096, 4096, dtype=torch.int8, device="meta"))
-    assert cpu.packable(torch.empty(4096, 4096, dtype=torch.int8)) == cpu._is_exact("packed")
+    assert not products.packable(int8s(1024, 1024))
+    assert not products.packable(torch.empty(4096, 4096, dtype=torch.int8, device="meta"))
+    assert products.packable(torch.empty(4096, 4096, dtype=torch.int8)) == products._is_exact("packed")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sets the instruction set of oneDNN on Linux and macOS")
@@ -171,16 +174,24 @@ def test_a_machine_without_8_bit_instructions_gets_exact_sums() -> None:
     """Without VNNI torch._int_mm saturates: it must not be chosen, and the result must be right."""
     code = """
 import torch
-from llmint8.kernels import cpu
+from llmint8.kernels.cpu import product
 x, weight = torch.full((3, 4096), 127, dtype=torch.int8), torch.full((5, 4096), 127, dtype=torch.int8)
-assert cpu.int8_product(x, weight).eq(127 * 127 * 4096).all()
-print(cpu.unpacked_product(), cpu.packable(torch.empty(4096, 4096, dtype=torch.int8)))
+assert product.int8_product(x, weight).eq(127 * 127 * 4096).all()
+print(product.unpacked_product(), product.packable(torch.empty(4096, 4096, dtype=torch.int8)))
 """
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     if torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         assert done.stdout.split() == ["reference", "False"]
+
+
+def test_the_loop_of_scalars_of_processors_with_avx2_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There `_int_mm` is exact, and many times slower than the reference."""
+    monkeypatch.setattr(products, "_is_exact", lambda name: True)
+    for capability, expected in (("AVX2", "reference"), ("AVX512", "int_mm"), ("DEFAULT", "int_mm")):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert products.unpacked_product() == expected
 
 
 @activations

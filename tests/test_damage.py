@@ -17,7 +17,7 @@ from click.testing import CliRunner
 
 from llmint8 import converter, formats, runtime
 from llmint8.formats import Checkpoint, LLMInt8Error, TensorInfo, check_manifest, check_values, open_checkpoint
-from llmint8.runtime.cli import main
+from llmint8.runtime.commands.main import main
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 

@@ -17,10 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from llmint8 import converter, runtime
 from llmint8.formats import LLMInt8Error, open_checkpoint
-from llmint8.runtime.cli import main
-from llmint8.runtime.compare import compare
-from llmint8.runtime.evaluate import Logits, measure, token_windows
-from llmint8.runtime.methods import METHODS, Method, Simulation
+from llmint8.runtime.accuracy.compare import compare
+from llmint8.runtime.accuracy.evaluate import Logits, measure, token_windows
+from llmint8.runtime.accuracy.methods import METHODS, Method, Simulation
+from llmint8.runtime.commands.main import main
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
@@ -293,12 +293,20 @@ def test_a_layer_that_the_reference_does_not_have() -> None:
         Simulation(nn.Sequential(nn.Linear(4, 4)), ["1"])
 
 
+def assert_the_same_but_for_roundings(found: Tensor, expected: Tensor, other: Tensor) -> None:
+    """Two paths add float32 in other orders, so an input between two int8 values may be rounded to either.
+
+    From there on logits differ by a small part of what a third path's do: by 0.0005 of that where one input is.
+    """
+    assert (found - expected).norm() < 0.01 * (found - other).norm()
+    assert (found - other).abs().max() > 1e-2
+
+
 def test_vector_wise_is_what_the_runtime_computes(folder: Path) -> None:
     int8 = runtime.load(folder / "out", dtype=torch.float32, outliers="none", activation="absmax")
     expected = logits_of(int8)(windows())
     found = simulated(source_model(folder / "source"), METHOD["absmax vector-wise"])(windows())
-    assert (found - expected).abs().max() < 1e-4
-    assert (found - logits_of(source_model(folder / "source"))(windows())).abs().max() > 1e-2
+    assert_the_same_but_for_roundings(found, expected, logits_of(source_model(folder / "source"))(windows()))
 
 
 def test_decomposition_is_the_dynamic_runtime_where_int8_loses_nothing(folder: Path) -> None:
@@ -309,8 +317,8 @@ def test_decomposition_is_the_dynamic_runtime_where_int8_loses_nothing(folder: P
         model.get_submodule(name).weight.data = int8.get_submodule(name).dequantize()
     found = simulated(model, METHOD["absmax vector-wise + decomposition"])(windows())
     expected = logits_of(int8)(windows())
-    assert (found - expected).abs().max() < 1e-4
-    assert (found - simulated(model, METHOD["absmax vector-wise"])(windows())).abs().max() > 1e-2
+    without = simulated(model, METHOD["absmax vector-wise"])(windows())
+    assert_the_same_but_for_roundings(found, expected, without)
 
 
 def test_planted_outliers_order_the_methods(folder: Path) -> None:

@@ -8,8 +8,8 @@ import tokenizers
 import torch
 import transformers
 
-from llmint8.runtime import compiled
-from llmint8.runtime.generate import Generation, statistics, stream_chat
+from llmint8.runtime.model import compiled
+from llmint8.runtime.model.generate import Generation, statistics, stream_chat
 
 WORDS = {f"w{i}": i for i in range(97)}
 CHAT = "{% for m in messages %}w7 {{ m['content'] }}{% endfor %}{% if add_generation_prompt %} w8 w9{% endif %}"

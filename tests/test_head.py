@@ -12,17 +12,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmint8 import converter, runtime
-from llmint8.converter.card import read_card
-from llmint8.converter.models import load_config, meta_model, own_head
-from llmint8.converter.names import parameter_tensors
-from llmint8.converter.select import select_layers
-from llmint8.converter.streaming import LinearCall, stream_forward
-from llmint8.converter.verify import compare_with_source
+from llmint8.converter.calibration.streaming import LinearCall, stream_forward
+from llmint8.converter.conversion.comparison import compare_with_source
+from llmint8.converter.hub.card import read_card
+from llmint8.converter.model.build import meta_model
+from llmint8.converter.model.config import load_config
+from llmint8.converter.model.head import own_head
+from llmint8.converter.model.names import parameter_tensors
+from llmint8.converter.planning.selection import select_layers
 from llmint8.formats import SourceError, check_values, open_checkpoint, open_source, read_manifest
 from llmint8.kernels.reference import quantize_weight
 from llmint8.runtime import Int8Linear
-from llmint8.runtime.cli import main
-from llmint8.runtime.report_statistics import hidden_inputs, read_inputs, table4
+from llmint8.runtime.commands.main import main
+from llmint8.runtime.report.statistics import hidden_inputs, read_inputs, table4
 
 _SMALL: dict[str, Any] = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LLAMA = {**_SMALL, "intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 64}

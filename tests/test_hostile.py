@@ -24,8 +24,8 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from llmint8 import converter, formats, runtime
-from llmint8.converter.cli import convert_command
-from llmint8.runtime.cli import main
+from llmint8.converter.commands.convert import convert_command
+from llmint8.runtime.commands.main import main
 
 pytestmark = [
     pytest.mark.usefixtures("quiet_transformers"),
@@ -465,7 +465,7 @@ IN_LITTLE_MEMORY = """
 import json, resource, sys
 from pathlib import Path
 from click.testing import CliRunner
-from llmint8.converter.cli import convert_command
+from llmint8.converter.commands.convert import convert_command
 
 def convert(source):
     return CliRunner().invoke(convert_command, [str(source), str(source.parent / "out")])
@@ -501,7 +501,7 @@ def test_every_attack_is_refused_in_half_a_gigabyte(source: Path, tmp_path: Path
 def test_what_is_hostile_to_the_terminal_is_defused(victim: Path, tmp_path: Path) -> None:
     """These sources convert; what they say reaches the terminal through notices and through transformers' log."""
     edit_json(CONFIG, rope_parameters={"rope_type": "default", "rope_theta": 1e4, f"x{ESCAPE}": 1})(victim)
-    code = "import sys; from llmint8.converter.cli import convert_command; convert_command(sys.argv[1:])"
+    code = "import sys; from llmint8.converter.commands.convert import convert_command; convert_command(sys.argv[1:])"
     command = [sys.executable, "-c", code, str(victim), str(tmp_path / "out"), "--outliers", "none", "--verbose"]
     done = subprocess.run(command, capture_output=True, check=False)
     said = (done.stdout + done.stderr).decode()

@@ -19,9 +19,9 @@ from click.testing import CliRunner
 from huggingface_hub import ModelCard, constants
 
 from llmint8 import converter, runtime
-from llmint8.converter.cli import convert_command
+from llmint8.converter.commands.convert import convert_command
 from llmint8.formats import CheckpointError, LLMInt8Error
-from llmint8.runtime.cli import main
+from llmint8.runtime.commands.main import main
 
 ROOT = Path(__file__).parent.parent
 SOURCE, REPO = "alice/tiny", "alice/tiny-int8"
@@ -255,7 +255,7 @@ def test_the_second_push_sends_nothing(hub: Any, out: Path) -> None:
 
 
 def test_a_push_that_was_killed_is_continued(hub: Any, out: Path) -> None:
-    code = f"from llmint8.runtime.cli import main; main(['push', {str(out)!r}, {REPO!r}])"
+    code = f"from llmint8.runtime.commands.main import main; main(['push', {str(out)!r}, {REPO!r}])"
     settings = {"HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1", "PYTHONUNBUFFERED": "1"}
     # One file of weights arrives; the next two hang, and then the process dies.
     hub.stall(f"PUT (?!/lfs/{digest(out / SHARDS[0])})")
@@ -327,7 +327,7 @@ def test_a_stranger_may_open_a_pull_request(hub: Any, out: Path) -> None:
 
 
 def test_a_large_checkpoint_goes_in_several_commits(hub: Any, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmint8.converter.push._COMMIT_BYTES", 50_000)
+    monkeypatch.setattr("llmint8.converter.hub.push._COMMIT_BYTES", 50_000)
     push(out)
     repo = hub.repos[REPO]
     weights = [sorted(set(repo.commits[oid]) & set(SHARDS)) for oid in repo.refs["main"][1:]]

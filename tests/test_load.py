@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llmint8 import converter, formats, runtime
 from llmint8.formats import open_checkpoint
-from llmint8.kernels import cpu
+from llmint8.kernels.cpu import product
 from llmint8.runtime import Int8Linear
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
@@ -469,10 +469,10 @@ def test_peak_memory_while_loading(plain: Path, tmp_path: Path) -> None:
 def test_packed_layers_are_saved_as_they_were(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if not cpu._is_exact("packed"):
+    if not product._is_exact("packed"):
         pytest.skip("this machine has no exact packed product")
     plain = runtime.load(checkpoint)
-    monkeypatch.setattr(cpu, "_PACK_ELEMENTS", 0)
+    monkeypatch.setattr(product, "_PACK_ELEMENTS", 0)
     with caplog.at_level(logging.INFO, logger="llmint8"):
         model = runtime.load(checkpoint)
     assert "14 x packed on the CPU" in caplog.text

@@ -20,8 +20,8 @@ from click.testing import CliRunner
 from huggingface_hub import constants, file_download
 
 from llmint8 import converter
-from llmint8.converter import low_disk
-from llmint8.converter.cli import convert_command
+from llmint8.converter.commands.convert import convert_command
+from llmint8.converter.hub import low_disk
 from llmint8.formats import CorruptFileError, OutputError, SourceError, open_source
 
 REPO = "alice/tiny"

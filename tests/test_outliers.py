@@ -10,15 +10,9 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from llmint8 import converter, formats, runtime
-from llmint8.converter.outliers import (
-    Criterion,
-    InputGroup,
-    InputStatistics,
-    column_norms,
-    error_curve,
-    parse_criterion,
-    select,
-)
+from llmint8.converter.outliers.choosing import select
+from llmint8.converter.outliers.criterion import Criterion, parse_criterion
+from llmint8.converter.outliers.measuring import InputGroup, InputStatistics, column_norms, error_curve
 from llmint8.kernels.reference import dequantize_weight, quantize_rows, quantize_weight
 
 _SMALL = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}

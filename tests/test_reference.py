@@ -349,7 +349,9 @@ def test_the_dynamic_product_dequantizes_the_columns_it_finds(activation: Activa
     columns = dequantize_weight(weight, absmax)[:, [4]]
     dims = torch.tensor([4])
     expected = int8_linear(x.reshape(6, 8), weight, absmax, dims, columns, torch.ones(5), activation)
-    assert torch.equal(got, expected.reshape(2, 3, 5))
+    # Two sums and one product come after the integers, each rounded once or, by fused instructions, not at all.
+    size = x.abs().reshape(6, 8) @ dequantize_weight(weight, absmax).abs().t() + 1
+    assert ((got.reshape(6, 5) - expected).abs() <= 2.0**-22 * size).all()
 
 
 @pytest.mark.parametrize("shape", [(4,), (1, 4), (2, 3, 4), (0, 4), (2, 0, 4)])

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import dynamic_module_utils
 
 from llmint8 import formats, runtime
-from llmint8.converter.cli import convert_command
+from llmint8.converter.commands.convert import convert_command
 from llmint8.runtime import Int8Linear
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")

@@ -18,15 +18,16 @@ from click.testing import CliRunner, Result
 from torch import Tensor
 
 from llmint8 import converter, runtime
-from llmint8.converter.calibration_text import load_calibration
+from llmint8.converter.calibration.text import load_calibration
 from llmint8.formats import open_checkpoint, read_manifest
-from llmint8.runtime.cli import main
+from llmint8.runtime.commands.main import main
 
 pytest.importorskip("matplotlib")
 
-from llmint8.runtime import report_plots
-from llmint8.runtime.report import Findings, write_report
-from llmint8.runtime.report_statistics import block_of, hidden_inputs, layer_kind, read_inputs, table4
+from llmint8.runtime.report import plots
+from llmint8.runtime.report.findings import Findings
+from llmint8.runtime.report.report import write_report
+from llmint8.runtime.report.statistics import block_of, hidden_inputs, layer_kind, read_inputs, table4
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
@@ -301,8 +302,8 @@ def test_names_from_files_are_text_and_no_tags(folder: Path, tmp_path: Path) -> 
 def test_layer_names_are_no_formulas(folder: Path, planted: tuple[str, Findings]) -> None:
     """matplotlib would take what is between dollars for TeX, and fail."""
     odd = [replace(one, layers=("b.0.$\\frac{$", "b.0.\u4e16" * 9)) for one in planted[1].inputs]
-    report_plots.errors(odd).savefig(folder / "odd.png")
-    report_plots.heat_map(odd, [5, 40]).savefig(folder / "odd.png")
+    plots.errors(odd).savefig(folder / "odd.png")
+    plots.heat_map(odd, [5, 40]).savefig(folder / "odd.png")
 
 
 # The command

@@ -15,10 +15,11 @@ import transformers
 from click.testing import CliRunner
 
 from llmint8 import converter, formats
-from llmint8.converter.cli import convert_command
-from llmint8.formats import journal as journal_module
-from llmint8.formats import writer as writer_module
-from llmint8.formats.journal import JOURNAL_NAME, Journal
+from llmint8.converter.commands.convert import convert_command
+from llmint8.formats.disk.names import JOURNAL_NAME
+from llmint8.formats.writing import journal as journal_module
+from llmint8.formats.writing import shards as shards_module
+from llmint8.formats.writing.journal import Journal
 
 CONFIG = transformers.LlamaConfig(
     vocab_size=96,
@@ -63,7 +64,7 @@ class Kill:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         self.number, self.count = number, 0
-        monkeypatch.setattr(writer_module, "_write_all", self._halved(writer_module._write_all))
+        monkeypatch.setattr(shards_module, "_write_all", self._halved(shards_module._write_all))
         monkeypatch.setattr(Journal, "_write", self._halved(Journal._write))
         for name in ("replace", "unlink"):
             monkeypatch.setattr(Path, name, self._before(getattr(Path, name)))
@@ -290,10 +291,12 @@ def test_a_journal_that_went_while_its_lock_was_awaited(tmp_path, monkeypatch):
 
 
 SIGNAL = """
-import os, sys
-from llmint8 import converter
-from llmint8.converter import cli
-execute = converter.execute
+import os, signal, sys
+from llmint8.converter.commands.convert import convert_command
+from llmint8.converter.conversion import convert
+# Under nohup, as a background job and in many a CI it is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+execute = convert.execute
 done = []
 def interrupted(plan, force, progress):
     def kill(name, nbytes):
@@ -301,8 +304,8 @@ def interrupted(plan, force, progress):
         if len(done) == 5:
             os.kill(os.getpid(), int(sys.argv.pop()))
     return execute(plan, force, kill)
-converter.execute = interrupted
-cli.convert_command(sys.argv[1:3])
+convert.execute = interrupted
+convert_command(sys.argv[1:3])
 """
 
 
@@ -324,7 +327,7 @@ def test_a_signal_leaves_what_goes_on(source, tmp_path, number):
 @pytest.mark.parametrize("options", ["calibrated", "outputs-kept"])
 def test_going_on_where_rounding_is_another_stores_the_right_columns(source, tmp_path, monkeypatch, options):
     """As on another machine: the candidates come in another order then, and may be others."""
-    from llmint8.converter import streaming
+    from llmint8.converter.calibration import streaming
 
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", progress=interrupt_after(14), **OPTIONS[options])
@@ -423,7 +426,7 @@ def test_an_empty_file_with_the_journals_name_makes_no_directory_ours(source, tm
 
 
 def test_an_io_error_names_the_source(source, tmp_path, monkeypatch):
-    from llmint8.formats import tensors
+    from llmint8.formats.containers import tensors
 
     class Broken:
         def __init__(self, file):

@@ -1,11 +1,14 @@
-"""The tree is the architecture: which room may import which, and a checkout on sys.path breaks nobody."""
+"""The tree is the architecture: which room may import which, no circles, and a checkout on sys.path breaks nobody."""
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -54,11 +57,88 @@ def test_a_room_imports_only_the_rooms_it_may(room: str) -> None:
     assert not wrong
 
 
+def arrows() -> dict[str, set[str]]:
+    """Every module of the four rooms, as `room/folder/module`, and the modules it imports at any depth."""
+    files = {path.relative_to(ROOT).with_suffix("").as_posix(): path for room in MAY_IMPORT for path in modules(room)}
+    found: dict[str, set[str]] = {}
+    for here, path in files.items():
+        found[here] = set()
+        for _, name in imported_names(path):
+            parts = name.split(".")[1:] if name.startswith("llmint8.") else []
+            # `from llmint8.formats import Source` is an arrow to the package, `from ..disk import names` to a module.
+            there = ["/".join(parts), "/".join(parts[:-1]), "/".join([*parts[:-1], "__init__"])]
+            found[here].update([module for module in there if module in files][:1])
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Nodes of a graph that lead back to the first of them; none where there are no circles."""
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def folder_of(module: str) -> str:
+    """The inner room of a module; one that lies in a room itself stands for itself."""
+    return module if module.count("/") == 1 else module.rpartition("/")[0]
+
+
+def test_modules_import_each_other_in_no_circle() -> None:
+    graph = arrows()
+    # A graph without arrows has no circles either.
+    assert "formats/disk/reading" in graph["formats/containers/tensors"]
+    assert "converter/commands/push" in graph["converter/commands/convert"]
+    assert "formats/__init__" in graph["runtime/model/load"]
+    assert not circle(graph)
+
+
+def test_inner_rooms_import_each_other_in_no_circle() -> None:
+    graph: dict[str, set[str]] = {}
+    for here, there in arrows().items():
+        folder = folder_of(here)
+        graph.setdefault(folder, set()).update(folder_of(module) for module in there if folder_of(module) != folder)
+    assert "formats/int8" in graph["formats/writing"]
+    assert not circle(graph)
+
+
+def test_contributing_lists_every_inner_room_below_those_it_imports() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    listed = [path.rstrip("/").removesuffix(".py") for path in re.findall(r"^\| `(\S+)` \|", text, re.MULTILINE)]
+    place = {path: number for number, path in enumerate(listed) if path.partition("/")[0] in MAY_IMPORT}
+    for here, there in arrows().items():
+        folder = "/".join(folder_of(here).split("/")[:2])  # what is in containers/pytorch/ belongs to containers/
+        if here.endswith("/__init__") and here.count("/") == 1:
+            continue  # the room's public names
+        assert folder in place, folder
+        for other in {"/".join(folder_of(module).split("/")[:2]) for module in there} - {folder}:
+            if other.partition("/")[0] == folder.partition("/")[0]:
+                assert place[other] < place[folder], f"{folder} imports {other}"
+
+
+def test_a_room_holds_a_dozen_modules_at_most_and_no_two_of_one_prefix() -> None:
+    for folder in {path.parent for room in MAY_IMPORT for path in modules(room)}:
+        names = [path.stem for path in folder.glob("*.py") if path.stem != "__init__"]
+        assert len(names) <= 12, folder
+        # A prefix that several files share is a folder that is missing.
+        prefixes = Counter(name.partition("_")[0] for name in names)
+        assert max(prefixes.values(), default=0) <= 1, f"{folder}: {prefixes.most_common(1)}"
+
+
+def test_a_module_of_more_than_250_lines_says_why() -> None:
+    for path in [path for room in MAY_IMPORT for path in modules(room)]:
+        text = path.read_text(encoding="utf-8")
+        if text.count("\n") > 250:
+            assert "250 lines" in str(ast.get_docstring(ast.parse(text))), path
+
+
 def test_every_folder_of_a_room_is_a_package_that_is_installed() -> None:
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {path.parent.relative_to(ROOT).as_posix() for room in MAY_IMPORT for path in modules(room)}
-    assert setuptools["package-dir"] == {f"llmint8.{folder.replace('/', '.')}": folder for folder in folders}
-    assert set(setuptools["packages"]) == set(setuptools["package-dir"])
+    assert set(setuptools["packages"]) == {f"llmint8.{folder.replace('/', '.')}" for folder in folders}
+    # Of the folders in a room setuptools finds the place by itself.
+    assert setuptools["package-dir"] == {f"llmint8.{room}": room for room in MAY_IMPORT}
 
 
 def test_the_typing_links_name_every_room() -> None:

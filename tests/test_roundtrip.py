@@ -20,8 +20,8 @@ from llmint8.formats import (
     open_checkpoint,
     record_specs,
 )
-from llmint8.formats.tensors import as_bytes
-from llmint8.formats.torch_file import TorchFile
+from llmint8.formats.containers.pytorch.file import TorchFile
+from llmint8.formats.containers.tensors import as_bytes
 from llmint8.kernels.reference import quantize_weight
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

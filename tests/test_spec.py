@@ -19,12 +19,12 @@ from llmint8.formats import (
     Quantization,
     TensorSpec,
     check_values,
-    files,
     open_checkpoint,
-    strict_json,
-    tensors,
 )
-from llmint8.formats.manifest import tensor_sha256
+from llmint8.formats.containers import safetensors as container
+from llmint8.formats.containers import tensors
+from llmint8.formats.disk import reading, strict_json
+from llmint8.formats.int8.manifest import tensor_sha256
 from llmint8.kernels import linear, reference
 
 ROOT = Path(__file__).parent.parent
@@ -79,8 +79,8 @@ def test_version() -> None:
 
 def test_limits_and_dtypes() -> None:
     assert json.loads(BLOCKS["limits"]) == {
-        "header_bytes": tensors.MAX_HEADER_BYTES,
-        "json_file_bytes": files.MAX_JSON_BYTES,
+        "header_bytes": container.MAX_HEADER_BYTES,
+        "json_file_bytes": reading.MAX_JSON_BYTES,
         "json_values": strict_json.MAX_VALUES,
         "tensor_name_characters": tensors.MAX_NAME_LENGTH,
         "dimensions": tensors.MAX_DIMENSIONS,
@@ -93,7 +93,7 @@ def test_the_error_codes_are_those_of_the_code_in_order() -> None:
     listed = re.findall(r"^\| (E\d\d)\b", SPEC, re.MULTILINE)
     raised = {
         node.value
-        for path in (ROOT / "formats").glob("*.py")
+        for path in (ROOT / "formats").rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"E\d\d", node.value)
     }

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from llmint8.formats import DTYPES, CorruptFileError, TensorSpec
-from llmint8.formats.tensors import as_bytes, encode_header, read_header, read_tensor
+from llmint8.formats.containers.safetensors import encode_header, read_header
+from llmint8.formats.containers.tensors import as_bytes, read_tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -13,9 +13,9 @@ import transformers
 from click.testing import CliRunner
 
 from llmint8 import converter
-from llmint8.kernels import measure, tiles, tune
-from llmint8.runtime import bench_command
-from llmint8.runtime.cli import main
+from llmint8.kernels.gpu import measure, tiles, tune
+from llmint8.runtime.commands import bench
+from llmint8.runtime.commands.main import main
 
 pytest.importorskip("triton")
 
@@ -183,24 +183,24 @@ def test_the_rows_have_the_fields_that_were_agreed(gpu_linear: ModuleType, no_cl
 
 
 def test_the_tuner_takes_the_fastest_tile_and_keeps_what_was_there(
-    no_clock: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    no_clock: dict[str, list[Any]], interpreter: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(tune, "CALL_ROWS", (16, 64))
+    monkeypatch.setattr(tune, "CALL_ROWS", (16, 17))
     monkeypatch.setattr(tune, "AMPERE", tune.AMPERE[:1])
     monkeypatch.setattr(tune, "FEW_ROWS", tune.FEW_ROWS[:1])
     monkeypatch.setattr(tune, "SPLITS", (1, 2))
     tiles.forget()
-    bench_command._tune([bench_command.Shape(64, 128, 3, 1)], CPU, True)
+    bench._tune([bench.Shape(64, 128, 3, 1)], CPU, True)
     first = tiles.read_rows(tiles.cache_path().read_text())
-    assert [(row.architecture, row.n, row.k, row.m) for row in first] == [("any", 64, 128, m) for m in (16, 64)]
-    assert [row.tile for row in first] == [tune.candidates(m, (8, 0))[0] for m in (16, 64)]
+    assert [(row.architecture, row.n, row.k, row.m) for row in first] == [("any", 64, 128, m) for m in (16, 17)]
+    assert [row.tile for row in first] == [tune.candidates(m, (8, 0))[0] for m in (16, 17)]
     assert tiles.choose_tile(CPU, 10, 64, 128) == first[0].tile
     monkeypatch.setattr(tune, "candidates", lambda m, capability: [tiles.Tile(16, 16, 32, 1, 4, 2, False)])
-    bench_command._tune([bench_command.Shape(32, 128, 3, 1), bench_command.Shape(64, 128, 3, 1)], CPU, True)
+    bench._tune([bench.Shape(32, 128, 3, 1), bench.Shape(64, 128, 3, 1)], CPU, True)
     second = tiles.read_rows(tiles.cache_path().read_text())
-    assert {(row.n, row.m) for row in second} == {(64, 16), (64, 64), (32, 16), (32, 64)}
+    assert {(row.n, row.m) for row in second} == {(64, 16), (64, 17), (32, 16), (32, 17)}
     assert all(row.tile.block_n == 16 for row in second)
     tiles.forget()
 
@@ -219,14 +219,14 @@ def test_the_layers_of_a_checkpoint_are_counted(tmp_path: Path) -> None:
     )
     transformers.LlamaForCausalLM(config).half().save_pretrained(tmp_path / "source")
     converter.convert(tmp_path / "source", tmp_path / "out", outliers="none")
-    found = bench_command.checkpoint_shapes(str(tmp_path / "out"))
+    found = bench.checkpoint_shapes(str(tmp_path / "out"))
     assert found == [(32, 32, 0, 8), (32, 48, 0, 2), (48, 32, 0, 4)]
 
 
 def test_layer_times_are_those_of_the_layer_and_of_float16(
     no_clock: dict[str, list[Any]], device: torch.device
 ) -> None:
-    assert bench_command.layer_times(bench_command.Shape(48, 64, 3, 1), 5, device) == (1, 2)
+    assert bench.layer_times(bench.Shape(48, 64, 3, 1), 5, device) == (1, 2)
     for found, expected in zip(no_clock["int8"], no_clock["float16"], strict=True):
         assert (found - expected).norm() < 0.03 * expected.norm()
 
@@ -243,11 +243,11 @@ def test_without_a_gpu_there_is_one_line(options: list[str]) -> None:
 @pytest.mark.gpu
 def test_the_command_times_and_tunes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(bench_command, "COMMON", [bench_command.Shape(512, 512, 16, 1)])
+    monkeypatch.setattr(bench, "COMMON", [bench.Shape(512, 512, 16, 1)])
     monkeypatch.setattr(tune, "CALL_ROWS", (64, 256))
     tiles.forget()
     result = CliRunner().invoke(main, ["bench", "--tune"])
     assert result.exit_code == 0, result.output
     assert len(tiles.read_rows(tiles.cache_path().read_text())) == 2
-    assert len(result.stdout.splitlines()) == 2 + len(bench_command.CALL_ROWS)
+    assert len(result.stdout.splitlines()) == 2 + len(bench.CALL_ROWS)
     tiles.forget()

@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmint8.kernels import reference, tiles
-from llmint8.kernels.tiles import Tile, shipped_rows
+from llmint8.kernels import reference
+from llmint8.kernels.gpu import tiles
+from llmint8.kernels.gpu.tiles import Tile, shipped_rows
 
-gpu = pytest.importorskip("llmint8.kernels.gpu")
-matmul = pytest.importorskip("llmint8.kernels.int8_matmul")
-quantize = pytest.importorskip("llmint8.kernels.quantize_rows")
+gpu = pytest.importorskip("llmint8.kernels.gpu.linear")
+matmul = pytest.importorskip("llmint8.kernels.gpu.matmul")
+quantize = pytest.importorskip("llmint8.kernels.gpu.quantize_rows")
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

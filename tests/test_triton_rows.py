@@ -6,7 +6,7 @@ from torch import Tensor
 
 from llmint8.kernels import reference
 
-quantize = pytest.importorskip("llmint8.kernels.quantize_rows")
+quantize = pytest.importorskip("llmint8.kernels.gpu.quantize_rows")
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

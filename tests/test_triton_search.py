@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmint8.kernels import reference, tiles
-from llmint8.kernels.tiles import Tile, shipped_rows
+from llmint8.kernels import reference
+from llmint8.kernels.gpu import tiles
+from llmint8.kernels.gpu.tiles import Tile, shipped_rows
 
-gpu = pytest.importorskip("llmint8.kernels.gpu")
-quantize = pytest.importorskip("llmint8.kernels.quantize_rows")
-outlier_search = pytest.importorskip("llmint8.kernels.outlier_search")
+gpu = pytest.importorskip("llmint8.kernels.gpu.linear")
+quantize = pytest.importorskip("llmint8.kernels.gpu.quantize_rows")
+outlier_search = pytest.importorskip("llmint8.kernels.gpu.outlier_search")
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmint8.kernels import tiles, tune
-from llmint8.kernels.tiles import Row, Tile
+from llmint8.kernels.gpu import tiles, tune
+from llmint8.kernels.gpu.tiles import Row, Tile
 
 A, B, C = (Tile(size, 64, 128, 8, 4, 3, False) for size in (16, 32, 64))
 CPU = torch.device("cpu")

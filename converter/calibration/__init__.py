@@ -1,0 +1,1 @@
+"""The calibrated pass: the text, the streamed model, what is learned on the way."""

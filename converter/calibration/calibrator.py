@@ -1,0 +1,196 @@
+"""The calibrated pass: every layer is measured and quantized when the forward pass reaches it.
+
+How many columns a layer keeps in 16 bit is known only when all layers have been seen. Until then its candidate columns
+are put aside in the journal of the conversion, so that no weight is read twice. With them go what the choice needs to
+know of the weight, and the layer's output where that is small: a conversion that goes on after an interruption runs
+the pass again, but reads and multiplies by few of the weights that it had reached.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmint8.formats import LLMInt8Error
+from llmint8.formats.writing.journal import Journal, Record
+from llmint8.kernels.reference import Activation
+
+from ..machine import return_freed_memory
+from ..model.build import meta_model, text_inputs
+from ..model.errors import first_line
+from ..model.names import fused_parameters, parameter_tensors
+from ..outliers.choosing import select
+from ..outliers.measuring import Curve, InputStatistics, column_norms, rounded
+from ..planning.plan import ConversionPlan, kept_output_bytes
+from ..planning.selection import SelectedLayer
+from .streaming import LinearCall, stream_forward
+
+log = logging.getLogger("llmint8")
+
+# How rows of activations are quantized unless the user asks otherwise: lower KL than absmax (docs/accuracy.md).
+ACTIVATION: Activation = "zeropoint"
+# Statistics of so many candidates go into the manifest, of a layer's chosen ones in any case.
+_RECORDED_CANDIDATES = 64
+
+Quantize = Callable[[SelectedLayer, Tensor], tuple[Tensor, Tensor]]
+
+
+def _no_columns(name: str) -> tuple[Tensor, Tensor]:
+    raise KeyError(name)
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """The outlier columns chosen; none by default.
+
+    `counts` has the calibrated layers only, `statistics` is for the manifest, `notices` are for the user, and `load`
+    returns a layer's dims, int32 [k], and columns [N, k].
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
+    statistics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    load: Callable[[str], tuple[Tensor, Tensor]] = _no_columns
+
+
+class Calibrator:
+    """Runs the pass and chooses the outliers."""
+
+    def __init__(self, plan: ConversionPlan, tokens: Tensor, device: torch.device, journal: Journal) -> None:
+        """Take the plan, a batch of token ids [rows, length], where to run, and where to put columns aside."""
+        self._plan, self._tokens, self._device, self._journal = plan, tokens, device, journal
+        self._statistics = InputStatistics(plan.criterion, ACTIVATION, self._remember_curve)
+        self._notices: list[str] = []
+
+    def run(self, read: Callable[[str], Tensor], quantize: Quantize, has: Callable[[SelectedLayer], bool]) -> None:
+        """Run the forward pass. What the model's code raises ends it early, and is noted, not raised.
+
+        Args:
+            read: returns a tensor of the source.
+            quantize: quantizes and writes a layer's weight [N, K]; returns int8 [N, K] and absmax float32 [N].
+            has: tells whether an earlier run has written a layer.
+
+        """
+        selection = self._plan.selection
+        model: Any = meta_model(self._plan.config)
+        module_of = selection.module_of
+        layers = {module_of[name]: layer for name, layer in selection.layers.items()}
+        order = [name for name, _ in model.named_modules() if name in layers]
+        done = {name: record for name in order if (record := self._earlier(layers[name], has)) is not None}
+        not_finite: list[str] = []
+
+        failed: list[bool] = []
+
+        @contextmanager
+        def ours() -> Iterator[None]:
+            try:
+                yield
+            except BaseException:
+                failed.append(True)
+                raise
+
+        @ours()
+        def on_linear(call: LinearCall) -> None:
+            return_freed_memory()
+            layer = layers[call.name]
+            record = done.get(call.name)
+            finite = bool(call.rows.isfinite().all())
+            if not finite:
+                not_finite.append(layer.name)
+            if record is not None:
+                norms = self._journal.load(record.tensors[1]).to(self._device)
+                self._statistics.see(layer.name, call.x, call.rows, (norms[0], norms[1]), call.out)
+                return
+            assert call.weight is not None
+            values, absmax = quantize(layer, call.weight)
+            if finite:
+                norms = torch.stack(column_norms(call.weight, values, absmax))
+                dims = self._statistics.see(layer.name, call.x, call.rows, (norms[0], norms[1]), call.out)
+                self._put_aside(layer, call.weight, dims, norms, call.out)
+
+        try:
+            stream_forward(
+                model,
+                text_inputs(model, self._tokens.to(self._device)),
+                parameter_tensors(model, self._plan.source.tensors),
+                fused_parameters(model, self._plan.source.tensors),
+                {name: layers[name].weight.name for name in order},
+                {n: partial(self._journal.load, r.tensors[2]) for n, r in done.items() if len(r.tensors) > 2},
+                ours()(read),
+                on_linear,
+                self._device,
+            )
+        except (LLMInt8Error, OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+            raise
+        except Exception as error:  # the model's code may raise anything
+            if failed or "DefaultCPUAllocator" in str(error):  # out of memory has no type of its own there
+                raise
+            log.debug("calibration pass", exc_info=True)
+            self._notices.append(
+                f"the calibration pass ended early ({first_line(error)}); "
+                "layers it did not reach have no outlier columns"
+            )
+        if not_finite:
+            self._notices.append(
+                f"the input of {not_finite[0]} and {len(not_finite) - 1} more holds NaN or infinity, so they are not "
+                "calibrated; is the source whole?"
+            )
+
+    def _earlier(self, layer: SelectedLayer, has: Callable[[SelectedLayer], bool]) -> Record | None:
+        """Return what an earlier run put aside of a layer that it wrote."""
+        record = self._journal.get("layer", layer.name)
+        return record if record is not None and has(layer) else None
+
+    def _put_aside(self, layer: SelectedLayer, weight: Tensor, dims: Tensor, norms: Tensor, out: Tensor) -> None:
+        """Record the columns of a weight [N, K] at `dims`, as rows; the norms [2, K]; and maybe the output [M, N]."""
+        tensors = [weight[:, dims.to(weight.device)].t(), norms]
+        if kept_output_bytes(layer, len(out)):
+            tensors.append(out)
+        self._journal.put("layer", layer.name, dims.tolist(), [tensor.cpu().contiguous() for tensor in tensors])
+
+    def _remember_curve(self, layer: str, measure: Callable[[], Curve]) -> Curve:
+        return self._journal.remember("curve", layer, measure)  # type: ignore[no-any-return]
+
+    def _columns(self, layer: SelectedLayer, dims: Tensor) -> Tensor:
+        """Return the columns [N, k] of a weight; those that were put aside, or of the weight itself."""
+        record = self._journal.get("layer", layer.name)
+        rows = {dim: row for row, dim in enumerate(record.value)} if record else {}
+        if record is None or not rows.keys() >= set(dims.tolist()):
+            # Another machine began this: its rounding, and so its order of the candidates, may be another.
+            weight = self._plan.source.read(layer.weight.name)
+            return (weight.t() if layer.transposed else weight)[:, dims]
+        columns = record.tensors[0]
+        return torch.cat([self._journal.load(columns.rows(rows[dim], rows[dim] + 1)) for dim in dims.tolist()]).t()
+
+    def choose(self) -> Outliers:
+        """Choose the outliers of all layers seen."""
+        groups = self._statistics.finish()
+        chosen = select(groups, self._plan.criterion)
+        counts: dict[str, int] = {}
+        statistics: dict[str, dict[str, Any]] = {}
+        positions: dict[str, Tensor] = {}
+        for group, count in zip(groups, chosen, strict=True):
+            for name in group.layers:
+                counts[name] = count
+                positions[name] = group.order[:count]
+                statistics[name] = {"shares_input_with": group.layers[0]}
+            recorded = max(count, _RECORDED_CANDIDATES)
+            statistics[group.layers[0]] = {
+                **{key: v[:recorded] if isinstance(v, list) else v for key, v in group.statistics.items()},
+                "kept_absmax": group.kept_absmax(count),
+                "ks": group.ks,
+                "errors": rounded(group.errors),
+            }
+
+        dims_of = {name: group.dims for group in groups for name in group.layers}
+
+        def load(name: str) -> tuple[Tensor, Tensor]:
+            dims = dims_of[name][positions[name]].sort().values
+            return dims.to(torch.int32), self._columns(self._plan.selection.layers[name], dims)
+
+        return Outliers(counts, statistics, self._notices, load)

@@ -1,0 +1,240 @@
+"""One forward pass through a model whose weights are never in memory together.
+
+The model stands on the meta device. A linear layer that is to be converted hands its input and its weight to the
+caller and computes its output in blocks of rows. Every other operation that takes a parameter gets the tensor read
+from the source in its place, for that one operation: a torch function mode sees them all, so it does not matter how a
+model's code comes by its weights. The next linear weight is read ahead in a thread.
+
+Activations are float32. The output head is not run unless it is to be converted: nothing after it matters here.
+"""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
+from transformers.pytorch_utils import Conv1D
+
+from ..model.names import FusedParameter
+
+Read = Callable[[str], Tensor]
+
+
+class LinearCall(NamedTuple):
+    """What a linear layer does when it is first reached; tensors are on the device of the pass."""
+
+    name: str
+    x: Tensor  # its input [..., K], the object that the model passes around
+    rows: Tensor  # the same, float32 [M, K]
+    weight: Tensor | None  # [N, K] as stored; None where the output was known
+    out: Tensor  # its output without bias, float32 [M, N]
+
+
+OnLinear = Callable[[LinearCall], None]
+
+# Attributes of a parameter that are a tensor.
+_VIEWS = (Tensor.T, Tensor.H, Tensor.mT, Tensor.mH, Tensor.data)
+# How much of a weight is widened to float32 at a time.
+_BLOCK_ELEMENTS = 1 << 22
+
+
+def stream_forward(
+    model: Any,
+    inputs: Mapping[str, Tensor],
+    tensor_of: Mapping[str, str],
+    fused: Mapping[str, FusedParameter],
+    layers: Mapping[str, str],
+    outputs: Mapping[str, Callable[[], Tensor]],
+    read: Read,
+    on_linear: OnLinear,
+    device: torch.device,
+) -> None:
+    """Run `model(**inputs)` and call `on_linear` for every layer of `layers` when it is first reached.
+
+    Args:
+        model: a transformers model on the meta device; used up by the pass.
+        inputs: token ids and what else the model takes.
+        tensor_of: parameter or buffer name in the model -> tensor name in the source.
+        fused: parameter name in the model -> how it is made of several tensors.
+        layers: module name in the model -> tensor name of its weight, in the order expected.
+        outputs: module name in the model -> what loads its output of an earlier run, float32 [M, N] without bias; the
+            weight is then not read.
+        read: returns a tensor of the source, on the CPU; for the weights of `layers` it is called in a thread.
+        on_linear: takes what each layer saw.
+        device: where the pass runs.
+
+    Raises:
+        Exception: whatever the model's code raises, when it needs a weight that the source has not or does with a
+            parameter what cannot be done on the meta device. Layers reached before that have been handed on.
+
+    """
+    model.eval()
+    model.config.use_cache = False  # keys and values of all layers would outlive them
+    _fill_buffers(model, tensor_of, read, device)
+    with _ReadAhead(read, [weight for name, weight in layers.items() if name not in outputs]) as ahead:
+        for name, weight in layers.items():
+            bias = tensor_of.get(f"{name}.bias")
+            module = model.get_submodule(name)
+            known = outputs.get(name)
+            module.forward = _StreamedLinear(name, module, weight, bias, known, ahead.get, on_linear, device)
+        head = model.get_output_embeddings()
+        if head is not None and not isinstance(head.forward, _StreamedLinear):
+            head.forward = lambda x: x[..., :1]
+        if hasattr(model, "set_experts_implementation"):
+            model.set_experts_implementation("eager")  # the others hand parameters to operators that no mode sees
+        parameters: dict[int, Callable[[], Tensor]] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name in tensor_of:
+                parameters[id(parameter)] = partial(read, tensor_of[name])
+            elif name in fused:
+                parameters[id(parameter)] = partial(fused[name].build, read, model)
+        with torch.inference_mode(), _SourceParameters(parameters, device):
+            model(**inputs)
+
+
+class _StreamedLinear:
+    """The forward of a linear layer whose weight is read when it is called."""
+
+    def __init__(
+        self,
+        name: str,
+        module: nn.Module,
+        weight: str,
+        bias: str | None,
+        known: Callable[[], Tensor] | None,
+        read: Read,
+        on_linear: OnLinear,
+        device: torch.device,
+    ) -> None:
+        self._name, self._weight, self._bias, self._known = name, weight, bias, known
+        self._transposed = isinstance(module, Conv1D)
+        self._read, self._on_linear, self._device = read, on_linear, device
+        self._reached = False
+
+    def __call__(self, x: Tensor) -> Tensor:
+        # Everything below has real tensors; the mode would only slow it down.
+        with torch._C.DisableTorchFunction():
+            return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        if self._known is not None and not self._reached:
+            weight, out = None, self._known().to(self._device)
+        else:
+            weight = self._read(self._weight).to(self._device)
+            weight = weight.t() if self._transposed else weight
+            out = blockwise_linear(rows, weight)
+        if not self._reached:
+            self._reached = True
+            self._on_linear(LinearCall(self._name, x, rows, weight, out))
+        if self._bias is not None:
+            out += self._read(self._bias).to(self._device)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def blockwise_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return `x @ weight.T` in float32 for x [M, K] and a weight [N, K] of any dtype, widening it block by block."""
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    step = max(1, _BLOCK_ELEMENTS // max(1, weight.shape[1]))
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        out[:, rows] = x @ weight[rows].float().t()
+    return out
+
+
+class _SourceParameters(TorchFunctionMode):
+    """Puts the source's tensors in the place of parameters on the meta device, one operation at a time."""
+
+    def __init__(self, parameters: Mapping[int, Callable[[], Tensor]], device: torch.device) -> None:
+        super().__init__()
+        self._parameters, self._device = parameters, device
+        # Code that loops over experts asks for the same parameters again and again.
+        self._recent: dict[int, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "__get__":  # an attribute, such as `weight.dtype`
+            if id(args[0]) in self._parameters:
+                if func.__self__ is Tensor.device:
+                    return self._device
+                if func.__self__ is Tensor.dtype and args[0].is_floating_point():
+                    return torch.float32
+                if func.__self__ in _VIEWS:
+                    return func(self._real(args[0]))
+            return func(*args, **kwargs)
+        # An embedding or a stack of experts may be as large as all else: they are not widened before being looked up.
+        if func is functional.embedding:
+            return func(args[0], self._real(args[1], widen=False), *args[2:], **kwargs).float()
+        if func is Tensor.__getitem__ and isinstance(args[0], nn.Parameter):
+            found = func(self._real(args[0], widen=False), *args[1:])
+            return found.float() if found.is_floating_point() else found
+        args, kwargs = tree_map(self._real, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def _real(self, value: Any, widen: bool = True) -> Any:
+        if not isinstance(value, nn.Parameter) or not value.is_meta:
+            return value
+        if id(value) not in self._parameters:
+            # Some operations take a tensor on the meta device without a word, and give whatever lies in memory.
+            raise RuntimeError(f"a parameter of shape {list(value.shape)} is not in the checkpoint")
+        tensor = self._recent.get(id(value))
+        if tensor is None:
+            tensor = self._parameters[id(value)]().to(self._device)
+        if value.ndim > 2:
+            self._recent = {**dict(list(self._recent.items())[-1:]), id(value): tensor}
+        return tensor.float() if widen and tensor.is_floating_point() else tensor
+
+
+class _ReadAhead:
+    """Reads the next tensor of an expected order in a thread while the current one is used."""
+
+    def __init__(self, read: Read, order: list[str]) -> None:
+        self._read = read
+        self._next = dict(pairwise(order))
+        self._pending: tuple[str, Future[Tensor]] | None = None
+        self._thread = ThreadPoolExecutor(1)
+
+    def __enter__(self) -> "_ReadAhead":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pending = None
+        self._thread.shutdown(cancel_futures=True)
+
+    def get(self, name: str) -> Tensor:
+        pending, self._pending = self._pending, None
+        if pending is not None and pending[0] == name:
+            tensor = pending[1].result()
+        else:
+            pending = None
+            tensor = self._read(name)
+        following = self._next.get(name)
+        if following is not None:
+            self._pending = following, self._thread.submit(self._read, following)
+        return tensor
+
+
+def _fill_buffers(model: Any, tensor_of: Mapping[str, str], read: Read, device: torch.device) -> None:
+    """Give every buffer its values: those in the source from there, the others computed by the model's own code."""
+    computed = False
+    for name, buffer in list(model.named_buffers()):
+        if not buffer.is_meta:
+            continue
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if name in tensor_of:
+            value = read(tensor_of[name]).to(device)
+        else:
+            value = torch.empty_like(buffer, device=device)
+            owner._is_hf_initialized = False
+            computed = True
+        owner._buffers[name.rpartition(".")[2]] = value
+    if computed:
+        for parameter in model.parameters():
+            parameter._is_hf_initialized = True
+        model.initialize_weights()

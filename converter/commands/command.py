@@ -1,0 +1,85 @@
+"""What every command does: its errors are one line and an exit code, its log is safe to print.
+
+Nothing here or in the other modules of commands imports torch, transformers or huggingface_hub before a command runs:
+`--help` and a usage error are answered at once.
+"""
+
+import logging
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from .terminal import harmless_record, printable
+
+
+class Command(click.Command):
+    """A command whose errors are one line and an exit code, never a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. With --verbose the traceback of an error is logged as well."""
+        # Batch systems end jobs this way; what was written is removed as after Ctrl-C.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        try:
+            with _without_torchao(), _echoed_notes():
+                return super().invoke(ctx)
+        except (click.exceptions.Exit, click.ClickException, click.Abort):
+            raise
+        except Exception as error:
+            logging.getLogger("llmint8").debug("traceback", exc_info=True)
+            raise click.ClickException(_message(error)) from None
+
+
+def _message(error: Exception) -> str:
+    """Return one line: what an error says that a user can cause or meet, and of any other also its type."""
+    if isinstance(error, OSError | ValueError) or _is_ours(error):
+        return printable(str(error))
+    # A defect of ours, or of the model's code.
+    what = printable(f"{type(error).__name__}: {error}")[:300]
+    return f"unexpected: {what} (llmint8-convert --verbose shows where)"
+
+
+def _is_ours(error: Exception) -> bool:
+    from llmint8.formats import LLMInt8Error  # imports torch, as whatever raises one of these has done
+
+    return isinstance(error, LLMInt8Error)
+
+
+@contextmanager
+def _without_torchao() -> Iterator[None]:
+    """Have transformers not find torchao, which it imports with its first model where it is installed.
+
+    No command needs it, it takes seconds, and prints warnings of its own.
+    """
+    hidden = "torchao" not in sys.modules
+    if hidden:
+        sys.modules["torchao"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules["torchao"]
+
+
+@contextmanager
+def _echoed_notes() -> Iterator[None]:
+    """Print what was noted on an error or a signal on its way here: what became of the work so far."""
+    try:
+        yield
+    except BaseException as error:
+        for note in getattr(error, "__notes__", []):
+            click.echo(f"Note: {printable(note)}", err=True)
+        raise
+
+
+def set_up_logging(verbose: bool) -> None:
+    """Send our own log to standard error: warnings, or everything. All logs become safe to print."""
+    logging.setLogRecordFactory(harmless_record)
+    logging.captureWarnings(True)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("llmint8").setLevel(logging.DEBUG if verbose else logging.WARNING)

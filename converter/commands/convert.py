@@ -1,0 +1,167 @@
+"""The command `llmint8-convert`: it parses, translates and prints; the work is done elsewhere."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .command import Command, set_up_logging
+from .progress import progress_bar
+from .terminal import gigabytes, printable
+
+
+@click.command("convert", cls=Command)
+@click.argument("source")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--revision", metavar="REV", help="Branch, tag or commit, when SOURCE is a Hub repo.")
+@click.option(
+    "--outliers",
+    metavar="CRITERION",
+    default="top-k=16",
+    show_default=True,
+    help="Which input columns stay in 16 bit: top-k=N on average, threshold=X, systematic or none.",
+)
+@click.option(
+    "--calibration",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Text to calibrate with: .txt, or .jsonl with a text field. A text in the package otherwise.",
+)
+@click.option(
+    "--calibration-tokens",
+    metavar="N",
+    type=click.IntRange(1, 65536),
+    default=512,
+    show_default=True,
+    help="How much of it.",
+)
+@click.option("--device", default="cpu", show_default=True, help="Where the calibration runs, such as cuda.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "bfloat16"]),
+    help="Cast what is not quantized; it keeps its dtype otherwise.",
+)
+@click.option("--skip", metavar="REGEX", multiple=True, help="Leave matching layers in 16 bit; repeatable.")
+@click.option("--only", metavar="REGEX", multiple=True, help="Quantize matching layers only; repeatable.")
+@click.option("--quantize-head", is_flag=True, help="Quantize the output head too; an embedding it shares stays.")
+@click.option(
+    "--max-shard-size",
+    metavar="SIZE",
+    default="5GB",
+    show_default=True,
+    help="Largest size of a weight file.",
+)
+@click.option(
+    "--on-nonfinite",
+    type=click.Choice(["error", "keep"]),
+    default="error",
+    show_default=True,
+    help="When a weight holds NaN or infinity: stop, or leave it in 16 bit.",
+)
+@click.option("--jobs", metavar="N", type=click.IntRange(1), help="Tensors converted at a time; one per core, up to 8.")
+@click.option("--force", is_flag=True, help="Start over where OUT holds an unfinished conversion.")
+@click.option(
+    "--low-disk", is_flag=True, help="Of a Hub repo, have two shards on the disk at most: each goes when converted."
+)
+@click.option("--trust-remote-code", is_flag=True, help="Run the model code in SOURCE, if its config.json names any.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--push-to-hub", metavar="REPO", help="Publish OUT on the Hub then, as `llmint8 push` does.")
+@click.option("--private", is_flag=True, help="Make that repo private, where it is a new one.")
+@click.option("--quiet", is_flag=True, help="Print errors only.")
+@click.option("--verbose", is_flag=True, help="Name every layer that stays in 16 bit; log details.")
+@click.version_option(package_name="llmint8")
+def convert_command(
+    source: str,
+    out: Path,
+    revision: str | None,
+    force: bool,
+    low_disk: bool,
+    dry_run: bool,
+    push_to_hub: str | None,
+    private: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Convert the 16-bit checkpoint SOURCE into an int8 checkpoint OUT.
+
+    SOURCE is a directory or a Hub repo id, with safetensors or pytorch_model.bin files. OUT is a new directory. After
+    an interruption the same command goes on where the last one stopped.
+    """
+    set_up_logging(verbose)
+    if private and push_to_hub is None:
+        raise ValueError("--private says how to publish; add --push-to-hub REPO")
+    from ..conversion.convert import execute
+    from ..hub.resolve import resolve
+    from ..planning.options import Options
+    from ..planning.plan import make_plan
+
+    plan = make_plan(resolve(source, revision, "source", low_disk), out, Options(**options))
+    if dry_run:
+        _echo_notices(plan.selection.notices)
+        click.echo(_plan_text(plan, verbose))
+        return
+    if push_to_hub is not None:
+        from ..hub.push import check_licence, writer
+
+        # Before the hours of a conversion, and not after them.
+        check_licence(plan.source.path, plan.origin.repo)
+        writer(push_to_hub)
+    with progress_bar(plan.bytes_before, "Converting", quiet) as progress:
+        report = execute(plan, force, progress)
+    if not quiet:
+        _echo_report(report, plan.config is not None, verbose)
+    if push_to_hub is not None:
+        from ..hub.push import prepare
+        from .push import publish
+
+        publish(prepare(out, push_to_hub, private=private), "Upload int8 checkpoint", quiet)
+
+
+def _echo_report(report: Any, known: bool, verbose: bool) -> None:
+    _echo_notices(report.notices)
+    if report.uncalibrated:
+        where = Counter(".".join(name.split(".")[:2]) for name in report.uncalibrated)
+        parts = ", ".join(f"{count} in {part}" for part, count in where.most_common(5))
+        more = "" if verbose else "; --verbose names them"
+        _echo_notices(
+            [f"{len(report.uncalibrated)} layers are not calibrated and have no outlier columns: {parts}{more}"]
+        )
+    if verbose:
+        click.echo(_kept_text(report.kept))
+        for name in report.uncalibrated:
+            click.echo(f"Uncalibrated {printable(name)}")
+    click.echo(
+        f"{report.layers} linear layers in int8 with {report.outlier_share:.1%} of their columns in 16 bit, "
+        f"{len(report.kept)} layer{'s' if len(report.kept) != 1 else ''} left in 16 bit. "
+        f"{gigabytes(report.bytes_before)} -> {gigabytes(report.bytes_after)} "
+        f"({report.bytes_after / report.bytes_before:.0%}) in {report.seconds:.1f} s."
+    )
+    click.echo(
+        f"Written to {report.out}. " + (f"Load it with: llmint8.runtime.load({str(report.out)!r})" if known else "")
+    )
+
+
+def _echo_notices(notices: list[str]) -> None:
+    for notice in notices:
+        click.echo(f"Note: {printable(notice)}", err=True)
+
+
+def _plan_text(plan: Any, verbose: bool) -> str:
+    selection = plan.selection
+    lines = [
+        f"Source       {plan.origin.name}: {len(plan.source.tensors)} tensors, {gigabytes(plan.bytes_before)}",
+        f"Layers       {len(selection.layers)} linear layers to int8, {len(selection.kept)} left in 16 bit",
+        f"Outliers     {plan.criterion}",
+        f"Result       {gigabytes(plan.bytes_after)}, {plan.bytes_after / plan.bytes_before:.0%} of the source",
+        f"Peak memory  about {gigabytes(plan.peak_memory)} beside Python and torch",
+        f"Disk space   {gigabytes(plan.disk_needed)} needed, {gigabytes(plan.disk_free)} free",
+    ]
+    if plan.disk_needed > plan.disk_free:
+        lines.append("This does not fit on the disk.")
+    return "\n".join(lines + ([_kept_text(selection.kept)] if verbose else []))
+
+
+def _kept_text(kept: dict[str, str]) -> str:
+    return "\n".join(f"In 16 bit    {printable(name)}: {reason}" for name, reason in sorted(kept.items()))

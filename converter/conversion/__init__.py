@@ -1,0 +1,1 @@
+"""The conversion itself, and the comparison with its source."""

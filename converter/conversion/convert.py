@@ -1,0 +1,134 @@
+"""The conversion itself: plan, calibrated pass, everything else, outlier columns, and the files that complete it."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmint8.formats import CheckpointWriter, Manifest, OutputError
+from llmint8.formats.disk.names import CARD_NAME
+
+from ..calibration.calibrator import Calibrator, Outliers
+from ..calibration.text import load_calibration
+from ..hub.card import Subject, new_card, read_card
+from ..hub.resolve import resolve
+from ..machine import usable_device
+from ..planning.options import Options
+from ..planning.plan import ConversionPlan, make_plan, with_selection
+from .provenance import describe, fingerprint, identify, output_config
+from .transfer import Progress, Transfer
+
+
+def _no_progress(name: str, nbytes: int) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What a conversion did. Sizes are bytes of tensor data."""
+
+    out: Path
+    layers: int
+    kept: dict[str, str]  # linear layers left in 16 bit -> why
+    uncalibrated: list[str]  # quantized layers for which no outliers could be looked for
+    outlier_share: float  # of the input columns of the quantized layers
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    notices: list[str]
+
+
+def convert(
+    source: str | Path,
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    low_disk: bool = False,
+    force: bool = False,
+    progress: Progress = _no_progress,
+    **options: Any,
+) -> ConversionReport:
+    """Convert a 16-bit checkpoint to an int8 one.
+
+    The weights are never in memory together: a forward pass over a few hundred tokens goes through the model layer by
+    layer, and each layer is read, measured, quantized and written when the pass reaches it. OUT has a config.json only
+    when it is complete. What an error or a kill interrupts goes on when `convert` is called again with the same
+    arguments, and has the same result. After an error that would come again what was written is removed.
+
+    Args:
+        source: a directory, or a Hub repo id.
+        out: the directory to write: new, empty, or unfinished.
+        revision: branch, tag or commit of a Hub repo.
+        low_disk: of a Hub repo, keep two shards on the disk at most, each for as long as it is needed.
+        force: start over where OUT is unfinished, whatever it was begun with.
+        progress: called with the name and source bytes of each tensor that is done, from several threads in turn.
+        options: the attributes of `Options`, such as `outliers="none"`.
+
+    Raises:
+        SourceError, CorruptFileError, OutputError: with one line that says what is wrong.
+        ValueError: an option's value is not valid.
+
+    """
+    plan = make_plan(resolve(source, revision, "source", low_disk), Path(out), Options(**options))
+    return execute(plan, force, progress)
+
+
+def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_progress) -> ConversionReport:
+    """Carry out a plan; see `convert`."""
+    started = time.monotonic()
+    options, device = plan.options, usable_device(plan.options.device)
+    if plan.disk_needed > plan.disk_free:
+        raise OutputError(
+            f"{plan.out}: needs {plan.disk_needed / 1e9:.2f} GB, {plan.disk_free / 1e9:.2f} GB are free there"
+        )
+    calibrated = plan.criterion.kind != "none"
+    tokens = options.calibration_tokens
+    text = None if options.calibration is None else Path(options.calibration)
+    batch = load_calibration(plan.source.path, plan.config, text, tokens) if calibrated else None
+    with CheckpointWriter(plan.out, plan.max_shard_bytes, fingerprint(plan), force) as writer:
+        if options.on_nonfinite == "keep":
+            plan = _without_nonfinite(plan)
+        writer.plan(plan.groups)
+        transfer = Transfer(plan, writer, device, progress)
+        calibrator = Calibrator(plan, batch.tokens, device, writer.journal) if batch else None
+        if calibrator:
+            calibrator.run(transfer.read, transfer.quantize, transfer.has)
+        transfer.convert_rest()
+        outliers = calibrator.choose() if calibrator else Outliers()
+        transfer.write_outliers(outliers)
+        manifest = _commit(plan, writer, outliers, batch.provenance if batch else None)
+    notices = [*plan.selection.notices, *outliers.notices, *([batch.notice] if batch and batch.notice else [])]
+    columns = sum(layer.in_features for layer in plan.selection.layers.values())
+    return ConversionReport(
+        plan.out,
+        len(plan.selection.layers),
+        plan.selection.kept,
+        [name for name in plan.selection.layers if calibrated and name not in outliers.counts],
+        sum(outliers.counts.values()) / columns,
+        plan.bytes_before,
+        sum(entry.nbytes for entry in manifest.tensors.values()),
+        time.monotonic() - started,
+        notices,
+    )
+
+
+def _commit(
+    plan: ConversionPlan, writer: CheckpointWriter, outliers: Outliers, calibration: dict[str, Any] | None
+) -> Manifest:
+    """Complete the checkpoint: small files, a card in place of the source's, manifest and config."""
+    config, identity, quantization = output_config(plan), identify(plan), describe(plan, outliers.counts, calibration)
+    in_features = [layer.in_features for layer in plan.selection.layers.values()]
+    subject = Subject(config, quantization, identity, in_features, writer.nbytes)
+    small_files = {str(file.relative_to(plan.source.path)): file.read_bytes() for file in plan.source.small_files}
+    small_files[CARD_NAME] = new_card(subject, read_card(plan.source.path)).encode()
+    return writer.commit(config, quantization, identity, outliers.statistics, small_files)
+
+
+def _without_nonfinite(plan: ConversionPlan) -> ConversionPlan:
+    """Return the plan with every layer whose weight is not finite left in 16 bit."""
+    reasons = {}
+    for name, layer in plan.selection.layers.items():
+        if not all(bool(rows.isfinite().all()) for rows in plan.source.read_rows(layer.weight.name)):
+            reasons[name] = "holds NaN or infinity"
+    selection = plan.selection.without(reasons)
+    return with_selection(plan, selection)

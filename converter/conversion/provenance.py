@@ -1,0 +1,79 @@
+"""What a conversion writes about itself: config.json, its quantization, and where the source came from."""
+
+import hashlib
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from llmint8.formats import DTYPES, Quantization
+
+from ..calibration.calibrator import ACTIVATION
+from ..planning.plan import ConversionPlan
+
+
+def output_config(plan: ConversionPlan) -> dict[str, Any]:
+    """Return the source's config, its dtype replaced when tensors were cast, and untied when the head was quantized."""
+    config = dict(plan.source.config)
+    if plan.dtype:
+        name = str(DTYPES[plan.dtype]).removeprefix("torch.")
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = name
+    if plan.untied:
+        config["tie_word_embeddings"] = False
+        if isinstance(config.get("text_config"), dict):
+            config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
+    return config
+
+
+def describe(plan: ConversionPlan, outliers: dict[str, int], calibration: dict[str, Any] | None) -> Quantization:
+    """Return what config.json says about the quantization."""
+    return Quantization(
+        plan.selection.skip_modules,
+        {name: outliers.get(name, 0) for name in plan.selection.layers},
+        criterion=str(plan.criterion),
+        activation=ACTIVATION,
+        producer=f"llmint8 {_version('llmint8')}",
+        source=_origin(plan),
+        calibration=calibration,
+    )
+
+
+def identify(plan: ConversionPlan) -> dict[str, Any]:
+    """Identify the source in the manifest: where it came from, the sizes of its files, the hash of its config."""
+    config = (plan.source.path / "config.json").read_bytes()
+    return {
+        **_origin(plan),
+        "config_sha256": hashlib.sha256(config).hexdigest(),
+        "files": {file.path.name: file.size for file in plan.source.files},
+    }
+
+
+def fingerprint(plan: ConversionPlan) -> dict[str, str]:
+    """Return what a conversion is made of, in words: with the same fingerprint it has the same result."""
+    source = plan.source
+    found = {"the source": plan.origin.name, "its commit": str(plan.origin.commit), **plan.options.spelled()}
+    text = plan.options.calibration
+    found["the calibration text"] = "the packaged one" if text is None else _short_hash(Path(text))
+    for file in [source.path / "config.json", *source.small_files]:
+        found[f"the source's {file.relative_to(source.path)}"] = _short_hash(file)
+    for weights in source.files:
+        # Of a commit the files are always the same, and may be fetched anew.
+        time = None if plan.origin.commit else datetime.fromtimestamp(weights.path.stat().st_mtime, UTC)
+        modified = f", modified {time.isoformat()}" if time else ""
+        found[f"the source's {weights.path.name}"] = f"{weights.size} bytes{modified}"
+    return found | {name: _version(name) for name in ("llmint8", "torch", "transformers")}
+
+
+def _short_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def _origin(plan: ConversionPlan) -> dict[str, Any]:
+    return {"name": plan.origin.name, "repo": plan.origin.repo, "commit": plan.origin.commit}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "unknown"

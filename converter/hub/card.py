@@ -1,0 +1,250 @@
+"""The model card of an int8 checkpoint: README.md, written at conversion and brought up to date when it is pushed.
+
+Its front matter is made once and is the user's from then on: what the source's card says about licence, language and
+tags, and what the Hub wants to know about a quantized model. Below it stands a generated part between two marker lines.
+Only what is between them ever changes; a card without the markers is left as it is. The source's own text is not
+copied, for it describes another model; the card links to it. No date goes in: the same input gives the same bytes.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from llmint8.formats import Checkpoint, LLMInt8Error, Quantization, read_json, read_manifest
+from llmint8.formats.disk.names import CARD_NAME
+
+# What `llmint8 eval` leaves in the checkpoint's directory for the card.
+EVALUATION_NAME = "llmint8_eval.json"
+
+_BEGIN = "<!-- llmint8: what stands between this line and the next such line is generated -->"
+_END = "<!-- llmint8: end of the generated part -->"
+_GENERATED = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
+_MAX_CARD_BYTES = 4 << 20
+_NAMES_SHOWN = 8
+_CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_TAGS = ("llmint8", "int8", "8-bit", "bitsandbytes")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a card is about."""
+
+    config: Mapping[str, Any]
+    quantization: Quantization
+    source: Mapping[str, Any]  # as in the manifest
+    in_features: Sequence[int]  # of each int8 layer
+    nbytes: int  # of all tensors
+    evaluation: Mapping[str, Any] | None = None  # what `llmint8 eval` found
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Subject":
+        """Describe a checkpoint on the disk."""
+        llmint8 = checkpoint.quantization.llmint8
+        evaluation = checkpoint.path / EVALUATION_NAME
+        return cls(
+            checkpoint.config,
+            checkpoint.quantization,
+            read_manifest(checkpoint.path).source if llmint8 else {},
+            [record.in_features for record in checkpoint.records.values()],
+            sum(info.nbytes for info in checkpoint.tensors.values()),
+            read_json(evaluation) if evaluation.exists() else None,
+        )
+
+
+def read_card(directory: Path) -> str:
+    """Return the text of the card in a directory, nothing where there is none that can be read."""
+    try:
+        data = (directory / CARD_NAME).read_bytes()
+    except FileNotFoundError:
+        return ""
+    return data.decode(errors="replace") if len(data) <= _MAX_CARD_BYTES else ""
+
+
+def metadata(text: str) -> dict[str, Any]:
+    """Return a card's front matter, nothing where it has none or it is broken."""
+    if not re.match(r"\s*---\s*\n.*?\n---", text, re.DOTALL):
+        return {}
+    try:
+        found = ModelCard(text, ignore_metadata_errors=True).data.__dict__
+    except Exception:  # PyYAML's own errors, and whatever else a document of another's making provokes
+        return {}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def new_card(subject: Subject, source_card: str) -> str:
+    """Return the card of a new checkpoint, with what the source's card says about the model."""
+    data = _front_matter(subject, metadata(source_card))
+    return f"---\n{data.to_yaml()}\n---\n\n{_generated(subject, None)}\n"
+
+
+def refreshed_card(subject: Subject, card: str, repo: str) -> str:
+    """Return the card with its generated part up to date, for the repo where it will be; all else stays."""
+    if not card.strip():
+        card = new_card(subject, "")
+    return _GENERATED.sub(lambda match: _generated(subject, repo), card, count=1)
+
+
+def _front_matter(subject: Subject, source: Mapping[str, Any]) -> Any:
+    carried: dict[str, Any] = {key: _plain(source.get(key)) for key in _CARRIED}
+    repo = subject.source.get("repo")
+    architecture = _architecture(subject)
+    if carried["pipeline_tag"] is None and architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        carried["pipeline_tag"] = "text-generation"
+    tags = _plain(source.get("tags")) or []
+    tags = [tags] if isinstance(tags, str) else tags
+    return ModelCardData(
+        base_model=repo,
+        base_model_relation="quantized" if repo else None,
+        library_name="transformers",
+        tags=list(dict.fromkeys([*tags, *_TAGS])),
+        **carried,
+    )
+
+
+def _plain(value: Any) -> str | list[str] | None:
+    """Take strings and lists of them; in YAML 1.1 the language `no` is False."""
+    if isinstance(value, list):
+        return [item for item in map(_plain, value) if isinstance(item, str)] or None
+    if value is False:
+        return "no"
+    return value if isinstance(value, str) and value else None
+
+
+def _generated(subject: Subject, repo: str | None) -> str:
+    parts = _introduction(subject), _conversion(subject), _accuracy(subject.evaluation), _usage(repo)
+    return "\n".join([_BEGIN, *chain.from_iterable(parts), _END])
+
+
+def _introduction(subject: Subject) -> list[str]:
+    name, repo, commit = (subject.source.get(key) for key in ("name", "repo", "commit"))
+    title = _text(str(name or "This model"))
+    origin = f"`{title}`"
+    if repo:
+        link = f"https://huggingface.co/{_text(str(repo))}"
+        origin = f"[{title}]({link}), commit [`{_text(str(commit))}`]({link}/tree/{_text(str(commit))}),"
+    return [
+        f"# {title.rpartition('/')[2]}, int8",
+        "",
+        f"This is {origin} with its linear layers in 8-bit integers, made by {_text(subject.quantization.producer)}",
+        "with the method of [LLM.int8()](https://arxiv.org/abs/2208.07339). What the model is for, how it was trained",
+        "and what its limits are, the card of the original says; its licence holds for this copy too.",
+        "",
+    ]
+
+
+def _conversion(subject: Subject) -> list[str]:
+    quantization = subject.quantization
+    columns, kept = sum(subject.in_features), sum(quantization.outliers.values())
+    head = ", the output head among them" if quantization.int8_head else ""
+    rows = {
+        "Architecture": _text(_architecture(subject) or "unknown"),
+        "In int8": f"{len(subject.in_features)} linear layers{head}; one scale per row (absmax)",
+        "Not quantized": ", ".join([*_skipped(quantization.skip_modules), "all that is not linear"]),
+    }
+    if quantization.llmint8:
+        counts = sorted(quantization.outliers.values()) or [0]
+        rows["Outlier columns"] = (
+            f"{kept / max(1, columns):.2%} of the input columns also stored unquantized, {counts[0]} to {counts[-1]} "
+            f"in a layer; criterion `{_text(quantization.criterion)}`"
+        )
+        rows["Calibration"] = _calibration(quantization.calibration)
+        rows["Activations"] = f"int8 when the model runs, one scale per token ({quantization.activation})"
+        rows["Format"] = f"llmint8 {_text(quantization.format_version)}, which bitsandbytes reads too"
+    files = subject.source.get("files")
+    before = sum(size for size in files.values() if isinstance(size, int)) if isinstance(files, dict) else 0
+    rows["Size"] = f"{subject.nbytes / 1e6:.1f} MB" + (f"; the original {before / 1e6:.1f} MB" if before else "")
+    return [
+        "## What was quantized",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in rows.items()),
+        "",
+    ]
+
+
+def _skipped(names: Sequence[str]) -> list[str]:
+    shown = [f"`{_text(name)}`" for name in names[:_NAMES_SHOWN]]
+    return [*shown, f"{len(names) - _NAMES_SHOWN} layers more"] if names[_NAMES_SHOWN:] else shown
+
+
+def _calibration(calibration: Mapping[str, Any] | None) -> str:
+    if not calibration:
+        return "none"
+    tokens, text = _text(str(calibration.get("tokens"))), str(calibration.get("text"))
+    if text == "packaged":
+        return f"{tokens} tokens of llmint8's own text"
+    return f"{tokens} tokens: `{_text(text)}`"
+
+
+def _accuracy(evaluation: Mapping[str, Any] | None) -> list[str]:
+    if evaluation is None:
+        return []
+    try:
+        reference = f"| the original | | | {_number(evaluation['reference_perplexity'], '.3f')} |"
+        rows = [
+            f"| {_label(row['name'])} | {_number(row['kl_mean'], '.5f')} | {_number(row['top1_agreement'], '.2%')} "
+            f"| {_number(row['perplexity'], '.3f')} |"
+            for row in evaluation["methods"]
+        ]
+        where = f"{int(evaluation['positions'])} positions of `{_text(evaluation['text'])}`"
+        where += f", in windows of {int(evaluation['window'])} tokens"
+    except (KeyError, TypeError, ValueError) as error:
+        raise LLMInt8Error(f"{EVALUATION_NAME}: malformed: {error}; run `llmint8 eval` again or remove it") from None
+    return [
+        "## Accuracy",
+        "",
+        f"Against the original, on {where}. KL is that of the next-token distribution, in nats.",
+        "",
+        "| | KL | same first choice | perplexity |",
+        "|---|---|---|---|",
+        reference,
+        *rows,
+        "",
+    ]
+
+
+def _label(name: str) -> str:
+    """Name a row: before a colon, `llmint8 eval` has the directory, which means nothing to others."""
+    return _text(re.sub(r"^.*: ", "in int8: ", name))
+
+
+def _usage(repo: str | None) -> list[str]:
+    name = repr(repo or "path/to/this/directory").replace("'", '"')
+    return [
+        "## How to load it",
+        "",
+        "With llmint8, which uses the outlier columns:",
+        "",
+        "```python",
+        "from llmint8 import runtime",
+        f"model = runtime.load({name})",
+        "```",
+        "",
+        "With transformers and bitsandbytes, which ignore them:",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM",
+        f"model = AutoModelForCausalLM.from_pretrained({name})",
+        "```",
+    ]
+
+
+def _architecture(subject: Subject) -> str:
+    architectures = subject.config.get("architectures")
+    return str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+
+
+def _text(value: str) -> str:
+    """Take out what is markup: names come from files of others, and no end marker may be among them."""
+    return re.sub(r"[^\w ./:=+,()-]", "?", value)
+
+
+def _number(value: float | None, form: str) -> str:
+    """Format a number; what was not finite is null in the file."""
+    return "-" if value is None else format(value, form)

@@ -1,0 +1,174 @@
+"""A repo on the Hub as a source of which no more than two shards are ever on the disk: `--low-disk`.
+
+Names and shapes come from the headers of the shards, which small range requests fetch. A shard is downloaded when the
+first of its tensors is read, into a folder in OUT, and deleted when all of its tensors have been released. A layer may
+straddle two shards; before a third is downloaded, the one that has not been read for longest goes, and is fetched again
+should it be needed after all. Reads and downloads take turns, whatever threads they come from.
+
+A download that is cut goes on where it stopped; one that was killed starts again with that shard, for huggingface_hub
+keeps no half of a file. Whole shards that an earlier process has left are used.
+"""
+
+import dataclasses
+import io
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, hf_hub_url
+from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from torch import Tensor
+
+from llmint8.formats import CorruptFileError, Source, SourceError, TensorInfo, open_source
+from llmint8.formats.containers.safetensors import MAX_HEADER_BYTES, parse_header, read_header
+from llmint8.formats.containers.tensors import read_tensor
+
+from .answers import explain, patiently
+from .origin import Resolved
+
+MOST_SHARDS = 2
+# Nearly every header is smaller, and a second request takes longer than these bytes.
+_FIRST_REQUEST = 1 << 17
+_TIMEOUT_SECONDS = 30.0
+
+
+def open_remote(origin: Resolved, folder: Path) -> Source:
+    """Open a repo whose weights have not been fetched. `folder` will hold them; it is made by the first read.
+
+    Raises:
+        SourceError, CorruptFileError: as `open_source`; or the Hub does not give the headers.
+
+    """
+    shelf = _Shelf(origin, folder)
+    return dataclasses.replace(open_source(origin.path, shelf.open), release=shelf.release)
+
+
+class HubFile:
+    """A safetensors file on the Hub."""
+
+    def __init__(self, path: Path, size: int, tensors: dict[str, TensorInfo], shelf: "_Shelf") -> None:
+        """Take where the file would be in a snapshot of the repo, and what its header says."""
+        self.path, self.size, self.tensors, self._shelf = path, size, tensors, shelf
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor, and download the file before if it is not on the disk."""
+        return self._shelf.read(self.tensors[name])
+
+    def read_rows(self, name: str) -> Iterator[Tensor]:
+        """Read one tensor in blocks of rows. Other threads may have the file deleted in between: it is fetched anew."""
+        return (self._shelf.read(block) for block in self.tensors[name].blocks())
+
+
+class _Shelf:
+    """The shards on the disk."""
+
+    def __init__(self, origin: Resolved, folder: Path) -> None:
+        self._origin, self._folder = origin, folder
+        self._lock = threading.Lock()
+        self._files: dict[str, HubFile] = {}
+        self._waiting: dict[str, set[str]] = {}  # file -> its tensors that have not been released
+        self._present: list[str] | None = None  # files on the disk, the one read last at the end; None: not looked yet
+
+    def open(self, path: Path) -> HubFile:
+        """Fetch the header of a shard; `path` is where it would be in a snapshot."""
+        with self._explained(path.name):
+            url = hf_hub_url(str(self._origin.repo), path.name, revision=self._origin.commit)
+            raw, size = _bytes_of(url, 0, _FIRST_REQUEST)
+            end = min(8 + int.from_bytes(raw[:8], "little"), size, 8 + MAX_HEADER_BYTES)
+            if len(raw) < end:
+                raw += _bytes_of(url, len(raw), end)[0]
+        file = HubFile(path, size, parse_header(path, io.BytesIO(raw), size), self)
+        self._files[path.name], self._waiting[path.name] = file, set(file.tensors)
+        return file
+
+    def read(self, info: TensorInfo) -> Tensor:
+        with self._lock:
+            self._put_up(info.file)
+            tensor = read_tensor(self._folder / info.file, info)
+            self._tidy(info.file)  # some are read again after they were released
+            return tensor
+
+    def release(self, name: str) -> None:
+        """Take note that a tensor has been converted."""
+        with self._lock:
+            file = next(file for file, waiting in self._waiting.items() if name in self._files[file].tensors)
+            self._waiting[file].discard(name)
+            self._tidy(file)
+
+    def _put_up(self, name: str) -> None:
+        if self._present is None:
+            self._present = self._left_behind()
+        if name in self._present:
+            self._present.remove(name)
+        else:
+            while len(self._present) >= MOST_SHARDS:
+                self._take_down(self._present[0])
+            self._download(name)
+        self._present.append(name)
+
+    def _left_behind(self) -> list[str]:
+        """Return the shards that an earlier process has left. Of one it was killed in nothing can be used."""
+        shutil.rmtree(self._folder / ".cache", ignore_errors=True)
+        for name, file in self._files.items():
+            if not _is_whole(self._folder / name, file):
+                (self._folder / name).unlink(missing_ok=True)
+        return [name for name in self._files if (self._folder / name).exists()]
+
+    def _download(self, name: str) -> None:
+        repo, commit = str(self._origin.repo), self._origin.commit
+        with self._explained(name):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            patiently(lambda: hf_hub_download(repo, name, revision=commit, local_dir=self._folder))
+        if not _is_whole(self._folder / name, self._files[name]):
+            raise SourceError(f"{repo}: {name}: what was downloaded is not what its header announced")
+
+    def _tidy(self, name: str) -> None:
+        if not self._waiting[name]:
+            self._take_down(name)
+        if not any(self._waiting.values()):
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _take_down(self, name: str) -> None:
+        (self._folder / name).unlink(missing_ok=True)
+        if self._present and name in self._present:
+            self._present.remove(name)
+
+    @contextmanager
+    def _explained(self, name: str) -> Iterator[None]:
+        where = f"{self._origin.repo}: {name}"
+        try:
+            yield
+        except (HTTPError, EntryNotFoundError, OSError) as error:
+            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+                raise SourceError(f"{where}: the repo has no such file at commit {self._origin.commit}") from None
+            raise SourceError(f"{where}: {explain(error)}") from None
+
+
+def _bytes_of(url: str, start: int, end: int) -> tuple[bytes, int]:
+    """Return bytes `start` to `end` of a file, or to its end where that comes first, and the size of the file."""
+
+    def request() -> tuple[bytes, int]:
+        headers = build_hf_headers() | {"Range": f"bytes={start}-{end - 1}"}
+        with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT_SECONDS) as response:
+            hf_raise_for_status(response)
+            size = response.headers.get("Content-Range", "").rpartition("/")[2]
+            if response.status_code != 206 or not size.isdigit():
+                raise OSError("the server gives no parts of files, which --low-disk needs")
+            data = bytearray()
+            for chunk in response.iter_bytes():
+                data += chunk
+                if len(data) > end - start:
+                    raise OSError(f"the server gives more than the {end - start} bytes it was asked for")
+        return bytes(data), int(size)
+
+    return patiently(request)
+
+
+def _is_whole(path: Path, file: HubFile) -> bool:
+    try:
+        return path.stat().st_size == file.size and read_header(path) == file.tensors
+    except (CorruptFileError, OSError):
+        return False

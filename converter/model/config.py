@@ -1,0 +1,72 @@
+"""The config of a checkpoint, through transformers: values checked, and no code unless it is trusted."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from llmint8.formats import SourceError, read_json
+from llmint8.formats.disk.names import CONFIG_NAME
+
+from .errors import first_line
+from .limits import check_config
+
+
+def load_config(path: Path, trust_remote_code: bool = False) -> Any | None:
+    """Return the PreTrainedConfig of a directory, or None when transformers does not know the model type.
+
+    Args:
+        path: the directory.
+        trust_remote_code: run the code that the directory holds, where config.json names it under `auto_map`. The
+            config then keeps `auto_map`; without, it has none, and nothing that gets it can run code.
+
+    Raises:
+        SourceError: transformers knows the type, and refuses the values; or they are refused before it sees them.
+
+    """
+    file = path / CONFIG_NAME
+    raw = read_json(file)
+    check_config(raw, file)
+    code = own_code(raw, file) if trust_remote_code else {}
+    model_type = raw.get("model_type")
+    if not (isinstance(model_type, str) and model_type in transformers.CONFIG_MAPPING) and "AutoConfig" not in code:
+        return None
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # each config class raises what it likes
+        raise SourceError(f"{file}: not a valid {model_type} config: {first_line(error)}") from None
+    # It would name another index of weights, one that has not been checked.
+    config.__dict__.pop("transformers_weights", None)
+    config.__dict__.pop("auto_map", None)
+    if trust_remote_code:
+        config.auto_map = code
+    return config
+
+
+def is_trusted(config: Any) -> bool:
+    """Tell whether the config was loaded with the permission to run the checkpoint's own code."""
+    return getattr(config, "auto_map", None) is not None
+
+
+def own_code(config: Mapping[str, Any], file: Path) -> dict[str, str]:
+    """Return transformers' auto class -> `module.Class` in the directory, as `auto_map` in config.json has it.
+
+    Raises:
+        SourceError: it is something else, or names code elsewhere.
+
+    """
+    code = config.get("auto_map") or {}
+    if not isinstance(code, dict):
+        raise SourceError(f"{file}: auto_map is {str(code)[:80]!r}, expected an object")
+    for name, reference in code.items():
+        if name.startswith("AutoTokenizer"):
+            continue
+        if not isinstance(reference, str) or not re.fullmatch(r"\w+\.\w+", reference):
+            raise SourceError(
+                f"{file}: auto_map[{name[:80]!r}] is {str(reference)[:80]!r}, expected module.Class of a file beside it"
+            )
+    return {name: reference for name, reference in code.items() if not name.startswith("AutoTokenizer")}

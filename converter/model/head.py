@@ -1,0 +1,42 @@
+"""A model's output head, and the model with a head of its own."""
+
+import copy
+from typing import Any, NamedTuple
+
+from llmint8.formats import SourceError
+
+from .build import is_linear, meta_model
+from .own_use import weights_used_directly
+
+
+class Head(NamedTuple):
+    """A model's output head: the name of its module, and of the parameter it shares its weight with, or None."""
+
+    module: str
+    tied_to: str | None
+
+
+def own_head(config: Any | None, model: Any | None) -> tuple[Any, Any, Head]:
+    """Return config and model with a head that has a weight of its own, and what it was in this model.
+
+    Raises:
+        SourceError: there is no head, or the model is not the same when its head is not tied to the embedding.
+
+    """
+    head: Any = None if model is None else model.get_output_embeddings()
+    modules = {} if model is None else dict(model.named_modules())
+    name = next((name for name, module in modules.items() if module is head), None)
+    if config is None or model is None or name is None or not is_linear(head):
+        raise SourceError("--quantize-head: transformers knows no plain linear output head here; leave it out")
+    ties, tied_to = model.all_tied_weights_keys, None
+    if pair := next((set(pair) for pair in ties.items() if f"{name}.weight" in pair), None):
+        (tied_to,) = pair - {f"{name}.weight"}
+        config = copy.deepcopy(config)
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+        model = meta_model(config)
+        # Encoders with decoders share one embedding among more than two, and T5 computes otherwise when it is not tied.
+        if len(ties) > 1 or config.is_encoder_decoder or model is None or model.all_tied_weights_keys:
+            raise SourceError(f"--quantize-head: {config.model_type} cannot do without its tied head; leave it out")
+    if weights_used_directly(meta_model(config), [name], or_its_dtype=True):
+        raise SourceError(f"--quantize-head: {config.model_type} uses the weight of {name} itself; leave it out")
+    return config, model, Head(name, tied_to)

@@ -1,0 +1,60 @@
+"""Weights that the model's own code takes, outside of their layers."""
+
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+from transformers.pytorch_utils import Conv1D
+
+from .build import text_inputs
+
+log = logging.getLogger("llmint8")
+
+
+def weights_used_directly(model: Any, layers: Iterable[str], or_its_dtype: bool = False) -> set[str]:
+    """Return the linear layers whose weight the model's own code takes, as Mamba does with that of `dt_proj`.
+
+    Such a weight must stay what it is. The model runs once on the meta device, which takes no memory and no weights;
+    where that is not possible, nothing is known and nothing is returned.
+
+    Args:
+        model: a transformers model on the meta device; used up by this.
+        layers: names of linear modules in it.
+        or_its_dtype: return those too of which the code looks at the weight's dtype. Within blocks it does so with
+            int8 in mind; what it casts to the dtype of a head's weight would become int8.
+
+    """
+    weights = {}
+    for name in layers:
+        module = model.get_submodule(name)
+        weights[id(module.weight)] = name
+        out_features = module.weight.shape[1 if isinstance(module, Conv1D) else 0]
+        module.forward = lambda x, n=out_features: x.new_empty(*x.shape[:-1], n)
+    watch = _WeightWatch(weights, or_its_dtype)
+    tokens = torch.zeros(1, 8, dtype=torch.long, device="meta")
+    try:
+        with torch.inference_mode(), watch:
+            model.eval()(**text_inputs(model, tokens))
+    except Exception as error:  # whatever the model's code raises without data
+        log.debug("%s does not run on the meta device: %s", type(model).__name__, error)
+    return watch.used
+
+
+class _WeightWatch(TorchFunctionMode):
+    """Notes which of some parameters an operation is given; reading an attribute does not count, but `dtype` may."""
+
+    def __init__(self, weights: dict[int, str], dtype_counts: bool) -> None:
+        super().__init__()
+        self._weights, self._dtype_counts = weights, dtype_counts
+        self.used: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        attribute = getattr(func, "__name__", "") == "__get__"
+        if not attribute or (self._dtype_counts and func.__self__ is Tensor.dtype):
+            leaves = tree_leaves((args, kwargs))
+            self.used.update(self._weights[id(leaf)] for leaf in leaves if id(leaf) in self._weights)
+        return func(*args, **(kwargs or {}))

@@ -1,0 +1,1 @@
+"""Which input columns of each layer stay in 16 bit."""

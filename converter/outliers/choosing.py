@@ -1,0 +1,63 @@
+"""How many columns each layer keeps in 16 bit: the budget, split over the layers.
+
+It goes to where the measured error falls most per column: a greedy walk down the convex hulls of the curves. No layer's
+name, kind or depth has a say. docs/accuracy.md has what this was compared with.
+"""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+from .criterion import OUTLIER_POSITIONS, Criterion
+from .measuring import InputGroup
+
+
+def select(groups: Sequence[InputGroup], criterion: Criterion) -> list[int]:
+    """Return how many of its candidates each group keeps in 16 bit: the first so many of its `order`."""
+    if criterion.kind == "top-k":
+        return _split(groups, criterion.value or 0)
+    if criterion.kind == "threshold":
+        limit = criterion.value or 0
+        return [sum(value >= limit for value in group.statistics["absmax"]) for group in groups]
+    counts = []
+    for group in groups:
+        # `positions` does not fall with the magnitude: what is not systematic is passed over.
+        chosen = [share >= OUTLIER_POSITIONS for share in group.statistics["positions"]]
+        group.order = torch.tensor(chosen).logical_not().int().argsort(stable=True)
+        counts.append(sum(chosen))
+    return counts
+
+
+def _split(groups: Sequence[InputGroup], budget: float) -> list[int]:
+    """Spend `budget` columns per layer, on the steepest steps of the hulls first."""
+    left = int(budget * sum(len(group.layers) for group in groups))
+    steps = []
+    for index, group in enumerate(groups):
+        steps += [(-fall / len(group.layers), index, low, high) for fall, low, high in _hull(group.ks, group.errors)]
+    counts = [0] * len(groups)
+    closed = set()
+    for _, index, low, high in sorted(steps):
+        cost = (high - low) * len(groups[index].layers)
+        if index in closed or cost > left:
+            closed.add(index)
+            continue
+        counts[index] = high
+        left -= cost
+    return counts
+
+
+def _hull(ks: Sequence[int], errors: Sequence[float]) -> list[tuple[float, int, int]]:
+    """Return the steps of the lower convex hull as (fall per column, from k, to k), steepest first."""
+    points: list[tuple[int, float]] = []
+    for k, error in zip(ks, errors, strict=True):
+        if points and error >= points[-1][1]:
+            continue
+        while len(points) > 1 and _slope(points[-2], points[-1]) >= _slope(points[-1], (k, error)):
+            points.pop()
+        points.append((k, error))
+    return [(-_slope(low, high), low[0], high[0]) for low, high in pairwise(points)]
+
+
+def _slope(low: tuple[int, float], high: tuple[int, float]) -> float:
+    return (high[1] - low[1]) / (high[0] - low[0])

@@ -1,0 +1,42 @@
+"""What the user may ask for: the criteria, and the numbers that bound them."""
+
+import re
+from typing import NamedTuple
+
+# Where the error is measured, and so what k can be; the largest is what kernels are made for.
+GRID = (0, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+# No more than this share of a layer's dimensions is worth a budget: past it, 16 bit would be simpler.
+_MAX_SHARE = 4
+# The paper's definition of an outlier feature (section 4.1): its magnitude, and in how many positions.
+OUTLIER_MAGNITUDE = 6.0
+OUTLIER_POSITIONS = 0.06
+
+
+class Criterion(NamedTuple):
+    """How outliers are chosen; `value` is the budget of `top-k`, the magnitude of `threshold`, else None.
+
+    `top-k`: so many columns per layer on average, split by measured error. `threshold`: the paper's, every dimension
+    that reaches a magnitude. `systematic`: the paper's outlier features, a magnitude of 6 in 6 % of the positions.
+    """
+
+    kind: str
+    value: float | None
+
+    def __str__(self) -> str:
+        """Return the criterion as the user writes it."""
+        return self.kind if self.value is None else f"{self.kind}={self.value:g}"
+
+
+def parse_criterion(text: str) -> Criterion:
+    """Parse `none`, `systematic`, `top-k=16` or `threshold=6.0`. Raises ValueError."""
+    if text in ("none", "systematic"):
+        return Criterion(text, None)
+    match = re.fullmatch(r"(top-k|threshold)=(\d+(?:\.\d+)?)", text)
+    if not match or float(match[2]) <= 0:
+        raise ValueError(f"outliers {text!r}, expected none, systematic, top-k=16 or threshold=6.0 (any number > 0)")
+    return Criterion(match[1], float(match[2]))
+
+
+def max_candidates(in_features: int) -> int:
+    """Return how many of a layer's dimensions may be given a budget."""
+    return min(GRID[-1], max(1, in_features // _MAX_SHARE))

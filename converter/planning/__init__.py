@@ -1,0 +1,1 @@
+"""What a conversion will do, known before it begins."""

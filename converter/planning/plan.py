@@ -1,0 +1,206 @@
+"""What a conversion will do, before it does it: layers, sizes, memory and disk space."""
+
+import dataclasses
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmint8.formats import (
+    DTYPES,
+    FLOAT_DTYPES,
+    OutputError,
+    Source,
+    TensorInfo,
+    TensorSpec,
+    int8_specs,
+    is_unfinished,
+    open_source,
+    outlier_specs,
+    require_writable,
+)
+from llmint8.formats.containers.tensors import BLOCK_BYTES
+from llmint8.formats.disk.names import WORKING_NAME
+
+from ..hub.low_disk import MOST_SHARDS, open_remote
+from ..hub.origin import Resolved
+from ..model.build import meta_model
+from ..model.config import load_config
+from ..model.head import Head, own_head
+from ..model.limits import bounded_modules
+from ..outliers.criterion import Criterion, max_candidates, parse_criterion
+from .options import Options
+from .selection import SelectedLayer, Selection, select_layers
+
+_CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B", re.IGNORECASE)
+# What a conversion holds beside its largest tensor: the interpreter's own growth, headers, blocks being quantized.
+_BASE_MEMORY = 64 << 20
+_ACTIVATION_COPIES = 8
+# An output is put aside when it takes at most this part of its weight.
+_OUTPUT_SHARE = 4
+_LOGIT_COPIES = 2
+_DEFAULTS = Options()
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """The plan of one conversion; see `make_plan`."""
+
+    source: Source
+    origin: Resolved
+    out: Path
+    config: Any | None  # transformers' config, with the head untied to quantize it; None for a model it does not know
+    head: Head | None  # the output head, where it is to be quantized
+    selection: Selection
+    criterion: Criterion
+    options: Options
+    dtype: str | None  # safetensors' name of the dtype that unquantized tensors are cast to
+    max_shard_bytes: int
+    groups: list[list[TensorSpec]]  # the tensors to write, in the order of the source; without outliers not yet chosen
+
+    @property
+    def untied(self) -> bool:
+        """Whether the head becomes int8 and the source has it tied to the embedding."""
+        modules = {self.selection.module_of[name] for name in self.selection.layers}
+        return self.head is not None and self.head.tied_to is not None and self.head.module in modules
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all source tensors."""
+        return sum(info.nbytes for info in self.source.tensors.values())
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all tensors to be written; outlier columns are estimated as the budget, where there is one."""
+        columns = (self.criterion.value or 0) if self.criterion.kind == "top-k" else 0
+        rows = sum(
+            layer.out_features * DTYPES[output_dtype(layer.weight.dtype, self.dtype)].itemsize
+            for layer in self.selection.layers.values()
+        )
+        return sum(spec.nbytes for group in self.groups for spec in group) + int(columns * rows)
+
+    @property
+    def disk_needed(self) -> int:
+        """Bytes on disk, headers, small files and what the calibrated pass puts aside included."""
+        small = sum(file.stat().st_size for file in self.source.small_files)
+        aside = 0
+        if self.criterion.kind != "none":
+            for layer in self.selection.layers.values():
+                aside += layer.weight.nbytes * max_candidates(layer.in_features) // layer.in_features
+                aside += kept_output_bytes(layer, self.options.calibration_tokens)
+        # With --low-disk, the shards that are there at a time.
+        shards = sorted(file.size for file in self.source.files)[-MOST_SHARDS:] if self.origin.remote else []
+        return self.bytes_after + small + aside + sum(shards) + 1024 * sum(len(group) for group in self.groups)
+
+    @property
+    def disk_free(self) -> int:
+        """Bytes free where OUT is or will be, with those that an unfinished conversion already takes there."""
+        existing = next(path for path in (self.out.absolute(), *self.out.absolute().parents) if path.exists())
+        taken = [path.stat() for path in self.out.rglob("*") if path.is_file()] if is_unfinished(self.out) else []
+        return shutil.disk_usage(existing).free + sum(512 * getattr(status, "st_blocks", 0) for status in taken)
+
+    @property
+    def peak_memory(self) -> int:
+        """An estimate in bytes, the Python process and its libraries not counted."""
+        layer_of, tokens = self.selection.layer_of, self.options.calibration_tokens
+        whole = 0  # the largest tensor that is not handled in blocks of its rows
+        for info in self.source.tensors.values():
+            layer = layer_of.get(info.name)
+            if (layer and layer.transposed) or not info.file.endswith(".safetensors"):
+                whole = max(whole, int(1.5 * info.nbytes))
+        peak = self.options.threads * (whole + 6 * BLOCK_BYTES)
+        if self.criterion.kind != "none":
+            # The weight in use, its int8 copy, the one that is read ahead; and the batch's activations in float32.
+            layers = self.selection.layers.values()
+            activations = _ACTIVATION_COPIES * max(layer.in_features for layer in layers)
+            if self.head:
+                activations += _LOGIT_COPIES * max(layer.out_features for layer in layers)
+            largest = max(info.nbytes for info in self.source.tensors.values())
+            peak = max(peak, int(2.5 * largest) + tokens * 4 * activations)
+        return peak + _BASE_MEMORY
+
+
+def kept_output_bytes(layer: SelectedLayer, tokens: int) -> int:
+    """Return the bytes of a layer's output in the calibrated pass, where it is put aside; else 0.
+
+    With it a pass that goes on after an interruption needs neither to read the weight again nor to multiply by it.
+    """
+    nbytes = 4 * tokens * layer.out_features
+    return nbytes if _OUTPUT_SHARE * nbytes <= layer.weight.nbytes else 0
+
+
+def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> ConversionPlan:
+    """Open the source, choose the layers and lay out the result. Writes nothing and reads no weight.
+
+    Raises:
+        SourceError, CorruptFileError: the source cannot be converted.
+        OutputError: OUT is or lies inside the source, or holds something that is not an unfinished conversion.
+        ValueError: an option's value is not valid.
+
+    """
+    criterion = parse_criterion(options.outliers)
+    if options.dtype is not None and options.dtype not in _CAST_DTYPES:
+        raise ValueError(f"dtype {options.dtype!r}, expected one of {', '.join(_CAST_DTYPES)}")
+    max_shard_bytes = _parse_size(options.max_shard_size)
+    _check_out(origin.path, out)
+    source = open_remote(origin, out / WORKING_NAME) if origin.remote else open_source(origin.path)
+    config, head = load_config(origin.path, options.trust_remote_code), None
+    with bounded_modules(len(source.tensors)):
+        model = None if config is None else meta_model(config)
+        if options.quantize_head:
+            config, model, head = own_head(config, model)
+    selection = select_layers(source, model, options.skip, options.only, head)
+    if model is None and criterion.kind != "none":
+        criterion = Criterion("none", None)
+        selection.notices.append("without the model there is no calibration: no outlier columns are stored")
+    dtype = _CAST_DTYPES.get(options.dtype or "")
+    plan = ConversionPlan(source, origin, out, config, head, selection, criterion, options, dtype, max_shard_bytes, [])
+    return with_selection(plan, selection)
+
+
+def with_selection(plan: ConversionPlan, selection: Selection) -> ConversionPlan:
+    """Return the plan for other layers."""
+    source, dtype, layer_of = plan.source, plan.dtype, selection.layer_of
+    groups = []
+    for info in in_file_order(source):
+        layer = layer_of.get(info.name)
+        if layer is None or layer.tied:
+            groups.append([TensorSpec(info.name, output_dtype(info.dtype, dtype), info.shape)])
+        if layer is not None:
+            outlier_dtype = output_dtype(info.dtype, dtype)
+            specs = int8_specs(layer.name, layer.out_features, layer.in_features)
+            if plan.criterion.kind == "none":
+                specs += outlier_specs(layer.name, layer.out_features, 0, outlier_dtype)
+            groups.append(specs)
+    return dataclasses.replace(plan, selection=selection, groups=groups)
+
+
+def in_file_order(source: Source) -> list[TensorInfo]:
+    """Return the source's tensors as they lie on the disk, so that it is read from front to back."""
+    return sorted(source.tensors.values(), key=lambda info: (info.file, info.offset))
+
+
+def output_dtype(dtype: str, cast: str | None) -> str:
+    """Return the dtype in which an unquantized tensor is stored; only floats of 16 and 32 bits are ever cast."""
+    return cast if cast and dtype in FLOAT_DTYPES else dtype
+
+
+def _check_out(source: Path, out: Path) -> None:
+    real_source, real_out = source.resolve(), out.resolve()
+    if real_out == real_source:
+        raise OutputError(f"{out}: is the source itself; name another directory for the result")
+    if real_source in real_out.parents:
+        raise OutputError(f"{out}: lies inside the source {source}; name a directory outside of it")
+    require_writable(out)
+
+
+def _parse_size(size: str | int) -> int:
+    if isinstance(size, int):
+        return size
+    match = _SIZE.fullmatch(size.strip())
+    if not match or float(match[1]) <= 0:
+        raise ValueError(f"size {size!r}, expected a number and a unit such as 5GB or 500MB")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))

@@ -1,0 +1,240 @@
+"""Choose the linear layers to quantize, from the model's structure where transformers knows it."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from llmint8.formats import FLOAT_DTYPES, Source, SourceError, TensorInfo
+
+from ..model.build import is_linear, meta_model
+from ..model.head import Head
+from ..model.names import module_names
+from ..model.own_use import weights_used_directly
+
+_ROUTER = re.compile(r"(^|\.)((\w+_)?router|(shared_expert_)?gate|gating)(\.|$)")
+# For models that transformers does not know: what is not a plain linear layer, by the names in use.
+_NOT_LINEAR = re.compile(r"emb|wte|wpe|head|norm|ln_|router|gate$|position|shared$|classifier|score|conv|lora")
+_MIN_FEATURES_BY_NAME = 32
+
+
+@dataclass(frozen=True)
+class SelectedLayer:
+    """A layer to quantize. `name` is its module's name in the source's tensor names."""
+
+    name: str
+    weight: TensorInfo
+    transposed: bool  # stored [in, out], as GPT-2's Conv1D is
+    tied: bool = False  # the head of a model whose embedding is this tensor too, and stays beside it
+
+    @property
+    def out_features(self) -> int:
+        """N."""
+        return self.weight.shape[1 if self.transposed else 0]
+
+    @property
+    def in_features(self) -> int:
+        """K."""
+        return self.weight.shape[0 if self.transposed else 1]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The layers to quantize by name, those left alone with the reason, and what to tell the user.
+
+    `module_of` has the module name in the model for all of them. It differs from the name in the checkpoint where
+    transformers renames tensors when it loads them.
+    """
+
+    layers: dict[str, SelectedLayer]
+    kept: dict[str, str]
+    module_of: dict[str, str]
+    notices: list[str]
+
+    @property
+    def layer_of(self) -> dict[str, SelectedLayer]:
+        """The layers to quantize by the tensor names of their weights."""
+        return {layer.weight.name: layer for layer in self.layers.values()}
+
+    @property
+    def skip_modules(self) -> list[str]:
+        """The linear modules left alone, for bitsandbytes, which quantizes whatever it is not told to skip."""
+        return sorted(self.module_of[name] for name in self.kept)
+
+    def without(self, reasons: dict[str, str]) -> "Selection":
+        """Return the selection with more layers left alone, each for its reason."""
+        layers = {name: layer for name, layer in self.layers.items() if name not in reasons}
+        return Selection(layers, {**self.kept, **reasons}, self.module_of, self.notices)
+
+
+def select_layers(
+    source: Source, model: Any | None, skip: Sequence[str], only: Sequence[str], head: Head | None = None
+) -> Selection:
+    """Select from a model on the meta device, or by name and shape where `model` is None.
+
+    Args:
+        source: the opened source checkpoint.
+        model: a transformers model on the meta device, or None.
+        skip: regular expressions; a layer whose name matches one anywhere stays in 16 bit.
+        only: regular expressions; where given, a layer must match one of them.
+        head: the output head, to quantize it too; `model` is the one with a head of its own.
+
+    Raises:
+        ValueError: not a regular expression.
+        SourceError: no layer is left, a linear layer's weight is missing, or is not a 16 or 32-bit float.
+
+    """
+    for option, patterns in (("--skip", skip), ("--only", only)):
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{option} {pattern!r} is not a regular expression: {error}") from None
+    notices: list[str] = []
+    if model is None:
+        notices.append(
+            f"transformers does not know the model type {source.config.get('model_type')!r}: "
+            "linear layers were chosen by name and shape; --verbose lists the others"
+            + ("; --trust-remote-code runs the code beside it" if source.config.get("auto_map") else "")
+        )
+        candidates, kept, module_of = _candidates_by_name(source)
+    else:
+        mapped = module_names(model, source.tensors)
+        unmapped = [info for name, info in source.tensors.items() if name not in mapped]
+        candidates, kept, module_of = _candidates_of_model(source, model, mapped, bool(unmapped), head)
+        tied = {f"{head.module}.weight"} if head and head.tied_to else set()
+        notices += _unmapped_notice(unmapped) or _missing_notice(model, {*mapped.values(), *tied})
+    layers = {}
+    for name, layer in candidates.items():
+        if any(re.search(pattern, name) for pattern in skip):
+            kept[name] = "--skip"
+        elif only and not any(re.search(pattern, name) for pattern in only):
+            kept[name] = "not in --only"
+        elif layer.weight.dtype not in FLOAT_DTYPES:
+            raise SourceError(
+                f"{source.path / layer.weight.file}: {layer.weight.name} is {layer.weight.dtype}, "
+                "expected F16, BF16 or F32; leave it as it is with --skip"
+            )
+        else:
+            layers[name] = layer
+    if not layers:
+        reasons = ", ".join(sorted(set(kept.values()))) or "the model has none"
+        raise SourceError(f"{source.path}: no linear layer is left to quantize ({reasons})")
+    return Selection(layers, kept, module_of, notices)
+
+
+def _candidates_of_model(
+    source: Source, model: Any, mapped: dict[str, str], any_unmapped: bool, head: Head | None
+) -> tuple[dict[str, SelectedLayer], dict[str, str], dict[str, str]]:
+    """Return the layers to quantize, those to keep with reasons, and checkpoint name -> module name for both."""
+    _check_shapes(source, model, mapped)
+    tensor_of = {parameter: tensor for tensor, parameter in mapped.items()}
+    layers: dict[str, SelectedLayer] = {}
+    kept: dict[str, str] = {}
+    module_of: dict[str, str] = {}
+    for module_name, module in model.named_modules():
+        if not isinstance(module, nn.Linear | Conv1D):
+            continue
+        is_head = head is not None and module_name == head.module
+        reason = None if is_head else _reason_to_keep(model, module_name)
+        if not reason and not is_linear(module):
+            # bitsandbytes does not replace these, and would take the int8 values for weights.
+            reason = f"a {type(module).__name__}, not a plain Linear"
+        tensor = tensor_of.get(f"{module_name}.weight")
+        name = tensor.removesuffix(".weight") if tensor else module_name
+        tied = is_head and tensor is None
+        if head is not None and is_head and head.tied_to is not None:
+            embedding = _embedding(source, tensor_of, head.tied_to)
+            tensor = tensor or embedding
+        module_of[name] = module_name
+        if reason or tensor is None:
+            # A tensor that transformers splits or fuses may be this weight; if there is none, it is lost.
+            if not reason and not any_unmapped:
+                raise SourceError(f"{source.path}: the weight of {module_name} is missing from the checkpoint")
+            kept[name] = reason or "not stored as a tensor of its own"
+            continue
+        layers[name] = SelectedLayer(name, source.tensors[tensor], isinstance(module, Conv1D), tied)
+    used = weights_used_directly(meta_model(model.config), [module_of[name] for name in layers])
+    for name in [name for name in layers if module_of[name] in used]:
+        kept[name] = "its weight is used by the model's own code"
+        del layers[name]
+    return layers, kept, module_of
+
+
+def _embedding(source: Source, tensor_of: dict[str, str], parameter: str) -> str:
+    """Return the tensor that stays 16 bit beside the head; without it the model would have no embedding."""
+    if parameter not in tensor_of:
+        raise SourceError(f"{source.path}: {parameter} is missing from the checkpoint; leave --quantize-head out")
+    return tensor_of[parameter]
+
+
+def _check_shapes(source: Source, model: Any, mapped: dict[str, str]) -> None:
+    """Hold every tensor against the model: what the config asks for is then no larger than what the files hold."""
+    targets = model.state_dict()
+    for tensor, parameter in mapped.items():
+        info, expected = source.tensors[tensor], tuple(targets[parameter].shape)
+        if info.shape != expected:
+            where = f"{source.path / info.file}: {tensor}"
+            raise SourceError(f"{where} has shape {list(info.shape)}, the config asks for {list(expected)}")
+
+
+def _reason_to_keep(model: Any, name: str) -> str | None:
+    """Return why a linear layer stays in 16 bit, or None: heads, tied weights, fp32 modules, routers."""
+    head = model.get_output_embeddings()
+    if head is not None and model.get_submodule(name) is head:
+        return "output head"
+    tied = model.all_tied_weights_keys
+    if f"{name}.weight" in {*tied.keys(), *tied.values()}:
+        return "tied weight"
+    if model.base_model is not model and not name.startswith(f"{model.base_model_prefix}."):
+        return "output head"
+    fp32 = {*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())}
+    if any(re.search(rf"(^|\.){pattern}(\.|$)", name) for pattern in fp32):
+        return "kept in high precision by the model"
+    return "router" if _ROUTER.search(name) else None
+
+
+def _unmapped_notice(unmapped: list[TensorInfo]) -> list[str]:
+    """Say how much stays in 16 bit because the model fuses it when it loads, as experts are."""
+    fused = [info for info in unmapped if info.name.endswith(".weight") and len(info.shape) == 2]
+    if not fused:
+        return []
+    size = sum(info.nbytes for info in fused) / 1e9
+    return [
+        f"{len(fused)} matrices ({size:.2f} GB, {fused[0].name} among them) stay as they are: the model has "
+        "no linear layer of that name (fused experts, for example)"
+    ]
+
+
+def _missing_notice(model: Any, loaded: set[str]) -> list[str]:
+    """Name parameters that no tensor of the source is loaded into."""
+    tied = {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    missing = [
+        name
+        for name, _ in model.named_parameters()
+        if name not in loaded and name not in tied and not any(pattern.search(name) for pattern in ignored)
+    ]
+    if not missing:
+        return []
+    return [
+        f"{len(missing)} parameters of the model are in no file, {missing[0]} among them; "
+        "is the checkpoint whole? transformers fills them with random numbers"
+    ]
+
+
+def _candidates_by_name(source: Source) -> tuple[dict[str, SelectedLayer], dict[str, str], dict[str, str]]:
+    layers: dict[str, SelectedLayer] = {}
+    kept: dict[str, str] = {}
+    for tensor, info in source.tensors.items():
+        name = tensor.removesuffix(".weight")
+        if name == tensor or len(info.shape) != 2:
+            continue
+        if _NOT_LINEAR.search(name.lower()) or min(info.shape) < _MIN_FEATURES_BY_NAME:
+            kept[name] = "by its name or shape"
+        else:
+            layers[name] = SelectedLayer(name, info, transposed=False)
+    return layers, kept, {name: name for name in [*layers, *kept]}

@@ -1,0 +1,42 @@
+"""What lies beside the weights and goes along: tokenizer, generation config, chat template, licence."""
+
+from pathlib import Path
+
+from ..errors import SourceError
+from .names import CONFIG_NAME
+from .reading import require_inside
+
+WEIGHT_SUFFIXES = tuple(
+    ".partial .safetensors .bin .pt .pth .ckpt .h5 .msgpack .gguf .ggml .onnx .ot .npz .tflite .pkl .pdparams".split()  # noqa: SIM905
+)
+MAX_SMALL_FILE_BYTES = 64 << 20
+MAX_SMALL_FILES_BYTES = 512 << 20  # together; they are in memory together
+
+
+def small_files(path: Path) -> list[Path]:
+    """Return tokenizer, generation config, chat template, licence and whatever else is small and not weights.
+
+    Raises:
+        SourceError: a link out of the directory, a name that cannot be printed, or too much of it.
+
+    """
+    folders = [path, path / "additional_chat_templates"]
+    candidates = sorted(file for folder in folders if folder.is_dir() for file in folder.iterdir())
+    found = [file for file in candidates if _is_small_file(file, path)]
+    size = sum(file.stat().st_size for file in found)
+    if size > MAX_SMALL_FILES_BYTES:
+        raise SourceError(f"{path}: {size} bytes beside the weights, at most {MAX_SMALL_FILES_BYTES} are copied")
+    return found
+
+
+def _is_small_file(file: Path, directory: Path) -> bool:
+    name = file.name
+    not_copied = (CONFIG_NAME, "adapter_config.json")  # adapters stay behind: their weights are not converted
+    if name in not_copied or name.endswith(".index.json") or name.startswith((".", "llmint8_")) or not file.is_file():
+        return False
+    if file.suffix.lower() in WEIGHT_SUFFIXES or file.stat().st_size > MAX_SMALL_FILE_BYTES:
+        return False
+    if not name.isprintable():
+        raise SourceError(f"{directory}: {name[:80]!r} is not a name that can be printed; rename or remove the file")
+    require_inside(file, directory)
+    return True

@@ -1,0 +1,213 @@
+"""An int8 checkpoint, opened: what spec.md calls its structure is checked, in the order and with the codes given there.
+
+Values are checked by `validate.py`: that reads every byte, this reads headers only.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..containers.index import read_weight_map
+from ..containers.safetensors import METADATA, read_header
+from ..containers.tensors import FLOAT_DTYPES, TensorInfo, read_tensor
+from ..disk.names import CONFIG_NAME, LEGACY_QUANTIZATION_NAME, SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME, is_unfinished
+from ..disk.reading import read_json, require_inside
+from ..errors import CheckpointError, CorruptFileError, LLMInt8Error
+from .quantization import Quantization
+from .records import Int8Record, record_specs
+
+# Beside `weight` and `bias`, which are names of ordinary tensors too.
+_RECORD_SUFFIXES = ("SCB", "weight_format", "outlier_dims", "outlier_weight")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An int8 checkpoint whose structure is valid."""
+
+    path: Path
+    config: dict[str, Any]
+    quantization: Quantization
+    tensors: dict[str, TensorInfo]
+    records: dict[str, Int8Record]
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor, in memory of its own."""
+        info = self.tensors[name]
+        return read_tensor(self.path / info.file, info)
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the weight files."""
+        return sorted({info.file for info in self.tensors.values()})
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open an int8 checkpoint directory and check its structure, rules E01 to E11.
+
+    Raises:
+        CheckpointError: the first rule that is broken, with the file, the tensor and what would be right.
+
+    """
+    path = Path(path)
+    config = _checked("E01", lambda: _read_config(path))
+    quantization = _quantization(path, config)
+    weight_map = _checked("E04", lambda: _weight_map(path))
+    file_names = sorted(set(weight_map.values())) if weight_map else [SAFETENSORS_NAME]
+    for name in file_names:
+        if not (path / name).is_file():
+            raise CheckpointError("E05", f"{path / name}: no such regular file; is the download complete?")
+        _checked("E05", lambda name=name: require_inside(path / name, path))
+    said = METADATA if quantization.llmint8 else None
+    headers = {name: _checked("E06", lambda name=name: read_header(path / name, said)) for name in file_names}
+    tensors = _merge(path, headers, weight_map)
+    modules = [
+        name.removesuffix(".weight")
+        for name, info in tensors.items()
+        if name.endswith(".weight") and info.dtype == "I8"
+    ]
+    _check_presence(path, tensors, modules, quantization.llmint8)
+    records = {name: _record(path, tensors, name) for name in modules}
+    checkpoint = Checkpoint(path, config, quantization, tensors, records)
+    for name in records:
+        _check_weight_format(checkpoint, name)
+    _check_counts(checkpoint)
+    return checkpoint
+
+
+def _checked(code: str, action: Any) -> Any:
+    try:
+        return action()
+    except CheckpointError:
+        raise
+    except LLMInt8Error as error:
+        raise CheckpointError(code, str(error)) from None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not (path / CONFIG_NAME).exists():
+        if is_unfinished(path):
+            raise CorruptFileError(f"{path}: an unfinished conversion; the command that began it goes on with it")
+        raise CorruptFileError(f"{path / CONFIG_NAME}: missing; is this the directory of a finished conversion?")
+    return read_json(path / CONFIG_NAME)
+
+
+def _quantization(path: Path, config: Mapping[str, Any]) -> Quantization:
+    raw = config.get("quantization_config")
+    if raw is None and (path / LEGACY_QUANTIZATION_NAME).exists():
+        raw = _checked("E01", lambda: read_json(path / LEGACY_QUANTIZATION_NAME))
+    if not isinstance(raw, dict):
+        raise CheckpointError("E02", f"{path / CONFIG_NAME}: no quantization_config, so not an int8 checkpoint")
+    try:
+        quantization = Quantization.from_dict(raw)
+    except ValueError as error:
+        raise CheckpointError("E02", f"{path / CONFIG_NAME}: quantization_config: {error}") from None
+    if "llmint8" not in raw:
+        return quantization
+    try:
+        return quantization.with_block(raw["llmint8"])
+    except ValueError as error:
+        raise CheckpointError("E03", f"{path / CONFIG_NAME}: quantization_config.llmint8: {error}") from None
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Return the index's map, or nothing for a checkpoint in one file."""
+    index, single = (path / SAFETENSORS_INDEX_NAME).exists(), (path / SAFETENSORS_NAME).exists()
+    if index == single:
+        what = "both are there" if index else "neither is there"
+        raise CorruptFileError(f"{path}: expected either {SAFETENSORS_NAME} or {SAFETENSORS_INDEX_NAME}, {what}")
+    return read_weight_map(path / SAFETENSORS_INDEX_NAME, ".safetensors") if index else {}
+
+
+def _merge(
+    path: Path, headers: Mapping[str, Mapping[str, TensorInfo]], weight_map: Mapping[str, str]
+) -> dict[str, TensorInfo]:
+    tensors: dict[str, TensorInfo] = {}
+    for file, infos in headers.items():
+        for name, info in infos.items():
+            if name in tensors:
+                raise CheckpointError("E07", f"{path / file}: {name}: also in {tensors[name].file}")
+            if weight_map and weight_map.get(name) != file:
+                raise CheckpointError("E07", f"{path / file}: {name}: the index has it in {weight_map.get(name)}")
+            tensors[name] = info
+    for name, file in weight_map.items():
+        if name not in tensors:
+            raise CheckpointError("E07", f"{path / file}: {name}: the index has it here, the file does not")
+    return tensors
+
+
+def _check_presence(path: Path, tensors: Mapping[str, TensorInfo], modules: Collection[str], llmint8: bool) -> None:
+    """Every record is whole, and no part of one stands alone. bitsandbytes may leave the last three out."""
+    for name in modules:
+        outliers = [f"{name}.outlier_dims", f"{name}.outlier_weight"]
+        required = [f"{name}.SCB"]
+        if llmint8:
+            required.append(f"{name}.weight_format")
+        if llmint8 or any(key in tensors for key in outliers):
+            required += outliers
+        for key in required:
+            if key not in tensors:
+                file = tensors[f"{name}.weight"].file
+                raise CheckpointError("E08", f"{path / file}: {key}: missing, but {name}.weight is int8")
+    names = set(modules)
+    for name, info in tensors.items():
+        module, _, suffix = name.rpartition(".")
+        if suffix in _RECORD_SUFFIXES and module not in names:
+            raise CheckpointError("E08", f"{path / info.file}: {name}: {module}.weight is not there as int8")
+
+
+def _record(path: Path, tensors: Mapping[str, TensorInfo], name: str) -> Int8Record:
+    weight = tensors[f"{name}.weight"]
+    where = f"{path / weight.file}: {name}"
+    if len(weight.shape) != 2:
+        raise CheckpointError("E09", f"{where}.weight: shape {list(weight.shape)}, expected [out, in]")
+    out_features, in_features = weight.shape
+    dims, columns = tensors.get(f"{name}.outlier_dims"), tensors.get(f"{name}.outlier_weight")
+    count = None if dims is None else (dims.shape[-1] if dims.shape else 0)
+    outlier_dtype = "F32" if columns is None else columns.dtype
+    expected = record_specs(name, out_features, in_features, count or 0, outlier_dtype)
+    for spec in expected:
+        info = tensors.get(spec.name)
+        if info is not None and (info.dtype, info.shape) != (spec.dtype, spec.shape):
+            raise CheckpointError(
+                "E09",
+                f"{path / info.file}: {info.name}: is {info.dtype} {list(info.shape)}, "
+                f"expected {spec.dtype} {list(spec.shape)}",
+            )
+    if outlier_dtype not in FLOAT_DTYPES:
+        raise CheckpointError("E09", f"{where}.outlier_weight: is {outlier_dtype}, expected F16, BF16 or F32")
+    if count is not None and count > in_features:
+        raise CheckpointError("E09", f"{where}.outlier_dims: {count} of them for {in_features} dimensions")
+    bias = tensors.get(f"{name}.bias")
+    if bias is not None and (bias.dtype not in FLOAT_DTYPES or bias.shape != (out_features,)):
+        raise CheckpointError("E09", f"{where}.bias: is {bias.dtype} {list(bias.shape)}, expected [{out_features}]")
+    return Int8Record(name, out_features, in_features, count, bias is not None)
+
+
+def _check_weight_format(checkpoint: Checkpoint, name: str) -> None:
+    key = f"{name}.weight_format"
+    if key in checkpoint.tensors:
+        value = int(_checked("E06", lambda: checkpoint.read(key)))
+        if value != 0:
+            file = checkpoint.path / checkpoint.tensors[key].file
+            raise CheckpointError(
+                "E10",
+                f"{file}: {key}: is {value}, expected 0 (row-major); save the model again with bitsandbytes >= 0.45",
+            )
+
+
+def _check_counts(checkpoint: Checkpoint) -> None:
+    """Compare the counts in config.json with the records; a loader sizes its layers by either."""
+    if not checkpoint.quantization.llmint8:
+        return
+    where, stated = checkpoint.path / CONFIG_NAME, checkpoint.quantization.outliers
+    for name in stated.keys() - checkpoint.records.keys():
+        raise CheckpointError("E11", f"{where}: outliers.counts names {name}, which is not a quantized layer")
+    for name, record in checkpoint.records.items():
+        if stated.get(name) != record.outlier_count:
+            raise CheckpointError(
+                "E11",
+                f"{where}: outliers.counts[{name!r}] is {stated.get(name)}, the file has {record.outlier_count}",
+            )

@@ -1,0 +1,125 @@
+"""The manifest beside a checkpoint: a SHA-256 for every tensor, where it all came from, and per-layer statistics."""
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..containers.tensors import DTYPES, TensorSpec, as_bytes, is_shape, is_tensor_name
+from ..disk.names import MANIFEST_NAME
+from ..disk.reading import read_json
+from ..errors import CheckpointError, LLMInt8Error
+from .quantization import FORMAT_VERSION, is_readable
+
+
+@dataclass(frozen=True)
+class ManifestEntry:
+    """What the manifest says about one tensor. `sha256` is over its data as stored, in hex."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the data."""
+        return TensorSpec("", self.dtype, self.shape).nbytes
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The manifest's content; spec.md, section "Manifest", describes it.
+
+    `source` identifies what was converted. `modules` has one free-form object of statistics per quantized layer.
+    `files` has the SHA-256 of config.json, tokenizer and all other files that hold no tensor, but the model card.
+    """
+
+    producer: str
+    source: dict[str, Any]
+    tensors: dict[str, ManifestEntry]
+    modules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the object that goes into the file."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "producer": self.producer,
+            "source": self.source,
+            "modules": self.modules,
+            "files": dict(sorted(self.files.items())),
+            "tensors": {
+                name: {
+                    "file": entry.file,
+                    "dtype": entry.dtype,
+                    "shape": list(entry.shape),
+                    "sha256": entry.sha256,
+                }
+                for name, entry in sorted(self.tensors.items())
+            },
+        }
+
+
+def tensor_sha256(tensor: Tensor) -> str:
+    """Return the SHA-256 of a tensor's data in row-major order, little-endian, in hex."""
+    return hashlib.sha256(as_bytes(tensor.contiguous())).hexdigest()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read the manifest in a checkpoint directory. Raises CheckpointError with rule E16."""
+    file = path / MANIFEST_NAME
+    try:
+        raw = read_json(file)
+        version = raw["format_version"]
+        if not is_readable(version):
+            raise CheckpointError("E16", f"{file}: format_version is {version!r}, expected {FORMAT_VERSION}")
+        entries = {name: _entry(name, entry) for name, entry in raw["tensors"].items()}
+        hashes = {_file_name(name): _hash(name, value) for name, value in raw.get("files", {}).items()}
+        return Manifest(str(raw["producer"]), dict(raw["source"]), entries, dict(raw["modules"]), hashes)
+    except CheckpointError:
+        raise
+    except LLMInt8Error as error:
+        raise CheckpointError("E16", str(error)) from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError("E16", f"{file}: malformed: {error}; convert again to get a new one") from None
+
+
+def _entry(name: str, raw: dict[str, Any]) -> ManifestEntry:
+    # Names are printed in messages, so they must be harmless.
+    if not is_tensor_name(name) or not is_tensor_name(raw["file"]):
+        raise ValueError(f"{name[:80]!r} in {raw['file']!r} is not the name of a tensor or of a file")
+    if raw["dtype"] not in DTYPES or not is_shape(raw["shape"]):
+        raise ValueError(f"{name}: {raw['dtype']!r} {raw['shape']!r} is not a dtype and a shape")
+    return ManifestEntry(raw["file"], raw["dtype"], tuple(raw["shape"]), _hash(name, raw["sha256"]))
+
+
+def _hash(name: str, value: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{64}", value):
+        raise ValueError(f"{name}: sha256 {value!r} is not 64 hexadecimal digits")
+    return value
+
+
+def _file_name(name: str) -> str:
+    """Return the name of a file in the checkpoint, or in a folder of it. Raises ValueError."""
+    if not is_tensor_name(name) or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise ValueError(f"{name[:80]!r} is not the name of a file in the checkpoint")
+    return name
+
+
+def differences(manifest: Manifest, tensors: dict[str, TensorSpec], files: dict[str, str]) -> list[str]:
+    """Say where the manifest and the tensors in the files disagree: presence, file, dtype and shape."""
+    problems = [f"{name}: in the manifest, in no file" for name in sorted(manifest.tensors.keys() - tensors.keys())]
+    for name, spec in sorted(tensors.items()):
+        entry = manifest.tensors.get(name)
+        if entry is None:
+            problems.append(f"{name}: in {files[name]}, not in the manifest")
+        elif (entry.file, entry.dtype, entry.shape) != (files[name], spec.dtype, spec.shape):
+            problems.append(
+                f"{name}: is {spec.dtype} {list(spec.shape)} in {files[name]}, "
+                f"the manifest says {entry.dtype} {list(entry.shape)} in {entry.file}"
+            )
+    return problems

@@ -1,0 +1,117 @@
+"""The `quantization_config` of an int8 checkpoint: bitsandbytes' keys, and our block `llmint8` among them."""
+
+import re
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..containers.tensors import is_tensor_name
+
+FORMAT_VERSION = "1.0"
+PRODUCER_NAME = "llmint8"
+# What stock bitsandbytes uses for its dynamic search; the value of the paper.
+BITSANDBYTES_THRESHOLD = 6.0
+_HEAD_NAMES = ("lm_head", "embed_out", "proj_out", "output_projection")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What a checkpoint says about its quantization; spec.md, section "config.json", gives each field's meaning.
+
+    `llmint8` is False for a checkpoint that bitsandbytes wrote: then only `threshold` and `skip_modules` are known.
+    """
+
+    skip_modules: list[str]
+    outliers: dict[str, int]  # module -> number of 16-bit columns
+    criterion: str = "none"
+    activation: str = "absmax"
+    threshold: float = BITSANDBYTES_THRESHOLD
+    format_version: str = FORMAT_VERSION
+    producer: str = PRODUCER_NAME
+    source: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
+    llmint8: bool = True
+
+    @property
+    def int8_head(self) -> str | None:
+        """The output head, where it is among the quantized layers under a name in use for it."""
+        return next((name for name in self.outliers if name.rpartition(".")[2] in _HEAD_NAMES), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the object that goes into config.json."""
+        return {
+            "quant_method": "bitsandbytes",
+            "load_in_8bit": True,
+            "load_in_4bit": False,
+            "llm_int8_threshold": self.threshold,
+            "llm_int8_skip_modules": self.skip_modules,
+            "llm_int8_has_fp16_weight": False,
+            "llm_int8_enable_fp32_cpu_offload": False,
+            "llmint8": {
+                "format_version": self.format_version,
+                "producer": self.producer,
+                "activation": self.activation,
+                "outliers": {"criterion": self.criterion, "counts": self.outliers},
+                "calibration": self.calibration,
+                "source": self.source,
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "Quantization":
+        """Read the object in config.json. Raises ValueError, saying which value is wrong and what would be right."""
+        if raw.get("load_in_8bit") is not True:
+            raise ValueError(f"load_in_8bit is {raw.get('load_in_8bit')!r}, expected true")
+        if raw.get("quant_method", "bitsandbytes") != "bitsandbytes":
+            raise ValueError(f"quant_method is {raw['quant_method']!r}, expected 'bitsandbytes'")
+        threshold = raw.get("llm_int8_threshold", BITSANDBYTES_THRESHOLD)
+        skip_modules = raw.get("llm_int8_skip_modules") or []
+        if not isinstance(threshold, int | float) or not 0 <= threshold <= sys.float_info.max:
+            raise ValueError(f"llm_int8_threshold is {threshold!r}, expected a number that is not negative")
+        if not isinstance(skip_modules, list) or not all(isinstance(name, str) for name in skip_modules):
+            raise ValueError("llm_int8_skip_modules is not a list of module names")
+        return cls(skip_modules, {}, threshold=float(threshold), producer="bitsandbytes", llmint8=False)
+
+    def with_block(self, block: Any) -> "Quantization":
+        """Add what our block `llmint8` says. Raises ValueError, as `from_dict` does."""
+        version = _get(block, "format_version", str)
+        if not is_readable(version):
+            raise ValueError(f"format_version is {version!r}, this program reads {FORMAT_VERSION}; update llmint8")
+        outliers = _get(block, "outliers", dict)
+        counts = _get(outliers, "counts", dict)
+        for name, count in counts.items():
+            if not is_tensor_name(name):
+                raise ValueError(f"outliers.counts names {name[:80]!r}, which is not the name of a module")
+            if type(count) is not int or count < 0:
+                raise ValueError(f"outliers.counts[{name!r}] is {count!r}, expected a whole number >= 0")
+        activation = _get(block, "activation", str)
+        if activation not in ("absmax", "zeropoint"):
+            raise ValueError(f"activation is {activation!r}, expected 'absmax' or 'zeropoint'")
+        source = _get(block, "source", dict)
+        for key in ("name", "repo", "commit"):
+            if not isinstance(source.get(key), str | None):
+                raise ValueError(f"source.{key} is {str(source[key])[:80]!r}, expected a string or null")
+        return Quantization(
+            self.skip_modules,
+            counts,
+            criterion=_get(outliers, "criterion", str),
+            activation=activation,
+            threshold=self.threshold,
+            format_version=version,
+            producer=_get(block, "producer", str),
+            source=source,
+            calibration=block.get("calibration"),
+        )
+
+
+def is_readable(version: str) -> bool:
+    """Tell whether a format version is MAJOR.MINOR with our major number."""
+    match = re.fullmatch(r"([0-9]+)\.[0-9]+", version)
+    return match is not None and match[1] == FORMAT_VERSION.split(".")[0]
+
+
+def _get(mapping: Any, key: str, kind: type) -> Any:
+    value = mapping.get(key) if isinstance(mapping, dict) else None
+    if not isinstance(value, kind):
+        raise ValueError(f"{key} is {str(value)[:80]!r}, expected a {kind.__name__}")
+    return value

@@ -1,0 +1,129 @@
+"""Check every value of an int8 checkpoint: rules E12 to E19 of spec.md. The structure has been checked by opening it.
+
+Each tensor is read once, for its hash and for its values. All problems are returned, not only the first.
+"""
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+
+from ..disk.names import MANIFEST_NAME
+from ..disk.reading import open_regular, require_inside
+from ..errors import CheckpointError, LLMInt8Error
+from .checkpoint import Checkpoint
+from .manifest import Manifest, differences, read_manifest, tensor_sha256
+from .records import Int8Record
+
+# The outlier columns are the originals of int8 columns, at most half a step away; casting them to another
+# 16-bit dtype may move them further: never by a whole step more, or by half of float16's smallest number.
+_MAX_STEPS_APART = 1.5
+_MAX_UNDERFLOW = 2.0**-25
+
+
+def check_manifest(checkpoint: Checkpoint) -> tuple[Manifest | None, list[CheckpointError]]:
+    """Return the manifest, and every broken rule of E16 and E17. Reads no tensor."""
+    # Without the block there need be none. One that is there all the same tells of a block that has been lost.
+    if not checkpoint.quantization.llmint8 and not (checkpoint.path / MANIFEST_NAME).exists():
+        return None, []
+    try:
+        manifest = read_manifest(checkpoint.path)
+    except CheckpointError as error:
+        return None, [error]
+    files = {name: info.file for name, info in checkpoint.tensors.items()}
+    found = differences(manifest, dict(checkpoint.tensors), files)
+    return manifest, [
+        CheckpointError("E17", f"{checkpoint.path / MANIFEST_NAME}: {difference}") for difference in found
+    ]
+
+
+def _check_files(checkpoint: Checkpoint, manifest: Manifest) -> list[CheckpointError]:
+    """Return which files without tensors are not as written. One may be missing: not every reader fetches all."""
+    problems = []
+    for name, expected in manifest.files.items():
+        path = checkpoint.path / name
+        try:
+            require_inside(path, checkpoint.path)
+            if not path.exists():
+                continue
+            with open_regular(path) as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except LLMInt8Error as error:
+            problems.append(CheckpointError("E19", str(error)))
+            continue
+        if found != expected:
+            what = "its SHA-256 is not the manifest's: it was changed since the conversion, or damaged"
+            problems.append(CheckpointError("E19", f"{path}: {what}"))
+    return problems
+
+
+def check_values(
+    checkpoint: Checkpoint, progress: Callable[[str, int], None] = lambda name, nbytes: None
+) -> list[CheckpointError]:
+    """Return every broken rule from E12 on, in the order of the tensors' names.
+
+    `progress` is called with the name and the bytes of each tensor after it was read.
+    """
+    manifest, problems = check_manifest(checkpoint)
+    problems += _check_files(checkpoint, manifest) if manifest else []
+    hashes = {name: entry.sha256 for name, entry in manifest.tensors.items()} if manifest else {}
+    kept: dict[str, torch.Tensor] = {}
+    for name, info in sorted(checkpoint.tensors.items()):
+        where = f"{checkpoint.path / info.file}: {name}"
+        try:
+            tensor = checkpoint.read(name)
+        except LLMInt8Error as error:
+            problems.append(CheckpointError("E06", str(error)))
+            continue
+        if name in hashes and tensor_sha256(tensor) != hashes[name]:
+            problems.append(
+                CheckpointError("E18", f"{where}: its SHA-256 is not the manifest's; fetch {info.file} again")
+            )
+        module = name.rpartition(".")[0]
+        if module in checkpoint.records and name.endswith((".SCB", ".outlier_dims", ".outlier_weight", ".weight")):
+            kept[name] = tensor
+            # `weight` sorts last of these, so the record is complete here. Those of modules inside come between.
+            if name == f"{module}.weight":
+                problems += _check_record(checkpoint, checkpoint.records[module], kept)
+                kept = {key: value for key, value in kept.items() if key.rpartition(".")[0] != module}
+        progress(name, info.nbytes)
+    return problems
+
+
+def _check_record(
+    checkpoint: Checkpoint, record: Int8Record, tensors: dict[str, torch.Tensor]
+) -> list[CheckpointError]:
+    weight, absmax = tensors.get(f"{record.name}.weight"), tensors.get(f"{record.name}.SCB")
+    if weight is None or absmax is None:
+        return []
+
+    def broken(code: str, suffix: str, what: str) -> CheckpointError:
+        file = checkpoint.tensors[f"{record.name}.{suffix}"].file
+        return CheckpointError(code, f"{checkpoint.path / file}: {record.name}.{suffix}: {what}")
+
+    valid = absmax.isfinite() & (absmax >= 0)
+    if not bool(valid.all()):
+        row = int((~valid).nonzero()[0])
+        # The rules that follow compare with the absmax, so they say nothing here.
+        return [broken("E12", "SCB", f"row {row} is {float(absmax[row])}, expected a finite absmax >= 0")]
+    if not checkpoint.quantization.llmint8:
+        return []
+    problems = []
+    largest = weight.amax(1).int().maximum(-weight.amin(1).int()) if record.in_features else absmax.int()
+    expected = torch.where(absmax > 0, 127, 0) if record.in_features else largest
+    if not torch.equal(largest, expected.int()):
+        row = int((largest != expected).nonzero()[0])
+        what = f"row {row} has magnitude {int(largest[row])}, expected {int(expected[row])} for its SCB"
+        problems.append(broken("E13", "weight", what))
+    dims = tensors.get(f"{record.name}.outlier_dims")
+    columns = tensors.get(f"{record.name}.outlier_weight")
+    if dims is None or columns is None or not len(dims):
+        return problems
+    if int(dims[0]) < 0 or int(dims[-1]) >= record.in_features or not bool((dims[1:] > dims[:-1]).all()):
+        what = f"not sorted, not unique or not in [0, {record.in_features})"
+        return [*problems, broken("E14", "outlier_dims", what)]
+    step = absmax.double()[:, None] / 127
+    apart = (columns.double() - weight[:, dims.long()] * step).abs()
+    if not bool((apart <= _MAX_STEPS_APART * step + _MAX_UNDERFLOW).all()):
+        problems.append(broken("E15", "outlier_weight", "not the originals of the int8 columns at outlier_dims"))
+    return problems

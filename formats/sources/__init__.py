@@ -1,0 +1,1 @@
+"""16-bit checkpoints as others wrote them."""

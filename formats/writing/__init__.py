@@ -1,0 +1,1 @@
+"""An int8 checkpoint being written: its shards, its journal, its commit."""

@@ -1,0 +1,214 @@
+"""What an unfinished conversion has done: an append-only file beside its shards, from which it goes on.
+
+The first line holds a fingerprint: what the conversion is made of. Every record is a line of JSON and then the bytes of
+its tensors. Nothing here waits for the disk; after a power failure a record may be cut short, or damaged, or vouch for
+data that was lost. So everything comes with a SHA-256, and what does not match it is done again.
+
+The file is locked while it is open, where the system has `flock`: two conversions cannot write to one directory.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import stat
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch import Tensor
+
+from ..containers.tensors import DTYPE_NAMES, DTYPES, TensorInfo, as_bytes, is_shape, read_tensor
+from ..disk.names import JOURNAL_NAME
+from ..errors import CorruptFileError, OutputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_MAX_LINE_BYTES = 64 << 20
+# Whatever a link leads to is not ours to write.
+_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+
+
+@dataclass(frozen=True)
+class Record:
+    """A value from JSON, and the places of the tensors that go with it."""
+
+    value: Any
+    tensors: tuple[TensorInfo, ...]
+    sha256: str
+
+
+class Journal:
+    """The journal of one conversion; see the module. Appending is safe from several threads."""
+
+    def __init__(self, out: Path, fingerprint: dict[str, str] | None) -> None:
+        """Open or begin the journal in the directory `out`; None takes one of any fingerprint.
+
+        Raises:
+            OutputError: another process has it open, or it belongs to a conversion with another fingerprint.
+
+        """
+        self.path = out / JOURNAL_NAME
+        self._records: dict[tuple[str, str], Record] = {}
+        self._unchecked: set[tuple[str, str]] = set()
+        self._lock = threading.Lock()
+        self._file = _open_locked(self.path)
+        try:
+            self._end = self._read(fingerprint)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def close(self) -> None:
+        """Close the file and give up the lock; another conversion may then go on."""
+        self._file.close()
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing has been done yet."""
+        return not self._records
+
+    def put(self, kind: str, name: str, value: Any = None, tensors: Sequence[Tensor] = ()) -> None:
+        """Append a record; it takes the place of an earlier one of that kind and name. Tensors are contiguous."""
+        digest = hashlib.sha256()
+        for tensor in tensors:
+            digest.update(as_bytes(tensor))
+        specs = [(DTYPE_NAMES[tensor.dtype], list(tensor.shape)) for tensor in tensors]
+        entry = {"kind": kind, "name": name, "value": value, "tensors": specs, "sha256": digest.hexdigest()}
+        with self._lock:
+            # After a failed write the next one begins where that one did.
+            self._file.seek(self._end)
+            start = self._end + self._write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
+            end = start + sum(self._write(as_bytes(tensor)) for tensor in tensors)
+            self._end = end
+            self._records[kind, name] = self._record(entry, start)
+            self._unchecked.discard((kind, name))
+
+    def get(self, kind: str, name: str) -> Record | None:
+        """Return a record whose tensors are whole, or None."""
+        record = self._records.get((kind, name))
+        if record is not None and (kind, name) in self._unchecked:
+            digest = hashlib.sha256()
+            with contextlib.suppress(CorruptFileError):
+                for info in record.tensors:
+                    digest.update(as_bytes(read_tensor(self.path, info)))
+            if digest.hexdigest() != record.sha256:
+                return None
+            self._unchecked.discard((kind, name))
+        return record
+
+    def remember(self, kind: str, name: str, compute: Callable[[], Any]) -> Any:
+        """Return the value of a record; where there is none, of a new one with what `compute` returns."""
+        record = self.get(kind, name)
+        if record is not None:
+            return record.value
+        value = compute()
+        self.put(kind, name, value)
+        return value
+
+    def load(self, info: TensorInfo) -> Tensor:
+        """Read a record's tensor, or some of its rows."""
+        return read_tensor(self.path, info)
+
+    def _write(self, data: bytes | memoryview) -> int:
+        view, done = memoryview(data), 0
+        try:
+            while done < len(view):
+                done += self._file.write(view[done:])
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from None
+        return done
+
+    def _read(self, fingerprint: dict[str, str] | None) -> int:
+        """Read all records; return where the whole ones end, which is where the next one goes."""
+        size = os.fstat(self._file.fileno()).st_size
+        with self.path.open("rb") as file:
+            first = _parse(file)
+            begun = first.get("fingerprint") if first else None
+            if not isinstance(begun, dict):
+                if any(path.suffix != ".partial" for path in self.path.parent.iterdir()):
+                    raise OutputError(f"{self.path}: not the journal of a conversion; remove it")
+                self._file.truncate(0)
+                return self._write(json.dumps({"fingerprint": fingerprint or {}}).encode() + b"\n")
+            if fingerprint is not None:
+                _compare(self.path.parent, begun, fingerprint)
+            end = file.tell()
+            while (entry := _parse(file)) is not None and _is_record(entry):
+                record = self._record(entry, file.tell())
+                following = file.tell() + sum(info.nbytes for info in record.tensors)
+                if following > size:
+                    break
+                self._records[entry["kind"], entry["name"]] = record
+                self._unchecked.add((entry["kind"], entry["name"]))
+                end = following
+                file.seek(end)
+        self._file.truncate(end)
+        return end
+
+    def _record(self, entry: dict[str, Any], offset: int) -> Record:
+        infos = []
+        for dtype, shape in entry["tensors"]:
+            infos.append(TensorInfo(entry["name"], dtype, tuple(shape), self.path.name, offset))
+            offset += infos[-1].nbytes
+        return Record(entry["value"], tuple(infos), entry["sha256"])
+
+
+def _open_locked(path: Path) -> BinaryIO:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _FLAGS, 0o666)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
+    file = os.fdopen(descriptor, "r+b", buffering=0)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OutputError(f"{path}: not a regular file; remove it")
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held the lock until now may have finished, and removed the file with it.
+            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(descriptor)):
+                raise BlockingIOError
+    except BlockingIOError:
+        file.close()
+        raise OutputError(f"{path.parent}: another conversion is writing to it; wait for its end") from None
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _parse(file: BinaryIO) -> dict[str, Any] | None:
+    """Return the next line's object; None at the end, or where a line is cut short or damaged."""
+    line = file.readline(_MAX_LINE_BYTES)
+    try:
+        entry = json.loads(line) if line.endswith(b"\n") else None
+    except (ValueError, RecursionError):
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def _is_record(entry: dict[str, Any]) -> bool:
+    if entry.keys() != {"kind", "name", "value", "tensors", "sha256"} or not isinstance(entry["tensors"], list):
+        return False
+    specs = [spec for spec in entry["tensors"] if isinstance(spec, list) and len(spec) == 2]
+    whole = len(specs) == len(entry["tensors"]) and all(is_shape(shape) for _, shape in specs)
+    words = [entry["kind"], entry["name"], entry["sha256"], *(dtype for dtype, _ in specs)]
+    return whole and all(isinstance(word, str) for word in words) and all(dtype in DTYPES for dtype, _ in specs)
+
+
+def _compare(out: Path, begun: dict[str, str], now: dict[str, str]) -> None:
+    """Refuse to go on with something else than what was begun."""
+    changes = [
+        f"{key} was {begun.get(key, 'not there')} and is {now.get(key, 'not there')}"
+        for key in begun.keys() | now.keys()
+        if begun.get(key) != now.get(key)
+    ]
+    if changes:
+        raise OutputError(
+            f"{out}: holds an unfinished conversion of something else: {'; '.join(sorted(changes))}. "
+            "Repeat the command it was begun with, or start over with --force"
+        )

@@ -1,0 +1,221 @@
+"""A whole layer in one launch, for calls of up to 4 rows: decoding reads the weight once, and nothing else counts.
+
+A program computes BLOCK_N outputs of every row. Each program quantizes the rows for itself: they are short and in the
+L2 cache, and a launch that did it once would take as long as the weight of a small layer. What takes longest is asked
+for first: the first block of the weight is on its way while the program searches the rows' ranges and multiplies the
+outlier columns, and each further block while the one before is multiplied.
+
+Products are those of four int8 pairs at a time (`dp4a` on NVIDIA). The threads of a program divide K among themselves
+and add up their int32 sums at the end. They are exact, so K needs no division among programs, and no order matters.
+The epilogue is that of `matmul.py` for up to 16 rows, operation for operation: a row gives the same result in
+both, to the bit.
+
+Rows of the weight have to be aligned to 16 bytes, K to 16, and outliers, multiplied in one step, not to be too many;
+`accepts` tells.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .epilogue import multiply_in_float32, scaled
+from .quantize_rows import WARP_ELEMENTS, kept, load_rows, padded_outliers, quantized, row_block, row_parameters
+from .tiles import TENSOR_CORE_ROWS, Tile, aligned
+
+_TENSOR_CORE_ROWS = tl.constexpr(TENSOR_CORE_ROWS)
+# Outlier columns that shared memory holds, with every tile that ships and in every dtype; 1,024 spill registers.
+_MOST_OUTLIERS = 256
+
+
+@triton.jit
+def _packed(values, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Put the last 8 bits of four neighbours into one int32: [R, BLOCK_K / 32, 32] to [R, BLOCK_K / 4]."""
+    parts = tl.reshape(values, [ROWS, BLOCK_K // 4, 4])
+    shift = 8 * tl.arange(0, 4)
+    return tl.sum((parts & 255) << shift[None, None, :], 2)
+
+
+@triton.jit
+def _dot4(x, w, DP4A: tl.constexpr):
+    """Multiply four pairs of int8, packed in int32, and add them up."""
+    if DP4A:
+        return tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, 0;", "=r,r,r", [x, w], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        total = (x >> 24) * (w >> 24)
+        for shift in tl.static_range(8, 32, 8):
+            total += ((x << shift) >> 24) * ((w << shift) >> 24)
+        return total
+
+
+@triton.jit(do_not_specialize=["M"])
+def int8_decode_kernel(
+    x_ptr,
+    w_ptr,
+    out_ptr,
+    w_absmax_ptr,
+    row_sum_ptr,
+    dims_ptr,
+    w_outliers_ptr,
+    bias_ptr,
+    M,
+    N,
+    K,
+    outliers,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RANGE_K: tl.constexpr,
+    RANGES: tl.constexpr,
+    ZEROPOINT: tl.constexpr,
+    DP4A: tl.constexpr,
+    PADDED: tl.constexpr,
+    OUTLIERS: tl.constexpr,
+    FLOAT32_OUTLIERS: tl.constexpr,
+):
+    """Compute columns `program_id(0) * BLOCK_N` and on; w and its stride are in int32 words of four values."""
+    first_n = tl.program_id(0) * BLOCK_N
+    n = first_n + tl.arange(0, BLOCK_N)
+    # Beyond the edge the last row is read again.
+    column = tl.minimum(n, N - 1)
+
+    # A thread has 16 neighbours of K, which are four words.
+    word = (4 * tl.arange(0, BLOCK_K // 16)[:, None] + tl.arange(0, 4)[None, :])[None, None, :, :]
+    w_rows = w_ptr + first_n.to(tl.int64) * stride_wn
+    w_pointers = w_rows + ((column - first_n)[None, :, None, None] * stride_wn + word)
+    w_next = tl.load(w_pointers, mask=word < K // 4, other=0)
+
+    x_rows = x_ptr + tl.minimum(tl.arange(0, ROWS), M - 1).to(tl.int64) * stride_xm
+    x_first = load_rows(x_rows, 0, K, stride_xk, RANGE_K)
+    w_absmax = tl.load(w_absmax_ptr + column)
+    row_sum = tl.zeros([BLOCK_N], tl.int32)
+    if ZEROPOINT:
+        row_sum = tl.load(row_sum_ptr + column)
+    if PADDED > 0:
+        index = tl.arange(0, OUTLIERS)
+        w_outlier_pointers = w_outliers_ptr + column.to(tl.int64)[:, None] * outliers + index[None, :]
+        # Into the cache, for later. What the program waits for comes after the barrier, for the compiler, too.
+        tl.load(w_outlier_pointers, mask=(index < outliers)[None, :], other=0.0, volatile=True)
+    tl.debug_barrier()
+
+    scale, divisor, zero_point, _ = row_parameters(
+        x_rows, x_first, dims_ptr, None, K, outliers, stride_xk, ROWS, RANGE_K, RANGES, PADDED, ZEROPOINT
+    )
+    # The tensor cores' rows are the rows of x, again and again.
+    m = tl.arange(0, _TENSOR_CORE_ROWS)
+    product = tl.zeros([_TENSOR_CORE_ROWS, BLOCK_N], tl.float32)
+    if PADDED > 0:
+        dim = tl.load(dims_ptr + index, mask=index < outliers, other=0).to(tl.int64)
+        x_pointers = x_ptr + tl.minimum(m % ROWS, M - 1).to(tl.int64)[:, None] * stride_xm + (dim * stride_xk)[None, :]
+        x_outliers = tl.load(x_pointers, mask=(index < outliers)[None, :], other=0.0)
+        w_outliers = tl.load(w_outlier_pointers, mask=(index < outliers)[None, :], other=0.0)
+        if FLOAT32_OUTLIERS:
+            x_outliers, w_outliers = x_outliers.to(tl.float32), w_outliers.to(tl.float32)
+        product = tl.dot(x_outliers, tl.trans(w_outliers), product, input_precision="ieee")
+
+    sums = tl.zeros([ROWS, BLOCK_N, BLOCK_K // 16], tl.int32)
+    for start in range(0, K, BLOCK_K):
+        # Before the weight: Triton then moves x between the threads for their product, and not the weight.
+        x_block = load_rows(x_rows, start, K, stride_xk, BLOCK_K)
+        w = w_next
+        w_pointers += BLOCK_K // 4
+        w_next = tl.load(w_pointers, mask=word < (K - start - BLOCK_K) // 4, other=0)
+        x = kept(x_block, dims_ptr, None, start, K, outliers, PADDED)
+        x = _packed(quantized(x, divisor, zero_point, ZEROPOINT), ROWS, BLOCK_K)
+        sums += tl.sum(_dot4(tl.reshape(x, [ROWS, 1, BLOCK_K // 16, 4]), w, DP4A), 3)
+
+    total = _repeated(tl.sum(sums, 2), ROWS, BLOCK_N)
+    row_scale, row_zero_point = _repeated(scale[:, None], ROWS, 1), _repeated(zero_point[:, None], ROWS, 1)
+    out = scaled(total, row_scale, row_zero_point, row_sum, ZEROPOINT) * tl.div_rn(w_absmax, 127.0)[None, :] + product
+    if bias_ptr is not None:
+        out += tl.load(bias_ptr + column).to(tl.float32)[None, :]
+    tl.store(
+        out_ptr + m[:, None] * N + n[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=(m < M)[:, None] & (n < N)[None, :],
+    )
+
+
+@triton.jit
+def _repeated(rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Repeat [ROWS, COLUMNS] until there are as many rows as tensor cores have."""
+    copies: tl.constexpr = _TENSOR_CORE_ROWS // ROWS
+    wide = tl.broadcast_to(rows[None, :, :], [copies, ROWS, COLUMNS])
+    return tl.reshape(wide, [_TENSOR_CORE_ROWS, COLUMNS])
+
+
+def accepts(weight: Tensor, outlier_dims: Tensor) -> bool:
+    """Tell whether the weight, int8 [N, K] with contiguous rows, is aligned and its outliers are few enough."""
+    return aligned(weight) and len(outlier_dims) <= _MOST_OUTLIERS
+
+
+def int8_decode(
+    x: Tensor,
+    weight: Tensor,
+    weight_absmax: Tensor,
+    weight_row_sum: Tensor | None,
+    outlier_dims: Tensor,
+    outlier_weight: Tensor,
+    bias: Tensor | None,
+    zeropoint: bool,
+    tile: Tile,
+) -> Tensor:
+    """Run the layer; see `reference.int8_linear`.
+
+    Args:
+        x: float16, bfloat16 or float32 [M, K], any strides, M up to the tile's `block_m`.
+        weight: int8 [N, K] that `accepts` accepts, with the outlier dims.
+        weight_absmax: float32 [N].
+        weight_row_sum: int32 [N], needed with `zeropoint` only.
+        outlier_dims: integer [k].
+        outlier_weight: float [N, k], contiguous.
+        bias: float [N] or None.
+        zeropoint: how the rows of x are quantized.
+        tile: what one program computes.
+
+    """
+    (m, k), n = x.shape, weight.shape[0]
+    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    if out.numel() == 0:
+        return out
+    count = outlier_dims.shape[0]
+    padded = padded_outliers(count)
+    range_k, ranges = row_block(k, WARP_ELEMENTS * tile.num_warps // tile.block_m)
+    kernel: Any = int8_decode_kernel
+    kernel[(triton.cdiv(n, tile.block_n),)](
+        x,
+        weight.view(torch.int32),
+        out,
+        weight_absmax,
+        weight_row_sum if zeropoint else None,
+        outlier_dims if count else None,
+        outlier_weight if count else None,
+        bias,
+        m,
+        n,
+        k,
+        count,
+        *x.stride(),
+        weight.stride(0) // 4,
+        ROWS=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        ZEROPOINT=zeropoint,
+        # The other form runs in the interpreter and on AMD's GPUs.
+        DP4A=x.device.type != "cpu" and not torch.version.hip,
+        RANGE_K=range_k,
+        RANGES=ranges,
+        PADDED=padded,
+        OUTLIERS=triton.next_power_of_2(padded),
+        FLOAT32_OUTLIERS=padded > 0 and multiply_in_float32(x, outlier_weight),
+        num_warps=tile.num_warps,
+        enable_fp_fusion=False,
+    )
+    return out

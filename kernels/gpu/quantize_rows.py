@@ -1,0 +1,271 @@
+"""Row quantization in Triton: activations to int8 in one launch, as `reference.quantize_rows` defines it.
+
+One program per row. The row stays in registers between the search for its range and the rounding; a row longer
+than `_LONGEST_BLOCK` is read twice. The same launch gathers the outlier dimensions for the 16-bit product.
+
+Which dimensions are outliers is kept as bits, one 32-bit word for 32 neighbouring dimensions, made by comparing the
+words' numbers with the k outlier dims: K * k / 32 comparisons where a test of every dimension would take K * k.
+
+Divisions round as IEEE says and halves round to even, so the int8 values are those of the reference on the CPU, bit for
+bit (docs/kernels.md has the one exception, rarer than one in 10**12), and so are scale and zero point. A row with NaN
+or infinity gets a scale that is not finite, as in the reference.
+
+Rows may have any strides. Aligned rows with K a multiple of 16 are read 16 bytes at a time; others are right, and
+slower.
+
+Over 250 lines: the kernel, its parts and its launch are one argument, and read together.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .outlier_search import Found
+
+# More per program does not fit the registers (65,536 in one block spills).
+_LONGEST_BLOCK = 16384
+# What a warp holds of it.
+WARP_ELEMENTS = 1024
+# Adding and subtracting 1.5 * 2**23 rounds half to even; Triton's own rounding is a library call on NVIDIA only.
+_ROUND = tl.constexpr(12582912.0)
+_ROUND_BITS = tl.constexpr(0x4B400000)
+
+
+class Rows(NamedTuple):
+    """Quantized rows, `x ~ (values - zero_point) * scale` but for the outlier dimensions: `outliers` or `found`."""
+
+    values: Tensor  # int8 [M, K]
+    scale: Tensor  # float32 [M]
+    zero_point: Tensor | None  # float32 [M], whole numbers; None when symmetric
+    outliers: Tensor | None  # [M, padded_outliers(k)] in the dtype of x, zero beyond k; None when k is 0
+    counters: Tensor | None = None  # int32, zeros, for a product that divides K among programs
+    found: Found | None = None
+
+
+@triton.jit
+def _ordered(x):
+    """Map float32 to int32 in the same order. NaN lies outside of the infinities, so a maximum shows it."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _extend(low, high, x, ZEROPOINT: tl.constexpr):
+    """Widen the range of each row, two values of `_ordered`, by a block; absmax has the magnitude for its upper end."""
+    if ZEROPOINT:
+        ordered = tl.reshape(_ordered(x), [x.shape[0], x.shape[1] * x.shape[2]])
+        return tl.minimum(low, tl.min(ordered, 1)), tl.maximum(high, tl.max(ordered, 1))
+    else:
+        magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        return low, tl.maximum(high, tl.max(tl.reshape(magnitude, [x.shape[0], x.shape[1] * x.shape[2]]), 1))
+
+
+@triton.jit
+def load_rows(x_rows, start, K, stride_xk, BLOCK_K: tl.constexpr):
+    """Load one block of rows, given their pointers [R]: [R, BLOCK_K / 32, 32], 0 beyond K."""
+    column = start + tl.arange(0, BLOCK_K // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    pointers = x_rows[:, None, None] + (column * tl.cast(stride_xk, tl.int64))[None, :, :]
+    return tl.load(pointers, mask=(column < K)[None, :, :], other=0.0)
+
+
+@triton.jit
+def kept(x, dims_ptr, flags_ptr, start, K, outliers, PADDED: tl.constexpr):
+    """Turn a block of `load_rows` to float32, and its outlier dimensions to 0: those listed, or those with a flag."""
+    x = x.to(tl.float32)
+    if PADDED > 0:
+        word = tl.arange(0, x.shape[1])
+        bits = tl.zeros([x.shape[1]], tl.int32)
+        for first in range(0, PADDED, 16):
+            index = first + tl.arange(0, 16)
+            # Dimensions of other blocks fall outside of the words of this one.
+            dim = tl.load(dims_ptr + index, mask=index < outliers, other=-1).to(tl.int32) - start
+            bits += tl.sum(tl.where((dim >> 5)[None, :] == word[:, None], (1 << (dim & 31))[None, :], 0), 1)
+        x = tl.where(((bits[:, None] & (1 << tl.arange(0, 32))[None, :]) == 0)[None, :, :], x, 0.0)
+    if flags_ptr is not None:
+        column = start + tl.arange(0, x.shape[1])[:, None] * 32 + tl.arange(0, 32)[None, :]
+        x = tl.where((tl.load(flags_ptr + column, mask=column < K, other=0) == 0)[None, :, :], x, 0.0)
+    return x
+
+
+@triton.jit
+def row_parameters(
+    x_rows, first, dims_ptr, flags_ptr, K, outliers, stride_xk,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, ZEROPOINT: tl.constexpr,
+):  # fmt: skip
+    """Search the range of rows, given their pointers [R] and their first block by `load_rows`.
+
+    Returns their scale, divisor and zero point, float32 [R] each, and their first block as `kept` does.
+    """
+    # The int32 0 stands for 0.0, which both ranges hold.
+    low, high = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.int32)
+    first = kept(first, dims_ptr, flags_ptr, 0, K, outliers, PADDED)
+    low, high = _extend(low, high, first, ZEROPOINT)
+    for start in range(BLOCK_K, BLOCKS * BLOCK_K, BLOCK_K):
+        more = kept(load_rows(x_rows, start, K, stride_xk, BLOCK_K), dims_ptr, flags_ptr, start, K, outliers, PADDED)
+        low, high = _extend(low, high, more, ZEROPOINT)
+    upper = high.to(tl.float32, bitcast=True)
+    if ZEROPOINT:
+        lower = (low ^ ((low >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        scale = tl.div_rn(upper - lower, 254.0)
+        divisor = tl.where(scale == 0, 1.0, scale)
+        zero_point = ((-127 - tl.div_rn(lower, divisor)) + _ROUND) - _ROUND
+    else:
+        scale = tl.div_rn(upper, 127.0)
+        divisor = tl.where(upper == 0, 1.0, upper)
+        zero_point = tl.zeros([ROWS], tl.float32)
+    return scale, divisor, zero_point, first
+
+
+@triton.jit
+def _divide(numerator, divisor, reciprocal):
+    """Divide by a positive number as IEEE does, from its rounded reciprocal: a residual that is exact, and one step.
+
+    A seventh of the instructions of `div_rn`, which would make the kernel wait for the arithmetic. The reciprocal must
+    not leave the normal numbers.
+    """
+    quotient = numerator * reciprocal
+    return tl.fma(tl.fma(quotient, -divisor, numerator), reciprocal, quotient)
+
+
+@triton.jit
+def quantized(x, divisor, zero_point, ZEROPOINT: tl.constexpr):
+    """Round a block of `kept` to int32 whose last 8 bits are the int8 values."""
+    numerator = x
+    if not ZEROPOINT:
+        numerator = x * 127
+    divisors = divisor[:, None, None]
+    # Only rows of bfloat16 or float32 near the ends of the range come to the slow branch.
+    if tl.min(((divisor > 2.0**-100) & (divisor < 2.0**100)).to(tl.int32), 0) != 0:
+        quotient = _divide(numerator, divisors, tl.div_rn(1.0, divisor)[:, None, None])
+    else:
+        quotient = tl.div_rn(numerator, divisors)
+    # The sum's last bits are the integer, in two's complement, without a conversion.
+    values = (quotient + _ROUND).to(tl.int32, bitcast=True)
+    if ZEROPOINT:
+        values += zero_point.to(tl.int32)[:, None, None] - _ROUND_BITS
+        values = tl.minimum(tl.maximum(values, -127), 127)
+    return values
+
+
+@triton.jit
+def _store(values_rows, values, start, K, BLOCK_K: tl.constexpr):
+    column = start + tl.arange(0, BLOCK_K // 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    tl.store(values_rows[:, None, None] + column[None, :, :], values.to(tl.int8), mask=(column < K)[None, :, :])
+
+
+@triton.jit
+def quantize_rows_kernel(
+    x_ptr,
+    dims_ptr,
+    flags_ptr,
+    values_ptr,
+    scale_ptr,
+    zero_point_ptr,
+    gathered_ptr,
+    counters_ptr,
+    K,
+    outliers,
+    stride_xm,
+    stride_xk,
+    BLOCK_K: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PADDED: tl.constexpr,
+    ZEROPOINT: tl.constexpr,
+    COUNTERS: tl.constexpr,
+):
+    """Quantize row `program_id(0)`. BLOCKS blocks of BLOCK_K dimensions cover K; PADDED is 0 without outlier dims."""
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    x_rows = x_ptr + row * stride_xm
+    values_rows = values_ptr + row * K
+    if COUNTERS > 0:  # known to the compiler, unlike the other condition  # noqa: SIM102
+        if tl.program_id(0) == 0:
+            tl.store(counters_ptr + tl.arange(0, COUNTERS), tl.zeros([COUNTERS], tl.int32))
+
+    first = load_rows(x_rows, 0, K, stride_xk, BLOCK_K)
+    scale, divisor, zero_point, first = row_parameters(
+        x_rows, first, dims_ptr, flags_ptr, K, outliers, stride_xk, 1, BLOCK_K, BLOCKS, PADDED, ZEROPOINT
+    )
+    tl.store(scale_ptr + row, scale)
+    if ZEROPOINT:
+        tl.store(zero_point_ptr + row, zero_point)
+
+    _store(values_rows, quantized(first, divisor, zero_point, ZEROPOINT), 0, K, BLOCK_K)
+    for start in range(BLOCK_K, BLOCKS * BLOCK_K, BLOCK_K):
+        more = kept(load_rows(x_rows, start, K, stride_xk, BLOCK_K), dims_ptr, flags_ptr, start, K, outliers, PADDED)
+        _store(values_rows, quantized(more, divisor, zero_point, ZEROPOINT), start, K, BLOCK_K)
+
+    if PADDED > 0:
+        for start in range(0, PADDED, 16):
+            index = start + tl.arange(0, 16)
+            dim = tl.load(dims_ptr + index, mask=index < outliers, other=0).to(tl.int64)
+            pointers = x_rows[:, None] + (dim * stride_xk)[None, :]
+            column = tl.load(pointers, mask=(index < outliers)[None, :], other=0.0)
+            tl.store(gathered_ptr + row[:, None] * PADDED + index[None, :], column)
+
+
+def padded_outliers(count: int) -> int:
+    """Return the columns that `count` outliers take in the product: 0, 16, or a multiple of 32.
+
+    Few kernels do for layers whose counts all differ.
+    """
+    return 16 if 0 < count <= 16 else -(-count // 32) * 32
+
+
+def row_block(in_features: int, longest: int) -> tuple[int, int]:
+    """Return BLOCK_K and BLOCKS of `row_parameters` for rows of K dimensions, in blocks of up to `longest`."""
+    block = min(longest, max(512, triton.next_power_of_2(in_features)))
+    return block, max(1, triton.cdiv(in_features, block))
+
+
+def quantize_rows(x: Tensor, outlier_dims: Tensor | Found, zeropoint: bool, counters: int = 0) -> Rows:
+    """Quantize the rows of `x` and gather its outlier dimensions; see `reference.quantize_rows`.
+
+    Args:
+        x: float16, bfloat16 or float32 [M, K], any strides, on the GPU.
+        outlier_dims: integer [k] on the same device, unique; k may be 0. What a search found is not gathered.
+        zeropoint: spread the row's range over the int8 values, in place of its absmax.
+        counters: how many zeros to return in `Rows.counters`, at least; the same launch sets them.
+
+    """
+    rows, in_features = x.shape
+    found = outlier_dims if isinstance(outlier_dims, Found) else None
+    count = 0 if found else len(outlier_dims)
+    padded = padded_outliers(count)
+
+    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    out = Rows(
+        empty(rows, in_features, dtype=torch.int8),
+        empty(rows, dtype=torch.float32),
+        empty(rows, dtype=torch.float32) if zeropoint else None,
+        empty(rows, padded, dtype=x.dtype) if count else None,
+        empty(triton.next_power_of_2(counters), dtype=torch.int32) if counters else None,
+        found,
+    )
+    if rows:
+        block, blocks = row_block(in_features, _LONGEST_BLOCK)
+        kernel: Any = quantize_rows_kernel
+        kernel[(rows,)](
+            x,
+            outlier_dims if count else None,
+            found.flags if found else None,
+            out.values,
+            out.scale,
+            out.zero_point,
+            out.outliers,
+            out.counters,
+            in_features,
+            count,
+            *x.stride(),
+            PADDED=padded,
+            ZEROPOINT=zeropoint,
+            COUNTERS=0 if out.counters is None else out.counters.shape[0],
+            BLOCK_K=block,
+            BLOCKS=blocks,
+            num_warps=max(1, block // WARP_ELEMENTS),
+        )
+    return out

@@ -1,0 +1,1 @@
+"""How close an int8 model is to its source."""

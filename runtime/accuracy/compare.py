@@ -1,0 +1,229 @@
+"""An int8 checkpoint against its 16-bit source on a text, and against the methods of the LLM.int8() paper.
+
+There are two models in memory, in float32 where they are not int8: the source and the checkpoint. The paper's methods
+are simulated on the first, and the checkpoint's other modes are the second with its layers switched.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from llmint8.converter.calibration.text import read_text
+from llmint8.converter.hub.resolve import resolve
+from llmint8.converter.machine import usable_device
+from llmint8.converter.model.build import model_class
+from llmint8.converter.model.config import load_config
+from llmint8.converter.model.limits import bounded_modules
+from llmint8.formats import LLMInt8Error, SourceError, open_source
+from llmint8.kernels.reference import Activation
+
+from ..model.layer import Int8Linear, Outliers
+from ..model.load import load, no_progress_bar
+from ..model.misses import outlier_misses
+from .evaluate import Evaluation, Logits, measure, token_windows
+from .methods import METHODS, THRESHOLD, Method, Simulation
+
+_HEAD_IN_16_BIT = "head in 16 bit"
+
+
+class BeyondCalibration(NamedTuple):
+    """Rows of inputs larger than those of the calibration: their share, 0 to 1, and the layer with the largest."""
+
+    share: float
+    layer: str
+    layer_share: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found, and on what."""
+
+    windows: int
+    layers: int  # in int8 in the checkpoint; the same are simulated
+    head_kl: float | None  # what an int8 output head adds to the mean KL, nats; None where it is in 16 bit
+    stored_columns: float  # share of their input columns that the checkpoint stores in 16 bit, 0 to 1
+    beyond_calibration: BeyondCalibration | None  # None where it is unknown, and where other modes ran too
+    evaluation: Evaluation
+
+
+def compare(
+    checkpoint: str | Path,
+    source: str | Path,
+    text: Path,
+    *,
+    tokens: int = 8192,
+    window: int = 512,
+    methods: bool = False,
+    device: str = "cpu",
+    progress: Callable[[str, int], None] = lambda name, total: None,
+) -> Comparison:
+    """Measure how close an int8 checkpoint is to the source it was made from, both computed in float32.
+
+    Args:
+        checkpoint: a directory or Hub id; run as `runtime.load` runs it by default.
+        source: the 16-bit checkpoint, a directory or Hub id; its tokenizer is used.
+        text: a `.jsonl` file with a `text` field in each line, or any text file.
+        tokens: so many from the beginning of the text, cut to whole windows.
+        window: tokens in a forward pass.
+        methods: measure the paper's methods too, and the checkpoint with the other kind of activations and with
+            outliers searched in every call.
+        device: where both models run.
+        progress: called after each forward pass with a name and the number of all passes.
+
+    Raises:
+        ValueError: too short a text, a window longer than the model takes, no such device.
+        LLMInt8Error: one of the two is not a checkpoint, they do not belong together, or they are not causal
+            language models.
+
+    """
+    usable_device(device)
+    resolved, origin = resolve(checkpoint, kind="int8"), resolve(source, kind="source")
+    content = read_text(text)
+    tokenizer = AutoTokenizer.from_pretrained(origin.path, local_files_only=True, trust_remote_code=False)
+    windows = token_windows(tokenizer, content, tokens, window)
+    model = load(resolved.path, device=device, dtype=torch.float32)
+    reference = load_reference(origin.path, window, device)
+    layers = _int8_layers(model)
+    candidates = _simulated(reference, list(layers)) if methods else {}
+    modes = _modes(model.config.quantization_config, methods)
+    for mode in modes:
+        candidates[f"{resolved.name}: {mode.label}"] = _switched(model, mode)
+    own = f"{resolved.name}: {modes[0].label}"
+    without = f"{own}, {_HEAD_IN_16_BIT}"
+    if isinstance(model.get_output_embeddings(), Int8Linear):
+        candidates[without] = _with_head_of(reference, model, candidates[own])
+    total = len(windows) * (1 + len(candidates))
+    counted = not methods and any(layer.kept_limit is not None for layer in layers.values())
+    if counted:
+        outlier_misses(model)
+    found = measure(windows, logits_of(reference), candidates, lambda name: progress(name, total))
+    stored = sum(0 if layer.outlier_dims is None else len(layer.outlier_dims) for layer in layers.values())
+    columns = sum(layer.in_features for layer in layers.values())
+    kl = {row.name: row.kl_mean for row in found.measurements}
+    head_kl = kl[own] - kl[without] if without in kl else None
+    beyond = _beyond_calibration(model) if counted else None
+    return Comparison(len(windows), len(layers), head_kl, stored / max(1, columns), beyond, found)
+
+
+def load_reference(path: Path, window: int, device: str) -> Any:
+    """Load a 16-bit source checkpoint as a causal language model in float32, in eval mode.
+
+    Raises:
+        SourceError, CorruptFileError: not a source checkpoint, or not complete.
+        LLMInt8Error: transformers does not know the model, or it does not predict the next token.
+        ValueError: the model takes fewer tokens than a window has.
+
+    """
+    source = open_source(path)
+    config = load_config(path)
+    cls = None if config is None else model_class(config)
+    if config is None or cls is None:
+        named = {key: source.config.get(key) for key in ("model_type", "architectures")}
+        raise LLMInt8Error(f"{path / 'config.json'}: {named} is no model that transformers has")
+    if config.is_encoder_decoder or not cls.can_generate():
+        raise LLMInt8Error(f"{path}: {cls.__name__} is no causal language model, and only these can be compared")
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if window > longest:
+        raise ValueError(f"a window of {window} tokens is too long: {path} was made for {longest} positions")
+    with no_progress_bar(), bounded_modules(len(source.tensors)):
+        model, info = cls.from_pretrained(
+            path,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    if missing := sorted(info["missing_keys"]):
+        raise SourceError(f"{path}: {missing[0]}: missing, {cls.__name__} needs it")
+    return model.to(device)
+
+
+def logits_of(model: Any) -> Logits:
+    """Return the function from token ids to logits that a causal language model is."""
+
+    def logits(tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = model(input_ids=tokens.to(model.device), use_cache=False).logits
+        return found
+
+    return logits
+
+
+class _Mode(NamedTuple):
+    """How int8 layers run; see `runtime.load`."""
+
+    outliers: Outliers
+    threshold: float
+    activation: Activation
+
+    @property
+    def label(self) -> str:
+        outliers = f"dynamic {self.threshold:.1f}" if self.outliers == "dynamic" else self.outliers
+        return f"{outliers}, {self.activation}"
+
+
+def _modes(config: Any, methods: bool) -> list[_Mode]:
+    """Return the checkpoint's own mode; beside the paper's methods also other activations, and LLM.int8()."""
+    own = _Mode(config.outliers, config.threshold, config.activation)
+    if not methods:
+        return [own]
+    other = own._replace(activation="zeropoint" if own.activation == "absmax" else "absmax")
+    return list(dict.fromkeys([own, other, _Mode("dynamic", THRESHOLD, "absmax")]))
+
+
+def _switched(model: Any, mode: _Mode) -> Logits:
+    """Return the logits of an int8 model in a mode; it stays in that mode until the next call of another."""
+    layers, logits = list(_int8_layers(model).values()), logits_of(model)
+
+    def switched(tokens: Tensor) -> Tensor:
+        for layer in layers:
+            layer.outliers, layer.threshold, layer.activation = mode
+        return logits(tokens)
+
+    return switched
+
+
+def _with_head_of(reference: Any, model: Any, logits: Logits) -> Logits:
+    """Return the logits of an int8 model that has the reference's output head."""
+    head, original = model.get_output_embeddings(), reference.get_output_embeddings()
+
+    def with_head(tokens: Tensor) -> Tensor:
+        head.forward = original.forward
+        try:
+            return logits(tokens)
+        finally:
+            del head.forward
+
+    return with_head
+
+
+def _beyond_calibration(model: Any) -> BeyondCalibration:
+    found = outlier_misses(model)
+    shares = {name: counts.misses / max(1, counts.rows) for name, counts in found.items()}
+    misses, rows = (sum(getattr(counts, key) for counts in found.values()) for key in ("misses", "rows"))
+    worst = max(shares, key=lambda name: shares[name])
+    return BeyondCalibration(misses / max(1, rows), worst, shares[worst])
+
+
+def _simulated(model: Any, names: list[str]) -> dict[str, Logits]:
+    simulation, logits = Simulation(model, names), logits_of(model)
+
+    def simulated(method: Method) -> Logits:
+        def run(tokens: Tensor) -> Tensor:
+            with simulation.applied(method):
+                return logits(tokens)
+
+        return run
+
+    return {method.name: simulated(method) for method in METHODS}
+
+
+def _int8_layers(model: Any) -> dict[str, Int8Linear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}

@@ -1,0 +1,155 @@
+"""The command `llmint8 inspect`: it reads config.json and the headers of the weight files."""
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import click
+
+from llmint8.converter.commands.command import Command, set_up_logging
+from llmint8.converter.commands.terminal import printable_lines
+
+# A name ends with the first number in it: `model.layers.11` of `model.layers.11.mlp.up_proj`.
+_BLOCK = re.compile(r"(?P<stack>[^0-9]*?)\.(?P<number>\d+)(\.|$)")
+
+
+@click.command("inspect", cls=Command)
+@click.argument("checkpoint")
+@click.option("--revision", metavar="REV", help="Branch, tag or commit, when CHECKPOINT is a Hub repo.")
+@click.option("--all", "every", is_flag=True, help="List every layer, where repeated ones are summed up.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def inspect_command(checkpoint: str, revision: str | None, every: bool, as_json: bool) -> None:
+    """Show what is in an int8 checkpoint: layers, shapes, outliers, sizes, where it came from."""
+    set_up_logging(False)
+    from llmint8.converter.hub.resolve import resolve
+    from llmint8.formats import open_checkpoint
+
+    facts = _facts(open_checkpoint(resolve(checkpoint, revision, "int8").path))
+    click.echo(json.dumps(facts, indent=2) if as_json else _text(facts, every))
+
+
+def _facts(opened: Any) -> dict[str, Any]:
+    quantization = opened.quantization
+    sizes: Counter[str] = Counter()
+    for name, info in opened.tensors.items():
+        sizes[name.rpartition(".")[0]] += info.nbytes
+    layers = [
+        {
+            "name": record.name,
+            "out_features": record.out_features,
+            "in_features": record.in_features,
+            "outliers": record.outlier_count,
+            "bias": record.has_bias,
+            "bytes": sizes[record.name],
+        }
+        for record in sorted(opened.records.values(), key=lambda record: _natural(record.name))
+    ]
+    int8 = sum(layer["bytes"] for layer in layers)
+    others: dict[str, int] = {}
+    for name, info in opened.tensors.items():
+        if name.rpartition(".")[0] not in opened.records:
+            others[info.dtype] = others.get(info.dtype, 0) + info.nbytes
+    blocks: Counter[str] = Counter()
+    outside: Counter[str] = Counter()
+    for name, size in sizes.items():
+        block = _BLOCK.match(name)
+        if block:
+            blocks[f"{block['stack']}.{block['number']}"] += size
+        else:
+            outside[name] += size
+    return {
+        "path": str(opened.path),
+        "architectures": opened.config.get("architectures"),
+        "format": f"llmint8 {quantization.format_version}" if quantization.llmint8 else "bitsandbytes",
+        "producer": quantization.producer,
+        "source": quantization.source,
+        "criterion": quantization.criterion if quantization.llmint8 else None,
+        "activation": quantization.activation,
+        "threshold": quantization.threshold,
+        "files": opened.files,
+        "bytes": sizes.total(),
+        "int8_layers_bytes": int8,
+        "other_bytes_by_dtype": others,
+        "block_bytes": {name: blocks[name] for name in sorted(blocks, key=_natural)},
+        "outside_bytes": dict(outside.most_common()),
+        "not_quantized": quantization.skip_modules,
+        "int8_head": quantization.int8_head,
+        "layers": layers,
+    }
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """Return a key by which `layers.2` comes before `layers.10`."""
+    return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in name.split(".")]
+
+
+def _text(facts: dict[str, Any], every: bool) -> str:
+    source = facts["source"]
+    origin = (source.get("name") or "unknown") + (f" at commit {source['commit']}" if source.get("commit") else "")
+    others = ", ".join(f"{dtype} {_megabytes([size])}" for dtype, size in facts["other_bytes_by_dtype"].items())
+    columns = sum(layer["outliers"] or 0 for layer in facts["layers"])
+    share = columns / max(1, sum(layer["in_features"] for layer in facts["layers"]))
+    rows = [
+        *_table(facts["layers"], every),
+        "",
+        f"Model         {', '.join(map(str, _as_list(facts['architectures']))) or 'unknown'}, from {origin}",
+        f"Format        {facts['format']}, written by {facts['producer']}",
+        f"Outliers      criterion {facts['criterion'] or 'none stored'}, {share:.2%} of the columns in 16 bit",
+        f"Activations   {facts['activation']}",
+        f"Size          {_megabytes([facts['bytes']])} in {len(facts['files'])} file(s): "
+        f"{len(facts['layers'])} int8 layers {_megabytes([facts['int8_layers_bytes']])}"
+        + (f", {others}" if others else ""),
+        *_placement(facts["block_bytes"], facts["outside_bytes"]),
+        f"Not quantized {', '.join(facts['not_quantized']) or 'no linear layer'}",
+    ]
+    if facts["int8_head"]:
+        rows.append(f"Output head   {facts['int8_head']}, in int8 too")
+    return printable_lines(rows)
+
+
+def _table(layers: Sequence[dict[str, Any]], every: bool) -> list[str]:
+    """Return a line for each layer; or for all those that differ in the numbers in their names only."""
+    alike: dict[tuple[str, int, int], list[dict[str, Any]]] = defaultdict(list)
+    for layer in layers:
+        name = layer["name"] if every else re.sub(r"(?<=\.)\d+(?=\.|$)", "*", layer["name"])
+        alike[name, layer["out_features"], layer["in_features"]].append(layer)
+    width = max([5, *(len(name) for name, _, _ in alike)])
+    count = "" if every else f"  {'number':>6}"
+    rows = [f"{'layer':{width}}{count}  {'out':>7}  {'in':>7}  {'16-bit columns':>14}  {'MB each':>13}"]
+    for (name, out_features, in_features), ones in alike.items():
+        count = "" if every else f"  {len(ones):>6}"
+        outliers = [one["outliers"] for one in ones]
+        rows.append(
+            f"{name:{width}}{count}  {out_features:>7}  {in_features:>7}  "
+            f"{'-' if None in outliers else _range(outliers):>14}  "
+            f"{_range([one['bytes'] / 1e6 for one in ones], '.2f'):>13}"
+        )
+    return rows
+
+
+def _placement(blocks: dict[str, int], outside: dict[str, int]) -> list[str]:
+    """Say what has to fit where: the blocks, which are placed whole, and what is outside of them."""
+    stacks: dict[str, list[int]] = defaultdict(list)
+    for name, size in blocks.items():
+        stacks[name.rpartition(".")[0]].append(size)
+    rows = [f"Blocks        {len(sizes)} x {stack}.*, {_megabytes(sizes)} each" for stack, sizes in stacks.items()]
+    largest = [f"{name} {_megabytes([size])}" for name, size in outside.items() if size >= sum(outside.values()) / 20]
+    if rows and outside:
+        rows.append(f"Outside       {_megabytes([sum(outside.values())])}: {', '.join(largest)}")
+    return rows
+
+
+def _megabytes(sizes: Iterable[int]) -> str:
+    return f"{_range([size / 1e6 for size in sizes], '.1f')} MB"
+
+
+def _range(values: Sequence[float], spec: str = "") -> str:
+    """Write the smallest and the largest, or the one there is."""
+    low, high = format(min(values), spec), format(max(values), spec)
+    return low if low == high else f"{low} to {high}"
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]

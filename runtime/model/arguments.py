@@ -1,0 +1,51 @@
+"""What `load` was asked for, settled with what the checkpoint says."""
+
+import math
+from collections import Counter
+from typing import Any
+
+import torch
+
+from llmint8.formats import DTYPES, FLOAT_DTYPES, Checkpoint, Quantization
+
+from .layer import Outliers
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuse a value that is not None and not one of the choices. Raises ValueError."""
+    if value is not None and value not in choices:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
+
+
+def outlier_mode(
+    quantization: Quantization, outliers: Outliers | None, threshold: float | None
+) -> tuple[Outliers, float]:
+    """Settle on a mode and a threshold; in bitsandbytes a threshold of 0 means that nothing is an outlier."""
+    if outliers is None:
+        searched: Outliers = "none" if threshold is None and quantization.threshold == 0 else "dynamic"
+        outliers = "static" if quantization.llmint8 else searched
+    if outliers == "static" and not quantization.llmint8:
+        raise ValueError("outliers is 'static', but bitsandbytes stores none; expected 'dynamic' or 'none'")
+    if threshold is not None and outliers != "dynamic":
+        raise ValueError(f"threshold is {threshold!r}, which only outliers='dynamic' uses, not {outliers!r}")
+    threshold = quantization.threshold if threshold is None else threshold
+    if outliers == "dynamic" and not (math.isfinite(threshold) and threshold > 0):
+        raise ValueError(f"threshold is {threshold!r}, expected a number above 0 with outliers='dynamic'")
+    return outliers, threshold
+
+
+def settled_dtype(dtype: torch.dtype | str | None, checkpoint: Checkpoint, config: Any) -> torch.dtype:
+    """Return the dtype asked for, that of the config, or that of most of the bytes that are not int8."""
+    floats = {str(DTYPES[name]).removeprefix("torch."): DTYPES[name] for name in FLOAT_DTYPES}
+    if dtype is not None and dtype != "auto":
+        found = floats.get(str(dtype).removeprefix("torch."))
+        if found is None:
+            raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(sorted(floats))}")
+        return found
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    sizes: Counter[str] = Counter()
+    for info in checkpoint.tensors.values():
+        if info.dtype in FLOAT_DTYPES and not info.name.endswith(".SCB"):
+            sizes[info.dtype] += info.nbytes
+    return DTYPES[sizes.most_common(1)[0][0]] if sizes else torch.float32

@@ -1,0 +1,213 @@
+"""Load an int8 checkpoint into the ordinary transformers class.
+
+The directory is opened and its structure checked by the formats room; transformers sees it only after that,
+so an index that leads elsewhere or a header that lies never reaches it. On the CPU the int8 layers are read and laid
+out for the kernels; what is not quantized is mapped from the files, which must stay as they are meanwhile.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from llmint8.converter.hub.resolve import resolve
+from llmint8.converter.machine import return_freed_memory
+from llmint8.converter.model.build import model_class
+from llmint8.converter.model.config import is_trusted, load_config
+from llmint8.converter.model.errors import first_line
+from llmint8.converter.model.limits import bounded_modules
+from llmint8.converter.model.names import module_names
+from llmint8.formats import Checkpoint, CheckpointError, LLMInt8Error, check_values, open_checkpoint
+from llmint8.formats.disk.names import CONFIG_NAME
+from llmint8.formats.disk.small_files import small_files
+from llmint8.kernels.cpu.product import unpacked_product
+from llmint8.kernels.reference import Activation
+
+from .arguments import check_choice, outlier_mode, settled_dtype
+from .compiled import compile_decode
+from .layer import Int8Linear, Outliers
+from .misses import kept_limits
+from .quantizer import QUANT_METHOD
+
+log = logging.getLogger("llmint8")
+
+
+def load(
+    path_or_repo: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    *,
+    outliers: Outliers | None = None,
+    threshold: float | None = None,
+    activation: Activation | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    verify: bool = False,
+    compile: bool = False,
+) -> PreTrainedModel:
+    """Load an int8 checkpoint, written by llmint8 or by bitsandbytes, ready to run.
+
+    Args:
+        path_or_repo: a directory, or a repository id on the Hub.
+        device: where the whole model goes; the CPU by default.
+        dtype: of everything that is not int8 (`torch.float16` or `"float16"`); the checkpoint's by default.
+        device_map: transformers' and accelerate's placement over several devices, instead of `device`.
+        outliers: which dimensions of the inputs are multiplied in floating point: `static` those stored in
+            the checkpoint, `dynamic` those with any |x| >= `threshold`, searched in every call, `none` none.
+            By default `static`, or for a checkpoint of bitsandbytes what it would do.
+        threshold: for `dynamic`; the checkpoint's `llm_int8_threshold` by default.
+        activation: how inputs are quantized, `absmax` or `zeropoint`; what the checkpoint records by default.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: run the model code in the directory, if its config.json names any.
+        verify: check every value and every hash first, rules E12 to E19 too. All tensors are read once more for it,
+            one at a time; that takes about as long as `llmint8 verify`.
+        compile: let `generate` decode with a static cache and `torch.compile`; see `runtime/model/compiled.py`. A
+            warning says so where that cannot be.
+
+    Returns:
+        The model, in eval mode: the transformers class that the config's `architectures` names, a causal LM
+        where it names none, with `Int8Linear` layers.
+
+    Raises:
+        ValueError: an argument has a value that is not one of those above.
+        CheckpointError: the checkpoint breaks a rule of spec.md.
+        LLMInt8Error: transformers has no such model or cannot build it, or the tensors are not those of the model.
+
+    """
+    check_choice("outliers", outliers, get_args(Outliers))
+    check_choice("activation", activation, get_args(Activation))
+    if device is not None and device_map is not None:
+        raise ValueError(f"device is {device!r} and device_map is {device_map!r}; give one of them")
+    checkpoint = open_checkpoint(resolve(path_or_repo, revision, "int8").path)
+    outliers, threshold = outlier_mode(checkpoint.quantization, outliers, threshold)
+    if verify and (problems := check_values(checkpoint)):
+        more = f"; and {len(problems) - 1} more, which llmint8 verify lists" if problems[1:] else ""
+        raise CheckpointError(problems[0].code, str(problems[0]).removeprefix(f"{problems[0].code} ") + more)
+    config, cls = _model(checkpoint, trust_remote_code)
+    config.quantization_config = {
+        "quant_method": QUANT_METHOD,
+        "records": list(checkpoint.records.values()),
+        "shapes": {name: info.shape for name, info in checkpoint.tensors.items()},
+        "stored": _stored_config(checkpoint),
+        "outliers": outliers,
+        "threshold": threshold,
+        "activation": activation or checkpoint.quantization.activation,
+    }
+    limits = kept_limits(checkpoint) if outliers == "static" else {}
+    if device is not None:
+        device_map = {"": torch.device(device)}
+    with bounded_modules(len(checkpoint.tensors)):
+        model = _from_pretrained(cls, checkpoint.path, config, settled_dtype(dtype, checkpoint, config), device_map)
+    _prepare(model, checkpoint, limits)
+    _log_summary(model)
+    if compile:
+        compile_decode(model)
+    return model
+
+
+def _model(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:
+    """Return the config and the class of the model. Raises LLMInt8Error where there is none."""
+    file = checkpoint.path / CONFIG_NAME
+    if (checkpoint.path / "adapter_config.json").exists():
+        # With peft installed, transformers would load what it names, from wherever that is.
+        raise LLMInt8Error(f"{checkpoint.path / 'adapter_config.json'}: an adapter; keep it in a directory of its own")
+    small_files(checkpoint.path)  # transformers reads some of them, and follows any link
+    config = load_config(checkpoint.path, trust_remote_code)
+    cls = None if config is None else model_class(config)
+    if config is None or not isinstance(cls, type) or not issubclass(cls, PreTrainedModel):
+        named = {key: checkpoint.config.get(key) for key in ("model_type", "architectures")}
+        own = bool(checkpoint.config.get("auto_map")) and not trust_remote_code
+        how = "; trust_remote_code=True runs the code beside it" if own else ""
+        raise LLMInt8Error(f"{file}: {named} is no model that transformers has{how}")
+    return config, cls
+
+
+def _from_pretrained(cls: Any, path: Path, config: Any, dtype: torch.dtype, device_map: Any) -> Any:
+    """Let transformers load, and take as errors what it would repair with random values."""
+    try:
+        with no_progress_bar():
+            model, info = cls.from_pretrained(
+                path,
+                config=config,
+                dtype=dtype,
+                device_map=device_map,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=is_trusted(config),
+                output_loading_info=True,
+            )
+    except LLMInt8Error as error:
+        raise LLMInt8Error(f"{path}: {error}") from None
+    except (OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers and the model's code raise whatever they like
+        raise LLMInt8Error(f"{path}: {cls.__name__} cannot be loaded: {first_line(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise LLMInt8Error(f"{path}: {missing[0]}{more}: missing, {cls.__name__} needs it")
+    return model
+
+
+def _stored_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return config.json's `quantization_config`; the oldest checkpoints have it in a file of its own."""
+    stored = checkpoint.config.get("quantization_config")
+    if isinstance(stored, dict):
+        return stored
+    return {key: value for key, value in checkpoint.quantization.to_dict().items() if key != "llmint8"}
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Keep transformers from drawing its progress bar while it loads."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
+
+
+def _prepare(model: Any, checkpoint: Checkpoint, limits: dict[str, float]) -> None:
+    """Let every layer prepare its weight, on the CPU in memory of its own, and give it its limit.
+
+    Pages of a mapped file stay in memory once read, beside the packed weight. What accelerate moves stays as it is.
+    """
+    names = module_names(model, checkpoint.tensors)
+    layers = {
+        record: model.get_submodule(names[f"{record}.weight"].removesuffix(".weight")) for record in checkpoint.records
+    }
+    own = {r for r, layer in layers.items() if layer.weight.device.type == "cpu" and not hasattr(layer, "_hf_hook")}
+    # First all of them let go of the file: what was cast to another dtype is then no longer there twice either.
+    for record in own:
+        layers[record].weight = None
+        for name, buffer in layers[record].named_buffers():
+            setattr(layers[record], name, buffer.clone())
+    for record, layer in layers.items():
+        if record in own:
+            return_freed_memory()
+            layer.weight = nn.Parameter(checkpoint.read(f"{record}.weight"), requires_grad=False)
+        layer.prepare()
+        layer.kept_limit = limits.get(record)
+
+
+def _int8_layers(model: Any) -> list[Int8Linear]:
+    return [module for module in model.modules() if isinstance(module, Int8Linear)]
+
+
+def _log_summary(model: Any) -> None:
+    layers = _int8_layers(model)
+    config = model.config.quantization_config
+    mode = f"dynamic (|x| >= {config.threshold:g})" if config.outliers == "dynamic" else config.outliers
+    packed = sum(layer.packed for layer in layers)
+    on_cpu = sum(layer.weight.device.type == "cpu" for layer in layers) - packed
+    products = {"packed": packed, unpacked_product(): on_cpu}
+    kernels = "".join(f", {count} x {name} on the CPU" for name, count in products.items() if count)
+    log.info("%d Int8Linear layers, outliers %s, activation %s%s", len(layers), mode, config.activation, kernels)

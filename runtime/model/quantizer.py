@@ -1,0 +1,163 @@
+"""How transformers is told to build `Int8Linear` layers: a quantization config and a quantizer, `llmint8`.
+
+`from_pretrained` builds the model on the meta device and calls the quantizer, which swaps the layers; then
+tensors find their places by name. `load.py` puts the config together, so that nothing here reads a file.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from llmint8.converter.model.limits import check_buffers
+from llmint8.converter.model.names import module_names
+from llmint8.formats import Int8Record, LLMInt8Error
+from llmint8.kernels.reference import Activation
+
+from .layer import Int8Linear, Outliers
+
+QUANT_METHOD = "llmint8"
+
+
+@register_quantization_config(QUANT_METHOD)
+class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
+    """What a loaded model carries as `config.quantization_config`; it is saved as the checkpoint had it."""
+
+    def __init__(
+        self,
+        records: list[Int8Record],
+        shapes: dict[str, tuple[int, ...]],
+        stored: dict[str, Any],
+        outliers: Outliers,
+        threshold: float,
+        activation: Activation,
+        quant_method: str = QUANT_METHOD,
+    ) -> None:
+        """Take the int8 layers, the shape of every tensor, config.json's `quantization_config`, and how to run."""
+        self.records = records
+        self.shapes = shapes
+        self.stored = stored
+        self.outliers = outliers
+        self.threshold = threshold
+        self.activation = activation
+        self.quant_method = quant_method
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the `quantization_config` for config.json, under which the saved tensors load again."""
+        return copy.deepcopy(self.stored)
+
+
+@register_quantizer(QUANT_METHOD)
+class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
+    """Swaps linear layers for `Int8Linear` before transformers loads the tensors."""
+
+    quantization_config: Int8Config
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> None:
+        config = self.quantization_config
+        self._layers: dict[str, str] = {}
+        names = module_names(model, config.shapes)
+        for record in config.records:
+            name = names.get(f"{record.name}.weight", "").removesuffix(".weight")
+            linear = _linear_for(model, name, record)
+            self._layers[record.name] = name
+            layer = Int8Linear(
+                record.in_features,
+                record.out_features,
+                linear.bias is not None,
+                record.outlier_count,
+                outliers=config.outliers,
+                threshold=config.threshold,
+                activation=config.activation,
+                device="meta",
+                dtype=dtype,
+            )
+            model.set_submodule(name, layer.train(linear.training))
+        _check_shapes(model, config.shapes, names)
+        check_buffers(model)
+        # Early bitsandbytes did not write it; there is nothing to warn about.
+        ignored: Any = model._keys_to_ignore_on_load_missing or ()
+        model._keys_to_ignore_on_load_missing = {*ignored, r"\.weight_format$"}  # type: ignore[assignment]
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        for name, module in model.named_modules():
+            if not isinstance(module, Int8Linear):
+                continue
+            if module.weight.dtype != torch.int8:
+                raise LLMInt8Error(f"{name}: int8 in the checkpoint, but tied to another weight by the model")
+            # The formats room allows no other value, and without the tensor it would be left undefined.
+            module.weight_format = torch.zeros_like(module.weight_format)
+        config = self.quantization_config
+        _rename_counts(config.stored, _saved_names(model, self._layers))
+        config.records, config.shapes = [], {}  # large, and of no more use
+
+    def is_serializable(self) -> bool:
+        """Tell that `save_pretrained` works."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Tell that `generate` may compile the model."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Tell that there is no gradient through the layers yet."""
+        return False
+
+
+def _linear_for(model: nn.Module, name: str, record: Int8Record) -> nn.Linear | Conv1D:
+    """Return the layer an int8 record stands for.
+
+    Raises:
+        LLMInt8Error: there is none, it is not a plain linear layer, or its shape is another.
+
+    """
+    where = f"{record.name}: int8 in the checkpoint, but {type(model).__name__}"
+    if not name:
+        raise LLMInt8Error(f"{where} has no layer of its own for it")
+    module = model.get_submodule(name)
+    if isinstance(module, Conv1D):
+        out_features, in_features = module.nf, module.nx
+    elif isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        out_features, in_features = module.out_features, module.in_features
+    else:
+        raise LLMInt8Error(f"{where} has {type(module).__name__} there, expected Linear or Conv1D")
+    if (out_features, in_features) != (record.out_features, record.in_features):
+        found = [record.out_features, record.in_features]
+        raise LLMInt8Error(f"{where} wants shape {[out_features, in_features]}, not {found}")
+    return module
+
+
+def _check_shapes(model: nn.Module, shapes: dict[str, tuple[int, ...]], names: dict[str, str]) -> None:
+    """Find a tensor of another shape before transformers does: depending on its version it may say nothing."""
+    expected = model.state_dict()
+    for tensor, name in names.items():
+        if shapes[tensor] != tuple(expected[name].shape):
+            wanted = list(expected[name].shape)
+            raise LLMInt8Error(f"{tensor}: shape {list(shapes[tensor])}, {type(model).__name__} wants {wanted}")
+
+
+def _saved_names(model: nn.Module, layers: dict[str, str]) -> dict[str, str]:
+    """Return the name of each layer in the checkpoint -> its name in one that `save_pretrained` would write.
+
+    They differ where transformers added a prefix on loading, as for `h.0.attn.c_attn` of old GPT-2 checkpoints.
+    """
+    numbers = {f"{name}.weight": torch.tensor(i) for i, name in enumerate(layers.values())}
+    saved = {int(number): name for name, number in revert_weight_conversion(model, numbers).items()}
+    return {name: saved[i].removesuffix(".weight") for i, name in enumerate(layers)}
+
+
+def _rename_counts(stored: dict[str, Any], saved_names: dict[str, str]) -> None:
+    """Keep the number of outliers per layer under the names that the saved tensors will have."""
+    if block := stored.get("llmint8"):
+        counts = block["outliers"]["counts"]
+        block["outliers"]["counts"] = {saved_names[name]: count for name, count in counts.items()}

@@ -1,0 +1,111 @@
+"""The HTML page of `llmint8 report`: one file, its pictures inside, nothing loaded from anywhere.
+
+Names come from files that others wrote, so every piece of text is escaped.
+"""
+
+import base64
+from collections.abc import Mapping
+from html import escape
+
+from .findings import Findings
+from .sections import KEPT_TEXT, SIZES_TEXT, errors_text, heat_map_text, ranges_text, removal_text, table4_text
+
+_CSS = """
+body { margin: 2rem auto; max-width: 60rem; padding: 0 1rem; background: #fff; color: #222;
+  font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.7rem; margin-bottom: .3rem; overflow-wrap: anywhere; }
+h2 { font-size: 1.25rem; margin-top: 2.6rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
+img { display: block; max-width: 100%; margin: 1rem auto; }
+table { border-collapse: collapse; margin: 1rem 0; font-size: .93rem; }
+th, td { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #eee; }
+td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
+tr.own td { font-weight: 600; background: #eef5fb; }
+.box { background: #f6f8fa; border: 1px solid #dde3e8; border-radius: 6px; padding: .4rem 1.2rem; }
+.box table { width: 100%; margin: .5rem 0; }
+.box td { overflow-wrap: anywhere; }
+.box tr:last-child td { border: 0; }
+.box td:first-child { white-space: nowrap; width: 12rem; color: #555; }
+.note { color: #555; font-size: .9rem; }
+@media print { body { margin: 0; max-width: none; font-size: 11pt; } h2 { break-after: avoid; }
+  img, table { break-inside: avoid; } }
+"""
+
+
+def page(findings: Findings, pictures: Mapping[str, bytes]) -> str:
+    """Return the page. `pictures` holds PNG files by name."""
+    images = {name: base64.b64encode(data).decode() for name, data in pictures.items()}
+
+    def picture(name: str, alt: str) -> str:
+        return f'<img alt="{escape(alt)}" src="data:image/png;base64,{images[name]}">'
+
+    title = escape(f"{findings.name}: report on the conversion to int8")
+    sections = [
+        f"<h1>{title}</h1>",
+        _INTRODUCTION,
+        _summary(findings),
+        "<h2>Where the outliers are</h2>",
+        picture("heat-map", "Largest magnitude of the strongest feature dimensions in every block"),
+        heat_map_text(findings),
+        "<h2>What stays in 16 bit</h2>",
+        picture("kept-columns", "Number of columns kept in 16 bit for every layer"),
+        KEPT_TEXT,
+        "<h2>What it does to the error</h2>",
+        picture("errors", "Relative error of every layer's output, before and after"),
+        errors_text(findings),
+        "<h2>How wide the values range</h2>",
+        picture("ranges", "Largest value of all dimensions and of the median dimension at every input"),
+        ranges_text(findings.inputs),
+        "<h2>What takes the space</h2>",
+        picture("sizes", "Sizes before and after"),
+        SIZES_TEXT,
+        "<h2>Outlier features, as the LLM.int8() paper counts them</h2>",
+        table4_text(findings),
+        "<h2>What the model is worth without them</h2>",
+        removal_text(findings),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n"
+        + "\n".join(sections)
+        + "\n</body>\n</html>\n"
+    )
+
+
+_INTRODUCTION = """<p>A language model is a stack of <em>blocks</em>, and most of a block are <em>layers</em> that
+multiply a list of numbers, the input, by a matrix of weights. Each place in that list is a <em>dimension</em>. In int8
+every number becomes one of 255 evenly spaced steps across the range of its row. A few dimensions hold values many times
+larger than the rest: <em>outliers</em>. They stretch the steps, and everything else is rounded coarsely. So the columns
+of weights that belong to such dimensions stay in 16 bit, and the steps are made for the rest alone. This page shows
+where the outliers of this model are, what was kept for them, and what that is worth.</p>"""
+
+
+def _summary(findings: Findings) -> str:
+    checkpoint, quantization = findings.checkpoint, findings.checkpoint.quantization
+    before, after = (sum(parts.values()) for parts in (findings.sizes.before, findings.sizes.after))
+    layers = len(checkpoint.records)
+    columns = sum(record.in_features for record in checkpoint.records.values())
+    kept = sum(quantization.outliers.values())
+    measured = sum(len(found.layers) for found in findings.inputs)
+    source = quantization.source
+    calibration = quantization.calibration if isinstance(quantization.calibration, dict) else {}
+    architectures = checkpoint.config.get("architectures")
+    origin = str(source.get("name") or source.get("repo") or "unknown")
+    origin += f" at commit {source['commit']}" if source.get("commit") else ""
+    text = calibration.get("text", "unknown")
+    rows = {
+        "Model": ", ".join(map(str, architectures)) if isinstance(architectures, list) else "unknown",
+        "Made from": origin,
+        "Size": f"{_bytes(after)}; about {_bytes(before)} in 16 bit ({after / max(1, before):.0%})",
+        "Layers in int8": f"{layers}, of which {measured} were measured",
+        "Columns in 16 bit": f"{kept / max(1, columns):.2%}: on average {kept / max(1, layers):.1f} in a layer",
+        "Chosen by": quantization.criterion,
+        "Activations": quantization.activation,
+        "Calibration": f"{calibration.get('tokens', '?')} tokens, text: {text}",
+    }
+    cells = "".join(f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in rows.items())
+    return f'<div class="box"><table>{cells}</table></div>'
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 2e9 else f"{count / 1e6:.1f} MB"
