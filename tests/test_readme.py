@@ -1,4 +1,4 @@
-"""The README cannot drift: its commands run, its Python runs, its tables name what the programs have."""
+"""Documents cannot drift: the README's commands and Python run, tables name what programs have, paths are there."""
 
 import inspect
 import re
@@ -13,11 +13,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmint8 import runtime
-from llmint8.converter.cli import convert_command
-from llmint8.runtime.cli import main
+from llmint8.converter.commands.convert import convert_command
+from llmint8.runtime.commands.main import main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+OPTIONS = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+DOCUMENTS = [path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]]
 PROGRAMS = {"llmint8": main, "llmint8-convert": convert_command}
 
 
@@ -26,8 +28,8 @@ def blocks(language: str) -> list[str]:
 
 
 def reference() -> dict[str, dict[str, list[str]]]:
-    """The sections under "Options": heading -> first word of each table row -> the row's cells."""
-    sections = re.split(r"^### `(.+)`$", README.partition("## Options")[2].partition("\n## ")[0], flags=re.MULTILINE)
+    """The sections of docs/cli.md: heading -> first word of each table row -> the row's cells."""
+    sections = re.split(r"^## `(.+)`$", OPTIONS, flags=re.MULTILINE)
     found = {}
     for heading, text in zip(sections[1::2], sections[2::2], strict=True):
         rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in re.findall(r"^\| `.*", text, re.MULTILINE)]
@@ -36,7 +38,7 @@ def reference() -> dict[str, dict[str, list[str]]]:
 
 
 def commands() -> dict[str, click.Command]:
-    """Command line up to the options, as the README heads its sections -> the command."""
+    """Command line up to the options, as docs/cli.md heads its sections -> the command."""
     named = {f"llmint8 {name}": command for name, command in main.commands.items() if command is not convert_command}
     named["llmint8-convert"] = convert_command
     return {
@@ -83,9 +85,13 @@ def test_the_make_targets_that_are_named_exist(document: str) -> None:
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in named)
 
 
-def test_every_link_to_a_file_leads_somewhere() -> None:
-    for link in re.findall(r"\]\((?!https?:)([^)#]+)", README):
-        assert (ROOT / link).exists(), link
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_file_that_is_named_is_there(document: str) -> None:
+    text, folder = (ROOT / document).read_text(encoding="utf-8"), (ROOT / document).parent
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (folder / link).exists(), link
+    for path in re.findall(r"`((?:formats|kernels|converter|runtime|tests|benchmarks|soak|docs)/[\w/.]*)`", text):
+        assert (ROOT / path).exists(), path
 
 
 @pytest.fixture(scope="module")
