@@ -17,9 +17,9 @@ test: .venv/test ## run the linters, the type checker and every test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist worksteal
 
-soak: .venv/soak ## what takes longer than a test may: kill, starve and fuzz (15 minutes)
+soak: .venv/soak ## what takes longer than a test may: kill, starve, fuzz, compile all, add otherwise (30 minutes)
 	$(BIN)/pytest -rP soak
 
 bench: .venv/test ## measure the speed and memory of conversions (benchmarks/outlier_rules.py takes a model and a text)
