@@ -104,6 +104,36 @@ def assert_holds(path: Path, model: Model) -> None:
         assert info.offset % DTYPES[info.dtype].itemsize == 0
 
 
+@pytest.mark.skipif(os.name != "posix", reason="directories are flushed on POSIX only")
+def test_the_disk_has_the_shards_before_they_get_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power failure must not leave a whole name over data that was never flushed; config.json comes last of all."""
+    events: list[tuple[str, object]] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def flushed(descriptor: int) -> None:
+        events.append(("flush", os.fstat(descriptor).st_ino))
+        fsync(descriptor)
+
+    def renamed(path: Path, target: Path) -> Path:
+        events.append(("name", target.relative_to(out).as_posix()))
+        return replace(path, target)
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(Path, "replace", renamed)
+    write(out, two_layers(), max_shard_bytes=60)
+    names = [name for what, name in events if what == "name"]
+    shards = [name for name in names if str(name).endswith(".safetensors")]
+    assert len(shards) > 2
+    assert names[-1] == "config.json"
+    for file in [path for path in out.rglob("*") if path.is_file()]:
+        name = file.relative_to(out).as_posix()
+        assert events.index(("flush", file.stat().st_ino)) < events.index(("name", name)), name
+    config, folder = events.index(("name", "config.json")), ("flush", out.stat().st_ino)
+    assert folder in events[events.index(("name", names[-2])) : config]
+    assert folder in events[config:]
+
+
 def test_one_file(tmp_path: Path) -> None:
     model = two_layers()
     write(tmp_path / "out", model)
