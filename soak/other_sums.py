@@ -2,7 +2,8 @@
 
 What is rounded in another order on another processor (AMX, AVX-512, AVX2, Arm) is so here too, and differently for
 every shape and layout: a test that compares the bits of two such sums fails. Sums that are exact, as those of int8
-values in float32 blocks, stay exact.
+values in float32 blocks, stay exact. Replaced are `mm`, `addmm` and `bmm`, which linear layers and eager attention come
+down to; products with a vector, fused attention and compiled code stay as they are.
 
     PYTHONPATH=soak python -m pytest -p other_sums tests/test_reference.py
 """
@@ -17,19 +18,23 @@ _PARTS = 3
 _LIBRARY = torch.library.Library("aten", "IMPL")
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Multiply [M, K] by [K, N]: float32, or what a wider or an integer dtype gives, its terms permuted."""
+def _product(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
+    """Add [M, K] times [K, N] to `start`, or to 0: float32, terms in an order of their own. Wider dtypes are as ever."""
     a, b = a.detach(), b.detach()
     if a.shape[1] != b.shape[0]:
         raise RuntimeError(f"{list(a.shape)} and {list(b.shape)} cannot be multiplied")
     if a.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return torch.from_numpy(a.numpy() @ b.numpy())
-    shapes = repr((a.shape, b.shape, a.stride(), b.stride(), a.dtype))
+        found = torch.from_numpy(a.numpy() @ b.numpy())
+        return found if start is None else found + start
+    shapes = repr((a.shape, b.shape, a.stride(), b.stride(), a.dtype, start is None))
     order = np.random.default_rng(zlib.crc32(shapes.encode())).permutation(a.shape[1])
-    x, y = a.float().numpy(), b.float().numpy()
+    x, y = a.double().numpy(), b.double().numpy()
     total = np.zeros((len(x), y.shape[1]), np.float32)
+    if start is not None:
+        total += start.detach().float().numpy()
     for part in np.array_split(order, _PARTS):
-        total += x[:, part] @ y[part]
+        # Products are not rounded before they are added, as where one instruction does both.
+        total = (total + x[:, part] @ y[part]).astype(np.float32)
     return torch.from_numpy(total)
 
 
@@ -38,9 +43,10 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _addmm(start: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    # Rounded once, as instructions do that multiply and add.
-    total = torch.from_numpy(a.detach().double().numpy() @ b.detach().double().numpy()) * alpha
-    return (total + beta * start.detach().double() if beta else total).to(a.dtype)
+    if alpha == beta == 1:
+        return _product(a, b, start).to(a.dtype)
+    total = _product(a, b) * alpha
+    return (total + beta * start.detach() if beta else total).to(a.dtype)
 
 
 def _addmm_in_place(out: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:

@@ -13,7 +13,8 @@ SCRIPT = Path(__file__).parent.parent / "benchmarks" / "kernel_resources.py"
 
 
 def run(arguments: list[str], cache: Path) -> Any:
-    environment = os.environ | {"TRITON_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -51,8 +51,15 @@ def test_nothing_depends_on_the_order_in_which_floats_are_added(name: str) -> No
 def test_a_test_that_compares_bits_is_found_out(tmp_path: Path) -> None:
     (tmp_path / "test_bits.py").write_text(
         "import torch\n"
-        "def test_bits():\n"
-        "    x, w = torch.randn(5, 300), torch.randn(7, 300)\n"
+        "x, w, bias = torch.randn(5, 300), torch.randn(7, 300), torch.randn(7)\n"
+        "def test_products():\n"
         "    assert torch.equal((x @ w.t())[:1], x[:1] @ w.t())\n"
+        "def test_layers():\n"
+        "    linear = torch.nn.functional.linear\n"
+        "    assert torch.equal(linear(x, w, bias)[:1], linear(x[:1], w, bias))\n"
+        "def test_a_product_in_the_sum():\n"
+        "    assert torch.equal(torch.addmm(bias, x[:, :1], w[:, :1].t()), bias + x[:, :1] * w[:, 0])\n"
+        "def test_integers_stay_exact():\n"
+        "    assert torch.equal((x.round() @ w.round().t())[:1], x[:1].round() @ w.round().t())\n"
     )
-    assert "1 failed" in run("-o", "addopts=", str(tmp_path)).stdout
+    assert "3 failed, 1 passed" in run("-o", "addopts=", str(tmp_path)).stdout
