@@ -18,3 +18,7 @@ _HOMES = {
 }
 __all__ = list(_HOMES)
 __getattr__ = importer(__name__, _HOMES)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

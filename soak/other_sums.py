@@ -19,7 +19,7 @@ _LIBRARY = torch.library.Library("aten", "IMPL")
 
 
 def _product(a: Tensor, b: Tensor, start: Tensor | None = None) -> Tensor:
-    """Add [M, K] times [K, N] to `start`, or to 0: float32, terms in an order of their own. Wider dtypes are as ever."""
+    """Add [M, K] times [K, N] to `start`, or to 0: float32, terms in another order. Wider dtypes are as ever."""
     a, b = a.detach(), b.detach()
     if a.shape[1] != b.shape[0]:
         raise RuntimeError(f"{list(a.shape)} and {list(b.shape)} cannot be multiplied")

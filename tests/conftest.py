@@ -69,8 +69,10 @@ def _patch_once_a_launch(interpreter: Any) -> None:
         return patch(function)
 
     def call(self: Any, *arguments: Any, **named: Any) -> None:
-        done.clear()
-        launch(self, *arguments, **named)
+        try:
+            launch(self, *arguments, **named)
+        finally:
+            done.clear()
 
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_lang, call
 

@@ -166,7 +166,7 @@ def test_inspect_sums_up_repeated_layers_and_says_what_a_block_takes(tmp_path):
         ["vision.*.fc", "1", "2000", "1000", "1", "2.01"],
     ]
     assert "\nBlocks        12 x model.layers.*, 0.5 to 1.1 MB each\nBlocks        1 x vision.*, 2.0 MB each\n" in said
-    assert "\nOutside       1.6 MB: model.embed 1.6 MB\n" in said
+    assert "\nOutside       1.6 MB: model.embed 1.6 MB, and 2 smaller\n" in said
 
 
 def test_inspect_all_lists_every_layer_in_natural_order(tmp_path):
@@ -179,6 +179,19 @@ def test_inspect_all_lists_every_layer_in_natural_order(tmp_path):
     size = 4 * 8 + 4 * 4 + 1
     assert facts["block_bytes"] == {"a.9": size, "a.10": 2 * size, "a.100": size}
     assert facts["outside_bytes"] == {"b": size}
+
+
+def test_inspect_finds_blocks_behind_names_with_digits(tmp_path):
+    layers = {f"{stack}.{i}.fc": (100, 1000, 0) for stack in ("wav2vec2.encoder.layers", "h2o") for i in (0, 1)}
+    others = {f"other{i}.weight": (500,) for i in range(30)} | {"alone": (500,)}
+    write_checkpoint(tmp_path / "out", layers, others)
+    said = run(main, "inspect", tmp_path / "out").stdout
+    assert "\nBlocks        2 x h2o.*, 0.1 MB each\n" in said
+    assert "\nBlocks        2 x wav2vec2.encoder.layers.*, 0.1 MB each\n" in said
+    # So many of one size that none stands out; and a tensor that is in no module has a name all the same.
+    assert "\nOutside       0.0 MB\n" in said
+    facts = json.loads(run(main, "inspect", tmp_path / "out", "--json").stdout)
+    assert facts["outside_bytes"].keys() == {f"other{i}" for i in range(30)} | {"alone"}
 
 
 def test_inspect_json(converted):

@@ -194,6 +194,13 @@ def test_the_loop_of_scalars_of_processors_with_avx2_is_not_used(monkeypatch: py
         assert products.unpacked_product() == expected
 
 
+def test_the_choice_of_the_product_breaks_no_graph() -> None:
+    """The tests below replace it."""
+    torch._dynamo.reset()
+    layer, x = make_layer(96, 40, 5), torch.randn(3, 96)
+    assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
+
+
 @activations
 @pytest.mark.parametrize("outliers", ["static", "none"])
 def test_the_layer_compiles_in_one_graph(product: str, activation: Activation, outliers: Any) -> None:

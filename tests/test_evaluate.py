@@ -296,9 +296,9 @@ def test_a_layer_that_the_reference_does_not_have() -> None:
 def assert_the_same_but_for_roundings(found: Tensor, expected: Tensor, other: Tensor) -> None:
     """Two paths add float32 in other orders, so an input between two int8 values may be rounded to either.
 
-    From there on logits differ by a small part of what a third path's do: by 0.0005 of that where one input is.
+    Where that happens to one input, the logits behind it differ by 0.0005 of what a third path's do; a few are allowed.
     """
-    assert (found - expected).norm() < 0.01 * (found - other).norm()
+    assert (found - expected).norm() < 0.002 * (found - other).norm()
     assert (found - other).abs().max() > 1e-2
 
 

@@ -107,6 +107,12 @@ def test_libraries_that_no_command_needs_are_not_imported(source: Path, tmp_path
     assert "torchao is here" in done.stdout
 
 
+def test_an_error_is_one_line_where_torch_itself_is_broken(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('no such library')")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    assert loaded("inspect", checkpoint, code=1, PYTHONPATH=path) == set()
+
+
 def test_every_public_name_is_where_the_package_says() -> None:
     """Type checkers read one list of the public names, and Python the other."""
     for package in (converter, runtime):
@@ -116,6 +122,7 @@ def test_every_public_name_is_where_the_package_says() -> None:
             alias.name: node.module for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
         }
         assert seen == package._HOMES
+        assert set(dir(package)) > set(package.__all__)
         for name in package.__all__:
             assert getattr(package, name).__name__ == name
         with pytest.raises(AttributeError, match="has no attribute 'unheard_of'"):

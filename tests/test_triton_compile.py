@@ -39,9 +39,8 @@ def test_one_of_every_kind_that_ships_compiles_without_a_spill_and_into_int8_ins
     for row in shipped_rows():
         tile = row.tile
         kind = (row.architecture, tile.block_m < TENSOR_CORE_ROWS, tile.block_m < 64, tile.tma, tile.split_k > 1)
-        if row.architecture != "any":
-            kinds.setdefault(kind, (row.architecture, tile))
-    assert Counter(architecture for architecture, _ in kinds.values()) == {"sm_80": 4, "sm_90": 6}
+        kinds.setdefault(("any",) if row.architecture == "any" else kind, (row.architecture, tile))
+    assert Counter(architecture for architecture, _ in kinds.values()) == {"any": 1, "sm_80": 4, "sm_90": 6}
     code = (
         f"import dataclasses, json, sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
         "import kernel_resources as k\n"
@@ -68,6 +67,7 @@ def test_layers_of_other_kinds_compile(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
         "import kernel_resources as k, torch\n"
+        "k.row_resources('sm_90', 1, torch.bfloat16, 1)\n"
         "for dtype, kind in ((torch.float16, (0, False, 255)), (torch.float32, (33, True, 40000))):\n"
         "    k.row_resources('sm_90', kind[2], dtype, *kind[:2])\n"
         "    k.row_resources('sm_90', kind[2], dtype, 0, kind[1], searched=True)\n"

@@ -26,7 +26,7 @@ class Command(click.Command):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
-            with _without_torchao(), _echoed_notes():
+            with _without_torchao(bool(ctx.params.get("trust_remote_code"))), _echoed_notes():
                 return super().invoke(ctx)
         except (click.exceptions.Exit, click.ClickException, click.Abort):
             raise
@@ -45,25 +45,25 @@ def _message(error: Exception) -> str:
 
 
 def _is_ours(error: Exception) -> bool:
-    from llmint8.formats import LLMInt8Error  # imports torch, as whatever raises one of these has done
-
-    return isinstance(error, LLMInt8Error)
+    # Imported here it would bring torch, which may be what is broken; whatever raises one has imported it.
+    errors = sys.modules.get("llmint8.formats.errors")
+    return errors is not None and isinstance(error, errors.LLMInt8Error)
 
 
 @contextmanager
-def _without_torchao() -> Iterator[None]:
+def _without_torchao(needed: bool) -> Iterator[None]:
     """Have transformers not find torchao, which it imports with its first model where it is installed.
 
-    No command needs it, it takes seconds, and prints warnings of its own.
+    It takes seconds, and prints warnings of its own. Nothing of ours needs it; a checkpoint's own code may.
     """
-    hidden = "torchao" not in sys.modules
+    hidden = not needed and "torchao" not in sys.modules
     if hidden:
         sys.modules["torchao"] = None  # type: ignore[assignment]
     try:
         yield
     finally:
         if hidden:
-            del sys.modules["torchao"]
+            sys.modules.pop("torchao", None)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The command `llmint8 push`, and what `llmint8-convert --push-to-hub` does: they print; `push.py` does the work."""
+"""The command `llmint8 push`, and `llmint8-convert --push-to-hub`: they print; `hub/push.py` does the work."""
 
 import logging
 import sys

@@ -1,4 +1,4 @@
-"""The names of a checkpoint's files."""
+"""The names of a checkpoint's files, and of those that an unfinished conversion has."""
 
 from pathlib import Path
 

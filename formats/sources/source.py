@@ -2,7 +2,7 @@
 
 Understood are the layouts of the Hugging Face Hub: `model.safetensors` or `pytorch_model.bin`, whole or in shards
 with an index. Every other layout (metaseq, GGUF, ...) becomes a `Source` here too, with tensor names as in
-transformers; nothing outside this module asks what the files were.
+transformers; nothing outside this folder asks what the files were.
 """
 
 from collections.abc import Callable, Iterator

@@ -30,7 +30,7 @@ _ZERO = torch.zeros(1, dtype=torch.int64, device="cpu")
 
 def unpacked_product() -> Product:
     """Return the product for a weight as it is on this machine."""
-    # There it is exact, and a loop of scalars: 20 times as long as the reference for 32 rows, as long for one.
+    # There it is exact, and a loop of scalars: nine times as long as the reference for 32 rows, as long for one.
     scalar = torch.backends.cpu.get_cpu_capability() == "AVX2"
     return "int_mm" if not scalar and _is_exact("int_mm") else "reference"
 

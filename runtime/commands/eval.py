@@ -1,4 +1,4 @@
-"""The command `llmint8 eval`: it parses and prints; `compare.py` and `evaluate.py` do the work."""
+"""The command `llmint8 eval`: it parses and prints; `accuracy/` does the work."""
 
 import json
 import math

@@ -11,8 +11,10 @@ import click
 from llmint8.converter.commands.command import Command, set_up_logging
 from llmint8.converter.commands.terminal import printable_lines
 
-# A name ends with the first number in it: `model.layers.11` of `model.layers.11.mlp.up_proj`.
-_BLOCK = re.compile(r"(?P<stack>[^0-9]*?)\.(?P<number>\d+)(\.|$)")
+# The name of a block ends with the first part that is a number: `model.layers.11` of `model.layers.11.mlp.up_proj`.
+_BLOCK = re.compile(r"(.+?\.\d+)(?:\.|$)")
+# What takes less than this part of all that is outside of the blocks is not named.
+_NAMED_SHARE = 0.05
 
 
 @click.command("inspect", cls=Command)
@@ -34,7 +36,7 @@ def _facts(opened: Any) -> dict[str, Any]:
     quantization = opened.quantization
     sizes: Counter[str] = Counter()
     for name, info in opened.tensors.items():
-        sizes[name.rpartition(".")[0]] += info.nbytes
+        sizes[name.rpartition(".")[0] or name] += info.nbytes
     layers = [
         {
             "name": record.name,
@@ -56,7 +58,7 @@ def _facts(opened: Any) -> dict[str, Any]:
     for name, size in sizes.items():
         block = _BLOCK.match(name)
         if block:
-            blocks[f"{block['stack']}.{block['number']}"] += size
+            blocks[block[1]] += size
         else:
             outside[name] += size
     return {
@@ -117,14 +119,14 @@ def _table(layers: Sequence[dict[str, Any]], every: bool) -> list[str]:
         alike[name, layer["out_features"], layer["in_features"]].append(layer)
     width = max([5, *(len(name) for name, _, _ in alike)])
     count = "" if every else f"  {'number':>6}"
-    rows = [f"{'layer':{width}}{count}  {'out':>7}  {'in':>7}  {'16-bit columns':>14}  {'MB each':>13}"]
+    rows = [f"{'layer':{width}}{count}  {'out':>7}  {'in':>7}  {'16-bit columns':>14}  {'MB each':>18}"]
     for (name, out_features, in_features), ones in alike.items():
         count = "" if every else f"  {len(ones):>6}"
         outliers = [one["outliers"] for one in ones]
         rows.append(
             f"{name:{width}}{count}  {out_features:>7}  {in_features:>7}  "
             f"{'-' if None in outliers else _range(outliers):>14}  "
-            f"{_range([one['bytes'] / 1e6 for one in ones], '.2f'):>13}"
+            f"{_range([one['bytes'] / 1e6 for one in ones], '.2f'):>18}"
         )
     return rows
 
@@ -135,9 +137,12 @@ def _placement(blocks: dict[str, int], outside: dict[str, int]) -> list[str]:
     for name, size in blocks.items():
         stacks[name.rpartition(".")[0]].append(size)
     rows = [f"Blocks        {len(sizes)} x {stack}.*, {_megabytes(sizes)} each" for stack, sizes in stacks.items()]
-    largest = [f"{name} {_megabytes([size])}" for name, size in outside.items() if size >= sum(outside.values()) / 20]
+    total = sum(outside.values())
+    largest = [f"{name} {_megabytes([size])}" for name, size in outside.items() if size >= _NAMED_SHARE * total]
     if rows and outside:
-        rows.append(f"Outside       {_megabytes([sum(outside.values())])}: {', '.join(largest)}")
+        named = f": {', '.join(largest)}" if largest else ""
+        rest = f", and {len(outside) - len(largest)} smaller" if largest and len(largest) < len(outside) else ""
+        rows.append(f"Outside       {_megabytes([total])}{named}{rest}")
     return rows
 
 

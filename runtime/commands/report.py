@@ -1,4 +1,4 @@
-"""The command `llmint8 report`: it parses and prints; `report.py` does the work."""
+"""The command `llmint8 report`: it parses and prints; `report/report.py` does the work."""
 
 from pathlib import Path
 
