@@ -25,8 +25,4 @@ _HOMES = {
     "resolve": "hub.resolve",
 }
 __all__ = list(_HOMES)
-__getattr__ = importer(__name__, _HOMES)
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+__getattr__, __dir__ = importer(__name__, _HOMES)

@@ -17,8 +17,4 @@ _HOMES = {
     "outlier_misses": "model.misses",
 }
 __all__ = list(_HOMES)
-__getattr__ = importer(__name__, _HOMES)
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+__getattr__, __dir__ = importer(__name__, _HOMES)

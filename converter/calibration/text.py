@@ -7,7 +7,6 @@ of all.
 
 import hashlib
 import json
-import logging
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -20,8 +19,6 @@ from llmint8.formats import SourceError
 
 from ..model.config import is_trusted
 from ..model.tokenizer import load_tokenizer
-
-log = logging.getLogger("llmint8")
 
 _RANDOM_SEED = 0
 _LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")

@@ -1,6 +1,5 @@
 """The model that a source config describes, without its weights, through transformers."""
 
-import logging
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from llmint8.formats import SourceError
 
 from .errors import first_line
 from .limits import check_buffers
-
-log = logging.getLogger("llmint8")
 
 
 def model_class(config: Any) -> Any | None:
