@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from llmint8.kernels.cpu import linear as cpu
-from llmint8.kernels.cpu import product
+from llmint8.kernels.cpu.product import multiply
+from llmint8.kernels.reference import Int8Weight
 from llmint8.runtime import Int8Linear
 
 ROUNDS = 7
@@ -33,7 +34,7 @@ COLD_BYTES = 128e6
 def ours(linear: nn.Linear) -> nn.Module:
     """Quantize with 16 outlier columns."""
     layer = Int8Linear.from_linear(linear, torch.arange(0, linear.in_features, linear.in_features // 16)[:16])
-    layer.activation = "zeropoint"
+    layer.configure(activation="zeropoint")
     return layer
 
 
@@ -91,18 +92,16 @@ def measure(shape: tuple[int, int], names: list[str]) -> list[dict[str, Any]]:
     """Return a row for each M."""
     rows = []
     layers = {name: build(name, shape) for name in names}
-    dims = torch.arange(16, dtype=torch.int32)
-    weight = torch.randint(-127, 128, shape, dtype=torch.int8)
-    packed = product.packable(weight)
-    layout = product.pack(weight) if packed else weight
+    values = torch.randint(-127, 128, shape, dtype=torch.int8)
+    dims, columns = torch.arange(16, dtype=torch.int32), torch.randn(shape[0], 16)
+    weight = cpu.CpuWeight.prepare(Int8Weight(values, torch.rand(shape[0]), dims, columns))
     for m in (1, 32, 512):
         x = torch.randn(m, shape[1], dtype=torch.bfloat16)
-        values = cpu.quantize_rows(x, dims, "zeropoint").values
+        rows_of_x = cpu.quantize_rows(x, weight.outlier_dims, "zeropoint").values
         calls: dict[str, Callable[[], Any]] = {name: lambda f=layer, x=x: f(x) for name, layer in layers.items()}
-        calls["quantization"] = lambda x=x: cpu.quantize_in_blocks(x, dims, "zeropoint")
-        calls["product"] = lambda values=values: (
-            product.packed_product(values, layout, shape[0]) if packed else product.int8_product(values, layout)
-        )
+        calls["quantization"] = lambda x=x: cpu.quantize_in_blocks(x, weight.outlier_dims, "zeropoint")
+        calls["product"] = lambda r=rows_of_x: multiply(r, weight.values, shape[0], weight.product)
+        packed = weight.product == "packed"
         rows.append({"out": shape[0], "in": shape[1], "M": m, "packed": packed, **medians(calls)})
         print_row(rows[-1], names)
     return rows

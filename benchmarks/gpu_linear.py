@@ -16,6 +16,7 @@ import argparse
 import importlib.util
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ import torch.nn.functional as F
 from result_files import merge, result_file
 from torch import Tensor
 
-from llmint8.kernels import operators, reference
+from llmint8.kernels import linear, reference
 from llmint8.kernels.gpu import measure
+from llmint8.kernels.gpu.tune import scattered_dims
 
 # Bytes a second of a copy, and int8 operations a second at best: twice what a bfloat16 product of 8192**3 reaches.
 COPY_BANDWIDTH, INT8_RATE = 4.3e12, 2 * 790e12
@@ -66,7 +68,7 @@ def floor_us(m: int, n: int, k: int) -> float:
 
 def variants(m: int, n: int, k: int, device: torch.device) -> tuple[dict[str, list[Callable[[], Any]]], set[str]]:
     """Return the calls of each variant, one for each copy of the weight, and which of them cannot be captured."""
-    from llmint8.kernels.gpu.quantize_rows import quantize_rows
+    from llmint8.kernels.gpu.quantize_rows import QuantizeRows
 
     x = torch.randn(m, k, dtype=torch.float16, device=device)
     bias = torch.randn(n, dtype=torch.float16, device=device)
@@ -74,27 +76,24 @@ def variants(m: int, n: int, k: int, device: torch.device) -> tuple[dict[str, li
         torch.randn(n, k, dtype=torch.float16, device=device) for _ in range(measure.weight_copies(n * k, device))
     ]
     quantized = [reference.quantize_weight(weight) for weight in weights]
-    row_sums = [values.sum(1, dtype=torch.int32) for values, _ in quantized]
     # Spread over the row, as outliers are, and large enough for bitsandbytes' threshold.
-    dims = {count: torch.arange(count, dtype=torch.int32, device=device) * (k // max(count, 1)) for count in OUTLIERS}
+    dims = {count: scattered_dims(count, k, device) for count in OUTLIERS}
     x[:, dims[16].long()] *= 10
 
-    def ours(copy: int, count: int, columns: Tensor) -> Callable[[], Any]:
-        arguments = (x, *quantized[copy], dims[count], columns, bias, row_sums[copy], True)
-        return lambda: operators.int8_linear(*arguments)
+    def ours(copy: int, count: int, threshold: float | None = None) -> Callable[[], Any]:
+        columns = weights[copy][:, dims[count].long()]
+        prepared = linear.prepare(reference.Int8Weight(*quantized[copy], dims[count], columns, bias, threshold))
+        return lambda: linear.int8_linear(x, prepared, "zeropoint")
 
-    def columns(copy: int, count: int) -> Tensor:
-        return weights[copy][:, dims[count].long()].contiguous()
-
-    found = {f"ours {count}": [ours(i, count, columns(i, count)) for i in range(len(weights))] for count in OUTLIERS}
-    found |= {f"quantize {count}": [lambda c=count: quantize_rows(x, dims[c], True)] for count in OUTLIERS}
+    found = {f"ours {count}": [ours(i, count) for i in range(len(weights))] for count in OUTLIERS}
+    for count in OUTLIERS:
+        found[f"quantize {count}"] = [partial(QuantizeRows(k, dims[count], True), x, (k, 1))]
     found["fp16"] = [lambda w=weight: F.linear(x, w, bias) for weight in weights]
     if m > 16:  # `_int_mm` on CUDA takes no fewer
         rows = reference.quantize_rows(x, dims[0])
         found["int_mm"] = [lambda q=q, a=a: int_mm(rows, q, a, bias) for q, a in quantized]
     # Outliers searched in the call: printed, and not part of the rows.
-    layers = [(*weight, bias, row_sum, 6.0, True) for weight, row_sum in zip(quantized, row_sums, strict=True)]
-    found["ours searched"] = [lambda layer=layer: operators.dynamic_int8_linear(x, *layer) for layer in layers]
+    found["ours searched"] = [ours(i, 0, 6.0) for i in range(len(weights))]
     eager = set()
     if importlib.util.find_spec("bitsandbytes"):
         for name, threshold in (("bnb", 6.0), ("bnb0", 0.0)):

@@ -28,7 +28,9 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmint8.kernels.gpu import decode, linear, matmul, outlier_search, quantize_rows
-from llmint8.kernels.gpu.tiles import TENSOR_CORE_ROWS, Tile, shipped_rows
+from llmint8.kernels.gpu.tiles import DecodeTile, Tile, shipped_table
+from llmint8.kernels.operands import Operands
+from llmint8.kernels.reference import Int8Weight
 
 # Bytes of shared memory that one program may have. The tiles of `any` are compiled for sm_80, and have to do with the
 # shared memory of the smallest GPUs.
@@ -49,6 +51,7 @@ class Resources:
     spilled_bytes: int
     shared_bytes: int
     int8_instructions: int
+    narrow_loads: int  # from global memory, of less than 8 bytes
     problems: list[str]
 
 
@@ -58,6 +61,7 @@ class Recorder:
     def __init__(self, kernel: Any, architecture: str) -> None:
         """Keep the kernel; `compiled` is the last one."""
         self.kernel, self.architecture, self.compiled = kernel, architecture, None
+        self.arg_names = kernel.arg_names
 
     def __getitem__(self, grid: Any) -> Any:
         """Take the place of a launch."""
@@ -97,6 +101,8 @@ class Recorder:
 class Nothing:
     """Stands where a kernel stands that is not to be compiled."""
 
+    arg_names: tuple[str, ...] = ()
+
     def __getitem__(self, grid: Any) -> Any:
         """Take the place of a launch."""
         return lambda *args, **options: None
@@ -119,6 +125,7 @@ def resources(compiled: Any, architecture: str, name: str, instruction: str | No
         int(re.search(r"STACK:(\d+)", usage)[1]),
         compiled.metadata.shared,
         len(re.findall(rf"\b{instruction}\b", sass)) if instruction else 0,
+        len(re.findall(r"\bLDG(?:STS)?\.E(?!\S*\.(?:64|128)\b)", sass)),
         [],
     )
     if found.spilled_bytes or re.search(r"\b(STL|LDL)\b", sass):
@@ -147,16 +154,26 @@ def layer_resources(
     def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=kind, device="meta")
 
-    few = tile.block_m < TENSOR_CORE_ROWS
+    few = isinstance(tile, DecodeTile)
     m, n = tile.block_m if few else 512, 4096
-    weight, absmax = empty(n, k, kind=torch.int8), empty(n, kind=torch.float32)
-    row_sum, bias = empty(n, kind=torch.int32), empty(n) if zeropoint else None
-    x, columns = empty(m, k), empty(n, 0 if searched else outliers)
-    dims = outliers_of(x) if searched else empty(outliers, kind=torch.int32)
+    weight = Int8Weight(
+        empty(n, k, kind=torch.int8),
+        empty(n, kind=torch.float32),
+        empty(outliers, kind=torch.int32),
+        empty(n, outliers),
+        empty(n) if zeropoint else None,
+        6.0 if searched else None,
+    )
+    layer = linear.GpuLinear(Operands.prepare(weight), tile)
     module, kernel = (decode, "int8_decode_kernel") if few else (matmul, "int8_matmul_kernel")
     recorder = Recorder(getattr(module, kernel), architecture)
-    with patch.object(module, kernel, recorder), patch.object(quantize_rows, "quantize_rows_kernel", Nothing()):
-        linear.int8_linear(x, weight, absmax, dims, columns, bias, row_sum, zeropoint=zeropoint, tile=tile)
+    others = {"flag_kernel": Nothing(), "list_kernel": Nothing()}
+    with (
+        patch.object(module, kernel, recorder),
+        patch.object(quantize_rows, "quantize_rows_kernel", Nothing()),
+        patch.multiple(outlier_search, **others),
+    ):
+        layer(empty(m, k), zeropoint)
     name = f"{kernel.removesuffix('_kernel')} {tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps"
     if few:
         found = resources(recorder.compiled, architecture, f"{name}, {outliers} outliers", "IDP")
@@ -176,7 +193,7 @@ def outliers_of(x: torch.Tensor) -> outlier_search.Found:
     """Return what a search of x finds, without looking."""
     k = x.shape[1]
     lists = ((k, torch.int8), (k, torch.int32), (1, torch.int32))
-    return outlier_search.Found(x, *(torch.empty(size, dtype=kind, device="meta") for size, kind in lists))
+    return outlier_search.Found(x, (k, 1), *(torch.empty(size, dtype=kind, device="meta") for size, kind in lists))
 
 
 def row_resources(
@@ -189,10 +206,10 @@ def row_resources(
 ) -> Resources:
     """Compile the row quantization for K dimensions."""
     x = torch.empty(512, k, dtype=dtype, device="meta")
+    dims = torch.empty(0 if searched else outliers, dtype=torch.int32, device="meta")
     recorder = Recorder(quantize_rows.quantize_rows_kernel, architecture)
     with patch.object(quantize_rows, "quantize_rows_kernel", recorder):
-        dims = torch.empty(outliers, dtype=torch.int32, device="meta")
-        quantize_rows.quantize_rows(x, outliers_of(x) if searched else dims, zeropoint)
+        quantize_rows.QuantizeRows(k, dims, zeropoint)(x, (k, 1), outliers_of(x) if searched else None)
     return resources(recorder.compiled, architecture, f"quantize_rows K={k}" + (", searched" if searched else ""))
 
 
@@ -200,7 +217,7 @@ def search_resources(architecture: str, kernel: str, m: int, dtype: torch.dtype 
     """Compile a kernel of the outlier search, by its name, for M rows."""
     recorders = {name: Recorder(getattr(outlier_search, name), architecture) for name in ("flag_kernel", "list_kernel")}
     with patch.multiple(outlier_search, **recorders):
-        outlier_search.search(torch.empty(m, 4096, dtype=dtype, device="meta"), 6.0)
+        outlier_search.OutlierSearch(6.0, dtype, m)(torch.empty(m, 4096, dtype=dtype, device="meta"), (4096, 1))
     return resources(recorders[kernel].compiled, architecture, f"{kernel} M={m}")
 
 
@@ -211,10 +228,10 @@ def compile_one(job: Callable[[], Resources]) -> Resources:
 
 def main() -> None:
     """Compile everything that ships, on every core."""
-    tiles = dict.fromkeys((row.architecture, row.tile) for row in shipped_rows())
+    tiles = dict.fromkeys((row.architecture, row.tile) for row in shipped_table())
     jobs = [partial(layer_resources, *tile) for tile in tiles]
     for tile in tiles:
-        decode = tile[1].block_m < TENSOR_CORE_ROWS
+        decode = isinstance(tile[1], DecodeTile)
         # What takes the most registers of a whole layer is not the number of its outliers.
         jobs.append(partial(layer_resources, *tile, **({"outliers": 16} if decode else {"searched": True})))
     for architecture in ("sm_80", "sm_90"):

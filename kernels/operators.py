@@ -1,110 +1,81 @@
 """The layer as one PyTorch operator, `torch.ops.llmint8.int8_linear`, so that compilers and CUDA graphs take it whole.
 
 On a GPU it is one or two launches of Triton kernels (`gpu/linear.py`). With outliers searched in the call,
-`torch.ops.llmint8.dynamic_int8_linear`, two more come before (`gpu/outlier_search.py`). Nothing in them waits for the
-GPU, and shapes do not depend on values. On the CPU they are the reference. They have no gradient.
+`torch.ops.llmint8.dynamic_int8_linear`, two more come before. Nothing in them waits for the GPU, and shapes do not
+depend on values. On the CPU they are what the CPU's own weights run (`cpu/linear.py`). They have no gradient.
 
-Triton is imported by the first call on a GPU. Where there is none (CUDA on Windows) the reference runs there, too, and
-a warning says so.
+Called eagerly, a weight prepared for a GPU passes the operator by: its dispatch takes as long as the rest of a call.
+Without Triton (CUDA on Windows) there is no such weight.
 """
 
 import functools
 import importlib.util
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from . import reference
+from .checks import check_operands
+from .cpu.linear import CpuWeight
+from .gpu.tiles import gpu_of, table_for
+from .operands import Operands
+from .prepared import PreparedWeight
+from .reference import Activation, Int8Weight
 
 # `Library` dispatches in a fraction of the time that `torch.library.custom_op` takes.
 _LIBRARY = torch.library.Library("llmint8", "FRAGMENT")  # type: ignore[no-untyped-call]
+_WEIGHT = "Tensor weight, Tensor scale, Tensor row_sum"
 _LIBRARY.define(  # type: ignore[no-untyped-call]
-    "int8_linear(Tensor x, Tensor weight, Tensor weight_absmax, Tensor outlier_dims, Tensor outlier_weight, "
-    "Tensor? bias, Tensor? weight_row_sum, bool zeropoint) -> Tensor",
+    f"int8_linear(Tensor x, {_WEIGHT}, Tensor outlier_dims, Tensor outlier_weight, Tensor? bias, bool zeropoint) "
+    "-> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(  # type: ignore[no-untyped-call]
-    "dynamic_int8_linear(Tensor x, Tensor weight, Tensor weight_absmax, Tensor? bias, Tensor? weight_row_sum, "
-    "float threshold, bool zeropoint) -> Tensor",
+    f"dynamic_int8_linear(Tensor x, {_WEIGHT}, Tensor? bias, float threshold, bool zeropoint) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def _reference(
-    x: Tensor,
-    weight: Tensor,
-    weight_absmax: Tensor,
-    outlier_dims: Tensor,
-    outlier_weight: Tensor,
-    bias: Tensor | None,
-    weight_row_sum: Tensor | None,
-    zeropoint: bool,
-) -> Tensor:
-    activation: reference.Activation = "zeropoint" if zeropoint else "absmax"
-    return reference.int8_linear(x, weight, weight_absmax, outlier_dims, outlier_weight, bias, activation)
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GpuWeight(PreparedWeight):
+    """A weight prepared for the kernels of `gpu/`, and what runs it."""
 
+    operands: Operands
+    run: Callable[[Tensor, bool], Tensor]
 
-def _gpu(
-    x: Tensor,
-    weight: Tensor,
-    weight_absmax: Tensor,
-    outlier_dims: Tensor,
-    outlier_weight: Tensor,
-    bias: Tensor | None,
-    weight_row_sum: Tensor | None,
-    zeropoint: bool,
-) -> Tensor:
-    if not _has_triton():
-        return _reference(x, weight, weight_absmax, outlier_dims, outlier_weight, bias, weight_row_sum, zeropoint)
-    from .gpu.linear import int8_linear
+    @classmethod
+    def prepare(cls, weight: Int8Weight) -> Self:
+        """Lay out a weight on its device."""
+        from .gpu.linear import GpuLinear
 
-    # Triton launches on the current device, which need not be that of the layer.
-    with torch.cuda.device(x.device):
-        return int8_linear(
-            x, weight, weight_absmax, outlier_dims, outlier_weight, bias, weight_row_sum, zeropoint=zeropoint
+        operands = Operands.prepare(weight)
+        n, k = operands.values.shape
+        gpu = gpu_of(operands.device)
+        tiles = table_for(gpu)[0]
+        own = "" if tiles == gpu.architecture else f" with the tiles of {tiles}"
+        path = f"Triton on {gpu.architecture}{own}"
+        return cls(
+            in_features=k, out_features=n, values=operands.values, path=path, operands=operands, run=GpuLinear(operands)
         )
 
-
-def _dynamic_reference(
-    x: Tensor,
-    weight: Tensor,
-    weight_absmax: Tensor,
-    bias: Tensor | None,
-    weight_row_sum: Tensor | None,
-    threshold: float,
-    zeropoint: bool,
-) -> Tensor:
-    activation: reference.Activation = "zeropoint" if zeropoint else "absmax"
-    return reference.dynamic_int8_linear(x, weight, weight_absmax, threshold, bias, activation)
-
-
-def _dynamic_gpu(
-    x: Tensor,
-    weight: Tensor,
-    weight_absmax: Tensor,
-    bias: Tensor | None,
-    weight_row_sum: Tensor | None,
-    threshold: float,
-    zeropoint: bool,
-) -> Tensor:
-    if not _has_triton():
-        return _dynamic_reference(x, weight, weight_absmax, bias, weight_row_sum, threshold, zeropoint)
-    from .gpu.linear import int8_linear
-    from .gpu.outlier_search import search
-
-    with torch.cuda.device(x.device):
-        found = search(x, threshold)
-        return int8_linear(x, weight, weight_absmax, found, weight[:, :0], bias, weight_row_sum, zeropoint=zeropoint)
-
-
-def _fake(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+    def linear(self, x: Tensor, activation: Activation) -> Tensor:
+        """Run the layer; see `PreparedWeight`."""
+        zeropoint = activation == "zeropoint"
+        # What stands for a tensor, and what listens to every operator, gets the operator.
+        if torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack():
+            weight, scale, row_sum, dims, columns, bias, threshold = self.operands
+            if threshold is None:
+                return int8_linear(x, weight, scale, row_sum, dims, columns, bias, zeropoint)
+            return dynamic_int8_linear(x, weight, scale, row_sum, bias, threshold, zeropoint)
+        return self.run(x, zeropoint)
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Tell whether the kernels of `gpu/` can run; where they cannot, a warning says so once."""
     found = importlib.util.find_spec("triton") is not None
     if not found:
         logging.getLogger("llmint8").warning(
@@ -113,12 +84,73 @@ def _has_triton() -> bool:
     return found
 
 
-_LIBRARY.impl("int8_linear", _reference, "CPU")  # type: ignore[no-untyped-call]
-_LIBRARY.impl("dynamic_int8_linear", _dynamic_reference, "CPU")  # type: ignore[no-untyped-call]
-# The key of AMD's GPUs, too.
-_LIBRARY.impl("int8_linear", _gpu, "CUDA")  # type: ignore[no-untyped-call]
-_LIBRARY.impl("dynamic_int8_linear", _dynamic_gpu, "CUDA")  # type: ignore[no-untyped-call]
+def _run(x: Tensor, operands: Operands, zeropoint: bool) -> Tensor:
+    if operands.device.type == "cuda":
+        from .gpu.linear import GpuLinear
+
+        return GpuLinear(operands)(x, zeropoint)
+    return CpuWeight.of_operands(operands).linear(x, "zeropoint" if zeropoint else "absmax")
+
+
+def _int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    row_sum: Tensor,
+    outlier_dims: Tensor,
+    outlier_weight: Tensor,
+    bias: Tensor | None,
+    zeropoint: bool,
+) -> Tensor:
+    check_operands(x, weight, scale, row_sum, bias, outlier_dims, outlier_weight)
+    return _run(x, Operands(weight, scale, row_sum, outlier_dims, outlier_weight, bias, None), zeropoint)
+
+
+def _dynamic_int8_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    row_sum: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    zeropoint: bool,
+) -> Tensor:
+    check_operands(x, weight, scale, row_sum, bias)
+    nothing = weight.new_empty(0, dtype=torch.int32), scale.new_empty(weight.shape[0], 0)
+    return _run(x, Operands(weight, scale, row_sum, *nothing, bias, threshold), zeropoint)
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    row_sum: Tensor,
+    outlier_dims: Tensor,
+    outlier_weight: Tensor,
+    bias: Tensor | None,
+    zeropoint: bool,
+) -> Tensor:
+    check_operands(x, weight, scale, row_sum, bias, outlier_dims, outlier_weight)
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _dynamic_fake(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    row_sum: Tensor,
+    bias: Tensor | None,
+    threshold: float,
+    zeropoint: bool,
+) -> Tensor:
+    check_operands(x, weight, scale, row_sum, bias)
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+for _key in ("CPU", "CUDA"):  # CUDA is the key of AMD's GPUs, too
+    _LIBRARY.impl("int8_linear", _int8_linear, _key)  # type: ignore[no-untyped-call]
+    _LIBRARY.impl("dynamic_int8_linear", _dynamic_int8_linear, _key)  # type: ignore[no-untyped-call]
 torch.library.register_fake("llmint8::int8_linear", _fake, lib=_LIBRARY)
-torch.library.register_fake("llmint8::dynamic_int8_linear", _fake, lib=_LIBRARY)
+torch.library.register_fake("llmint8::dynamic_int8_linear", _dynamic_fake, lib=_LIBRARY)
 int8_linear: Callable[..., Tensor] = torch.ops.llmint8.int8_linear.default
 dynamic_int8_linear: Callable[..., Tensor] = torch.ops.llmint8.dynamic_int8_linear.default

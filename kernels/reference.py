@@ -11,6 +11,7 @@ of `x` holds the value that stands for 0.0 in the outlier dimensions.
 Nothing here knows a file or a model, and nothing here is tuned: blocks exist to bound memory only.
 """
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -23,6 +24,32 @@ Activation = Literal["absmax", "zeropoint"]
 _BLOCK_ELEMENTS = 1 << 19
 # 127 * 127 * 1024 < 2**24: that many products add up exactly in float32.
 _EXACT_FLOAT32_K = 1024
+# What the product turns to float32 of the weight at a time: 8 MB of it.
+_PRODUCT_ELEMENTS = 1 << 21
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Weight:
+    """A quantized linear layer as it is stored: `W ~ values * absmax[:, None] / 127`, outlier columns excepted.
+
+    Attributes:
+        values: int8 [N, K], all columns.
+        absmax: float32 [N], of the rows of W.
+        outlier_dims: integer [k], strictly increasing: the dimensions of x that are multiplied in floating point.
+        outlier_weight: float [N, k], the columns of W at `outlier_dims`.
+        bias: float [N] or None.
+        threshold: where it is given, nothing of the stored outliers counts: the outliers are searched in every call,
+            `|x| >= threshold`, and their columns dequantized from int8, as there is no other copy (LLM.int8() as
+            published).
+
+    """
+
+    values: Tensor
+    absmax: Tensor
+    outlier_dims: Tensor
+    outlier_weight: Tensor
+    bias: Tensor | None = None
+    threshold: float | None = None
 
 
 class QuantizedRows(NamedTuple):
@@ -109,10 +136,18 @@ def quantize_rows(x: Tensor, outlier_dims: Tensor, activation: Activation = "abs
 def int8_product(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply int8 [M, K] by int8 [N, K] transposed, exactly: int32 [M, N]. K up to 133,000 cannot overflow."""
     out = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.int32, device=x.device)
-    for start in range(0, x.shape[1], _EXACT_FLOAT32_K):
-        columns = slice(start, start + _EXACT_FLOAT32_K)
-        out += (x[:, columns].float() @ weight[:, columns].float().t()).to(torch.int32)
+    for n in range(0, weight.shape[0], _PRODUCT_ELEMENTS // _EXACT_FLOAT32_K):
+        rows = slice(n, n + _PRODUCT_ELEMENTS // _EXACT_FLOAT32_K)
+        for k in range(0, x.shape[1], _EXACT_FLOAT32_K):
+            columns = slice(k, k + _EXACT_FLOAT32_K)
+            out[:, rows] += _float32_product(x[:, columns], weight[rows, columns]).to(torch.int32)
     return out
+
+
+def _float32_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Return `x @ weight.T` in float32 [M, N]; autocast leaves alone what is told where to write."""
+    out = torch.empty(x.shape[0], weight.shape[0], device=x.device)
+    return torch.mm(x.float(), weight.float().t(), out=out)
 
 
 def dynamic_outlier_dims(x: Tensor, threshold: float) -> Tensor:
@@ -120,58 +155,33 @@ def dynamic_outlier_dims(x: Tensor, threshold: float) -> Tensor:
     return (x.abs() >= threshold).any(0).nonzero().flatten()
 
 
-def int8_linear(
-    x: Tensor,
-    weight: Tensor,
-    weight_absmax: Tensor,
-    outlier_dims: Tensor,
-    outlier_weight: Tensor,
-    bias: Tensor | None = None,
-    activation: Activation = "absmax",
-) -> Tensor:
+def int8_linear(x: Tensor, weight: Int8Weight, activation: Activation = "absmax") -> Tensor:
     """The mixed-precision product of LLM.int8(), equation 8 of the paper, plus bias.
 
     Args:
         x: float16, bfloat16 or float32 [M, K].
-        weight: int8 [N, K], all columns.
-        weight_absmax: float32 [N].
-        outlier_dims: integer [k], the dimensions of x that are multiplied in floating point; k may be 0.
-        outlier_weight: float [N, k], the weight's columns at `outlier_dims`.
-        bias: float [N] or None.
+        weight: of N rows and K columns.
         activation: how the rows of x are quantized.
 
     Returns:
         [M, N] in the dtype of x; sums are float32 until the end.
 
     """
-    rows = quantize_rows(x, outlier_dims, activation)
+    dims, columns = weight.outlier_dims, weight.outlier_weight
+    if weight.threshold is not None:
+        dims = dynamic_outlier_dims(x, weight.threshold)
+        columns = dequantize_weight(weight.values[:, dims], weight.absmax)
+    rows = quantize_rows(x, dims, activation)
     if rows.zero_point is None:
-        product = int8_product(rows.values, weight).float()
+        product = int8_product(rows.values, weight.values).float()
     else:
         # A row of ones gives the sums of the weight's rows, without another pass over the weight.
-        ones = rows.values.new_ones(1, weight.shape[1])
-        product = int8_product(torch.cat([rows.values, ones]), weight).float()
+        ones = rows.values.new_ones(1, x.shape[1])
+        product = int8_product(torch.cat([rows.values, ones]), weight.values).float()
         product = product[:-1] - rows.zero_point[:, None] * product[-1]
-    out = product * rows.scale[:, None] * (weight_absmax / 127)
-    if outlier_dims.numel():
-        out += x[:, outlier_dims.long()].float() @ outlier_weight.float().t()
-    if bias is not None:
-        out += bias.float()
+    out = product * rows.scale[:, None] * (weight.absmax / 127)
+    if dims.numel():
+        out += _float32_product(x[:, dims.long()], columns)
+    if weight.bias is not None:
+        out += weight.bias.float()
     return out.to(x.dtype)
-
-
-def dynamic_int8_linear(
-    x: Tensor,
-    weight: Tensor,
-    weight_absmax: Tensor,
-    threshold: float,
-    bias: Tensor | None = None,
-    activation: Activation = "absmax",
-) -> Tensor:
-    """LLM.int8() as published: `int8_linear` with the outliers of this call.
-
-    Their weight columns are dequantized from int8, as there is no other copy. Shapes as in `int8_linear`.
-    """
-    dims = dynamic_outlier_dims(x, threshold)
-    columns = dequantize_weight(weight[:, dims], weight_absmax)
-    return int8_linear(x, weight, weight_absmax, dims, columns, bias, activation)

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llmint8.kernels.gpu.tiles import shipped_rows
+from llmint8.kernels.gpu.tiles import shipped_table
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "kernel_resources.py"
 
@@ -24,7 +24,7 @@ def test_what_ships_compiles_without_a_spill_and_into_int8_instructions(tmp_path
     found = run([str(SCRIPT), "--json"], tmp_path)
     assert [item for item in found if item["problems"]] == []
     products = [item for item in found if item["int8_instructions"]]
-    tiles = {(row.architecture, row.tile) for row in shipped_rows()}
+    tiles = {(entry.architecture, entry.tile) for entry in shipped_table()}
     # Each with the outliers that are stored and with those that are searched, or with two numbers of them.
     assert len(products) == 2 * len(tiles)
     assert {item["kernel"].split()[0] for item in found} == {
@@ -42,17 +42,18 @@ def test_layers_of_every_kind_compile(tmp_path: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
         "import kernel_resources as k, torch\n"
+        "from llmint8.kernels.gpu.tiles import DecodeTile, MatmulTile\n"
         "for dtype, kind in ((torch.float16, (0, False, 4096)), (torch.float16, (5, False, 255)), (torch.bfloat16,"
         " (1, True, 1)), (torch.float32, (33, True, 4096)), (torch.float32, (0, True, 40000))):\n"
         "    k.row_resources('sm_90', kind[2], dtype, *kind[:2])\n"
         "    k.row_resources('sm_90', kind[2], dtype, 0, kind[1], searched=True)\n"
         "    k.search_resources('sm_90', 'flag_kernel', 17, dtype)\n"
-        "    for tile in (k.Tile(64, 64, 64, 8, 4, 3, False), k.Tile(16, 64, 64, 8, 4, 3, False, 4)):\n"
+        "    for tile in (MatmulTile(64, 64, 64, 8, 4, 3), MatmulTile(16, 64, 64, 8, 4, 3, False, 4)):\n"
         "        for searched in (False, True):\n"
         "            k.layer_resources('sm_90', tile, dtype, *kind, searched=searched)\n"
         "for kind in ((torch.float16, 0, False, 4096), (torch.bfloat16, 512, True, 4080),"
         " (torch.float32, 5, True, 64)):\n"
-        "    k.layer_resources('sm_90', k.Tile(1, 16, 128, 8, 4, 1, False), *kind)\n"
+        "    k.layer_resources('sm_90', DecodeTile(1, 16, 128, 4), *kind)\n"
         "print('true')"
     )
     assert run(["-c", code], tmp_path)

@@ -77,6 +77,37 @@ def _patch_once_a_launch(interpreter: Any) -> None:
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_lang, call
 
 
+@pytest.fixture(scope="session")
+def assert_right() -> Callable[[Any, Any, Any, torch.Tensor], None]:
+    """Compares what a layer returned with exact arithmetic: (x, `Int8Weight`, activation, what was returned)."""
+    from llmint8.kernels import reference
+
+    # The step between neighbouring numbers, relative. Triton's interpreter truncates to bfloat16, so a whole one.
+    step = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-23}
+
+    def compare(x: Any, weight: Any, activation: Any, found: torch.Tensor) -> None:
+        dims, columns = weight.outlier_dims.long(), weight.outlier_weight.double()
+        if weight.threshold is not None:
+            dims = reference.dynamic_outlier_dims(x, weight.threshold)
+            columns = weight.values[:, dims].double() * weight.absmax.double()[:, None] / 127
+        rows = reference.quantize_rows(x, dims, activation)
+        values, scale = weight.values.double(), rows.scale.double()[:, None] * (weight.absmax.double() / 127)
+        product = rows.values.double() @ values.t()
+        zeros = torch.zeros(len(x), 1) if rows.zero_point is None else rows.zero_point[:, None]
+        shift = zeros.double() * values.sum(1)
+        outliers = x[:, dims].double(), columns.t()
+        bias = torch.zeros(len(values)) if weight.bias is None else weight.bias
+        expected = (product - shift) * scale + outliers[0] @ outliers[1] + bias.double()
+        # Each sum of k + 4 terms is wrong by k + 4 roundings at most; tensor cores may cut off where others round.
+        parts = (product.abs() + 4 * shift.abs()) * scale + outliers[0].abs() @ outliers[1].abs() + bias.double().abs()
+        room = 2 * (len(dims) + 6) * 2.0**-24 * parts + step[x.dtype] * expected.abs()
+        assert (found.shape, found.dtype) == (expected.shape, x.dtype)
+        difference = (found.double() - expected).abs()
+        assert bool((difference <= room).all()), difference.max()
+
+    return compare
+
+
 @pytest.fixture(scope="module")
 def poisoned_memory() -> Iterator[None]:
     """Fill new memory with NaN or the largest integer, so that a place nobody wrote to shows."""

@@ -1,5 +1,6 @@
 """`load(compile=True)`: the same text, and one notice where it cannot be."""
 
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -66,6 +67,24 @@ def test_a_compiled_model_writes_the_same_text(
     assert text_of(model, 24) == expected
     assert len(graphs) == 1  # the whole forward pass, and once for all tokens
     assert warnings(caplog) == []
+
+
+def test_a_compiled_model_is_saved_as_any_other(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "_cpp_compiler", lambda: "g++")
+    model = runtime.load(checkpoint, compile=True)
+    model.generation_config.max_new_tokens = 7
+    repr(model.generation_config)
+    model.save_pretrained(tmp_path / "saved")
+    assert compiled.is_compiled(model)
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert saved["max_new_tokens"] == 7
+    assert not saved.keys() & {"cache_implementation", "compile_config"}
+    again = runtime.load(tmp_path / "saved")
+    assert not compiled.is_compiled(again)
+    assert again.generation_config.cache_implementation is None
+    assert text_of(again) == text_of(runtime.load(checkpoint))
 
 
 @pytest.mark.skipif(compiled._cpp_compiler() is None, reason="needs a C++ compiler")

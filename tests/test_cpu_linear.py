@@ -1,18 +1,22 @@
-"""The CPU's layer against the reference: the same integers, and floating point within its rounding."""
+"""What is the CPU's own: its products and their layout, its row quantization, blocks, and what it does to a module.
+
+`test_operators.py` has the layers of every shape.
+"""
 
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
-from llmint8.kernels import linear, reference
+from llmint8.kernels import reference
 from llmint8.kernels.cpu import linear as cpu
 from llmint8.kernels.cpu import product as products
-from llmint8.kernels.reference import Activation
+from llmint8.kernels.reference import Activation, Int8Weight
 from llmint8.runtime import Int8Linear
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -38,8 +42,9 @@ def product(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if wanted != "reference" and not products._is_exact(wanted):
         pytest.skip(f"this machine has no exact {wanted}")
     monkeypatch.setattr(products, "_is_exact", lambda name: name == wanted)
-    monkeypatch.setattr(products, "unpacked_product", lambda: "int_mm" if wanted == "int_mm" else "reference")
-    monkeypatch.setattr(products, "_PACK_ELEMENTS", 0)
+    for module in (products, cpu):
+        monkeypatch.setattr(module, "unpacked_product", lambda: "int_mm" if wanted == "int_mm" else "reference")
+    monkeypatch.setattr(products, "_PACK_ELEMENTS", 1)
     return wanted
 
 
@@ -47,23 +52,22 @@ def int8s(*shape: int) -> Tensor:
     return torch.randint(-127, 128, shape, dtype=torch.int8)
 
 
-def arguments(m: int, k_in: int, n: int, k: int, dtype: torch.dtype, bias: bool = True) -> list[Any]:
+def random_layer(m: int, k_in: int, n: int, k: int, dtype: torch.dtype) -> tuple[Tensor, Int8Weight]:
     torch.manual_seed(m + k_in + n)
     dims = torch.randperm(k_in)[:k].sort().values.to(torch.int32)
     x = torch.randn(m, k_in) + 0.3
     x[:, dims.long()] *= 40
-    columns = torch.randn(n, k).to(dtype)
-    return [x.to(dtype), int8s(n, k_in), torch.rand(n), dims, columns, torch.randn(n).to(dtype) if bias else None]
+    columns, bias = torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
+    return x.to(dtype), Int8Weight(int8s(n, k_in), torch.rand(n), dims, columns, bias)
 
 
-def packed_if(product: str, weight: Tensor) -> Tensor:
+def laid_out(product: str, weight: Tensor) -> Tensor:
     assert products.packable(weight) == (product == "packed")
     return products.pack(weight) if product == "packed" else weight
 
 
 def multiplied(product: str, x: Tensor, weight: Tensor) -> Tensor:
-    layout = packed_if(product, weight)
-    return products.packed_product(x, layout, len(weight)) if product == "packed" else products.int8_product(x, layout)
+    return products.multiply(x, laid_out(product, weight), len(weight), product)  # type: ignore[arg-type]
 
 
 def assert_close(got: Tensor, expected: Tensor) -> None:
@@ -72,22 +76,6 @@ def assert_close(got: Tensor, expected: Tensor) -> None:
     room = torch.finfo(expected.dtype).eps + 2.0**-20
     size = float(expected.abs().max()) if expected.numel() else 0.0
     assert torch.allclose(got.double(), expected.double(), rtol=room, atol=2.0**-20 * size)
-
-
-@shapes
-@dtypes
-@activations
-@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-def test_the_layer_agrees_with_the_reference(
-    product: str, m: int, k_in: int, n: int, k: int, dtype: torch.dtype, activation: Activation, bias: bool
-) -> None:
-    x, weight, *others = arguments(m, k_in, n, k, dtype, bias)
-    expected = reference.int8_linear(x, weight, *others, activation)
-    layout = packed_if(product, weight)
-    row_sum = linear.weight_row_sum(weight)
-    packed = product == "packed"
-    assert_close(linear.int8_linear(x, layout, *others, activation, row_sum, packed), expected)
-    assert_close(linear.int8_linear(x, layout, *others, activation, packed=packed), expected)
 
 
 @shapes
@@ -114,7 +102,8 @@ def test_rows_are_quantized_to_the_bit(
     m: int, k_in: int, n: int, k: int, dtype: torch.dtype, activation: Activation, block: int, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(cpu, "_QUANTIZE_ELEMENTS", block)
-    x, _, _, dims, *_ = arguments(m, k_in, n, k, dtype)
+    x, weight = random_layer(m, k_in, n, k, dtype)
+    dims = weight.outlier_dims.long()
     if m:
         x[0] = 0
     before = x.clone()
@@ -128,29 +117,19 @@ def test_rows_are_quantized_to_the_bit(
         assert torch.equal(got.zero_point[:, 0], expected.zero_point)  # type: ignore[index]
 
 
-def test_rows_of_zeros_and_of_tiny_values(product: str) -> None:
-    _, weight, *others = arguments(1, 40, 6, 3, torch.float32)
-    x = torch.tensor([0.0, 1e-44, -1e-38, 1e36])[:, None].expand(4, 40)
-    for activation in ("absmax", "zeropoint"):
-        expected = reference.int8_linear(x, weight, *others, activation)
-        assert_close(
-            cpu.int8_linear(x, packed_if(product, weight), *others, activation, None, product == "packed"), expected
-        )
-
-
 def test_blocks_of_output_are_joined(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, weight, *others = arguments(17, 95, 63, 4, torch.float32)
-    layout = packed_if(product, weight)
-    whole = cpu.int8_linear(x, layout, *others, "zeropoint", None, product == "packed")
+    x, weight = random_layer(17, 95, 63, 4, torch.float32)
+    prepared = cpu.CpuWeight.prepare(weight)
+    whole = prepared.linear(x, "zeropoint")
     monkeypatch.setattr(cpu, "_OUTPUT_ELEMENTS", 63 * 5)
-    assert_close(cpu.int8_linear(x, layout, *others, "zeropoint", None, product == "packed"), whole)
+    assert_close(prepared.linear(x, "zeropoint"), whole)
 
 
 def test_a_row_does_not_depend_on_the_others(product: str) -> None:
-    x, weight, *others = arguments(17, 300, 63, 0, torch.float32)
-    layout = packed_if(product, weight)
-    whole = cpu.int8_linear(x, layout, *others, "zeropoint", None, product == "packed")
-    assert torch.equal(cpu.int8_linear(x[5:6], layout, *others, "zeropoint", None, product == "packed"), whole[5:6])
+    x, weight = random_layer(17, 300, 63, 0, torch.float32)
+    prepared = cpu.CpuWeight.prepare(weight)
+    whole = prepared.linear(x, "zeropoint")
+    assert torch.equal(prepared.linear(x[5:6], "zeropoint"), whole[5:6])
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (64, 1), (63, 4095), (192, 576)], ids=str)
@@ -194,20 +173,13 @@ def test_the_loop_of_scalars_of_processors_with_avx2_is_not_used(monkeypatch: py
         assert products.unpacked_product() == expected
 
 
-def test_the_choice_of_the_product_breaks_no_graph() -> None:
-    """The tests below replace it."""
-    torch._dynamo.reset()
-    layer, x = make_layer(96, 40, 5), torch.randn(3, 96)
-    assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x), layer(x))
-
-
 @activations
 @pytest.mark.parametrize("outliers", ["static", "none"])
 def test_the_layer_compiles_in_one_graph(product: str, activation: Activation, outliers: Any) -> None:
     torch.manual_seed(0)
     torch._dynamo.reset()
     layer = make_layer(96, 40, 5)
-    layer.outliers, layer.activation = outliers, activation
+    layer.configure(outliers=outliers, activation=activation)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     for m in (1, 7):
         x = torch.randn(m, 96, dtype=torch.float16)
@@ -222,7 +194,8 @@ def make_layer(k_in: int, n: int, k: int) -> Int8Linear:
 def test_a_layer_is_the_same_whatever_the_layout(product: str) -> None:
     torch.manual_seed(0)
     layer = make_layer(96, 40, 5)
-    assert layer.weight.is_mkldnn == layer.packed == (product == "packed")
+    assert layer.weight.is_mkldnn == (product == "packed")
+    assert layer.prepared.path == f"{product} on the CPU"  # type: ignore[union-attr]
     plain = make_layer(96, 40, 5).state_dict()["weight"]
     assert (plain.shape, plain.dtype, plain.is_mkldnn) == ((40, 96), torch.int8, False)
     assert torch.equal(layer.state_dict()["weight"], layer.unpacked_weight())
@@ -236,17 +209,21 @@ def test_loading_other_values_replaces_a_packed_weight(product: str) -> None:
     torch.manual_seed(0)
     layer, other = make_layer(96, 40, 5), make_layer(96, 40, 5)
     x = torch.randn(3, 96, dtype=torch.float16)
-    layer.activation = other.activation = "zeropoint"
+    layer.configure(activation="zeropoint")
+    other.configure(activation="zeropoint")
     assert not torch.equal(layer(x), other(x))
     layer.load_state_dict(other.state_dict())
     assert torch.equal(layer(x), other(x))
-    assert torch.equal(layer.weight_row_sum, other.weight_row_sum)  # type: ignore[arg-type]
 
 
-def test_the_dynamic_search_works_on_a_packed_weight(product: str) -> None:
+def test_a_search_has_the_weight_in_its_own_layout(product: str) -> None:
+    """It takes columns of it in every call."""
     torch.manual_seed(0)
     layer = make_layer(96, 40, 5)
     x = torch.randn(3, 96, dtype=torch.float16) * 4
-    layer.outliers = "dynamic"
-    expected = linear.dynamic_int8_linear(x, layer.unpacked_weight(), layer.SCB, 6.0, layer.bias)
-    assert torch.equal(layer(x), expected)
+    expected = reference.int8_linear(x, replace(layer.stored(), threshold=6.0), "absmax")
+    layer.configure(outliers="dynamic", threshold=6.0)
+    assert not layer.weight.is_mkldnn
+    assert_close(layer(x), expected)
+    layer.configure(outliers="static")
+    assert layer.weight.is_mkldnn == (product == "packed")

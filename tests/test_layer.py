@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -127,6 +128,7 @@ def test_mode_none_leaves_stored_outliers_alone(stored: int | None) -> None:
 def test_integer_inputs_are_exact() -> None:
     layer = make_layer(300, 20, 0, torch.float32, bias=False)
     layer.SCB.fill_(127)
+    layer.prepare()
     x = torch.randint(-126, 127, (6, 300)).float()
     x[:, 7] = 127
     assert torch.equal(layer(x), (x.long() @ layer.weight.long().T).float())
@@ -168,6 +170,87 @@ def test_casting_keeps_the_quantized_weight(cast: str) -> None:
     assert layer.outlier_weight is not None
     assert layer.bias is not None
     assert layer.outlier_weight.dtype == layer.bias.dtype == target
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "float", "double", "to", "type"])
+@pytest.mark.parametrize("outliers", ["static", "dynamic", "none"])
+def test_a_layer_that_was_cast_computes_as_one_that_was_made_so(cast: str, outliers: Any) -> None:
+    """What is computed once, like the sums of the weight's rows, is cast by nobody."""
+    layer = make_layer(300, 6, 5, torch.float32)
+    layer.configure(outliers=outliers, activation="zeropoint")
+    target = {"half": torch.float16, "bfloat16": torch.bfloat16, "float": torch.float32}.get(cast, torch.float64)
+    fresh = Int8Linear(300, 6, outlier_count=5, outliers=outliers, activation="zeropoint", dtype=target)
+    fresh.load_state_dict(layer.state_dict())
+    getattr(layer, cast)(*([target] if cast in ("to", "type") else []))
+    x = make_input(7, 300, torch.float32, layer.outlier_dims)
+    assert torch.equal(layer(x), fresh(x))
+
+
+def test_a_layer_runs_as_it_is_configured() -> None:
+    layer, x = make_layer(96, 40, 5), make_input(3, 96, torch.float16)
+    modes: list[Any] = [("static", 6.0), ("none", 6.0), ("dynamic", 1.5), ("dynamic", 3.0), ("static", 6.0)]
+    for outliers, threshold in modes:
+        for activation in ("absmax", "zeropoint"):
+            layer.configure(outliers=outliers, threshold=threshold, activation=activation)
+            fresh = Int8Linear(
+                96, 40, outlier_count=5, outliers=outliers, threshold=threshold, activation=activation, dtype=x.dtype
+            )
+            fresh.load_state_dict(layer.state_dict())
+            assert (layer.outliers, layer.threshold, layer.activation) == (outliers, threshold, activation)
+            assert torch.equal(layer(x), fresh(x))
+
+
+def test_settings_are_left_as_they_are_where_nothing_is_given() -> None:
+    layer = make_layer(96, 40, 5)
+    layer.configure(outliers="dynamic", threshold=4.0)
+    before = layer.prepared
+    layer.configure(activation="zeropoint")
+    layer.configure(outliers="dynamic", threshold=4.0)
+    assert (layer.outliers, layer.threshold, layer.activation) == ("dynamic", 4.0, "zeropoint")
+    assert layer.prepared is before
+
+
+@pytest.mark.parametrize(("name", "value"), [("outliers", "some"), ("activation", "absmin")])
+def test_unknown_settings_are_refused(name: str, value: Any) -> None:
+    layer = make_layer(30, 8, 2)
+    with pytest.raises(ValueError, match=f"{name} is '{value}', expected one of"):
+        layer.configure(**{name: value})
+    with pytest.raises(ValueError, match=f"{name} is '{value}', expected one of"):
+        setattr(layer, name, value)
+
+
+def test_autocast_changes_neither_the_layer_nor_what_it_computes() -> None:
+    linear, dims, x = make_linear(2048, 9, torch.float32), torch.tensor([3, 700]), torch.randn(5, 2048)
+    layer = Int8Linear.from_linear(linear, dims)
+    layer.configure(activation="zeropoint")
+    expected = layer(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), expected)
+        made = Int8Linear.from_linear(linear, dims)
+        made.configure(activation="zeropoint")
+        assert torch.equal(copy.deepcopy(made)(x), expected)
+    assert torch.equal(made(x), expected)
+
+
+def test_inputs_cast_to_the_dtype_of_the_weight_are_refused() -> None:
+    """Model code does so; the integers would be taken for values of x."""
+    layer = make_layer(30, 8, 2)
+    with pytest.raises(ValueError, match=r"x is torch\.int8, expected one of torch\.float16"):
+        layer(torch.randn(3, 30).to(layer.weight.dtype))
+
+
+def test_a_state_with_dims_that_are_not_in_the_layer_is_refused() -> None:
+    layer = make_layer(30, 8, 2)
+    state = layer.state_dict() | {"outlier_dims": torch.tensor([3, 10_000_000], dtype=torch.int32)}
+    with pytest.raises(ValueError, match=r"outlier_dims is \[3, 10000000\], expected strictly increasing numbers"):
+        layer.load_state_dict(state)
+
+
+def test_a_layer_that_was_never_filled_prepares_in_every_call() -> None:
+    layer = Int8Linear(30, 8, dtype=torch.float32)
+    assert layer.prepared is None
+    assert torch.equal(layer(torch.randn(3, 30)), torch.zeros(3, 8))
+    assert layer.prepared is None
 
 
 def test_moving_moves_everything_and_keeps_dtypes() -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmint8 import converter, formats, runtime
-from llmint8.formats import open_checkpoint
+from llmint8.formats import CheckpointError, open_checkpoint
 from llmint8.kernels.cpu import product
 from llmint8.runtime import Int8Linear
 
@@ -409,6 +409,20 @@ def test_config_cannot_point_to_other_weights(checkpoint: Path, tmp_path: Path) 
 
     model = runtime.load(edit(checkpoint, tmp_path / "out", change))
     assert torch.equal(logits(model), logits(runtime.load(checkpoint)))
+
+
+@pytest.mark.parametrize("dims", [[5, 10_000_000], [5, 5], [9, 5], [-1, 5]], ids=str)
+def test_dims_that_are_not_in_the_layer_are_refused_by_name(checkpoint: Path, tmp_path: Path, dims: list[int]) -> None:
+    """On a GPU the kernels would read foreign memory."""
+    counts = open_checkpoint(checkpoint).quantization.outliers
+    name = next(name for name, count in counts.items() if count >= 2)
+
+    def change(tensors: Tensors, config: dict[str, Any]) -> None:
+        tensors[f"{name}.outlier_dims"][:2] = torch.tensor(dims)
+
+    edit(checkpoint, tmp_path / "out", change)
+    with pytest.raises(CheckpointError, match=rf"E14 .*out: {name}: outlier_dims is \[{dims[0]}, {dims[1]}.*expected"):
+        runtime.load(tmp_path / "out")
 
 
 def test_one_log_line_says_how_the_model_runs(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmint8.kernels import linear
 from llmint8.kernels.reference import (
     Activation,
+    Int8Weight,
     dequantize_weight,
     dynamic_outlier_dims,
     int8_linear,
@@ -298,7 +298,7 @@ def test_linear_is_the_formula(m: int, k: int, n: int, dims: list[int], dtype: s
     weight, absmax = quantize_weight(full)
     columns, index = full[:, dims], torch.tensor(dims, dtype=torch.int32)
     for bias in (None, torch.randn(n).to(DTYPES[dtype])):
-        got = int8_linear(x, weight, absmax, index, columns, bias, activation)
+        got = int8_linear(x, Int8Weight(weight, absmax, index, columns, bias), activation)
         assert (got.dtype, tuple(got.shape)) == (DTYPES[dtype], (m, n))
         expected = formula(x, weight, absmax, dims, columns, bias, activation)
         # Terms may cancel, so the allowance is relative to their sizes and not to the sum's.
@@ -312,9 +312,10 @@ def test_the_int8_values_at_outlier_dims_play_no_part(activation: Activation) ->
     torch.manual_seed(0)
     x, (weight, absmax) = torch.randn(3, 8), quantize_weight(torch.randn(4, 8))
     dims, columns = torch.tensor([2, 5], dtype=torch.int32), torch.randn(4, 2)
-    expected = int8_linear(x, weight, absmax, dims, columns, None, activation)
+    layer = Int8Weight(weight, absmax, dims, columns)
+    expected = int8_linear(x, layer, activation)
     weight[:, [2, 5]] = int8s(4, 2)
-    torch.testing.assert_close(int8_linear(x, weight, absmax, dims, columns, None, activation), expected)
+    torch.testing.assert_close(int8_linear(x, layer, activation), expected)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -326,8 +327,8 @@ def test_stored_outliers_bring_the_result_near(activation: Activation) -> None:
     weight, absmax = quantize_weight(full)
     dims = torch.tensor([100], dtype=torch.int32)
     exact = x @ full.t()
-    without = int8_linear(x, weight, absmax, NO_DIMS, full[:, []], None, activation)
-    mixed = int8_linear(x, weight, absmax, dims, full[:, [100]], None, activation)
+    without = int8_linear(x, Int8Weight(weight, absmax, NO_DIMS, full[:, []]), activation)
+    mixed = int8_linear(x, Int8Weight(weight, absmax, dims, full[:, [100]]), activation)
     rest = (x[:, 101:] @ full[:, 101:].t()).norm()
     assert (mixed - exact).norm() < 0.05 * rest
     assert (mixed - exact).norm() < 0.1 * (without - exact).norm()
@@ -343,22 +344,24 @@ def test_dynamic_outlier_dims() -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_dynamic_product_dequantizes_the_columns_it_finds(activation: Activation) -> None:
     torch.manual_seed(0)
-    x, (weight, absmax) = torch.randn(2, 3, 8), quantize_weight(torch.randn(5, 8))
-    x[1, 2, 4] = -7.0
-    got = linear.dynamic_int8_linear(x, weight, absmax, 6.0, torch.ones(5), activation)
-    columns = dequantize_weight(weight, absmax)[:, [4]]
-    dims = torch.tensor([4])
-    expected = int8_linear(x.reshape(6, 8), weight, absmax, dims, columns, torch.ones(5), activation)
-    # Two sums and one product come after the integers, each rounded once or, by fused instructions, not at all.
-    size = x.abs().reshape(6, 8) @ dequantize_weight(weight, absmax).abs().t() + 1
-    assert ((got.reshape(6, 5) - expected).abs() <= 2.0**-22 * size).all()
+    x, (weight, absmax) = torch.randn(6, 8), quantize_weight(torch.randn(5, 8))
+    x[5, 4] = -7.0
+    columns, dims = dequantize_weight(weight, absmax)[:, [4]], torch.tensor([4])
+    searching = Int8Weight(weight, absmax, NO_DIMS, torch.zeros(5, 0), torch.ones(5), threshold=6.0)
+    expected = int8_linear(x, Int8Weight(weight, absmax, dims, columns, torch.ones(5)), activation)
+    assert torch.equal(int8_linear(x, searching, activation), expected)
 
 
-@pytest.mark.parametrize("shape", [(4,), (1, 4), (2, 3, 4), (0, 4), (2, 0, 4)])
-def test_leading_dimensions_are_kept(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("n", [2047, 2048, 5000])
+def test_blocks_of_the_product_are_joined_without_a_gap(n: int) -> None:
     torch.manual_seed(0)
-    x, (weight, absmax) = torch.randn(shape), quantize_weight(torch.randn(3, 4))
-    got = linear.int8_linear(x, weight, absmax, NO_DIMS, torch.zeros(3, 0))
-    assert tuple(got.shape) == (*shape[:-1], 3)
-    expected = int8_linear(x.reshape(-1, 4), weight, absmax, NO_DIMS, torch.zeros(3, 0))
-    assert torch.equal(got.reshape(-1, 3), expected)
+    x, weight = int8s(3, 2049), int8s(n, 2049)
+    assert torch.equal(int8_product(x, weight).long(), x.long() @ weight.long().t())
+
+
+def test_autocast_changes_no_exact_product() -> None:
+    """In bfloat16 the sums would be off by a thousand."""
+    torch.manual_seed(0)
+    x, weight = int8s(3, 2048), int8s(5, 2048)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(int8_product(x, weight).long(), x.long() @ weight.long().t())

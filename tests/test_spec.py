@@ -121,18 +121,21 @@ def test_quantize_rows(vector: dict[str, Any]) -> None:
     assert (None if rows.zero_point is None else rows.zero_point.tolist()) == vector["zero_point"]
 
 
-@pytest.mark.parametrize("implementation", [reference.int8_linear, linear.int8_linear], ids=["reference", "facade"])
+@pytest.mark.parametrize("facade", [False, True], ids=["reference", "facade"])
 @pytest.mark.parametrize("vector", vectors("linear"))
-def test_linear(vector: dict[str, Any], implementation: Any) -> None:
-    y = implementation(
-        torch.tensor(vector["x"], dtype=torch.float32),
+def test_linear(vector: dict[str, Any], facade: bool) -> None:
+    x = torch.tensor(vector["x"], dtype=torch.float32)
+    weight = reference.Int8Weight(
         torch.tensor(vector["int8"], dtype=torch.int8),
         torch.tensor(vector["SCB"], dtype=torch.float32),
         torch.tensor(vector["outlier_dims"], dtype=torch.int32),
         torch.tensor(vector["outlier_weight"], dtype=torch.float16),
         torch.tensor(vector["bias"], dtype=torch.float16),
-        vector["activation"],
     )
+    if facade:
+        y = linear.int8_linear(x, linear.prepare(weight), vector["activation"])
+    else:
+        y = reference.int8_linear(x, weight, vector["activation"])
     assert y.tolist() == vector["y"]
 
 

@@ -187,29 +187,38 @@ def test_the_tuner_takes_the_fastest_tile_and_keeps_what_was_there(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(tune, "CALL_ROWS", (16, 17))
+    monkeypatch.setattr(tune, "TUNED_M", (16, 17))
     monkeypatch.setattr(tune, "AMPERE", tune.AMPERE[:1])
     monkeypatch.setattr(tune, "FEW_ROWS", tune.FEW_ROWS[:1])
     monkeypatch.setattr(tune, "SPLITS", (1, 2))
     tiles.forget()
     bench._tune([bench.Shape(64, 128, 3, 1)], CPU, True)
-    first = tiles.read_rows(tiles.cache_path().read_text())
+    first = tiles.read_table(tiles.cache_path().read_text())
     assert [(row.architecture, row.n, row.k, row.m) for row in first] == [("any", 64, 128, m) for m in (16, 17)]
     assert [row.tile for row in first] == [tune.candidates(m, (8, 0))[0] for m in (16, 17)]
     assert tiles.choose_tile(CPU, 10, 64, 128) == first[0].tile
-    monkeypatch.setattr(tune, "candidates", lambda m, capability: [tiles.Tile(16, 16, 32, 1, 4, 2, False)])
+    monkeypatch.setattr(tune, "candidates", lambda m, capability: [tiles.MatmulTile(16, 16, 32, 1, 4, 2)])
     bench._tune([bench.Shape(32, 128, 3, 1), bench.Shape(64, 128, 3, 1)], CPU, True)
-    second = tiles.read_rows(tiles.cache_path().read_text())
+    second = tiles.read_table(tiles.cache_path().read_text())
     assert {(row.n, row.m) for row in second} == {(64, 16), (64, 17), (32, 16), (32, 17)}
     assert all(row.tile.block_n == 16 for row in second)
     tiles.forget()
 
 
 def test_a_tile_that_does_not_fit_is_left_out() -> None:
-    def call(tile: tiles.Tile, number: int) -> None:
+    def call() -> None:
         raise RuntimeError("out of resource: shared memory")
 
-    assert not tune._fits(call, tiles.Tile(16, 16, 32, 1, 4, 2, False))
+    assert not tune._fits(call)
+
+
+def test_outlier_dims_lie_all_over_the_row() -> None:
+    dims = tune.scattered_dims(16, 4096, CPU)
+    assert dims.dtype == torch.int32
+    assert bool((dims.diff() > 0).all())
+    assert int(dims.diff().min()) != int(dims.diff().max())
+    assert len({int(dim) // 1024 for dim in dims}) == 4
+    assert tune.scattered_dims(16, 3, CPU).tolist() == [0, 1, 2]
 
 
 def test_the_layers_of_a_checkpoint_are_counted(tmp_path: Path) -> None:
@@ -244,10 +253,10 @@ def test_without_a_gpu_there_is_one_line(options: list[str]) -> None:
 def test_the_command_times_and_tunes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(bench, "COMMON", [bench.Shape(512, 512, 16, 1)])
-    monkeypatch.setattr(tune, "CALL_ROWS", (64, 256))
+    monkeypatch.setattr(tune, "TUNED_M", (64, 256))
     tiles.forget()
     result = CliRunner().invoke(main, ["bench", "--tune"])
     assert result.exit_code == 0, result.output
-    assert len(tiles.read_rows(tiles.cache_path().read_text())) == 2
-    assert len(result.stdout.splitlines()) == 2 + len(bench.CALL_ROWS)
+    assert len(tiles.read_table(tiles.cache_path().read_text())) == 2
+    assert len(result.stdout.splitlines()) == 2 + len(bench.MEASURED_M)
     tiles.forget()

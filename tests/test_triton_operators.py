@@ -3,62 +3,84 @@
 import subprocess
 import sys
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmint8.kernels import linear, operators, reference
+from llmint8.kernels.operands import Operands
 from llmint8.runtime import Int8Linear
 
 
-def arguments(device: str, m: int = 5, zeropoint: bool = True) -> tuple[Tensor | bool | None, ...]:
+def weight(threshold: float | None = None, bias: bool = True) -> reference.Int8Weight:
     random = torch.Generator().manual_seed(0)
-    weight = torch.randn(48, 64, generator=random).half()
-    values, absmax = reference.quantize_weight(weight)
+    full = torch.randn(48, 64, generator=random).half()
     dims = torch.tensor([3, 40], dtype=torch.int32)
-    x, bias = torch.randn(m, 64, generator=random).half(), torch.randn(48, generator=random).half()
-    row_sum = values.sum(1, dtype=torch.int32)
-    tensors = x, values, absmax, dims, weight[:, dims.long()], bias, row_sum
-    return *(tensor.to(device) for tensor in tensors), zeropoint
+    shift = torch.randn(48, generator=random).half() if bias else None
+    return reference.Int8Weight(*reference.quantize_weight(full), dims, full[:, dims.long()], shift, threshold)
 
 
-def dynamic_arguments(device: str, m: int = 5, zeropoint: bool = True) -> tuple[Tensor | float | None, ...]:
+def arguments(device: str, m: int = 5, zeropoint: bool = True, bias: bool = True) -> tuple[Any, ...]:
+    x = torch.randn(m, 64, generator=torch.Generator().manual_seed(m)).half()
+    *parts, _ = Operands.prepare(weight(bias=bias))
+    return *(None if part is None else part.to(device) for part in (x, *parts)), zeropoint
+
+
+def dynamic_arguments(device: str, m: int = 5, zeropoint: bool = True, bias: bool = True) -> tuple[Any, ...]:
     """Of the operator that searches: two or more of the columns hold an outlier."""
-    x, values, absmax, dims, _, bias, row_sum, _ = arguments(device, m)
+    x, values, scale, row_sum, dims, _, shift, _ = arguments(device, m, bias=bias)
     x[:, dims.long()] = 7.0
-    return x, values, absmax, bias, row_sum, 3.0, zeropoint
+    return x, values, scale, row_sum, shift, 3.0, zeropoint
 
 
 @pytest.mark.parametrize("zeropoint", [False, True])
 @pytest.mark.parametrize("device_type", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_opcheck_passes(device_type: str, zeropoint: bool) -> None:
-    for m in (0, 1, 5):
-        torch.library.opcheck(operators.int8_linear, arguments(device_type, m, zeropoint))
-    bare = list(arguments(device_type, 2, zeropoint))
-    bare[5] = bare[6] = None
-    torch.library.opcheck(operators.int8_linear, tuple(bare))
+    for m, bias in ((0, True), (1, True), (5, True), (2, False)):
+        torch.library.opcheck(operators.int8_linear, arguments(device_type, m, zeropoint, bias))
 
 
 @pytest.mark.parametrize("zeropoint", [False, True])
 @pytest.mark.parametrize("device_type", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_opcheck_passes_with_a_search(device_type: str, zeropoint: bool) -> None:
-    for m in (0, 1, 5):
-        torch.library.opcheck(operators.dynamic_int8_linear, dynamic_arguments(device_type, m, zeropoint))
-    bare = list(dynamic_arguments(device_type, 2, zeropoint))
-    bare[3] = bare[4] = None
-    torch.library.opcheck(operators.dynamic_int8_linear, tuple(bare))
+    for m, bias in ((0, True), (1, True), (5, True), (2, False)):
+        torch.library.opcheck(operators.dynamic_int8_linear, dynamic_arguments(device_type, m, zeropoint, bias))
 
 
-def test_the_operator_is_the_reference_on_the_cpu() -> None:
-    x, values, absmax, dims, columns, bias, _, _ = arguments("cpu")
-    expected = reference.int8_linear(x, values, absmax, dims, columns, bias, "zeropoint")
-    assert torch.equal(operators.int8_linear(*arguments("cpu")), expected)
-    x, values, absmax, bias, row_sum, threshold, zeropoint = dynamic_arguments("cpu")
-    expected = linear.dynamic_int8_linear(x, values, absmax, threshold, bias, "zeropoint", row_sum)
-    found = operators.dynamic_int8_linear(x, values, absmax, bias, row_sum, threshold, zeropoint)
-    torch.testing.assert_close(found, expected)
+@pytest.mark.parametrize("threshold", [None, 3.0], ids=["stored", "searched"])
+def test_a_compiler_gets_the_operator_and_an_eager_call_the_kernels(
+    threshold: float | None, device: torch.device
+) -> None:
+    pytest.importorskip("triton")
+    kept = weight(threshold)
+    parts = (kept.values, kept.absmax, kept.outlier_dims, kept.outlier_weight, kept.bias)
+    prepared = operators.GpuWeight.prepare(reference.Int8Weight(*(part.to(device) for part in parts), threshold))
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).half().to(device)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    compiled = torch.compile(linear.int8_linear, backend=keep, fullgraph=True)(x, prepared, "zeropoint")
+    wanted = operators.int8_linear if threshold is None else operators.dynamic_int8_linear
+    assert [node.target for node in graphs[0].graph.nodes if node.op == "call_function"] == [wanted]
+    torch.testing.assert_close(compiled, linear.int8_linear(x, prepared, "zeropoint"))
+
+    class Listening(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            heard.append(func)
+            return func(*args, **(kwargs or {}))
+
+    heard: list[Any] = []
+    with Listening():
+        linear.int8_linear(x, prepared, "zeropoint")
+    assert wanted in heard
 
 
 @pytest.mark.parametrize("search", [False, True])
@@ -95,21 +117,27 @@ def test_the_layer_works_where_triton_is_not_installed() -> None:
     assert done.stdout == "(2, 4)\n", done.stderr
 
 
-def test_without_triton_the_reference_runs_and_a_warning_says_so(
+def test_without_triton_a_warning_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    operators._has_triton.cache_clear()
-    expected, searched = (
-        operators.int8_linear(*arguments("cpu")),
-        operators.dynamic_int8_linear(*dynamic_arguments("cpu")),
-    )
-    for _ in range(2):
-        assert torch.equal(operators._gpu(*arguments("cpu")), expected)
-        assert torch.equal(operators._dynamic_gpu(*dynamic_arguments("cpu")), searched)
-    assert [record.getMessage() for record in caplog.records if "Triton is not installed" in record.getMessage()]
-    assert len(caplog.records) == 1
-    operators._has_triton.cache_clear()
+    operators.has_triton.cache_clear()
+    assert not operators.has_triton()
+    assert not operators.has_triton()
+    assert ["Triton is not installed" in record.getMessage() for record in caplog.records] == [True]
+    operators.has_triton.cache_clear()
+
+
+def test_on_a_gpu_without_triton_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "has_triton", lambda: False)
+    with FakeTensorMode():
+        kept = reference.Int8Weight(
+            torch.zeros(48, 64, dtype=torch.int8, device="cuda"),
+            torch.zeros(48, device="cuda"),
+            torch.zeros(0, dtype=torch.int32, device="cuda"),
+            torch.zeros(48, 0, device="cuda"),
+        )
+        assert linear.prepare(kept).path == "plain PyTorch on cuda"
 
 
 def test_shapes_depend_on_values_where_a_search_runs_on_the_cpu_and_not_on_the_gpu() -> None:
@@ -126,7 +154,7 @@ def layer(request: pytest.FixtureRequest) -> Int8Linear:
     """A layer on the GPU that has run, so that its kernels are compiled."""
     torch.manual_seed(0)
     made = Int8Linear.from_linear(nn.Linear(256, 384).half(), torch.tensor([7, 100])).to("cuda")
-    made.activation, made.outliers, made.threshold = "zeropoint", request.param, 2.5
+    made.configure(activation="zeropoint", outliers=request.param, threshold=2.5)
     made(torch.randn(3, 256, device="cuda", dtype=torch.float16))
     return made
 
@@ -160,9 +188,9 @@ def test_the_facade_on_the_gpu_agrees_with_the_cpu(dtype: torch.dtype) -> None:
         torch.manual_seed(m)
         layer = Int8Linear.from_linear(nn.Linear(k, n).to(dtype), torch.tensor([1, 33]))
         x = torch.randn(2, m, k).to(dtype)
-        given = layer.weight, layer.weight_absmax, layer.outlier_dims, layer.outlier_weight, layer.bias, "zeropoint"
-        expected = linear.int8_linear(x, *given)
-        found = linear.int8_linear(x.cuda(), *(v.cuda() if isinstance(v, Tensor) else v for v in given)).cpu()
+        layer.configure(activation="zeropoint")
+        expected = layer(x)
+        found = layer.to("cuda")(x.cuda()).cpu()
         torch.testing.assert_close(found, expected, rtol=torch.finfo(dtype).eps * 2, atol=1e-4)
 
 
@@ -172,7 +200,7 @@ def test_the_search_on_the_gpu_agrees_with_the_cpu(dtype: torch.dtype) -> None:
     for m, n, k in ((1, 64, 64), (100, 4096, 4096), (513, 1000, 4100)):
         torch.manual_seed(m)
         layer = Int8Linear.from_linear(nn.Linear(k, n).to(dtype))
-        layer.outliers, layer.threshold, layer.activation = "dynamic", 4.5, "zeropoint"
+        layer.configure(outliers="dynamic", threshold=4.5, activation="zeropoint")
         x = torch.randn(2, m, k).to(dtype)
         expected = layer(x)
         found = layer.to("cuda")(x.cuda()).cpu()

@@ -1,10 +1,13 @@
 """The row quantization in Triton is the reference's, bit for bit: in the interpreter, or on a GPU."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from llmint8.kernels import reference
+from llmint8.kernels.checks import padded_outliers
 
 quantize = pytest.importorskip("llmint8.kernels.gpu.quantize_rows")
 
@@ -23,6 +26,10 @@ def random_rows(m: int, k: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return (torch.randn(m, k, generator=torch.Generator().manual_seed(seed)) * 3 + 0.5).to(dtype)
 
 
+def quantized(x: Tensor, dims: Tensor, zeropoint: bool) -> Any:
+    return quantize.QuantizeRows(x.shape[1], dims, zeropoint)(x, x.stride())
+
+
 def assert_as_the_reference(x: Tensor, dims: Tensor, device: torch.device) -> None:
     """Both modes give the reference's values, scale and zero point, and the outlier columns with zeros after them.
 
@@ -30,8 +37,8 @@ def assert_as_the_reference(x: Tensor, dims: Tensor, device: torch.device) -> No
     """
     for activation in ("absmax", "zeropoint"):
         expected = reference.quantize_rows(x.cpu(), dims, activation)
-        found = quantize.quantize_rows(x.to(device), dims.to(device), activation == "zeropoint")
-        rows = quantize.Rows(*(None if part is None else part.cpu() for part in found))
+        found = quantized(x.to(device), dims.to(device), activation == "zeropoint")
+        rows = quantize.QuantizedInput(*(None if part is None else part.cpu() for part in found))
         assert torch.equal(rows.values, expected.values), activation
         assert torch.equal(rows.scale, expected.scale), activation
         assert (rows.zero_point is None) == (expected.zero_point is None)
@@ -40,7 +47,7 @@ def assert_as_the_reference(x: Tensor, dims: Tensor, device: torch.device) -> No
         if len(dims) == 0:
             assert rows.outliers is None
             continue
-        assert rows.outliers.shape[1] == quantize.padded_outliers(len(dims))
+        assert rows.outliers.shape[1] == padded_outliers(len(dims))
         assert torch.equal(rows.outliers[:, : len(dims)], x.cpu()[:, dims.long()])
         assert not rows.outliers[:, len(dims) :].any()
 
@@ -127,7 +134,7 @@ def test_a_row_that_is_not_finite_gets_a_scale_that_is_not_either(bad: float, de
     dims = torch.zeros(0, dtype=torch.int32)
     for activation in ("absmax", "zeropoint"):
         expected = reference.quantize_rows(x, dims, activation)
-        rows = quantize.quantize_rows(x.to(device), dims.to(device), activation == "zeropoint")
+        rows = quantized(x.to(device), dims.to(device), activation == "zeropoint")
         assert torch.equal(rows.values[0].cpu(), expected.values[0])
         assert rows.scale.isfinite().tolist() == [True, False]
         assert torch.equal(rows.scale.isnan().cpu(), expected.scale.isnan())

@@ -1,6 +1,7 @@
-"""Outliers searched on the GPU: exactly the reference's dimensions, and a layer within the rounding of binary32."""
+"""Outliers searched on the GPU: exactly the reference's dimensions. `test_operators.py` has the layers."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from llmint8.kernels import reference
 from llmint8.kernels.gpu import tiles
-from llmint8.kernels.gpu.tiles import Tile, shipped_rows
+from llmint8.kernels.gpu.tiles import MatmulTile, shipped_table
+from llmint8.kernels.operands import Operands
 
 gpu = pytest.importorskip("llmint8.kernels.gpu.linear")
 quantize = pytest.importorskip("llmint8.kernels.gpu.quantize_rows")
@@ -17,24 +19,11 @@ outlier_search = pytest.importorskip("llmint8.kernels.gpu.outlier_search")
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-# The step between neighbouring numbers, relative. The interpreter truncates to bfloat16, so a whole one.
-STEP = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 2.0**-23}
 ACTIVATIONS: tuple[reference.Activation, ...] = ("absmax", "zeropoint")
-SHIPPED = dict.fromkeys((row.architecture, row.tile) for row in shipped_rows())
-TILES = [(architecture, tile) for architecture, tile in SHIPPED if tile.block_m >= tiles.TENSOR_CORE_ROWS]
+SHIPPED = dict.fromkeys((entry.architecture, entry.tile) for entry in shipped_table())
+TILES = [(architecture, tile) for architecture, tile in SHIPPED if isinstance(tile, MatmulTile)]
 # M, K; a program flags 128 columns of 1, 16 or 64 rows, and lists 4096.
 SEARCHED = [(1, 1), (1, 4097), (2, 127), (16, 129), (17, 128), (65, 300), (200, 64), (3, 12289)]
-# M, N, K, and how many of the columns are outliers.
-LAYERS = [
-    (1, 1, 1, 1),
-    (1, 63, 255, 0),
-    (17, 63, 4097, 16),
-    (5, 33, 64, 64),
-    (16, 64, 128, 17),
-    (70, 100, 96, 3),
-    (3, 40, 700, 350),
-    (2, 130, 100, 33),
-]
 THRESHOLD = 6.0
 
 
@@ -48,10 +37,14 @@ def planted(m: int, k: int, outliers: int, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
+def search(x: Tensor, threshold: float) -> Any:
+    return outlier_search.OutlierSearch(threshold, x.dtype, len(x))(x, x.stride())
+
+
 def assert_found(x: Tensor, threshold: float, device: torch.device) -> Tensor:
     """The flags, the list and its length say what the reference on the CPU says, which is returned."""
     expected = reference.dynamic_outlier_dims(x.cpu(), threshold)
-    found = outlier_search.search(x.to(device), threshold)
+    found = search(x.to(device), threshold)
     total = int(found.total)
     assert found.dims[:total].tolist() == expected.tolist()
     assert found.flags.cpu().nonzero().flatten().tolist() == expected.tolist()
@@ -101,8 +94,7 @@ def test_nothing_is_found_where_there_is_nothing(m: int, k: int, device: torch.d
 
 
 @pytest.mark.parametrize("layout", ["columns", "every second", "slice", "one row for all"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_rows_of_any_strides(activation: reference.Activation, layout: str, device: torch.device) -> None:
+def test_rows_of_any_strides(layout: str, device: torch.device) -> None:
     wide = planted(140, 70, 9, torch.float16).to(device)
     x = {
         "columns": wide.t(),
@@ -111,9 +103,6 @@ def test_rows_of_any_strides(activation: reference.Activation, layout: str, devi
         "one row for all": wide[3:4].expand(70, 70),
     }[layout]
     assert_found(x, THRESHOLD, device)
-    weight, absmax = random_weight(33, x.shape[1])
-    expected = run(x.contiguous(), weight, absmax, None, activation, device)
-    assert torch.equal(run(x, weight, absmax, None, activation, device), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -126,7 +115,9 @@ def test_rows_are_quantized_as_the_reference_does(
     for activation in ACTIVATIONS:
         expected = reference.quantize_rows(x, dims, activation)
         there = x.to(device)
-        found = quantize.quantize_rows(there, outlier_search.search(there, THRESHOLD), activation == "zeropoint")
+        no_dims = torch.empty(0, dtype=torch.int32, device=device)
+        launch = quantize.QuantizeRows(k, no_dims, activation == "zeropoint")
+        found = launch(there, there.stride(), search(there, THRESHOLD))
         assert found.outliers is None
         assert torch.equal(found.values.cpu(), expected.values)
         assert torch.equal(found.scale.cpu(), expected.scale)
@@ -134,96 +125,37 @@ def test_rows_are_quantized_as_the_reference_does(
             assert torch.equal(found.zero_point.cpu(), expected.zero_point)
 
 
-def random_weight(n: int, k: int) -> tuple[Tensor, Tensor]:
-    return reference.quantize_weight(torch.randn(n, k, generator=torch.Generator().manual_seed(n + k)))
+def make_layer(n: int, k: int) -> reference.Int8Weight:
+    full = torch.randn(n, k, generator=torch.Generator().manual_seed(n + k))
+    nothing = torch.empty(0, dtype=torch.int32), torch.empty(n, 0)
+    return reference.Int8Weight(*reference.quantize_weight(full), *nothing, threshold=THRESHOLD)
 
 
-def run(
-    x: Tensor,
-    weight: Tensor,
-    absmax: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    device: torch.device,
-    tile: Tile | None = None,
-) -> Tensor:
-    """The layer, as the operator runs it."""
-    x, weight, absmax, bias = (None if part is None else part.to(device) for part in (x, weight, absmax, bias))
-    found = outlier_search.search(x, THRESHOLD)
-    zeropoint = activation == "zeropoint"
-    return gpu.int8_linear(x, weight, absmax, found, weight[:, :0], bias, None, zeropoint=zeropoint, tile=tile).cpu()
-
-
-def assert_right(
-    x: Tensor,
-    weight: Tensor,
-    absmax: Tensor,
-    bias: Tensor | None,
-    activation: reference.Activation,
-    found: Tensor,
-) -> None:
-    """Compare with the reference; `rounding` is what two orders of the same float32 operations may differ by."""
-    expected = reference.dynamic_int8_linear(x, weight, absmax, THRESHOLD, bias, activation).double()
-    dims = reference.dynamic_outlier_dims(x, THRESHOLD)
-    quantized = reference.quantize_rows(x, dims, activation)
-    product = reference.int8_product(quantized.values, weight).double().abs()
-    if quantized.zero_point is not None:
-        product += 3 * (quantized.zero_point.double()[:, None] * weight.sum(1).double()).abs()
-    parts = product * quantized.scale.double()[:, None] + x[:, dims].double().abs() @ weight[:, dims].double().abs().t()
-    parts = parts * (absmax.double() / 127) + (0 if bias is None else bias.double().abs())
-    # Each sum of k + 4 terms is wrong by k + 6 roundings at most; tensor cores may cut off where others round.
-    rounding = 2 * (len(dims) + 6) * 2.0**-24 * parts
-    assert found.shape == expected.shape
-    assert found.dtype == x.dtype
-    difference = (found.double() - expected).abs()
-    assert bool((difference <= rounding + STEP[x.dtype] * expected.abs()).all()), difference.max()
-
-
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layer", LAYERS, ids=["M{}-N{}-K{}-k{}".format(*layer) for layer in LAYERS])
-def test_layers_are_those_of_the_reference(
-    layer: tuple[int, int, int, int], dtype: str, activation: reference.Activation, device: torch.device
-) -> None:
-    m, n, k, outliers = layer
-    x, (weight, absmax) = planted(m, k, outliers, DTYPES[dtype]), random_weight(n, k)
-    bias = torch.randn(n, generator=torch.Generator().manual_seed(n)).to(x.dtype)
-    assert_right(x, weight, absmax, bias, activation, run(x, weight, absmax, bias, activation, device))
+def run(layer: reference.Int8Weight, x: Tensor, device: torch.device, tile: MatmulTile | None = None) -> Tensor:
+    parts = (layer.values, layer.absmax, layer.outlier_dims, layer.outlier_weight)
+    there = reference.Int8Weight(*(part.to(device) for part in parts), threshold=THRESHOLD)
+    found: Tensor = gpu.GpuLinear(Operands.prepare(there), tile)(x.to(device), True)
+    return found.cpu()
 
 
 @pytest.mark.parametrize(
     ("architecture", "tile"), TILES, ids=[f"{name}-{'x'.join(str(int(part)) for part in tile)}" for name, tile in TILES]
 )
-def test_every_tile_that_ships_adds_what_was_found(architecture: str, tile: Tile, device: torch.device) -> None:
-    if device.type == "cuda" and architecture not in ("any", tiles.architecture(device)):
+def test_every_tile_that_ships_adds_what_was_found(
+    architecture: str, tile: MatmulTile, device: torch.device, assert_right: Any
+) -> None:
+    if device.type == "cuda" and architecture not in ("any", tiles.gpu_of(device).architecture):
         pytest.skip("a tile for another GPU")
-    x, (weight, absmax) = planted(65, 272, 40, torch.float16), random_weight(70, 272)
-    assert_right(x, weight, absmax, None, "zeropoint", run(x, weight, absmax, None, "zeropoint", device, tile))
+    x, layer = planted(65, 272, 40, torch.float16), make_layer(70, 272)
+    assert_right(x, layer, "zeropoint", run(layer, x, device, tile))
 
 
-@pytest.mark.parametrize(("m", "n", "k"), [(0, 7, 64), (3, 0, 64), (3, 7, 0)], ids=["M0", "N0", "K0"])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_empty_shapes(m: int, n: int, k: int, activation: reference.Activation, device: torch.device) -> None:
-    x, weight = torch.full((m, k), 9.0, dtype=torch.float16), torch.ones(n, k, dtype=torch.int8)
-    absmax, bias = torch.ones(n), torch.ones(n).half()
-    assert_right(x, weight, absmax, bias, activation, run(x, weight, absmax, bias, activation, device))
-
-
-def test_a_weight_that_is_part_of_another(device: torch.device) -> None:
-    x, (weight, absmax) = planted(6, 70, 5, torch.float16), random_weight(40, 70)
-    expected = run(x, weight, absmax, None, "absmax", device)
-    wide = torch.full((40, 200), 127, dtype=torch.int8)
-    wide[:, 3:73] = weight
-    for part in (wide[:, 3:73], weight.t().contiguous().t()):
-        assert torch.equal(run(x, part, absmax, None, "absmax", device), expected)
-
-
-def test_an_outlier_of_one_row_is_an_outlier_of_all(device: torch.device) -> None:
+def test_an_outlier_of_one_row_is_an_outlier_of_all(device: torch.device, assert_right: Any) -> None:
     """Row 0 alone has none: its result changes when another row makes two of its dimensions outliers."""
-    x, (weight, absmax) = planted(2, 64, 0, torch.float16), random_weight(40, 64)
+    x, layer = planted(2, 64, 0, torch.float16), make_layer(40, 64)
     x[1, 5], x[1, 60] = 50.0, -50.0
-    together, alone = (run(rows, weight, absmax, None, "absmax", device) for rows in (x, x[:1]))
-    assert_right(x, weight, absmax, None, "absmax", together)
+    together, alone = (run(layer, some, device) for some in (x, x[:1]))
+    assert_right(x, layer, "zeropoint", together)
     assert not torch.equal(together[:1], alone)
 
 
@@ -231,13 +163,12 @@ def test_an_outlier_of_one_row_is_an_outlier_of_all(device: torch.device) -> Non
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_rows_that_are_not_finite_do_not_touch_the_others(bad: float, device: torch.device) -> None:
-    x, (weight, absmax) = planted(3, 65, 3, torch.float16), random_weight(33, 65)
+    x, layer = planted(3, 65, 3, torch.float16), make_layer(33, 65)
     free = next(k for k in range(65) if k not in reference.dynamic_outlier_dims(x, THRESHOLD))
     x[0, free] = 7.0  # an outlier in both cases, so that row 1 alone differs
-    clean = run(x, weight, absmax, None, "zeropoint", device)
+    clean = run(layer, x, device)
     x[1, free] = bad
-    found = run(x, weight, absmax, None, "zeropoint", device)
+    found = run(layer, x, device)
     assert torch.equal(found[::2], clean[::2])
-    expected = reference.dynamic_int8_linear(x, weight, absmax, THRESHOLD, None, "zeropoint")
     assert not bool(found[1].isfinite().any())
-    assert torch.equal(found[1].isnan(), expected[1].isnan())
+    assert torch.equal(found[1].isnan(), reference.int8_linear(x, layer, "zeropoint")[1].isnan())

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from llmint8.kernels.gpu import tiles, tune
-from llmint8.kernels.gpu.tiles import Row, Tile
+from llmint8.kernels.gpu.tiles import DecodeTile, Entry, Gpu, MatmulTile
+from llmint8.runtime.commands import bench
 
-A, B, C = (Tile(size, 64, 128, 8, 4, 3, False) for size in (16, 32, 64))
+A, B, C = (MatmulTile(size, 64, 128, 8, 4, 3) for size in (16, 32, 64))
 CPU = torch.device("cpu")
 
 
@@ -25,29 +26,30 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def test_a_table_is_read_as_it_was_written() -> None:
-    rows = [Row("sm_90", 4096, 4096, 16, A), Row("any", None, None, None, B._replace(tma=True))]
-    assert tiles.read_rows(tiles.write_rows(rows)) == rows
-    assert tiles.read_rows(tiles.write_rows(tiles.shipped_rows())) == tiles.shipped_rows()
+    rows = [Entry("sm_90", 4096, 4096, 16, A), Entry("any", None, None, None, B._replace(tma=True))]
+    assert tiles.read_table(tiles.write_table(rows)) == rows
+    assert tiles.read_table(tiles.write_table(tiles.shipped_table())) == tiles.shipped_table()
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "any"])
 def test_what_ships_has_a_tile_for_every_call(architecture: str) -> None:
-    rows = [row for row in tiles.shipped_rows() if row.architecture == architecture]
+    rows = [row for row in tiles.shipped_table() if row.architecture == architecture]
     for m in (1, 16, 17, 128, 8192, 1 << 20):
         for n in (1, 1024, 4096, 49152):
             assert tiles.closest(rows, m, n, 4096) is not None
+    products = [(row.m, row.tile) for row in rows if isinstance(row.tile, MatmulTile)]
     # From 17 rows on Hopper's own instruction is used.
-    assert all(row.tile.block_m >= 64 for row in rows if architecture == "sm_90" and (row.m or 17) > 16)
-    assert not any(row.tile.tma for row in rows if architecture != "sm_90")
+    assert all(tile.block_m >= 64 for m, tile in products if architecture == "sm_90" and (m or 17) > 16)
+    assert not any(tile.tma for _, tile in products if architecture != "sm_90")
 
 
 def test_the_closest_row_is_taken() -> None:
     rows = [
-        Row("x", None, None, None, A),
-        Row("x", 2048, None, None, B),
-        Row("x", 2048, None, 64, C),
-        Row("x", 999, 77, 32, C),
-        Row("x", 999, 77, 512, B),
+        Entry("x", None, None, None, A),
+        Entry("x", 2048, None, None, B),
+        Entry("x", 2048, None, 64, C),
+        Entry("x", 999, 77, 32, C),
+        Entry("x", 999, 77, 512, B),
     ]
     assert tiles.closest(rows, 100, 4096, 64) == A  # wider than every row with an N
     assert tiles.closest(rows, 100, 2048, 64) == B
@@ -59,11 +61,11 @@ def test_the_closest_row_is_taken() -> None:
 
 
 def test_no_tile_is_chosen_for_more_rows_than_it_computes() -> None:
-    two = A._replace(block_m=2)
-    assert tiles.closest([Row("x", 64, 64, 2, two), Row("x", None, None, None, B)], 2, 64, 64) == two
-    for row in (Row("x", 64, 64, 2, two), Row("x", 64, 64, None, two), Row("x", None, None, 16, two)):
+    two = DecodeTile(2, 64, 128, 4)
+    assert tiles.closest([Entry("x", 64, 64, 2, two), Entry("x", None, None, None, B)], 2, 64, 64) == two
+    for row in (Entry("x", 64, 64, 2, two), Entry("x", 64, 64, None, two), Entry("x", None, None, 16, two)):
         for m in (4, 16, 8192):
-            assert tiles.closest([row, Row("x", None, None, None, B)], m, 64, 64) == B
+            assert tiles.closest([row, Entry("x", None, None, None, B)], m, 64, 64) == B
             assert tiles.closest([row], m, 64, 64) is None
 
 
@@ -71,7 +73,7 @@ def test_what_was_measured_on_this_machine_comes_first(cache: Path) -> None:
     before = tiles.choose_tile(CPU, 100, 4096, 4096)
     other = next(tile for tile in (A, B) if tile != before)
     cache.parent.mkdir()
-    cache.write_text(tiles.write_rows([Row("any", 4096, 4096, 128, other), Row("sm_90", None, None, None, C)]))
+    cache.write_text(tiles.write_table([Entry("any", 4096, 4096, 128, other), Entry("sm_90", None, None, None, C)]))
     tiles.forget()
     assert tiles.choose_tile(CPU, 100, 4096, 4096) == other
     assert tiles.choose_tile(CPU, 100, 4096, 4095) == before
@@ -84,15 +86,33 @@ def test_what_was_measured_on_this_machine_comes_first(cache: Path) -> None:
         "{}",
         "[1]",
         '[{"architecture": "any"}]',
-        tiles.write_rows([Row("any", None, None, None, A)]).replace("128", "100"),
-        tiles.write_rows([Row("any", None, None, None, A)]).replace("128", "1.5"),
-        tiles.write_rows([Row("any", None, None, None, A)]).replace("128", "-128"),
-        tiles.write_rows([Row("any", None, None, None, A)]).replace("128", "16"),
-        tiles.write_rows([Row("any", None, None, None, A)]).replace("false", "0"),
-        tiles.write_rows([Row("any", None, None, None, A)]).replace(', "split_k": 1', ""),
+        tiles.write_table([Entry("any", None, None, None, A)]).replace("128", "100"),
+        tiles.write_table([Entry("any", None, None, None, A)]).replace("128", "1.5"),
+        tiles.write_table([Entry("any", None, None, None, A)]).replace("128", "-128"),
+        tiles.write_table([Entry("any", None, None, None, A)]).replace("128", "16"),
+        tiles.write_table([Entry("any", None, None, None, A)]).replace("false", "0"),
+        tiles.write_table([Entry("any", None, None, None, A)]).replace(', "split_k": 1', ""),
+        tiles.write_table([Entry("any", None, None, None, A)]).replace('"kernel": "matmul", ', ""),
+        tiles.write_table([Entry("any", None, None, None, A)]).replace('"matmul"', '"decode"'),
+        tiles.write_table([Entry("any", None, None, None, A)]).replace('"split_k": 1', '"split_k": 1000000'),
         "[" * 100_000,
     ],
-    ids=["empty", "object", "number", "short", "no power", "fraction", "negative", "small", "no bool", "old", "deep"],
+    ids=[
+        "empty",
+        "object",
+        "number",
+        "short",
+        "no power",
+        "fraction",
+        "negative",
+        "small",
+        "no bool",
+        "old",
+        "no kernel",
+        "another kernel",
+        "absurd",
+        "deep",
+    ],
 )
 def test_a_broken_file_is_not_used_and_a_warning_names_it(
     text: str, cache: Path, caplog: pytest.LogCaptureFixture
@@ -109,17 +129,65 @@ def test_a_broken_file_is_not_used_and_a_warning_names_it(
 
 def test_the_shipped_file_is_one_row_a_line() -> None:
     text = Path(tiles.__file__).with_suffix(".json").read_text(encoding="utf-8")
-    assert text == tiles.write_rows(tiles.shipped_rows())
+    assert text == tiles.write_table(tiles.shipped_table())
     assert len(text.splitlines()) == len(json.loads(text)) + 2
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0)])
 def test_the_tuner_tries_what_a_table_may_hold(capability: tuple[int, int]) -> None:
-    for m in tune.CALL_ROWS:
+    for m in tune.TUNED_M:
         found = tune.candidates(m, capability)
         assert len(found) == len(set(found)) >= 10
-        rows = [Row("x", 64, 64, m, tile) for tile in found]
-        assert tiles.read_rows(tiles.write_rows(rows)) == rows
-        assert capability >= (9, 0) or not any(tile.tma for tile in found)
+        rows = [Entry("x", 64, 64, m, tile) for tile in found]
+        assert tiles.read_table(tiles.write_table(rows)) == rows
+        products = [tile for tile in found if isinstance(tile, MatmulTile)]
+        assert capability >= (9, 0) or not any(tile.tma for tile in products)
         # Tiles of more rows add the outlier columns in another order.
         assert m > 16 or all(tile.block_m in (16, m) for tile in found)
+
+
+def test_a_gpu_without_tiles_takes_those_of_the_nearest_lower_one_that_fit_it() -> None:
+    for name, shared, expected in [
+        ("sm_90", 227, "sm_90"),
+        ("sm_80", 163, "sm_80"),
+        ("sm_86", 99, "sm_80"),
+        ("sm_89", 99, "sm_80"),
+        ("sm_100", 227, "sm_90"),
+        ("sm_120", 99, "sm_90"),
+        ("sm_75", 64, "any"),
+        ("gfx942", 64, "any"),
+        ("any", 227, "any"),
+    ]:
+        found, entries = tiles.table_for(Gpu(name, shared * 1024))
+        assert found == expected, name
+        products = [entry.tile for entry in entries if isinstance(entry.tile, MatmulTile)]
+        assert products
+        assert all(tile.shared_bytes <= shared * 1024 for tile in products), name
+        for m in (1, 16, 17, 4096, 1 << 20):
+            for decode in (True, False):
+                tile = tiles._choose(Gpu(name, shared * 1024), min(m, 8192), 4096, 4096, decode)
+                assert decode or isinstance(tile, MatmulTile)
+                assert isinstance(tile, MatmulTile) or m <= tile.block_m
+
+
+def test_what_was_measured_on_such_a_gpu_comes_first(cache: Path) -> None:
+    cache.parent.mkdir()
+    cache.write_text(tiles.write_table([Entry("sm_89", 4096, 4096, 128, A)]))
+    tiles.forget()
+    gpu = Gpu("sm_89", 99 * 1024)
+    assert tiles._choose(gpu, 128, 4096, 4096, True) == A
+    before = tiles._choose(gpu, 128, 4096, 4095, True)
+    assert before in [entry.tile for entry in tiles.shipped_table() if entry.architecture == "sm_80"]
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", nowhere)
+    tiles.forget()
+    assert tiles.cache_path() is None
+    assert tiles.choose_tile(CPU, 100, 4096, 4096)
+    with pytest.raises(ValueError, match="XDG_CACHE_HOME"):
+        bench._tune([], CPU, True)

@@ -5,11 +5,16 @@ at a time that what they pass on stays in the cache. Under `torch.compile` all o
 after the product.
 """
 
+from dataclasses import dataclass
+from typing import Self
+
 import torch
 from torch import Tensor
 
-from ..reference import Activation, QuantizedRows
-from .product import int8_product, packed_product
+from ..operands import Operands
+from ..prepared import PreparedWeight
+from ..reference import Activation, Int8Weight, QuantizedRows, dynamic_outlier_dims
+from .product import Product, int8_product, multiply, pack, packable, unpack, unpacked_product
 
 # How much of x, and of the output, is worked on at a time: 1 MB and 8 MB in float32.
 _QUANTIZE_ELEMENTS = 1 << 18
@@ -19,11 +24,11 @@ _TINY = 2.0**-126
 
 
 def quantize_rows(x: Tensor, outlier_dims: Tensor, activation: Activation) -> QuantizedRows:
-    """As `reference.quantize_rows`, to the bit, for x [M, K] with K > 0; scale and zero point are [M, 1].
+    """As `reference.quantize_rows`, to the bit, for K > 0 and dims in int64; scale and zero point are [M, 1].
 
     Only a scale below 2**-126 differs: it is 2**-126.
     """
-    kept = x.index_fill(1, outlier_dims.long(), 0).float() if outlier_dims.numel() else x.to(torch.float32, copy=True)
+    kept = x.index_fill(1, outlier_dims, 0).float() if outlier_dims.numel() else x.to(torch.float32, copy=True)
     low, high = kept.amin(1, True), kept.amax(1, True)
     if activation == "absmax":
         absmax = torch.maximum(high, low.neg_()).clamp_(min=_TINY)
@@ -37,53 +42,103 @@ def quantize_rows(x: Tensor, outlier_dims: Tensor, activation: Activation) -> Qu
     return QuantizedRows(values.to(torch.int8), scale, zero_point)
 
 
-def int8_linear(
-    x: Tensor,
-    weight: Tensor,
-    weight_absmax: Tensor,
-    outlier_dims: Tensor,
-    outlier_weight: Tensor,
-    bias: Tensor | None,
-    activation: Activation,
-    weight_row_sum: Tensor | None,
-    packed: bool,
-) -> Tensor:
-    """As `reference.int8_linear`, for neither K nor N 0, and a weight that may be packed.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class CpuWeight(PreparedWeight):
+    """A weight prepared for the CPU; its values are packed if that is its product.
 
-    The integers are the same. The floating-point sums after them may be rounded in another order, which changes the
-    result by a few units in the last place of float32.
-
-    Args:
-        weight_row_sum: int32 [N]; None computes it here. `absmax` has no use for it.
-        packed: whether `pack` returned the weight. A tensor does not know it under torch.compile.
+    Attributes:
+        product: what multiplies it, see `product.py`.
+        scale: float32 [N], `absmax / 127`.
+        row_sum: float32 [N], the sums of the rows of `values`.
+        outlier_dims: int64 [k].
+        outlier_weight: float32 [k, N], contiguous: the columns of W as rows.
+        bias: float32 [N] or None.
+        threshold: see `Int8Weight`; nothing is packed then, as every call takes columns of `values`.
 
     """
-    out_features = len(weight_absmax)
 
-    def product(values: Tensor) -> Tensor:
-        return packed_product(values, weight, out_features) if packed else int8_product(values, weight)
+    product: Product
+    scale: Tensor
+    row_sum: Tensor
+    outlier_dims: Tensor
+    outlier_weight: Tensor
+    bias: Tensor | None
+    threshold: float | None
 
-    if weight_row_sum is None and activation == "zeropoint":
-        weight_row_sum = product(torch.ones(1, x.shape[1], dtype=torch.int8, device="cpu"))[0]
-    row_sum = None if weight_row_sum is None else weight_row_sum.float()
-    column_scale = weight_absmax / 127
-    columns = outlier_weight.float().t()
+    @classmethod
+    def prepare(cls, weight: Int8Weight, may_pack: bool = True) -> Self:
+        """Lay out a weight; `may_pack` allows other values in the place of those given."""
+        values = weight.values.contiguous()
+        n, k = values.shape
+        packs = may_pack and weight.threshold is None and packable(values)
+        product = "packed" if packs else unpacked_product()
+        return cls(
+            in_features=k,
+            out_features=n,
+            values=pack(values) if packs else values,
+            path=f"{product} on the CPU",
+            product=product,
+            scale=weight.absmax / 127,
+            # A row of ones: the product takes a hundredth of the time of `sum`.
+            row_sum=int8_product(values.new_ones(1, k), values)[0].float(),
+            outlier_dims=weight.outlier_dims.long(),
+            outlier_weight=weight.outlier_weight.float().t().contiguous(),
+            bias=None if weight.bias is None else weight.bias.float(),
+            threshold=weight.threshold,
+        )
 
-    # In place from here on: what is large enough to be new memory from the system costs more than all the arithmetic.
-    def block(x: Tensor) -> Tensor:
-        values, scale, zero_point = quantize_in_blocks(x, outlier_dims, activation)
-        out = product(values).float()
-        if zero_point is not None and row_sum is not None:
-            out = out.addcmul_(zero_point, row_sum, value=-1)
-        out = out.mul_(scale).mul_(column_scale)
-        if outlier_dims.numel():
-            out = out.addmm_(x.index_select(1, outlier_dims).float(), columns)
-        return (out if bias is None else out.add_(bias)).to(x.dtype)
+    @classmethod
+    def of_operands(cls, operands: Operands) -> Self:
+        """Take a weight as it is laid out for a GPU, on the CPU."""
+        (n, k), count = operands.values.shape, len(operands.outlier_dims)
+        product = unpacked_product()
+        return cls(
+            in_features=k,
+            out_features=n,
+            values=operands.values,
+            path=f"{product} on the CPU",
+            product=product,
+            scale=operands.scale,
+            row_sum=operands.row_sum.float(),
+            outlier_dims=operands.outlier_dims.long(),
+            outlier_weight=operands.outlier_weight[:, :count].float().t(),
+            bias=operands.bias,
+            threshold=operands.threshold,
+        )
 
-    step = _rows_at_a_time(_OUTPUT_ELEMENTS // out_features)
-    if step is None or len(x) <= step:
-        return block(x)
-    return torch.cat([block(rows) for rows in torch.split(x, step)])
+    def unpack(self) -> Tensor:
+        """Return the values; see `PreparedWeight`."""
+        return unpack(self.values) if self.product == "packed" else self.values
+
+    def linear(self, x: Tensor, activation: Activation) -> Tensor:
+        """Run the layer; see `PreparedWeight`.
+
+        The integers are those of the reference. The floating-point sums after them may be rounded in another order,
+        which changes the result by a few units in the last place of float32.
+        """
+        if not self.values.numel():
+            zeros = x.new_zeros(len(x), self.out_features)
+            return zeros if self.bias is None else zeros + self.bias.to(x.dtype)
+        dims, columns = self.outlier_dims, self.outlier_weight
+        if self.threshold is not None:
+            dims = dynamic_outlier_dims(x, self.threshold)
+            columns = (self.values[:, dims].float() * self.scale[:, None]).t()
+        step = _rows_at_a_time(_OUTPUT_ELEMENTS // self.out_features)
+        if step is None or len(x) <= step:
+            return self._block(x, dims, columns, activation)
+        return torch.cat([self._block(rows, dims, columns, activation) for rows in torch.split(x, step)])
+
+    def _block(self, x: Tensor, dims: Tensor, columns: Tensor, activation: Activation) -> Tensor:
+        # In place from here on: what is large enough to be new memory from the system costs more than all the
+        # arithmetic. And what works in place is left alone by autocast.
+        values, scale, zero_point = quantize_in_blocks(x, dims, activation)
+        out = multiply(values, self.values, self.out_features, self.product).float()
+        if zero_point is not None:
+            out = out.addcmul_(zero_point, self.row_sum, value=-1)
+        out = out.mul_(scale).mul_(self.scale)
+        if dims.numel():
+            out = out.addmm_(x.index_select(1, dims).float(), columns)
+        return (out if self.bias is None else out.add_(self.bias)).to(x.dtype)
 
 
 def quantize_in_blocks(x: Tensor, outlier_dims: Tensor, activation: Activation) -> QuantizedRows:

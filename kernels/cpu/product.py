@@ -88,20 +88,21 @@ def _(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     return x.new_empty(x.shape[0], out_features, dtype=torch.float32)
 
 
-def packed_product(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
-    """Multiply int8 [M, K], contiguous, by what `pack` returned: float32 [M, N], the int32 sums rounded once."""
-    product: Tensor = torch.ops.llmint8.packed_product(x, packed, out_features)
-    return product
+def multiply(x: Tensor, weight: Tensor, out_features: int, product: Product) -> Tensor:
+    """Multiply int8 [M, K], contiguous, by a weight laid out for one of the products: [M, N].
 
-
-def int8_product(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply int8 [M, K] by int8 [N, K] transposed: int32 [M, N]."""
+    The sums are int32, or float32, rounded once, if the weight is packed. A tensor does not know that it is under
+    torch.compile.
+    """
+    if product == "packed":
+        packed: Tensor = torch.ops.llmint8.packed_product(x, weight, out_features)
+        return packed
     # torch 2.13's _int_mm returns garbage for K = 1.
-    if x.shape[1] < 2 or _unpacked_product() == "reference":
+    if product == "reference" or x.shape[1] < 2 or not out_features:
         return reference.int8_product(x, weight)
     return torch._int_mm(x, weight.t())
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _unpacked_product() -> Product:
-    return unpacked_product()  # one that torch.compile does not look into
+def int8_product(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply int8 [M, K] by int8 [N, K] transposed: int32 [M, N]."""
+    return multiply(x, weight, len(weight), unpacked_product())

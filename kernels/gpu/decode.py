@@ -1,4 +1,4 @@
-"""A whole layer in one launch, for calls of up to 4 rows: decoding reads the weight once, and nothing else counts.
+"""A whole layer in one launch, for calls of up to 4 rows. Decoding reads the weight once, and nothing else counts.
 
 A program computes BLOCK_N outputs of every row. Each program quantizes the rows for itself: they are short and in the
 L2 cache, and a launch that did it once would take as long as the weight of a small layer. What takes longest is asked
@@ -14,16 +14,18 @@ Rows of the weight have to be aligned to 16 bytes, K to 16, and outliers, multip
 `accepts` tells.
 """
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..operands import Operands
 from .epilogue import multiply_in_float32, scaled
-from .quantize_rows import WARP_ELEMENTS, kept, load_rows, padded_outliers, quantized, row_block, row_parameters
-from .tiles import TENSOR_CORE_ROWS, Tile, aligned
+from .launch import Launch, ceil_div, next_power_of_2
+from .quantize_rows import WARP_ELEMENTS, kept, load_rows, quantized, row_block, row_parameters
+from .tiles import TENSOR_CORE_ROWS, DecodeTile
 
 _TENSOR_CORE_ROWS = tl.constexpr(TENSOR_CORE_ROWS)
 # Outlier columns that shared memory holds, with every tile that ships and in every dtype; 1,024 spill registers.
@@ -57,18 +59,17 @@ def int8_decode_kernel(
     x_ptr,
     w_ptr,
     out_ptr,
-    w_absmax_ptr,
+    w_scale_ptr,
     row_sum_ptr,
     dims_ptr,
     w_outliers_ptr,
     bias_ptr,
     M,
     N,
-    K,
+    K16,
     outliers,
     stride_xm,
     stride_xk,
-    stride_wn,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -80,7 +81,9 @@ def int8_decode_kernel(
     OUTLIERS: tl.constexpr,
     FLOAT32_OUTLIERS: tl.constexpr,
 ):
-    """Compute columns `program_id(0) * BLOCK_N` and on; w and its stride are in int32 words of four values."""
+    """Compute columns `program_id(0) * BLOCK_N` and on; w is in int32 words of four values, K in units of 16."""
+    # In this form the compiler sees that every row of w is aligned to 16 bytes.
+    K = 16 * K16  # noqa: N806
     first_n = tl.program_id(0) * BLOCK_N
     n = first_n + tl.arange(0, BLOCK_N)
     # Beyond the edge the last row is read again.
@@ -88,21 +91,21 @@ def int8_decode_kernel(
 
     # A thread has 16 neighbours of K, which are four words.
     word = (4 * tl.arange(0, BLOCK_K // 16)[:, None] + tl.arange(0, 4)[None, :])[None, None, :, :]
-    w_rows = w_ptr + first_n.to(tl.int64) * stride_wn
-    w_pointers = w_rows + ((column - first_n)[None, :, None, None] * stride_wn + word)
-    w_next = tl.load(w_pointers, mask=word < K // 4, other=0)
+    w_rows = w_ptr + first_n.to(tl.int64) * (4 * K16)
+    w_pointers = w_rows + ((column - first_n)[None, :, None, None] * (4 * K16) + word)
+    w_next = tl.load(w_pointers, mask=word < 4 * K16, other=0)
 
     x_rows = x_ptr + tl.minimum(tl.arange(0, ROWS), M - 1).to(tl.int64) * stride_xm
     x_first = load_rows(x_rows, 0, K, stride_xk, RANGE_K)
-    w_absmax = tl.load(w_absmax_ptr + column)
+    w_scale = tl.load(w_scale_ptr + column)
     row_sum = tl.zeros([BLOCK_N], tl.int32)
     if ZEROPOINT:
         row_sum = tl.load(row_sum_ptr + column)
     if PADDED > 0:
         index = tl.arange(0, OUTLIERS)
-        w_outlier_pointers = w_outliers_ptr + column.to(tl.int64)[:, None] * outliers + index[None, :]
+        w_outlier_pointers = w_outliers_ptr + column.to(tl.int64)[:, None] * PADDED + index[None, :]
         # Into the cache, for later. What the program waits for comes after the barrier, for the compiler, too.
-        tl.load(w_outlier_pointers, mask=(index < outliers)[None, :], other=0.0, volatile=True)
+        tl.load(w_outlier_pointers, mask=(index < PADDED)[None, :], other=0.0, volatile=True)
     tl.debug_barrier()
 
     scale, divisor, zero_point, _ = row_parameters(
@@ -115,7 +118,7 @@ def int8_decode_kernel(
         dim = tl.load(dims_ptr + index, mask=index < outliers, other=0).to(tl.int64)
         x_pointers = x_ptr + tl.minimum(m % ROWS, M - 1).to(tl.int64)[:, None] * stride_xm + (dim * stride_xk)[None, :]
         x_outliers = tl.load(x_pointers, mask=(index < outliers)[None, :], other=0.0)
-        w_outliers = tl.load(w_outlier_pointers, mask=(index < outliers)[None, :], other=0.0)
+        w_outliers = tl.load(w_outlier_pointers, mask=(index < PADDED)[None, :], other=0.0)
         if FLOAT32_OUTLIERS:
             x_outliers, w_outliers = x_outliers.to(tl.float32), w_outliers.to(tl.float32)
         product = tl.dot(x_outliers, tl.trans(w_outliers), product, input_precision="ieee")
@@ -126,14 +129,14 @@ def int8_decode_kernel(
         x_block = load_rows(x_rows, start, K, stride_xk, BLOCK_K)
         w = w_next
         w_pointers += BLOCK_K // 4
-        w_next = tl.load(w_pointers, mask=word < (K - start - BLOCK_K) // 4, other=0)
+        w_next = tl.load(w_pointers, mask=word < 4 * (K16 - (start + BLOCK_K) // 16), other=0)
         x = kept(x_block, dims_ptr, None, start, K, outliers, PADDED)
         x = _packed(quantized(x, divisor, zero_point, ZEROPOINT), ROWS, BLOCK_K)
         sums += tl.sum(_dot4(tl.reshape(x, [ROWS, 1, BLOCK_K // 16, 4]), w, DP4A), 3)
 
     total = _repeated(tl.sum(sums, 2), ROWS, BLOCK_N)
     row_scale, row_zero_point = _repeated(scale[:, None], ROWS, 1), _repeated(zero_point[:, None], ROWS, 1)
-    out = scaled(total, row_scale, row_zero_point, row_sum, ZEROPOINT) * tl.div_rn(w_absmax, 127.0)[None, :] + product
+    out = scaled(total, row_scale, row_zero_point, row_sum, ZEROPOINT) * w_scale[None, :] + product
     if bias_ptr is not None:
         out += tl.load(bias_ptr + column).to(tl.float32)[None, :]
     tl.store(
@@ -151,71 +154,49 @@ def _repeated(rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return tl.reshape(wide, [_TENSOR_CORE_ROWS, COLUMNS])
 
 
-def accepts(weight: Tensor, outlier_dims: Tensor) -> bool:
-    """Tell whether the weight, int8 [N, K] with contiguous rows, is aligned and its outliers are few enough."""
-    return aligned(weight) and len(outlier_dims) <= _MOST_OUTLIERS
+def accepts(weight: Operands) -> bool:
+    """Tell whether the weight is aligned and its outliers are few enough."""
+    return weight.aligned and len(weight.outlier_dims) <= _MOST_OUTLIERS
 
 
-def int8_decode(
-    x: Tensor,
-    weight: Tensor,
-    weight_absmax: Tensor,
-    weight_row_sum: Tensor | None,
-    outlier_dims: Tensor,
-    outlier_weight: Tensor,
-    bias: Tensor | None,
-    zeropoint: bool,
-    tile: Tile,
-) -> Tensor:
-    """Run the layer; see `reference.int8_linear`.
+def int8_decode(weight: Operands, dtype: torch.dtype, zeropoint: bool, tile: DecodeTile) -> Callable[..., Tensor]:
+    """Return what runs the layer, see `reference.int8_linear`, for x [M, K], M up to `tile.block_m`, and its strides.
 
     Args:
-        x: float16, bfloat16 or float32 [M, K], any strides, M up to the tile's `block_m`.
-        weight: int8 [N, K] that `accepts` accepts, with the outlier dims.
-        weight_absmax: float32 [N].
-        weight_row_sum: int32 [N], needed with `zeropoint` only.
-        outlier_dims: integer [k].
-        outlier_weight: float [N, k], contiguous.
-        bias: float [N] or None.
+        weight: one that `accepts` accepts.
+        dtype: of x.
         zeropoint: how the rows of x are quantized.
         tile: what one program computes.
 
     """
-    (m, k), n = x.shape, weight.shape[0]
-    out = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    if out.numel() == 0:
-        return out
-    count = outlier_dims.shape[0]
-    padded = padded_outliers(count)
+    n, k = weight.values.shape
+    count, padded = len(weight.outlier_dims), weight.outlier_weight.shape[1]
     range_k, ranges = row_block(k, WARP_ELEMENTS * tile.num_warps // tile.block_m)
-    kernel: Any = int8_decode_kernel
-    kernel[(triton.cdiv(n, tile.block_n),)](
-        x,
-        weight.view(torch.int32),
-        out,
-        weight_absmax,
-        weight_row_sum if zeropoint else None,
-        outlier_dims if count else None,
-        outlier_weight if count else None,
-        bias,
-        m,
-        n,
-        k,
-        count,
-        *x.stride(),
-        weight.stride(0) // 4,
+    launch = Launch(
+        int8_decode_kernel,
+        num_warps=tile.num_warps,
         ROWS=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
-        ZEROPOINT=zeropoint,
-        # The other form runs in the interpreter and on AMD's GPUs.
-        DP4A=x.device.type != "cpu" and not torch.version.hip,
         RANGE_K=range_k,
         RANGES=ranges,
+        ZEROPOINT=zeropoint,
+        # The other form runs in the interpreter and on AMD's GPUs.
+        DP4A=weight.device.type != "cpu" and not torch.version.hip,
         PADDED=padded,
-        OUTLIERS=triton.next_power_of_2(padded),
-        FLOAT32_OUTLIERS=padded > 0 and multiply_in_float32(x, outlier_weight),
-        num_warps=tile.num_warps,
-        enable_fp_fusion=False,
+        OUTLIERS=next_power_of_2(padded),
+        FLOAT32_OUTLIERS=padded > 0 and multiply_in_float32(dtype, weight.outlier_weight.dtype, weight.device),
     )
-    return out
+    words = weight.values.view(torch.int32)
+    row_sum = weight.row_sum if zeropoint else None
+    dims, columns = (weight.outlier_dims, weight.outlier_weight) if count else (None, None)
+    scale, bias = weight.scale, weight.bias
+    grid = (ceil_div(n, tile.block_n), 1, 1)
+
+    def run(x: Tensor, strides: tuple[int, int]) -> Tensor:
+        m = x.shape[0]
+        out = x.new_empty(m, n)
+        launch(grid, x, words, out, scale, row_sum, dims, columns, bias, m, n, k // 16, count, *strides)
+        return out
+
+    return run

@@ -7,7 +7,6 @@ The scale of the row comes first, then that of the column, the outlier columns a
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 
 @triton.jit
@@ -20,14 +19,14 @@ def scaled(sums, row_scale, zero_point, row_sum, ZEROPOINT: tl.constexpr):
 
 @triton.jit
 def add_outliers(
-    out, x_rows, w_rows, outliers,
+    out, x_rows, w_rows,
     PADDED: tl.constexpr, OUTLIER_STEP: tl.constexpr, FLOAT32_OUTLIERS: tl.constexpr,
 ):  # fmt: skip
-    """Add the product of outlier columns, given the pointers of their rows [M] and [N], to float32 [M, N]."""
+    """Add the product of outlier columns, PADDED of them and the last 0, given pointers to their rows [M] and [N]."""
     for first in tl.static_range(0, PADDED, OUTLIER_STEP):
         index = first + tl.arange(0, OUTLIER_STEP)[None, :]
         x_outliers = tl.load(x_rows[:, None] + index)
-        w_outliers = tl.load(w_rows[:, None] + index, mask=index < outliers, other=0.0)
+        w_outliers = tl.load(w_rows[:, None] + index)
         if FLOAT32_OUTLIERS:
             x_outliers, w_outliers = x_outliers.to(tl.float32), w_outliers.to(tl.float32)
         out = tl.dot(x_outliers, tl.trans(w_outliers), out, input_precision="ieee")
@@ -36,13 +35,13 @@ def add_outliers(
 
 @triton.jit
 def add_found(
-    out, x_ptr, w_ptr, dims_ptr, total_ptr, row, column, stride_xm, stride_xk, stride_wn,
+    out, x_ptr, w_ptr, dims_ptr, total_ptr, row, column, stride_xm, stride_xk, K,
     STEP: tl.constexpr, FLOAT32: tl.constexpr,
 ):  # fmt: skip
     """Add the products of x and the int8 weight, both still without the column's scale, in the dimensions found."""
     total = tl.load(total_ptr)
     x_rows = x_ptr + row.to(tl.int64)[:, None] * stride_xm
-    w_rows = w_ptr + column.to(tl.int64)[:, None] * stride_wn
+    w_rows = w_ptr + column.to(tl.int64)[:, None] * K
     first = 0
     # Not a `for`: that would be pipelined, with buffers in shared memory for steps that are rarely more than one.
     while first < total:
@@ -59,7 +58,7 @@ def add_found(
     return out
 
 
-def multiply_in_float32(x: Tensor, weight: Tensor) -> bool:
-    """Tell whether the product of outlier columns has to leave the 16-bit tensor cores."""
+def multiply_in_float32(x: torch.dtype, columns: torch.dtype, device: torch.device) -> bool:
+    """Tell whether the product of outlier columns of x and of the weight has to leave the 16-bit tensor cores."""
     # On the CPU this is Triton's interpreter, whose bfloat16 product is garbage.
-    return x.dtype != weight.dtype or x.dtype == torch.float32 or (x.device.type == "cpu" and x.dtype == torch.bfloat16)
+    return x != columns or x == torch.float32 or (device.type == "cpu" and x == torch.bfloat16)

@@ -1,48 +1,73 @@
 """The layer on a GPU: which Triton kernels run, and in how many launches.
 
 For a few rows it is one, `decode.py`. Else it is two, rows to int8 (`quantize_rows.py`) and the product
-(`matmul.py`). The tile that `tiles.py` chooses says which.
+(`matmul.py`). The tile that `tiles.py` chooses says which. Outliers that are searched take two more, before
+(`outlier_search.py`).
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..operands import Operands
 from .decode import accepts, int8_decode
-from .matmul import counters, int8_matmul
-from .outlier_search import Found
-from .quantize_rows import quantize_rows
-from .tiles import TENSOR_CORE_ROWS, Tile, choose_tile
+from .matmul import Int8Matmul
+from .outlier_search import OutlierSearch
+from .quantize_rows import QuantizeRows
+from .tiles import DecodeTile, Tile, choose_tile
+
+Plan = Callable[[Tensor, tuple[int, int]], Tensor]
 
 
-def int8_linear(
-    x: Tensor,
-    weight: Tensor,
-    weight_absmax: Tensor,
-    outlier_dims: Tensor | Found,
-    outlier_weight: Tensor,
-    bias: Tensor | None,
-    weight_row_sum: Tensor | None,
-    *,
-    zeropoint: bool,
-    tile: Tile | None = None,
-) -> Tensor:
-    """Run a layer: `reference.int8_linear` for x [M, K] of any strides on the GPU.
+class GpuLinear:
+    """Runs a layer: `reference.int8_linear` for x [M, K] of any strides on the GPU.
 
-    Outliers may be those that `outlier_search.search` found in x; `outlier_weight` is [N, 0] then. Where
-    `weight_row_sum` (int32 [N]) is missing and needed, a launch of its own computes it. `tile` is for the tuner and
-    tests; None chooses.
+    In a call of a few rows the GPU works for less time than Python takes to choose kernels and arguments. So a plan is
+    made for each kind of call, which has chosen them: for M up to a power of two, and a dtype and layout of x.
     """
-    weight = weight if weight.stride(1) == 1 else weight.contiguous()
-    if zeropoint and weight_row_sum is None:
-        weight_row_sum = weight.sum(1, dtype=torch.int32)
-    columns = outlier_weight.contiguous()
-    m, n, k = x.shape[0], *weight.shape
-    if tile is None:
-        tile = choose_tile(x.device, m, n, k)
-        if tile.block_m < TENSOR_CORE_ROWS and (isinstance(outlier_dims, Found) or not accepts(weight, outlier_dims)):
-            tile = choose_tile(x.device, TENSOR_CORE_ROWS, n, k)
-    if tile.block_m < TENSOR_CORE_ROWS:
-        assert isinstance(outlier_dims, Tensor)
-        return int8_decode(x, weight, weight_absmax, weight_row_sum, outlier_dims, columns, bias, zeropoint, tile)
-    rows = quantize_rows(x, outlier_dims, zeropoint, counters(tile, m, n))
-    return int8_matmul(rows, weight, weight_absmax, weight_row_sum, columns, bias, x.dtype, tile)
+
+    def __init__(self, operands: Operands, tile: Tile | None = None) -> None:
+        """Plan nothing yet; `tile` is for the tuner and tests, None chooses."""
+        self._operands, self._tile = operands, tile
+        self._plans: dict[Any, Plan] = {}
+        self._in_features = operands.values.shape[1]
+
+    def __call__(self, x: Tensor, zeropoint: bool) -> Tensor:
+        """Return the output [M, N] in the dtype of x; the rows of x are quantized with a zero point or without."""
+        m = x.shape[0]
+        if x.is_contiguous():
+            # The stride of a single row may be anything.
+            strides, layout = (self._in_features, 1), None
+        else:
+            strides = x.stride(0), x.stride(1)
+            # All that Triton tells apart.
+            layout = tuple((stride == 1, stride % 16 == 0) for stride in strides)
+        key = ((m - 1).bit_length(), x.dtype, layout, x.data_ptr() % 16 == 0, zeropoint)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self._plan(m, x.dtype, zeropoint)
+        device = x.get_device()
+        if device < 0 or device == torch.cuda.current_device():
+            return plan(x, strides)
+        # Triton launches on the current device, which need not be that of the layer.
+        with torch.cuda.device(device):
+            return plan(x, strides)
+
+    def _plan(self, m: int, dtype: torch.dtype, zeropoint: bool) -> Plan:
+        operands = self._operands
+        n, k = operands.values.shape
+        if m == 0 or n == 0:
+            return lambda x, strides: x.new_empty(x.shape[0], n)
+        searched = operands.threshold is not None
+        tile = self._tile or choose_tile(operands.device, m, n, k, decode=not searched and accepts(operands))
+        if isinstance(tile, DecodeTile):
+            return int8_decode(operands, dtype, zeropoint, tile)
+        most_rows = 1 << (m - 1).bit_length()
+        product = Int8Matmul(operands, dtype, tile, most_rows)
+        quantize = QuantizeRows(k, operands.outlier_dims, zeropoint, product.counters)
+        if operands.threshold is None:
+            return lambda x, strides: product(quantize(x, strides))
+        search = OutlierSearch(operands.threshold, dtype, most_rows)
+        return lambda x, strides: product(quantize(x, strides, search(x, strides)))

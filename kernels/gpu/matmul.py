@@ -21,9 +21,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..operands import Operands
 from .epilogue import add_found, add_outliers, multiply_in_float32, scaled
-from .quantize_rows import Rows
-from .tiles import Tile, aligned
+from .launch import Launch, ceil_div, next_power_of_2
+from .quantize_rows import QuantizedInput
+from .tiles import MatmulTile
 
 # Outlier columns multiplied in one step; `padded_outliers` pads to it. With more, the widest tiles spill registers.
 _OUTLIER_STEP = 32
@@ -42,7 +44,7 @@ def _tile_of(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_
 
 @triton.jit
 def _int8_sums(
-    x, w, first_m, first_n, first_k, end_k, M, row, column, K, stride_wn,
+    x, w, first_m, first_n, first_k, end_k, M, row, column, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE_K: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Return the int32 [BLOCK_M, BLOCK_N] sums over a part of K; x and w are descriptors (TMA) or pointers."""
@@ -56,7 +58,7 @@ def _int8_sums(
     else:
         k = tl.arange(0, BLOCK_K)
         x_pointers = x + row.to(tl.int64)[:, None] * K + first_k + k[None, :]
-        w_pointers = w + column.to(tl.int64)[:, None] * stride_wn + first_k + k[None, :]
+        w_pointers = w + column.to(tl.int64)[:, None] * K + first_k + k[None, :]
         # The empty places of a small block are not read: for few rows that would be most of the traffic.
         present = (first_m + tl.arange(0, BLOCK_M))[:, None] < M
         for start in range(first_k, end_k, BLOCK_K):
@@ -99,7 +101,7 @@ def int8_matmul_kernel(
     w,
     out_ptr,
     row_scale_ptr,
-    w_absmax_ptr,
+    w_scale_ptr,
     zero_point_ptr,
     row_sum_ptr,
     x_outliers_ptr,
@@ -112,8 +114,6 @@ def int8_matmul_kernel(
     M,
     N,
     K,
-    outliers,
-    stride_wn,
     stride_xm,
     stride_xk,
     BLOCK_M: tl.constexpr,
@@ -143,7 +143,7 @@ def int8_matmul_kernel(
         first_k = tl.program_id(1) * length
         end_k = tl.minimum(first_k + length, K)
     sums = _int8_sums(
-        x, w, tile_m * BLOCK_M, tile_n * BLOCK_N, first_k, end_k, M, row, column, K, stride_wn,
+        x, w, tile_m * BLOCK_M, tile_n * BLOCK_N, first_k, end_k, M, row, column, K,
         BLOCK_M, BLOCK_N, BLOCK_K, WHOLE_K, TMA,
     )  # fmt: skip
     if SPLIT_K > 1:
@@ -154,7 +154,7 @@ def int8_matmul_kernel(
     if out_ptr.dtype.element_ty == tl.int32:
         out = sums
     else:
-        column_scale = tl.div_rn(tl.load(w_absmax_ptr + column), 127.0)
+        column_scale = tl.load(w_scale_ptr + column)
         zero_point, row_sum = None, None
         if zero_point_ptr is not None:
             zero_point, row_sum = tl.load(zero_point_ptr + row)[:, None], tl.load(row_sum_ptr + column)
@@ -162,19 +162,19 @@ def int8_matmul_kernel(
         out = scaled(sums, row_scale, zero_point, row_sum, zero_point_ptr is not None)
         if total_ptr is not None:
             out = add_found(
-                out, x_outliers_ptr, w_outliers_ptr, dims_ptr, total_ptr, row, column, stride_xm, stride_xk, stride_wn,
+                out, x_outliers_ptr, w_outliers_ptr, dims_ptr, total_ptr, row, column, stride_xm, stride_xk, K,
                 OUTLIER_STEP, FLOAT32_OUTLIERS,
             )  # fmt: skip
         out *= column_scale[None, :]
         if PADDED > 0:
             x_rows = x_outliers_ptr + row.to(tl.int64) * PADDED
-            w_rows = w_outliers_ptr + column.to(tl.int64) * outliers
+            w_rows = w_outliers_ptr + column.to(tl.int64) * PADDED
             if BLOCK_M == 16:
                 # By itself, as `decode.py` has it; larger tiles have no registers for that.
                 none = tl.zeros_like(out)
-                out += add_outliers(none, x_rows, w_rows, outliers, PADDED, OUTLIER_STEP, FLOAT32_OUTLIERS)
+                out += add_outliers(none, x_rows, w_rows, PADDED, OUTLIER_STEP, FLOAT32_OUTLIERS)
             else:
-                out = add_outliers(out, x_rows, w_rows, outliers, PADDED, OUTLIER_STEP, FLOAT32_OUTLIERS)
+                out = add_outliers(out, x_rows, w_rows, PADDED, OUTLIER_STEP, FLOAT32_OUTLIERS)
         if bias_ptr is not None:
             out += tl.load(bias_ptr + column).to(tl.float32)[None, :]
     tl.store(
@@ -184,90 +184,84 @@ def int8_matmul_kernel(
     )
 
 
-def _tiles(tile: Tile, m: int, n: int) -> int:
-    count: int = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
-    return count
+class Int8Matmul:
+    """The launch that finishes what `quantize_rows` began, for one weight, dtype of x and tile.
 
-
-def counters(tile: Tile, m: int, n: int) -> int:
-    """Return how many `Rows.counters` the product of [m, K] and [n, K] takes: none where the tile does not divide K."""
-    return _tiles(tile, m, n) if tile.split_k > 1 else 0
-
-
-def int8_matmul(
-    rows: Rows,
-    weight: Tensor,
-    weight_absmax: Tensor,
-    weight_row_sum: Tensor | None,
-    outlier_weight: Tensor,
-    bias: Tensor | None,
-    dtype: torch.dtype,
-    tile: Tile,
-) -> Tensor:
-    """Finish what `quantize_rows` began; see `reference.int8_linear`.
-
-    Args:
-        rows: of `quantize_rows`, with the `counters` of this tile. They are used up.
-        weight: int8 [N, K], rows contiguous.
-        weight_absmax: float32 [N].
-        weight_row_sum: int32 [N], needed with a zero point only.
-        outlier_weight: float [N, k], contiguous; where `rows` has what a search found, k is 0.
-        bias: float [N] or None.
-        dtype: float16, bfloat16 or float32, of the output [M, N]; int32 returns `reference.int8_product` alone.
-        tile: what one program computes.
+    Attributes:
+        counters: how many int32 zeros the product takes, 0 where the tile does not divide K. `quantize_rows` sets them
+            on its way, and a call uses them up, so nothing lives between calls, graphs or streams.
 
     """
-    m, n, k = rows.values.shape[0], *weight.shape
-    out = torch.empty(m, n, dtype=dtype, device=weight.device)
-    if out.numel() == 0:
+
+    def __init__(self, weight: Operands, dtype: torch.dtype, tile: MatmulTile, most_rows: int) -> None:
+        """Prepare the launch.
+
+        Args:
+            weight: its rows are read 16 bytes at a time if they are aligned.
+            dtype: float16, bfloat16 or float32, of x and the output; int32 returns `reference.int8_product` alone.
+            tile: what one program computes.
+            most_rows: the largest M there will be.
+
+        """
+        self._weight, self._dtype, self._tile = weight, dtype, tile
+        n, k = weight.values.shape
+        # With outliers that are searched in the call, the columns are those of the int8 weight.
+        searched, padded = weight.threshold is not None, weight.outlier_weight.shape[1]
+        kind = dtype if searched else weight.outlier_weight.dtype
+        float32 = (searched or padded > 0) and multiply_in_float32(dtype, kind, weight.device)
+        self._split = tile.split_k > 1
+        tiles = ceil_div(most_rows, tile.block_m) * ceil_div(n, tile.block_n)
+        self.counters = next_power_of_2(tiles) if self._split else 0
+        self._columns = weight.values if searched else weight.outlier_weight if padded else None
+        self._tma = tile.tma and weight.aligned  # as the copy engine wants it
+        self._w = _descriptor(weight.values, tile.block_n, tile.block_k) if self._tma else weight.values
+        self._launch = Launch(
+            int8_matmul_kernel,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k,
+            GROUP_M=tile.group_m,
+            SPLIT_K=tile.split_k,
+            WHOLE_K=k % tile.block_k == 0,
+            TMA=self._tma,
+            PADDED=padded,
+            # Products in float32 take more registers still, and so does finding the columns by a list.
+            OUTLIER_STEP=16 if float32 or searched or padded == 16 else _OUTLIER_STEP,
+            FLOAT32_OUTLIERS=float32,
+        )
+
+    def __call__(self, rows: QuantizedInput) -> Tensor:
+        """Return the output [M, N] for rows that came with the `counters` of this product."""
+        tile, weight, found = self._tile, self._weight, rows.found
+        m, (n, k) = rows.values.shape[0], weight.values.shape
+        out = torch.empty(m, n, dtype=self._dtype, device=weight.device)
+        if out.numel() == 0:
+            return out
+        partial = torch.empty(tile.split_k, m, n, dtype=torch.int32, device=weight.device) if self._split else None
+        self._launch(
+            (ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n), tile.split_k, 1),
+            _descriptor(rows.values, tile.block_m, tile.block_k) if self._tma else rows.values,
+            self._w,
+            out,
+            rows.scale,
+            weight.scale,
+            rows.zero_point,
+            None if rows.zero_point is None else weight.row_sum,
+            found.x if found else rows.outliers,
+            self._columns,
+            weight.bias,
+            found.dims if found else None,
+            found.total if found else None,
+            partial,
+            rows.counters,
+            m,
+            n,
+            k,
+            *(found.strides if found else (0, 0)),
+        )
         return out
-    padded = 0 if rows.outliers is None else rows.outliers.shape[1]
-    float32 = rows.outliers is not None and multiply_in_float32(rows.outliers, outlier_weight)
-    found = rows.found
-    if found:
-        float32 = multiply_in_float32(found.x, found.x)
-    tma = tile.tma and aligned(weight)  # as the copy engine wants it
-    split = tile.split_k > 1
-    partial = torch.empty(tile.split_k, m, n, dtype=torch.int32, device=weight.device) if split else None
-    kernel: Any = int8_matmul_kernel
-    kernel[(_tiles(tile, m, n), tile.split_k)](
-        _descriptor(rows.values, tile.block_m, tile.block_k) if tma else rows.values,
-        _descriptor(weight, tile.block_n, tile.block_k) if tma else weight,
-        out,
-        rows.scale,
-        weight_absmax,
-        rows.zero_point,
-        weight_row_sum if rows.zero_point is not None else None,
-        found.x if found else rows.outliers,
-        weight if found else outlier_weight if padded else None,
-        bias,
-        found.dims if found else None,
-        found.total if found else None,
-        partial,
-        rows.counters if split else None,
-        m,
-        n,
-        k,
-        outlier_weight.shape[1],
-        weight.stride(0),
-        *(found.x.stride() if found else (0, 0)),
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
-        BLOCK_K=tile.block_k,
-        GROUP_M=tile.group_m,
-        SPLIT_K=tile.split_k,
-        WHOLE_K=k % tile.block_k == 0,
-        TMA=tma,
-        PADDED=padded,
-        # Products in float32 take more registers still, and so does finding the columns by a list.
-        OUTLIER_STEP=16 if float32 or found or padded == 16 else _OUTLIER_STEP,
-        FLOAT32_OUTLIERS=float32,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-        # Every path rounds alike, whatever Triton's default is.
-        enable_fp_fusion=False,
-    )
-    return out
 
 
 def _descriptor(matrix: Tensor, rows: int, columns: int) -> Any:

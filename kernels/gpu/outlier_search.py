@@ -9,13 +9,14 @@ The dimensions are those of `reference.dynamic_outlier_dims` on the CPU exactly:
 which the threshold is rounded, and a NaN is no outlier. No order of programs changes the flags or the list.
 """
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launch import Launch, ceil_div
 
 # Columns that one program flags; 256 bytes of a row in 16 bits.
 _FLAG_COLUMNS = 128
@@ -26,7 +27,8 @@ _LIST_COLUMNS = 4096
 class Found(NamedTuple):
     """The outlier dimensions of x; only the GPU knows how many there are."""
 
-    x: Tensor  # float [M, K], any strides
+    x: Tensor  # float [M, K]
+    strides: tuple[int, int]  # of x, as they are for the kernels
     flags: Tensor  # int8 [K], 1 in an outlier dimension, else 0
     dims: Tensor  # int32 [K], sorted; only the first `total` hold anything
     total: Tensor  # int32 [1]
@@ -65,39 +67,31 @@ def list_kernel(flags_ptr, dims_ptr, total_ptr, K, BLOCK_K: tl.constexpr):
         tl.store(total_ptr, tl.max(end, 0))
 
 
-@functools.cache
-def _rounded(threshold: float, dtype: torch.dtype) -> float:
-    return float(torch.tensor(threshold, dtype=dtype, device="cpu"))
+class OutlierSearch:
+    """The two launches that find the dimensions of x with any |x| >= threshold."""
 
+    def __init__(self, threshold: float, dtype: torch.dtype, most_rows: int) -> None:
+        """Prepare them for x of a dtype and up to so many rows."""
+        self._threshold = float(torch.tensor(threshold, dtype=dtype, device="cpu"))
+        self._block = 1 if most_rows == 1 else 16 if most_rows <= 16 else 64
+        # A program that sees all rows writes every flag of its columns; others set some.
+        self._whole = most_rows <= self._block
+        self._flag = Launch(
+            flag_kernel,
+            num_warps=4 if self._block == 64 else 1,
+            BLOCK_M=self._block,
+            BLOCK_K=_FLAG_COLUMNS,
+            ALL_ROWS=self._whole,
+        )
+        self._list = Launch(list_kernel, num_warps=8, BLOCK_K=_LIST_COLUMNS)
 
-def search(x: Tensor, threshold: float) -> Found:
-    """Find the dimensions of x, float [M, K] of any strides on the GPU, with any |x| >= threshold, in two launches."""
-    rows, in_features = x.shape
-    block = 1 if rows == 1 else 16 if rows <= 16 else 64
-    # A program that sees all rows writes every flag of its columns; others set some.
-    flags = (torch.empty if rows <= block else torch.zeros)(in_features, dtype=torch.int8, device=x.device)
-    found = Found(
-        x,
-        flags,
-        torch.empty(in_features, dtype=torch.int32, device=x.device),
-        torch.empty(1, dtype=torch.int32, device=x.device),
-    )
-    # Without rows or columns there is one program still, which says that nothing was found.
-    kernel: Any = flag_kernel
-    kernel[(max(1, triton.cdiv(in_features, _FLAG_COLUMNS)), max(1, triton.cdiv(rows, block)))](
-        x,
-        flags,
-        _rounded(threshold, x.dtype),
-        rows,
-        in_features,
-        *x.stride(),
-        BLOCK_M=block,
-        BLOCK_K=_FLAG_COLUMNS,
-        ALL_ROWS=rows <= block,
-        num_warps=4 if block == 64 else 1,
-    )
-    kernel = list_kernel
-    kernel[(max(1, triton.cdiv(in_features, _LIST_COLUMNS)),)](
-        flags, found.dims, found.total, in_features, BLOCK_K=_LIST_COLUMNS, num_warps=8
-    )
-    return found
+    def __call__(self, x: Tensor, strides: tuple[int, int]) -> Found:
+        """Search x, float [M, K] of these strides."""
+        m, k = x.shape
+        flags = (x.new_empty if self._whole else x.new_zeros)(k, dtype=torch.int8)
+        found = Found(x, strides, flags, x.new_empty(k, dtype=torch.int32), x.new_empty(1, dtype=torch.int32))
+        # Without rows or columns there is one program still, which says that nothing was found.
+        grid = (max(1, ceil_div(k, _FLAG_COLUMNS)), max(1, ceil_div(m, self._block)), 1)
+        self._flag(grid, x, flags, self._threshold, m, k, *strides)
+        self._list((max(1, ceil_div(k, _LIST_COLUMNS)), 1, 1), flags, found.dims, found.total, k)
+        return found

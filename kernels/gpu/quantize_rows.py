@@ -16,13 +16,15 @@ slower.
 Over 250 lines: the kernel, its parts and its launch are one argument, and read together.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..checks import padded_outliers
+from .launch import Launch, ceil_div, next_power_of_2
 from .outlier_search import Found
 
 # More per program does not fit the registers (65,536 in one block spills).
@@ -34,8 +36,8 @@ _ROUND = tl.constexpr(12582912.0)
 _ROUND_BITS = tl.constexpr(0x4B400000)
 
 
-class Rows(NamedTuple):
-    """Quantized rows, `x ~ (values - zero_point) * scale` but for the outlier dimensions: `outliers` or `found`."""
+class QuantizedInput(NamedTuple):
+    """x in int8, `x ~ (values - zero_point) * scale` but for the outlier dimensions: `outliers` or `found`."""
 
     values: Tensor  # int8 [M, K]
     scale: Tensor  # float32 [M]
@@ -206,66 +208,64 @@ def quantize_rows_kernel(
             tl.store(gathered_ptr + row[:, None] * PADDED + index[None, :], column)
 
 
-def padded_outliers(count: int) -> int:
-    """Return the columns that `count` outliers take in the product: 0, 16, or a multiple of 32.
-
-    Few kernels do for layers whose counts all differ.
-    """
-    return 16 if 0 < count <= 16 else -(-count // 32) * 32
-
-
 def row_block(in_features: int, longest: int) -> tuple[int, int]:
     """Return BLOCK_K and BLOCKS of `row_parameters` for rows of K dimensions, in blocks of up to `longest`."""
-    block = min(longest, max(512, triton.next_power_of_2(in_features)))
-    return block, max(1, triton.cdiv(in_features, block))
+    block = min(longest, max(512, next_power_of_2(in_features)))
+    return block, max(1, ceil_div(in_features, block))
 
 
-def quantize_rows(x: Tensor, outlier_dims: Tensor | Found, zeropoint: bool, counters: int = 0) -> Rows:
-    """Quantize the rows of `x` and gather its outlier dimensions; see `reference.quantize_rows`.
+class QuantizeRows:
+    """The launch that quantizes rows and gathers their outlier dimensions; see `reference.quantize_rows`."""
 
-    Args:
-        x: float16, bfloat16 or float32 [M, K], any strides, on the GPU.
-        outlier_dims: integer [k] on the same device, unique; k may be 0. What a search found is not gathered.
-        zeropoint: spread the row's range over the int8 values, in place of its absmax.
-        counters: how many zeros to return in `Rows.counters`, at least; the same launch sets them.
+    def __init__(self, in_features: int, outlier_dims: Tensor, zeropoint: bool, counters: int = 0) -> None:
+        """Prepare the launch.
 
-    """
-    rows, in_features = x.shape
-    found = outlier_dims if isinstance(outlier_dims, Found) else None
-    count = 0 if found else len(outlier_dims)
-    padded = padded_outliers(count)
+        Args:
+            in_features: K.
+            outlier_dims: int32 [k] on the device of x, unique; k may be 0. What a search finds is not gathered.
+            zeropoint: spread the row's range over the int8 values, in place of its absmax.
+            counters: how many zeros to return in `QuantizedInput.counters`, 0 or a power of two.
 
-    def empty(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=x.device)
-
-    out = Rows(
-        empty(rows, in_features, dtype=torch.int8),
-        empty(rows, dtype=torch.float32),
-        empty(rows, dtype=torch.float32) if zeropoint else None,
-        empty(rows, padded, dtype=x.dtype) if count else None,
-        empty(triton.next_power_of_2(counters), dtype=torch.int32) if counters else None,
-        found,
-    )
-    if rows:
+        """
+        self._in_features, self._zeropoint, self._counters = in_features, zeropoint, counters
+        self._count = len(outlier_dims)
+        self._dims = outlier_dims if self._count else None
+        self._padded = padded_outliers(self._count)
         block, blocks = row_block(in_features, _LONGEST_BLOCK)
-        kernel: Any = quantize_rows_kernel
-        kernel[(rows,)](
-            x,
-            outlier_dims if count else None,
-            found.flags if found else None,
-            out.values,
-            out.scale,
-            out.zero_point,
-            out.outliers,
-            out.counters,
-            in_features,
-            count,
-            *x.stride(),
-            PADDED=padded,
-            ZEROPOINT=zeropoint,
-            COUNTERS=0 if out.counters is None else out.counters.shape[0],
+        self._launch = Launch(
+            quantize_rows_kernel,
+            num_warps=max(1, block // WARP_ELEMENTS),
             BLOCK_K=block,
             BLOCKS=blocks,
-            num_warps=max(1, block // WARP_ELEMENTS),
+            PADDED=self._padded,
+            ZEROPOINT=zeropoint,
+            COUNTERS=counters,
         )
-    return out
+
+    def __call__(self, x: Tensor, strides: tuple[int, int], found: Found | None = None) -> QuantizedInput:
+        """Quantize x, float16, bfloat16 or float32 [M, K] of these strides, but for what a search has found in it."""
+        m, k = x.shape[0], self._in_features
+        out = QuantizedInput(
+            x.new_empty(m, k, dtype=torch.int8),
+            x.new_empty(m, dtype=torch.float32),
+            x.new_empty(m, dtype=torch.float32) if self._zeropoint else None,
+            x.new_empty(m, self._padded) if self._count else None,
+            x.new_empty(self._counters, dtype=torch.int32) if self._counters else None,
+            found,
+        )
+        if m:
+            self._launch(
+                (m, 1, 1),
+                x,
+                self._dims,
+                found.flags if found else None,
+                out.values,
+                out.scale,
+                out.zero_point,
+                out.outliers,
+                out.counters,
+                k,
+                self._count,
+                *strides,
+            )
+        return out

@@ -1,9 +1,10 @@
-"""Which tile of the output one program of the product computes: a table by architecture, N, K and M.
+"""Which tile of the output one program of a kernel computes: a table by kernel, architecture, N, K and M.
 
-`tiles.json` beside this module is the table that ships; rows that `llmint8 bench --tune` measured on this machine stand
-in the user's cache and come first. A row with N and K holds for just that layer. A row with K null holds for layers up
-to its N, and every row for calls of up to M rows; null means any. Of the rows that fit, the closest counts; an
-architecture without rows takes those of `any`, which are small enough for every GPU. No choice changes the int32 sums.
+`tiles.json` beside this module is the table that ships; entries that `llmint8 bench --tune` measured on this machine
+stand in the user's cache and come first. An entry with N and K holds for just that layer. One with K null holds for
+layers up to its N, and every entry for calls of up to M rows; null means any. Of the entries that fit, the closest
+counts. A GPU without entries takes those of the nearest lower architecture that fit its shared memory, and where there
+are none those of `any`, which are small enough for every GPU. No choice changes the int32 sums.
 """
 
 import functools
@@ -18,13 +19,20 @@ import torch
 
 # A product on tensor cores has that many rows at least; smaller tiles are those of `decode.py`.
 TENSOR_CORE_ROWS = 16
+MOST_SHARED_BYTES = 227 * 1024  # of one program, on every GPU that there is
 
 
-class Tile(NamedTuple):
-    """The shape of one program's work, and how Triton is to compile it.
+class DecodeTile(NamedTuple):
+    """The shape of the work of one program of `decode.py`, which takes up to `block_m` rows, and no more."""
 
-    A `block_m` of 1, 2 or 4 is a tile of `decode.py`, which has no use for group_m, num_stages, tma and split_k.
-    """
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+
+
+class MatmulTile(NamedTuple):
+    """The shape of the work of one program of `matmul.py`, and how Triton is to compile it."""
 
     block_m: int
     block_n: int
@@ -32,12 +40,21 @@ class Tile(NamedTuple):
     group_m: int  # tiles along M that run next to each other, sharing columns of the weight in the L2 cache
     num_warps: int
     num_stages: int
-    tma: bool  # load through the copy engine (sm_90 and later) where the layer's alignment allows it
+    tma: bool = False  # load through the copy engine (sm_90 and later) where the layer's alignment allows it
     split_k: int = 1  # programs among which K is divided
 
+    @property
+    def shared_bytes(self) -> int:
+        """The most shared memory that it takes: its blocks of x and the weight for every stage, and a little."""
+        return self.num_stages * (self.block_m + self.block_n) * self.block_k + 1024
 
-class Row(NamedTuple):
-    """A row of the table; None means any."""
+
+Tile = DecodeTile | MatmulTile
+KERNELS: dict[str, type[Tile]] = {"decode": DecodeTile, "matmul": MatmulTile}
+
+
+class Entry(NamedTuple):
+    """An entry of the table; None means any."""
 
     architecture: str
     n: int | None
@@ -45,19 +62,23 @@ class Row(NamedTuple):
     m: int | None
     tile: Tile
 
-
-def aligned(weight: torch.Tensor) -> bool:
-    """Tell whether rows of int8 [N, K], themselves contiguous, begin and end at multiples of 16 bytes."""
-    k = weight.shape[1]
-    return k > 0 and not (k % 16 or weight.stride(0) % 16 or weight.data_ptr() % 16)
-
-
-def cache_path() -> Path:
-    """Return where the rows measured on this machine stand."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmint8" / "tiles.json"
+    @property
+    def kernel(self) -> str:
+        """The name of the kernel in the table."""
+        return next(name for name, kind in KERNELS.items() if isinstance(self.tile, kind))
 
 
-def read_rows(text: str) -> list[Row]:
+def cache_path() -> Path | None:
+    """Return where the entries measured on this machine stand; None for a user without a home."""
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "llmint8" / "tiles.json"
+    try:
+        return Path.home() / ".cache" / "llmint8" / "tiles.json"
+    except RuntimeError:
+        return None
+
+
+def read_table(text: str) -> list[Entry]:
     """Read a table.
 
     Raises:
@@ -65,48 +86,60 @@ def read_rows(text: str) -> list[Row]:
 
     """
     try:
-        entries = json.loads(text)
-        if not isinstance(entries, list):
+        table = json.loads(text)
+        if not isinstance(table, list):
             raise TypeError("not a list")
-        rows = [
-            Row(entry["architecture"], entry["N"], entry["K"], entry["M"], Tile(*(entry[key] for key in Tile._fields)))
-            for entry in entries
-        ]
+        entries = []
+        for row in table:
+            kind = KERNELS[row["kernel"]]
+            tile = kind(*(row[key] for key in kind._fields))
+            entries.append(Entry(row["architecture"], row["N"], row["K"], row["M"], tile))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"not a table of tiles: {error!r}") from None
-    for row in rows:
-        sizes = (*row.tile[:6], row.tile.split_k)
-        limits = [limit for limit in (row.n, row.k, row.m) if limit is not None]
-        if not all(type(size) is int and size > 0 for size in (*sizes, *limits)) or type(row.tile.tma) is not bool:
-            raise ValueError(f"not a tile: {row}")
-        # What Triton's products of int8 blocks need; blocks and warps are powers of two.
-        powers = (*sizes[:3], row.tile.num_warps)
-        columns = TENSOR_CORE_ROWS if row.tile.block_m >= TENSOR_CORE_ROWS else 8
-        if any(size & (size - 1) for size in powers) or sizes[0] == 8 or sizes[1] < columns or sizes[2] < 32:
-            raise ValueError(f"not a tile: {row}")
-    return rows
+    for entry in entries:
+        _check(entry)
+    return entries
 
 
-def write_rows(rows: list[Row]) -> str:
-    """Return a table as `read_rows` reads it, one row a line."""
-    entries = [
-        json.dumps({"architecture": row.architecture, "N": row.n, "K": row.k, "M": row.m} | row.tile._asdict())
-        for row in rows
+def _check(entry: Entry) -> None:
+    tile = entry.tile
+    sizes = tile._asdict()
+    switch = sizes.pop("tma", False)
+    limits = [limit for limit in (entry.n, entry.k, entry.m) if limit is not None]
+    right = type(switch) is bool and all(type(size) is int and size > 0 for size in (*sizes.values(), *limits))
+    # What Triton's products of int8 blocks need; blocks and warps are powers of two.
+    powers = (tile.block_m, tile.block_n, tile.block_k, tile.num_warps)
+    rows = {DecodeTile: (1, 2, 4), MatmulTile: (16, 32, 64, 128, 256)}[type(tile)]
+    columns = 8 if isinstance(tile, DecodeTile) else TENSOR_CORE_ROWS
+    if not right or any(size & (size - 1) for size in powers):
+        raise ValueError(f"not a tile: {entry}")
+    if tile.block_m not in rows or tile.block_n < columns or tile.block_k < 32 or tile.num_warps > 32:
+        raise ValueError(f"not a tile: {entry}")
+    if isinstance(tile, MatmulTile) and (tile.split_k > 64 or tile.num_stages > 16):
+        raise ValueError(f"not a tile: {entry}")
+
+
+def write_table(entries: list[Entry]) -> str:
+    """Return a table as `read_table` reads it, one entry a line."""
+    rows = [
+        {"kernel": entry.kernel, "architecture": entry.architecture, "N": entry.n, "K": entry.k, "M": entry.m}
+        | entry.tile._asdict()
+        for entry in entries
     ]
-    return "[\n  " + ",\n  ".join(entries) + "\n]\n"
+    return "[\n  " + ",\n  ".join(json.dumps(row) for row in rows) + "\n]\n"
 
 
-def shipped_rows() -> list[Row]:
+def shipped_table() -> list[Entry]:
     """Return the table that ships."""
-    return read_rows(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
+    return read_table(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 
 
 @functools.cache
-def cached_rows() -> list[Row]:
-    """Return the rows measured on this machine; a file that cannot be read counts as none, with a warning."""
+def cached_table() -> list[Entry]:
+    """Return what was measured on this machine; a file that cannot be read counts as empty, with a warning."""
     path = cache_path()
     try:
-        return read_rows(path.read_text(encoding="utf-8"))
+        return read_table(path.read_text(encoding="utf-8")) if path else []
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
@@ -114,57 +147,83 @@ def cached_rows() -> list[Row]:
         return []
 
 
-def closest(rows: list[Row], m: int, n: int, k: int) -> Tile | None:
-    """Return the tile of the row that fits the call best: its own layer first, then the smallest N, then M."""
+def closest(entries: list[Entry], m: int, n: int, k: int) -> Tile | None:
+    """Return the tile of the entry that fits the call best: its own layer first, then the smallest N, then M."""
 
-    def distance(row: Row) -> tuple[bool, float, float]:
-        return row.k is None, row.n or math.inf, row.m or math.inf
+    def distance(entry: Entry) -> tuple[bool, float, float]:
+        return entry.k is None, entry.n or math.inf, entry.m or math.inf
 
-    # A tile of `decode.py` computes so many rows and no more.
-    rows = [row for row in rows if row.tile.block_m >= min(m, TENSOR_CORE_ROWS)]
-    own = [row for row in rows if (row.n, row.k) == (n, k)]
-    fitting = own or [row for row in rows if row.k is None and n <= (row.n or n)]
+    entries = [entry for entry in entries if not isinstance(entry.tile, DecodeTile) or m <= entry.tile.block_m]
+    own = [entry for entry in entries if (entry.n, entry.k) == (n, k)]
+    fitting = own or [entry for entry in entries if entry.k is None and n <= (entry.n or n)]
     # Beyond the largest call that was measured its tile is the best guess.
-    within = [row for row in fitting if m <= (row.m or m)]
+    within = [entry for entry in fitting if m <= (entry.m or m)]
     if within:
         return min(within, key=distance).tile
-    return max(fitting, key=lambda row: row.m or 0).tile if fitting else None
+    return max(fitting, key=lambda entry: entry.m or 0).tile if fitting else None
+
+
+class Gpu(NamedTuple):
+    """What the choice of a tile depends on."""
+
+    architecture: str  # `sm_90` and the like; AMD's name; `any` for what is no GPU
+    shared_bytes: int = MOST_SHARED_BYTES  # that one program may have
 
 
 @functools.cache
-def _table(architecture: str) -> list[Row]:
-    """Return the rows for an architecture; those of this machine hide those that ship for the same layer and M."""
-    found = {(row.n, row.k, row.m): row for row in shipped_rows() if row.architecture == architecture}
-    found |= {(row.n, row.k, row.m): row for row in cached_rows() if row.architecture == architecture}
-    return list(found.values())
+def gpu_of(device: torch.device) -> Gpu:
+    """Return what is known of a device."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return Gpu("any")
+    properties: Any = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return Gpu(str(properties.gcnArchName).partition(":")[0])
+    shared = getattr(properties, "shared_memory_per_block_optin", MOST_SHARED_BYTES)
+    return Gpu(f"sm_{properties.major}{properties.minor}", shared)
 
 
 @functools.cache
-def _choose(architecture: str, m: int, n: int, k: int) -> Tile:
-    tile = closest(_table(architecture), m, n, k) or closest(_table("any"), m, n, k)
-    assert tile is not None, "the rows of `any` fit every call"
+def table_for(gpu: Gpu) -> tuple[str, list[Entry]]:
+    """Return the architecture whose tiles a GPU takes, and its entries, with what was measured on this machine."""
+    shipped = [entry for entry in shipped_table() if _fits(entry.tile, gpu)]
+    number = _number(gpu.architecture)
+    names = {entry.architecture for entry in shipped if isinstance(entry.tile, MatmulTile)}
+    lower = [name for name in names if name == gpu.architecture or 0 < _number(name) < number]
+    name = max(lower, key=_number, default="any")
+    found = {(entry.n, entry.k, entry.m): entry for entry in shipped if entry.architecture == name}
+    # Of two for the same layer and M, that of this machine counts.
+    found |= {(e.n, e.k, e.m): e for e in cached_table() if e.architecture == gpu.architecture}
+    return name, list(found.values())
+
+
+def _number(architecture: str) -> int:
+    """Return 90 for `sm_90`, and 0 for what is not NVIDIA's."""
+    digits = architecture.removeprefix("sm_")
+    return int(digits) if digits != architecture and digits.isdigit() else 0
+
+
+def _fits(tile: Tile, gpu: Gpu) -> bool:
+    return isinstance(tile, DecodeTile) or tile.shared_bytes <= gpu.shared_bytes
+
+
+@functools.cache
+def _choose(gpu: Gpu, m: int, n: int, k: int, decode: bool) -> Tile:
+    def usable(entries: list[Entry]) -> list[Entry]:
+        return [entry for entry in entries if decode or isinstance(entry.tile, MatmulTile)]
+
+    tile = closest(usable(table_for(gpu)[1]), m, n, k) or closest(usable(table_for(Gpu("any"))[1]), m, n, k)
+    assert tile is not None, "the entries of `any` fit every call"
     return tile
 
 
-def choose_tile(device: torch.device, m: int, n: int, k: int) -> Tile:
-    """Return the tile for the product of [M, K] and [N, K] on a device."""
+def choose_tile(device: torch.device, m: int, n: int, k: int, decode: bool = True) -> Tile:
+    """Return the tile for a call of M rows of a layer [N, K] on a device; without `decode`, one of `matmul.py`."""
     # The table ends at 8192 rows; below, one look-up serves all M up to the next power of two.
-    return _choose(architecture(device), 1 << (min(max(m, 1), 8192) - 1).bit_length(), n, k)
+    return _choose(gpu_of(device), 1 << (min(max(m, 1), 8192) - 1).bit_length(), n, k, decode)
 
 
 def forget() -> None:
     """Read the tables again at the next call, after one of the files has changed."""
-    cached_rows.cache_clear()
-    _table.cache_clear()
+    cached_table.cache_clear()
+    table_for.cache_clear()
     _choose.cache_clear()
-
-
-@functools.cache
-def architecture(device: torch.device) -> str:
-    """Return `sm_90` and the like; AMD's name of the architecture; `any` for what is no GPU."""
-    if device.type != "cuda":
-        return "any"
-    properties: Any = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        return str(properties.gcnArchName).partition(":")[0]
-    return f"sm_{properties.major}{properties.minor}"

@@ -23,7 +23,8 @@ from llmint8.converter.model.limits import bounded_modules
 from llmint8.formats import LLMInt8Error, SourceError, open_source
 from llmint8.kernels.reference import Activation
 
-from ..model.layer import Int8Linear, Outliers
+from ..model.arguments import Outliers
+from ..model.layer import Int8Linear
 from ..model.load import load, no_progress_bar
 from ..model.misses import outlier_misses
 from .evaluate import Evaluation, Logits, measure, token_windows
@@ -184,7 +185,7 @@ def _switched(model: Any, mode: _Mode) -> Logits:
 
     def switched(tokens: Tensor) -> Tensor:
         for layer in layers:
-            layer.outliers, layer.threshold, layer.activation = mode
+            layer.configure(**mode._asdict())
         return logits(tokens)
 
     return switched

@@ -10,7 +10,7 @@ import click
 from llmint8.converter.commands.command import Command, set_up_logging
 from llmint8.converter.commands.progress import pass_bar
 
-CALL_ROWS = (1, 16, 128, 2048)
+MEASURED_M = (1, 16, 128, 2048)
 
 
 class Shape(NamedTuple):
@@ -47,10 +47,10 @@ def bench_command(checkpoint: str | None, tune: bool, quiet: bool) -> None:
     click.echo(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, times in microseconds")
     click.echo(f"{'out':>7}{'in':>7}{'layers':>8}{'16-bit columns':>16}{'M':>7}{'int8':>10}{'float16':>10}{'ratio':>8}")
     for shape in shapes:
-        for rows in CALL_ROWS:
-            int8, float16 = layer_times(shape, rows, device)
+        for m in MEASURED_M:
+            int8, float16 = layer_times(shape, m, device)
             click.echo(
-                f"{shape.out_features:>7}{shape.in_features:>7}{shape.layers:>8}{shape.outliers:>16}{rows:>7}"
+                f"{shape.out_features:>7}{shape.in_features:>7}{shape.layers:>8}{shape.outliers:>16}{m:>7}"
                 f"{int8:>10.1f}{float16:>10.1f}{float16 / int8:>8.2f}"
             )
 
@@ -74,35 +74,38 @@ def _tune(shapes: Sequence[Shape], device: Any, quiet: bool) -> None:
     from llmint8.kernels.gpu import tiles, tune
 
     path = tiles.cache_path()
+    if path is None:
+        raise ValueError("no home directory to keep the fastest kernels in; set XDG_CACHE_HOME to a directory")
     path.parent.mkdir(parents=True, exist_ok=True)
     sizes = sorted({(shape.out_features, shape.in_features) for shape in shapes})
     with pass_bar("Tuning", quiet) as progress:
         for n, k in sizes:
-            rows = tune.tune(device, n, k, partial(progress, f"{n} x {k}", len(sizes) * len(tune.CALL_ROWS)))
-            found = {(row.architecture, row.n, row.k, row.m): row for row in [*tiles.cached_rows(), *rows]}
-            write_durably(path, tiles.write_rows(list(found.values())).encode())
+            fastest = tune.tune(device, n, k, partial(progress, f"{n} x {k}", len(sizes) * len(tune.TUNED_M)))
+            found = {(e.architecture, e.n, e.k, e.m): e for e in [*tiles.cached_table(), *fastest]}
+            write_durably(path, tiles.write_table(list(found.values())).encode())
             tiles.forget()
     click.echo(f"The fastest kernels for {len(sizes)} sizes of layers are in {path}", err=True)
 
 
-def layer_times(shape: Shape, rows: int, device: Any) -> tuple[float, float]:
+def layer_times(shape: Shape, m: int, device: Any) -> tuple[float, float]:
     """Return the microseconds of a layer in int8 and in float16, for calls of so many rows."""
     import torch
     from torch.nn.functional import linear
 
     from llmint8.kernels.gpu.measure import interleaved, weight_copies
+    from llmint8.kernels.gpu.tune import scattered_dims
 
     from ..model.layer import Int8Linear
 
     n, k, outliers, _ = shape
-    dims = torch.arange(outliers, device=device)
+    dims = scattered_dims(outliers, k, device)
     made = []
     for _ in range(weight_copies(n * k, device)):
         weight = torch.nn.Linear(k, n, bias=False, device=device, dtype=torch.float16)
         layer = Int8Linear.from_linear(weight, dims)
-        layer.activation = "zeropoint"
+        layer.configure(activation="zeropoint")
         made.append((layer, weight.weight))
-    x = torch.randn(rows, k, dtype=torch.float16, device=device)
+    x = torch.randn(m, k, dtype=torch.float16, device=device)
     with torch.no_grad():
         times = interleaved(
             {

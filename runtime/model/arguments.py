@@ -2,13 +2,13 @@
 
 import math
 from collections import Counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from llmint8.formats import DTYPES, FLOAT_DTYPES, Checkpoint, Quantization
 
-from .layer import Outliers
+Outliers = Literal["static", "dynamic", "none"]
 
 
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -16,11 +16,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers.generation.configuration_utils import CompileConfig
+from transformers.generation.configuration_utils import CompileConfig, GenerationConfig
 
 from .layer import Int8Linear
 
 log = logging.getLogger("llmint8")
+# transformers makes JSON of its settings, to compare and to print them; a function has none.
+_BACKEND = "llmint8_decode"
+
+
+class CompiledGeneration(GenerationConfig):  # type: ignore[misc]
+    """What `generate` does once it compiles. Saved, it is as it was: compiling belongs to this process."""
+
+    def save_pretrained(self, *arguments: Any, **options: Any) -> None:
+        """Save what is not about compiling."""
+        settings = {**self.to_dict(), "cache_implementation": None, "compile_config": None}
+        GenerationConfig.from_dict(settings).save_pretrained(*arguments, **options)
 
 
 def compile_decode(model: Any) -> bool:
@@ -28,9 +39,12 @@ def compile_decode(model: Any) -> bool:
     if obstacle := _obstacle(model):
         log.warning("Not compiled, generating as without: %s", obstacle)
         return False
-    config = CompileConfig(backend=_backend)
+    if _BACKEND not in torch._dynamo.list_backends(()):
+        torch._dynamo.register_backend(_backend, _BACKEND)
+    config = CompileConfig(backend=_BACKEND)
     config.mode = None  # of the backend "inductor" only; see `_backend`
     config._compile_all_devices = True
+    model.generation_config = CompiledGeneration.from_dict(model.generation_config.to_dict())
     model.generation_config.cache_implementation = "static"
     model.generation_config.compile_config = config
     return True
@@ -39,7 +53,7 @@ def compile_decode(model: Any) -> bool:
 def is_compiled(model: Any) -> bool:
     """Tell whether `compile_decode` has set up this model."""
     config = getattr(model.generation_config, "compile_config", None)
-    return config is not None and config.backend is _backend
+    return config is not None and config.backend == _BACKEND
 
 
 def _obstacle(model: Any) -> str | None:

@@ -6,6 +6,7 @@ out for the kernels; what is not quantized is mapped from the files, which must 
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,12 +27,11 @@ from llmint8.converter.model.names import module_names
 from llmint8.formats import Checkpoint, CheckpointError, LLMInt8Error, check_values, open_checkpoint
 from llmint8.formats.disk.names import CONFIG_NAME
 from llmint8.formats.disk.small_files import small_files
-from llmint8.kernels.cpu.product import unpacked_product
 from llmint8.kernels.reference import Activation
 
-from .arguments import check_choice, outlier_mode, settled_dtype
+from .arguments import Outliers, check_choice, outlier_mode, settled_dtype
 from .compiled import compile_decode
-from .layer import Int8Linear, Outliers
+from .layer import Int8Linear
 from .misses import kept_limits
 from .quantizer import QUANT_METHOD
 
@@ -194,7 +194,10 @@ def _prepare(model: Any, checkpoint: Checkpoint, limits: dict[str, float]) -> No
         if record in own:
             return_freed_memory()
             layer.weight = nn.Parameter(checkpoint.read(f"{record}.weight"), requires_grad=False)
-        layer.prepare()
+        try:
+            layer.prepare()
+        except ValueError as error:
+            raise CheckpointError("E14", f"{checkpoint.path}: {record}: {error}") from None
         layer.kept_limit = limits.get(record)
 
 
@@ -206,8 +209,6 @@ def _log_summary(model: Any) -> None:
     layers = _int8_layers(model)
     config = model.config.quantization_config
     mode = f"dynamic (|x| >= {config.threshold:g})" if config.outliers == "dynamic" else config.outliers
-    packed = sum(layer.packed for layer in layers)
-    on_cpu = sum(layer.weight.device.type == "cpu" for layer in layers) - packed
-    products = {"packed": packed, unpacked_product(): on_cpu}
-    kernels = "".join(f", {count} x {name} on the CPU" for name, count in products.items() if count)
+    paths = Counter("offloaded" if layer.prepared is None else layer.prepared.path for layer in layers)
+    kernels = "".join(f", {count} x {path}" for path, count in paths.items())
     log.info("%d Int8Linear layers, outliers %s, activation %s%s", len(layers), mode, config.activation, kernels)

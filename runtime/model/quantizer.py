@@ -20,7 +20,8 @@ from llmint8.converter.model.names import module_names
 from llmint8.formats import Int8Record, LLMInt8Error
 from llmint8.kernels.reference import Activation
 
-from .layer import Int8Linear, Outliers
+from .arguments import Outliers
+from .layer import Int8Linear
 
 QUANT_METHOD = "llmint8"
 

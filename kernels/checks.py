@@ -1,0 +1,122 @@
+"""What must hold for a quantized weight and for what it is multiplied with: the one place where that is checked.
+
+A kernel believes its arguments: a dimension that is too large reads foreign memory on a GPU, and an x of another width
+gives numbers. So a weight is checked once, when it is prepared, values of its outlier dims included, and an input in
+every call. Operators check shapes, dtypes and devices only: values would make them wait for the GPU.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .reference import Int8Weight
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_COLUMNS = (*FLOATS, torch.float64)  # of what a layer holds; a model may be cast to it
+
+
+def check_weight(weight: Int8Weight) -> None:
+    """Check a weight, values of its outlier dims included, which waits for a GPU.
+
+    Raises:
+        ValueError: a tensor is not what `Int8Weight` says, or they do not fit each other.
+
+    """
+    values, dims = weight.values, weight.outlier_dims
+    device = values.device
+    _check("values", values, (torch.int8,), (None, None), device)
+    n, k = values.shape
+    _check("absmax", weight.absmax, (torch.float32,), (n,), device)
+    _check("outlier_dims", dims, (torch.int32, torch.int64), (None,), device)
+    _check("outlier_weight", weight.outlier_weight, _COLUMNS, (n, len(dims)), device)
+    if weight.bias is not None:
+        _check("bias", weight.bias, _COLUMNS, (n,), device)
+    check_outlier_dims(dims, k)
+
+
+def check_outlier_dims(outlier_dims: Tensor, in_features: int) -> None:
+    """Check the values of outlier dims, integer [k]. Raises ValueError: they do not increase, or are not below K."""
+    # With a bound on either end, three comparisons are one.
+    bounded = F.pad(F.pad(outlier_dims, (1, 0), value=-1), (0, 1), value=in_features)
+    if outlier_dims.ndim != 1 or (len(outlier_dims) and not bool((bounded.diff() > 0).all())):
+        text = repr(outlier_dims.tolist())
+        found = text if len(text) <= 80 else text[:80] + " ..."
+        last = in_features - 1
+        raise ValueError(f"outlier_dims is {found}, expected strictly increasing numbers from 0 to {last}")
+
+
+def check_input(x: Tensor, in_features: int, device: torch.device) -> None:
+    """Check what a layer is called with, x [..., K].
+
+    Raises:
+        ValueError: x is of another width, of a dtype that is not floating point, or on another device.
+
+    """
+    if x.dtype not in FLOATS:
+        raise ValueError(f"x is {x.dtype}, expected one of {_names(FLOATS)}; cast it to the model's dtype")
+    if x.ndim == 0 or x.shape[-1] != in_features:
+        raise ValueError(f"x has shape {list(x.shape)}, expected [..., {in_features}]")
+    if x.device != device:
+        raise ValueError(f"x is on {x.device}, the weight on {device}; move one of them")
+
+
+def check_operands(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    row_sum: Tensor,
+    bias: Tensor | None,
+    outlier_dims: Tensor | None = None,
+    columns: Tensor | None = None,
+) -> None:
+    """Check the arguments of an operator; see `operators.py`.
+
+    Raises:
+        ValueError: a tensor has another shape, dtype, layout or device than it should have.
+
+    """
+    device = weight.device
+    _check("weight", weight, (torch.int8,), (None, None), device, contiguous=True)
+    n, k = weight.shape
+    _check("x", x, FLOATS, (None, k), device)
+    _check("scale", scale, (torch.float32,), (n,), device, contiguous=True)
+    _check("row_sum", row_sum, (torch.int32,), (n,), device, contiguous=True)
+    if bias is not None:
+        _check("bias", bias, _COLUMNS, (n,), device, contiguous=True)
+    if outlier_dims is not None and columns is not None:
+        _check("outlier_dims", outlier_dims, (torch.int32,), (None,), device, contiguous=True)
+        padded = padded_outliers(outlier_dims.shape[0])
+        _check("columns", columns, _COLUMNS, (n, padded), device, contiguous=True)
+
+
+def padded_outliers(count: int) -> int:
+    """Return the columns that `count` outliers take in the product on a GPU: 0, 16, or a multiple of 32.
+
+    Few kernels do for layers whose counts all differ.
+    """
+    return 16 if 0 < count <= 16 else -(-count // 32) * 32
+
+
+def _check(
+    name: str,
+    tensor: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int | None, ...],
+    device: torch.device,
+    contiguous: bool = False,
+) -> None:
+    """Compare a tensor with what is expected of it; None in `shape` is any size."""
+    if tensor.dtype not in dtypes:
+        raise ValueError(f"{name} is {tensor.dtype}, expected {_names(dtypes)}")
+    if tensor.ndim != len(shape) or any(e is not None and e != f for e, f in zip(shape, tensor.shape, strict=True)):
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)}, expected [{', '.join(str(e or 'any') for e in shape)}]"
+        )
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {device}")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(f"{name} has strides {list(tensor.stride())}, expected a contiguous tensor")
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype) for dtype in dtypes)

@@ -1,0 +1,158 @@
+"""The tensors of a quantized layer, named as in the checkpoint, and what becomes of them when a module moves.
+
+Moving or casting moves the tensors and casts bias and outlier columns; the int8 values and their scales keep their
+dtypes. What runs is the prepared weight (`kernels/prepared.py`), which is made anew whenever the tensors change or
+move. It may have the values in the layout of a kernel, in the place of `weight`; `unpacked_weight`, the state dict,
+copies and moves give them back as they were.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from llmint8.kernels.linear import prepare
+from llmint8.kernels.prepared import PreparedWeight
+from llmint8.kernels.reference import Int8Weight
+
+
+class QuantizedTensors(nn.Module):
+    """The tensors of a quantized layer, and the weight that is prepared from them.
+
+    Attributes:
+        weight: int8 [N, K], all columns; `W ~ weight * SCB[:, None] / 127`. Opaque if its layout is a kernel's.
+        SCB: float32 [N], the absmax of each row, under the name it has on disk.
+        weight_format: uint8 [], always 0: row-major. bitsandbytes wants it on disk.
+        outlier_dims: int32 [k], sorted, or None for a layer that stores no outliers (bitsandbytes wrote it).
+        outlier_weight: float [N, k], the columns of W at `outlier_dims` as they were, or None.
+        bias: float [N] or None.
+        prepared: what runs, or None where nothing is prepared: a layer that accelerate offloads is only here for a
+            call, and prepares its weight in it.
+
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    SCB: Tensor
+    weight_format: Tensor
+    outlier_dims: Tensor | None
+    outlier_weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        outlier_count: int | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        """Make zeros, to be filled and prepared; `dtype` is that of the bias and the outlier columns."""
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.prepared: PreparedWeight | None = None
+
+        def zeros(*shape: int, kind: torch.dtype | None) -> Tensor:
+            return torch.zeros(shape, dtype=kind, device=device)
+
+        self.weight = nn.Parameter(zeros(out_features, in_features, kind=torch.int8), requires_grad=False)
+        self.register_buffer("SCB", zeros(out_features, kind=torch.float32))
+        self.register_buffer("weight_format", zeros(kind=torch.uint8))
+        k = outlier_count
+        self.register_buffer("outlier_dims", None if k is None else zeros(k, kind=torch.int32))
+        self.register_buffer("outlier_weight", None if k is None else zeros(out_features, k, kind=dtype))
+        self.bias = nn.Parameter(zeros(out_features, kind=dtype), requires_grad=False) if bias else None
+
+    def stored(self) -> Int8Weight:
+        """Return what is to be prepared: the tensors as they are stored, without those that do not count."""
+        raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Check the tensors, and lay them out for the device they are on.
+
+        Raises:
+            ValueError: they do not fit each other, or outlier dims are not strictly increasing or not in the layer.
+
+        """
+        self._unprepare()
+        if not self.weight.is_meta:
+            # What accelerate placed has a hook, and moves as it is.
+            self.prepared = prepare(self.stored(), may_pack=not hasattr(self, "_hf_hook"))
+            self._set_weight(self.prepared.values)
+
+    def ready(self) -> PreparedWeight:
+        """Return what runs."""
+        if self.prepared is not None and self.prepared.device == self.weight.device:
+            return self.prepared
+        return prepare(dataclasses.replace(self.stored(), values=self.weight), may_pack=False)
+
+    def unpacked_weight(self) -> Tensor:
+        """Return the weight, int8 [N, K]; a copy if its layout is a kernel's."""
+        return self.weight if self.prepared is None else self.prepared.unpack()
+
+    def _set_weight(self, weight: Tensor) -> None:
+        if weight is not self.weight:
+            self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def _unprepare(self) -> bool:
+        """Give the weight its own layout back; tell whether it was prepared."""
+        prepared = self.prepared is not None
+        self._set_weight(self.unpacked_weight())
+        self.prepared = None
+        return prepared
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move as `fn` does, but cast nothing that is part of the quantized weight."""
+        prepared = self._unprepare()
+        stored = (self.weight, self.SCB, self.weight_format, self.outlier_dims)
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype != tensor.dtype and any(tensor is part for part in stored):
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        if prepared:
+            self.prepare()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle takes along; what is prepared belongs to this machine."""
+        weight = nn.Parameter(self.unpacked_weight(), requires_grad=False)
+        parameters = {**self._parameters, "weight": weight}
+        return vars(self) | {"_parameters": parameters, "prepared": self.prepared is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take on that state, and prepare what was prepared."""
+        super().__setstate__(state | {"prepared": None})  # type: ignore[no-untyped-call]
+        if state["prepared"]:
+            self.prepare()
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = self.unpacked_weight()
+        if weight is not self.weight:
+            destination[f"{prefix}weight"] = weight
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, strict: bool, *lists: list[str]
+    ) -> None:
+        """Take on the number of outliers in the state; refuse a weight that has not been quantized."""
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is not None and weight.dtype != torch.int8:
+            # copy_ would round it to int8 without a word.
+            lists[-1].append(f"{prefix}weight is {weight.dtype}, expected torch.int8; see Int8Linear.from_linear")
+            return
+        self._unprepare()
+        dims, columns = (state_dict.get(prefix + name) for name in ("outlier_dims", "outlier_weight"))
+        if dims is not None and columns is not None:
+            here = self.outlier_weight
+            device, dtype = self.weight.device, columns.dtype if here is None else here.dtype
+            if here is None or here.shape[1] != len(dims):
+                self.outlier_dims = torch.zeros(len(dims), dtype=torch.int32, device=device)
+                self.outlier_weight = torch.zeros(self.out_features, len(dims), dtype=dtype, device=device)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
+        self.prepare()
