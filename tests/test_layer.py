@@ -219,6 +219,14 @@ def test_unknown_settings_are_refused(name: str, value: Any) -> None:
         setattr(layer, name, value)
 
 
+@pytest.mark.parametrize("threshold", [0.0, -6.0, float("nan"), float("inf")])
+def test_a_threshold_that_finds_nothing_or_everything_is_refused(threshold: float) -> None:
+    layer = make_layer(30, 8, 2)
+    with pytest.raises(ValueError, match=r"threshold is .*, expected a number above 0 with outliers='dynamic'"):
+        layer.configure(outliers="dynamic", threshold=threshold)
+    assert (layer.outliers, layer.threshold) == ("static", 6.0)
+
+
 def test_autocast_changes_neither_the_layer_nor_what_it_computes() -> None:
     linear, dims, x = make_linear(2048, 9, torch.float32), torch.tensor([3, 700]), torch.randn(5, 2048)
     layer = Int8Linear.from_linear(linear, dims)

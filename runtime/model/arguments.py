@@ -17,6 +17,12 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
 
 
+def check_threshold(outliers: Outliers, threshold: float) -> None:
+    """Refuse a threshold under which a search would find nothing or everything. Raises ValueError."""
+    if outliers == "dynamic" and not (math.isfinite(threshold) and threshold > 0):
+        raise ValueError(f"threshold is {threshold!r}, expected a number above 0 with outliers='dynamic'")
+
+
 def outlier_mode(
     quantization: Quantization, outliers: Outliers | None, threshold: float | None
 ) -> tuple[Outliers, float]:
@@ -29,8 +35,7 @@ def outlier_mode(
     if threshold is not None and outliers != "dynamic":
         raise ValueError(f"threshold is {threshold!r}, which only outliers='dynamic' uses, not {outliers!r}")
     threshold = quantization.threshold if threshold is None else threshold
-    if outliers == "dynamic" and not (math.isfinite(threshold) and threshold > 0):
-        raise ValueError(f"threshold is {threshold!r}, expected a number above 0 with outliers='dynamic'")
+    check_threshold(outliers, threshold)
     return outliers, threshold
 
 

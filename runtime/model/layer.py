@@ -14,7 +14,7 @@ from llmint8.kernels.checks import check_outlier_dims
 from llmint8.kernels.linear import int8_linear
 from llmint8.kernels.reference import Activation, Int8Weight, dequantize_weight, quantize_weight
 
-from .arguments import Outliers, check_choice
+from .arguments import Outliers, check_choice, check_threshold
 from .gradient import refuse_backward
 from .tensors import QuantizedTensors
 
@@ -53,6 +53,7 @@ class Int8Linear(QuantizedTensors):
     ) -> None:
         """Make a layer of zeros, to be filled and prepared; `dtype` is that of the bias and the outlier columns."""
         super().__init__(in_features, out_features, bias, outlier_count, device, dtype)
+        self._outliers, self._threshold, self._activation = outliers, threshold, activation
         self.configure(outliers=outliers, threshold=threshold, activation=activation)
         self.kept_limit: float | None = None
         self.miss_counter: nn.Module | None = None
@@ -104,14 +105,19 @@ class Int8Linear(QuantizedTensors):
             threshold: see there.
             activation: how the rows of x are quantized, `absmax` or `zeropoint`.
 
+        Raises:
+            ValueError: a setting is not one of those, or the threshold of a search not a number above 0.
+
         """
         check_choice("outliers", outliers, get_args(Outliers))
         check_choice("activation", activation, get_args(Activation))
-        given = {"_outliers": outliers, "_threshold": threshold, "_activation": activation}
-        changed = {name: value for name, value in given.items() if value not in (None, vars(self).get(name))}
-        for name, value in changed.items():
-            setattr(self, name, value)
-        if self.prepared is not None and changed.keys() & {"_outliers", "_threshold"}:
+        outliers, threshold = outliers or self._outliers, self._threshold if threshold is None else threshold
+        check_threshold(outliers, threshold)
+        self._activation = activation or self._activation
+        searches = "dynamic" in (outliers, self._outliers) and threshold != self._threshold
+        other = outliers != self._outliers or searches
+        self._outliers, self._threshold = outliers, threshold
+        if other and self.prepared is not None:
             self.prepare()
 
     def stored(self) -> Int8Weight:
