@@ -50,6 +50,11 @@ class Operands(NamedTuple):
             threshold=weight.threshold,
         )
 
+    def stored(self) -> Int8Weight:
+        """Return the weight as it was stored, its absmax to a unit in the last place."""
+        columns = self.outlier_weight[:, : len(self.outlier_dims)]
+        return Int8Weight(self.values, self.scale * 127, self.outlier_dims, columns, self.bias, self.threshold)
+
     @property
     def device(self) -> torch.device:
         """Where it is, and x has to be."""

@@ -5,7 +5,7 @@ On a GPU it is one or two launches of Triton kernels (`gpu/linear.py`). With out
 depend on values. On the CPU they are what the CPU's own weights run (`cpu/linear.py`). They have no gradient.
 
 Called eagerly, a weight prepared for a GPU passes the operator by: its dispatch takes as long as the rest of a call.
-Without Triton (CUDA on Windows) there is no such weight.
+Without Triton (CUDA on Windows) there is no such weight, and the operator runs the reference.
 """
 
 import functools
@@ -18,6 +18,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from . import reference
 from .checks import check_operands
 from .cpu.linear import CpuWeight
 from .gpu.tiles import gpu_of, table_for
@@ -56,21 +57,35 @@ class GpuWeight(PreparedWeight):
         gpu = gpu_of(operands.device)
         tiles = table_for(gpu)[0]
         own = "" if tiles == gpu.architecture else f" with the tiles of {tiles}"
-        path = f"Triton on {gpu.architecture}{own}"
+        runs_on = f"Triton on {gpu.architecture}{own}"
         return cls(
-            in_features=k, out_features=n, values=operands.values, path=path, operands=operands, run=GpuLinear(operands)
+            in_features=k,
+            out_features=n,
+            values=operands.values,
+            runs_on=runs_on,
+            operands=operands,
+            run=GpuLinear(operands),
         )
 
     def linear(self, x: Tensor, activation: Activation) -> Tensor:
         """Run the layer; see `PreparedWeight`."""
         zeropoint = activation == "zeropoint"
-        # What stands for a tensor, and what listens to every operator, gets the operator.
-        if torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack():
+        if torch.compiler.is_compiling() or _is_watched(x):
             weight, scale, row_sum, dims, columns, bias, threshold = self.operands
             if threshold is None:
                 return int8_linear(x, weight, scale, row_sum, dims, columns, bias, zeropoint)
             return dynamic_int8_linear(x, weight, scale, row_sum, bias, threshold, zeropoint)
         return self.run(x, zeropoint)
+
+
+def _is_watched(x: Tensor) -> bool:
+    """Tell whether x stands for another tensor, or somebody transforms or records what is called: see an operator."""
+    return (
+        type(x) is not Tensor
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 @functools.cache
@@ -85,11 +100,14 @@ def has_triton() -> bool:
 
 
 def _run(x: Tensor, operands: Operands, zeropoint: bool) -> Tensor:
-    if operands.device.type == "cuda":
-        from .gpu.linear import GpuLinear
+    activation: Activation = "zeropoint" if zeropoint else "absmax"
+    if operands.device.type == "cpu":
+        return CpuWeight.of_operands(operands).linear(x, activation)
+    if not has_triton():
+        return reference.int8_linear(x, operands.stored(), activation)
+    from .gpu.linear import GpuLinear
 
-        return GpuLinear(operands)(x, zeropoint)
-    return CpuWeight.of_operands(operands).linear(x, "zeropoint" if zeropoint else "absmax")
+    return GpuLinear(operands)(x, zeropoint)
 
 
 def _int8_linear(

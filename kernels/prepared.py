@@ -12,7 +12,7 @@ from .reference import Activation, Int8Weight
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PreparedWeight(ABC):
-    """A weight laid out for one device, with all that is computed once; nothing in it changes.
+    """A weight laid out for one device, with all that is computed once; none of its tensors is written to.
 
     Another format of weights, or another device, is another class of this kind.
 
@@ -20,14 +20,14 @@ class PreparedWeight(ABC):
         in_features: K.
         out_features: N.
         values: the int8 values, in the layout that is read.
-        path: what computes it, for people.
+        runs_on: what computes it, for people.
 
     """
 
     in_features: int
     out_features: int
     values: Tensor
-    path: str
+    runs_on: str
 
     @property
     def device(self) -> torch.device:
@@ -53,8 +53,8 @@ class ReferenceWeight(PreparedWeight):
     def prepare(cls, weight: Int8Weight) -> "ReferenceWeight":
         """Take a weight on any device."""
         n, k = weight.values.shape
-        path = f"plain PyTorch on {weight.values.device.type}"
-        return cls(in_features=k, out_features=n, values=weight.values, path=path, stored=weight)
+        runs_on = f"plain PyTorch on {weight.values.device.type}"
+        return cls(in_features=k, out_features=n, values=weight.values, runs_on=runs_on, stored=weight)
 
     def linear(self, x: Tensor, activation: Activation) -> Tensor:
         """Run the layer; see `PreparedWeight`."""

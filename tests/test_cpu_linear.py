@@ -195,7 +195,7 @@ def test_a_layer_is_the_same_whatever_the_layout(product: str) -> None:
     torch.manual_seed(0)
     layer = make_layer(96, 40, 5)
     assert layer.weight.is_mkldnn == (product == "packed")
-    assert layer.prepared.path == f"{product} on the CPU"  # type: ignore[union-attr]
+    assert layer.prepared.runs_on == f"{product} on the CPU"  # type: ignore[union-attr]
     plain = make_layer(96, 40, 5).state_dict()["weight"]
     assert (plain.shape, plain.dtype, plain.is_mkldnn) == ((40, 96), torch.int8, False)
     assert torch.equal(layer.state_dict()["weight"], layer.unpacked_weight())

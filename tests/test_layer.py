@@ -6,9 +6,11 @@ import pickle
 from fractions import Fraction
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.pytorch_utils import Conv1D
 
 from llmint8.runtime import Int8Linear
@@ -250,15 +252,81 @@ def test_inputs_cast_to_the_dtype_of_the_weight_are_refused() -> None:
 def test_a_state_with_dims_that_are_not_in_the_layer_is_refused() -> None:
     layer = make_layer(30, 8, 2)
     state = layer.state_dict() | {"outlier_dims": torch.tensor([3, 10_000_000], dtype=torch.int32)}
-    with pytest.raises(ValueError, match=r"outlier_dims is \[3, 10000000\], expected strictly increasing numbers"):
-        layer.load_state_dict(state)
+    model = nn.ModuleDict({"a": layer})
+    with pytest.raises(RuntimeError, match=r"a: outlier_dims is \[3, 10000000\], expected strictly increasing numbers"):
+        model.load_state_dict({f"a.{name}": tensor for name, tensor in state.items()})
 
 
-def test_a_layer_that_was_never_filled_prepares_in_every_call() -> None:
-    layer = Int8Linear(30, 8, dtype=torch.float32)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_layer_that_was_never_filled_is_a_layer_of_zeros(device: str) -> None:
+    layer = Int8Linear(30, 8, outlier_count=3, dtype=torch.float32, device=device)
+    out = layer(torch.randn(3, 30, device=device))
+    assert (out.shape, out.device.type) == ((3, 8), device)
+    assert device == "meta" or not out.any()
+    with FakeTensorMode():
+        made = Int8Linear(30, 8, outlier_count=3, dtype=torch.float32)
+        assert made(torch.empty(3, 30)).shape == (3, 8)
+
+
+def large_layer() -> Int8Linear:
+    """One whose weight is packed, where the machine has a product for that."""
+    return Int8Linear.from_linear(make_linear(2048, 2048, torch.float32), torch.tensor([3, 700]))
+
+
+def test_tensors_put_in_the_place_of_others_are_used() -> None:
+    layer, other, x = large_layer(), large_layer(), torch.randn(2, 2048)
+    expected = other(x)
+    before = layer(x)
+    state = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    assert torch.equal(torch.func.functional_call(layer, state, (x,)), expected)
+    assert torch.equal(layer(x), before)
+    layer.weight = nn.Parameter(other.unpacked_weight().clone(), requires_grad=False)
+    layer.bias = nn.Parameter(other.bias.clone(), requires_grad=False)  # type: ignore[union-attr]
+    for name in ("SCB", "outlier_weight"):
+        setattr(layer, name, getattr(other, name).clone())
+    assert same(layer.state_dict(), other.state_dict())
+    assert torch.equal(layer(x), expected)
+    assert same(copy.deepcopy(layer).state_dict(), other.state_dict())
+    layer.prepare()
+    assert torch.equal(layer(x), expected)
+    assert same(layer.state_dict(), other.state_dict())
+
+
+def test_a_layer_that_is_offloaded_later_is_brought_for_each_call_and_kept_by_nobody() -> None:
+    model, x = nn.Sequential(make_layer(64, 48, 3, torch.float32)), torch.randn(2, 64)
+    expected = model(x)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(model(x), expected)
+    assert model[0].weight.is_meta
+    assert model[0].prepared is None
+
+
+def test_memory_that_nobody_wrote_is_to_be_loaded() -> None:
+    layer, x = make_layer(64, 48, 3), make_input(2, 64, torch.float16)
+    expected, state = layer(x), layer.state_dict()
+    layer.to_empty(device="meta").to_empty(device="cpu")
     assert layer.prepared is None
-    assert torch.equal(layer(torch.randn(3, 30)), torch.zeros(3, 8))
-    assert layer.prepared is None
+    layer.load_state_dict(state)
+    assert torch.equal(layer(x), expected)
+
+
+def test_copies_of_layers_that_share_their_weight_share_it() -> None:
+    one, other = make_layer(64, 48, 3), make_layer(64, 48, 3)
+    other.weight = one.weight
+    copied = copy.deepcopy(nn.ModuleList([one, other]))
+    assert copied[0].weight is copied[1].weight
+
+
+def test_a_state_without_some_tensors_is_loaded_where_that_is_allowed() -> None:
+    layer, other = make_layer(64, 48, 3), make_layer(64, 48, 3)
+    state = other.state_dict()
+    part = {name: state[name] for name in ("weight", "SCB")}
+    missing, _ = layer.load_state_dict(part, strict=False)
+    assert sorted(missing) == ["bias", "outlier_dims", "outlier_weight", "weight_format"]
+    x = make_input(2, 64, torch.float16)
+    fresh = copy.deepcopy(layer)
+    fresh.prepare()
+    assert torch.equal(layer(x), fresh(x))
 
 
 def test_moving_moves_everything_and_keeps_dtypes() -> None:
@@ -379,10 +447,22 @@ def test_from_linear_shares_no_memory() -> None:
     assert same(before, layer.state_dict())
 
 
-@pytest.mark.parametrize("dims", [[3, 3], [4, 2], [-1], [30], [[1, 2]]], ids=str)
+@pytest.mark.parametrize(
+    "dims", [[3, 3], [4, 2], [-1], [30], [[1, 2]], [2_000_000_000, -2_000_000_000], [2**62, -(2**62) - 1]], ids=str
+)
 def test_from_linear_refuses_outlier_dims(dims: list[int]) -> None:
     with pytest.raises(ValueError, match="strictly increasing numbers from 0 to 29"):
         Int8Linear.from_linear(make_linear(30, 8), torch.tensor(dims))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int64], ids=str)
+def test_from_linear_takes_dims_of_every_integer_type(dtype: torch.dtype) -> None:
+    linear = make_linear(300, 8)
+    layer = Int8Linear.from_linear(linear, torch.tensor([3, 29], dtype=dtype))
+    assert layer.outlier_dims is not None
+    assert layer.outlier_dims.tolist() == [3, 29]
+    with pytest.raises(ValueError, match=r"outlier_dims is torch\.float32, expected integers"):
+        Int8Linear.from_linear(linear, torch.tensor([1.5, 2.5]))
 
 
 def test_from_linear_refuses_what_does_not_fit() -> None:

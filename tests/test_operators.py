@@ -199,7 +199,7 @@ def test_a_layer_is_called_with_rows_of_every_kind(activation: Activation, prepa
     weight = random_weight(48, 64, 3, torch.float16)
     prepared = prepare(weight)
     buffer = torch.zeros(40 * 64 + 1, dtype=torch.float16)
-    for m in (1, 17, 2, 33, 5, 16, 1, 3):
+    for m in (1, 17, 0, 2, 0, 33, 5, 16, 1, 3):
         for dtype in DTYPES.values():
             x = random_rows(m, weight).to(dtype)
             assert_right(x, weight, activation, run(prepared, x, activation))
@@ -258,6 +258,16 @@ def test_a_row_that_is_not_finite_touches_no_other(bad: float, prepare: Prepare)
         assert torch.equal(found[::2], clean[::2])
 
 
+def test_what_is_not_finite_in_an_outlier_dimension_touches_no_other_row(prepare: Prepare) -> None:
+    weight = random_weight(33, 80, 3, torch.float16)
+    x, prepared = random_rows(3, weight), prepare(weight)
+    clean = run(prepared, x, "zeropoint")
+    x[1, weight.outlier_dims[1]] = float("nan")
+    found = run(prepared, x, "zeropoint")
+    assert found[1].isnan().all()
+    assert torch.equal(found[::2], clean[::2])
+
+
 @activations
 def test_autocast_changes_nothing(activation: Activation, prepare: Prepare) -> None:
     """It would round the integers of exact sums to bfloat16."""
@@ -301,6 +311,10 @@ BAD_WEIGHTS: dict[str, tuple[dict[str, Tensor], str]] = {
     "dim below": ({"outlier_dims": torch.tensor([-1, 2, 3])}, "numbers from 0 to 63"),
     "dim twice": ({"outlier_dims": torch.tensor([2, 2, 3])}, "strictly increasing"),
     "dims falling": ({"outlier_dims": torch.tensor([2, 1, 3])}, "strictly increasing"),
+    "dims whose difference overflows": (
+        {"outlier_dims": torch.tensor([2_000_000_000, -2_000_000_000, 5], dtype=torch.int32)},
+        "numbers from 0 to 63",
+    ),
     "dims in 32 bits": ({"outlier_dims": torch.tensor([1, 2, 2**31 - 1], dtype=torch.int32)}, "numbers from 0 to 63"),
     "dims of floats": ({"outlier_dims": torch.tensor([1.0, 2.0, 3.0])}, r"outlier_dims is torch\.float32"),
     "a dim too many": ({"outlier_dims": torch.tensor([1, 2, 3, 4])}, r"outlier_weight has shape \[48, 3\]"),

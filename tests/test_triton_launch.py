@@ -29,13 +29,17 @@ def launcher(source, metadata):
 
     def launch(*arguments):
         launched.append(source.fn.fn.__name__)
+        if len(arguments) != 9 + len(names):
+            wrong.append([source.fn.fn.__name__, len(arguments)])
         for position, value in enumerate(arguments[9:]):
             name, tensor = names[position], isinstance(value, torch.Tensor)
             kind, constant = source.signature[name], source.constants.get((position,), launch)
             divides = any(name == "tt.divisibility" for name, _ in source.attrs.get((position,), ()))
             divided = (value.data_ptr() if tensor else value) if divides else 0
             short = {torch.float16: "fp16", torch.float32: "fp32", torch.int8: "i8", torch.int32: "i32"}
-            right = constant == value if kind == "constexpr" else not tensor or kind == "*" + short[value.dtype]
+            right = constant == value if kind == "constexpr" else kind == "*" + short[value.dtype] if tensor else (
+                isinstance(value, float) if kind == "fp32" else kind == "i32" and -(2**31) <= value < 2**31
+            )
             if not right or divided % 16:
                 wrong.append([source.fn.fn.__name__, name, kind, str(constant), str(value)])
 

@@ -134,6 +134,17 @@ def test_layers_in_one_launch(
     assert_right(x, layer, activation, run(layer, x, activation, device, tile))
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+def test_a_row_that_is_not_finite_touches_no_other_of_its_launch(device: torch.device) -> None:
+    layer = make_layer(33, 80, 3, torch.float16)
+    x, tile = rows(3, layer), DecodeTile(4, 16, 64, 4)
+    clean = run(layer, x, "absmax", device, tile)
+    x[1] = float("nan")
+    found = run(layer, x, "absmax", device, tile)
+    assert bool(found[1].isnan().all())
+    assert torch.equal(found[::2], clean[::2])
+
+
 def test_one_launch_does_all_for_one_row(
     monkeypatch: pytest.MonkeyPatch, device: torch.device, assert_right: Any
 ) -> None:

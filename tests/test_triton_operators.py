@@ -128,6 +128,32 @@ def test_without_triton_a_warning_says_so_once(
     operators.has_triton.cache_clear()
 
 
+def test_transforms_and_traces_get_the_operator(device: torch.device) -> None:
+    pytest.importorskip("triton")
+    kept = weight()
+    parts = (kept.values, kept.absmax, kept.outlier_dims, kept.outlier_weight, kept.bias)
+    prepared = operators.GpuWeight.prepare(reference.Int8Weight(*(part.to(device) for part in parts)))
+    x = torch.randn(3, 2, 64).to(device)
+    expected = torch.stack([linear.int8_linear(part, prepared, "zeropoint") for part in x])
+    by_vmap = torch.vmap(lambda part: linear.int8_linear(part, prepared, "zeropoint"))(x)
+    torch.testing.assert_close(by_vmap, expected)
+    traced = torch.jit.trace(lambda part: prepared.linear(part, "zeropoint"), x[0], check_trace=False)
+    torch.testing.assert_close(traced(x[1]), expected[1])
+
+
+def test_the_operator_runs_where_triton_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "has_triton", lambda: False)
+    x = torch.randn(3, 64).half()
+    for kept in (weight(3.0), weight()):
+        operands = Operands.prepare(kept)
+        expected = reference.int8_linear(x, kept, "zeropoint")
+        found = reference.int8_linear(x, operands.stored(), "zeropoint")
+        torch.testing.assert_close(found, expected)
+    operands = Operands(*(part.to("meta") if isinstance(part, Tensor) else part for part in operands))
+    out = operators._run(x.to("meta"), operands, True)
+    assert (out.shape, out.dtype, out.device.type) == ((3, 48), torch.float16, "meta")
+
+
 def test_on_a_gpu_without_triton_the_reference_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear, "has_triton", lambda: False)
     with FakeTensorMode():
@@ -137,7 +163,7 @@ def test_on_a_gpu_without_triton_the_reference_runs(monkeypatch: pytest.MonkeyPa
             torch.zeros(0, dtype=torch.int32, device="cuda"),
             torch.zeros(48, 0, device="cuda"),
         )
-        assert linear.prepare(kept).path == "plain PyTorch on cuda"
+        assert linear.prepare(kept).runs_on == "plain PyTorch on cuda"
 
 
 def test_shapes_depend_on_values_where_a_search_runs_on_the_cpu_and_not_on_the_gpu() -> None:

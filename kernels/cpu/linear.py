@@ -76,7 +76,7 @@ class CpuWeight(PreparedWeight):
             in_features=k,
             out_features=n,
             values=pack(values) if packs else values,
-            path=f"{product} on the CPU",
+            runs_on=f"{product} on the CPU",
             product=product,
             scale=weight.absmax / 127,
             # A row of ones: the product takes a hundredth of the time of `sum`.
@@ -96,7 +96,7 @@ class CpuWeight(PreparedWeight):
             in_features=k,
             out_features=n,
             values=operands.values,
-            path=f"{product} on the CPU",
+            runs_on=f"{product} on the CPU",
             product=product,
             scale=operands.scale,
             row_sum=operands.row_sum.float(),

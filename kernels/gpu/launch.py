@@ -30,9 +30,10 @@ class Launch:
     def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
         """Launch on the current stream of the current device; the first call compiles."""
         if self._compiled is None:
+            # The values first: another thread may come in between.
+            self._values = tuple(self._constants[name] for name in self._kernel.arg_names[len(arguments) :])
             # The interpreter returns nothing, and is asked again in every call.
             self._compiled = self._kernel[grid](*arguments, **self._constants, **self._options)
-            self._values = tuple(self._constants[name] for name in self._kernel.arg_names[len(arguments) :])
         else:
             self._compiled[grid](*arguments, *self._values)
 

@@ -18,6 +18,7 @@ from .outlier_search import OutlierSearch
 from .quantize_rows import QuantizeRows
 from .tiles import DecodeTile, Tile, choose_tile
 
+_HIP = torch.version.hip is not None
 Plan = Callable[[Tensor, tuple[int, int]], Tensor]
 
 
@@ -32,19 +33,21 @@ class GpuLinear:
         """Plan nothing yet; `tile` is for the tuner and tests, None chooses."""
         self._operands, self._tile = operands, tile
         self._plans: dict[Any, Plan] = {}
-        self._in_features = operands.values.shape[1]
+        self._out_features, self._in_features = operands.values.shape
 
     def __call__(self, x: Tensor, zeropoint: bool) -> Tensor:
         """Return the output [M, N] in the dtype of x; the rows of x are quantized with a zero point or without."""
         m = x.shape[0]
+        if m == 0:
+            return x.new_empty(0, self._out_features)
         if x.is_contiguous():
             # The stride of a single row may be anything.
             strides, layout = (self._in_features, 1), None
         else:
             strides = x.stride(0), x.stride(1)
             # All that Triton tells apart.
-            layout = tuple((stride == 1, stride % 16 == 0) for stride in strides)
-        key = ((m - 1).bit_length(), x.dtype, layout, x.data_ptr() % 16 == 0, zeropoint)
+            layout = tuple((stride == 1, stride % 16 == 0, stride >= 1 << 31) for stride in strides)
+        key = ((m - 1).bit_length(), x.dtype, layout, x.data_ptr() % 16 == 0, zeropoint, _HIP and self._small(x))
         plan = self._plans.get(key)
         if plan is None:
             plan = self._plans[key] = self._plan(m, x.dtype, zeropoint)
@@ -55,11 +58,16 @@ class GpuLinear:
         with torch.cuda.device(device):
             return plan(x, strides)
 
+    def _small(self, x: Tensor) -> tuple[bool, bool]:
+        """Tell what AMD's compiler counts on, too: that x, and the output, have less than 2 GB."""
+        limit = 1 << 31
+        return x.untyped_storage().nbytes() < limit, len(x) * self._out_features * x.element_size() < limit
+
     def _plan(self, m: int, dtype: torch.dtype, zeropoint: bool) -> Plan:
         operands = self._operands
         n, k = operands.values.shape
-        if m == 0 or n == 0:
-            return lambda x, strides: x.new_empty(x.shape[0], n)
+        if n == 0:
+            return lambda x, strides: x.new_empty(x.shape[0], 0)
         searched = operands.threshold is not None
         tile = self._tile or choose_tile(operands.device, m, n, k, decode=not searched and accepts(operands))
         if isinstance(tile, DecodeTile):

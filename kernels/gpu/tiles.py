@@ -107,16 +107,20 @@ def _check(entry: Entry) -> None:
     switch = sizes.pop("tma", False)
     limits = [limit for limit in (entry.n, entry.k, entry.m) if limit is not None]
     right = type(switch) is bool and all(type(size) is int and size > 0 for size in (*sizes.values(), *limits))
+    right = right and type(entry.architecture) is str
     # What Triton's products of int8 blocks need; blocks and warps are powers of two.
     powers = (tile.block_m, tile.block_n, tile.block_k, tile.num_warps)
     rows = {DecodeTile: (1, 2, 4), MatmulTile: (16, 32, 64, 128, 256)}[type(tile)]
     columns = 8 if isinstance(tile, DecodeTile) else TENSOR_CORE_ROWS
     if not right or any(size & (size - 1) for size in powers):
         raise ValueError(f"not a tile: {entry}")
-    if tile.block_m not in rows or tile.block_n < columns or tile.block_k < 32 or tile.num_warps > 32:
+    if tile.block_m not in rows or not columns <= tile.block_n <= 256 or tile.block_k < 32 or tile.num_warps > 32:
         raise ValueError(f"not a tile: {entry}")
-    if isinstance(tile, MatmulTile) and (tile.split_k > 64 or tile.num_stages > 16):
-        raise ValueError(f"not a tile: {entry}")
+    if isinstance(tile, MatmulTile):
+        # The copy engine takes boxes of up to 256; sums over parts of K are kept for every row.
+        divided = tile.split_k > 1 and (entry.m is None or entry.m > 1024 or tile.split_k > 64)
+        if divided or (tile.tma and tile.block_k > 256) or tile.shared_bytes > MOST_SHARED_BYTES:
+            raise ValueError(f"not a tile: {entry}")
 
 
 def write_table(entries: list[Entry]) -> str:
@@ -187,13 +191,14 @@ def table_for(gpu: Gpu) -> tuple[str, list[Entry]]:
     """Return the architecture whose tiles a GPU takes, and its entries, with what was measured on this machine."""
     shipped = [entry for entry in shipped_table() if _fits(entry.tile, gpu)]
     number = _number(gpu.architecture)
-    names = {entry.architecture for entry in shipped if isinstance(entry.tile, MatmulTile)}
+    # Without tiles of so many rows, calls of up to 16 rows would take larger ones, which add in another order.
+    names = {e.architecture for e in shipped if isinstance(e.tile, MatmulTile) and e.tile.block_m == TENSOR_CORE_ROWS}
     lower = [name for name in names if name == gpu.architecture or 0 < _number(name) < number]
     name = max(lower, key=_number, default="any")
-    found = {(entry.n, entry.k, entry.m): entry for entry in shipped if entry.architecture == name}
+    entries = [entry for entry in shipped if entry.architecture == name]
+    entries += [entry for entry in cached_table() if entry.architecture == gpu.architecture]
     # Of two for the same layer and M, that of this machine counts.
-    found |= {(e.n, e.k, e.m): e for e in cached_table() if e.architecture == gpu.architecture}
-    return name, list(found.values())
+    return name, list({(entry.kernel, entry.n, entry.k, entry.m): entry for entry in entries}.values())
 
 
 def _number(architecture: str) -> int:
@@ -223,7 +228,7 @@ def choose_tile(device: torch.device, m: int, n: int, k: int, decode: bool = Tru
 
 
 def forget() -> None:
-    """Read the tables again at the next call, after one of the files has changed."""
+    """Read the tables again for the weights that are prepared from now on, after one of the files has changed."""
     cached_table.cache_clear()
     table_for.cache_clear()
     _choose.cache_clear()

@@ -1,9 +1,10 @@
 """The quantized linear layer: the tensors of a checkpoint (`tensors.py`), and one call into the kernels.
 
 Quantization is a named step, `from_linear`, and forward changes nothing. The layer is frozen, and there is no gradient
-through it yet: backward says so. Who changes a tensor in place calls `prepare` then.
+through it yet: backward says so. Who writes into one of its tensors calls `prepare` then.
 """
 
+from dataclasses import replace
 from typing import Any, Self, get_args
 
 import torch
@@ -82,9 +83,13 @@ class Int8Linear(QuantizedTensors):
         values, absmax = quantize_weight(weight)
         if not bool(absmax.isfinite().all()):
             raise ValueError("the weight holds values that are not finite")
-        dims = values.new_empty(0, dtype=torch.int32) if outlier_dims is None else outlier_dims.to(weight.device)
-        check_outlier_dims(dims, weight.shape[1])
-        columns = weight[:, dims.long()] if outlier_weight is None else outlier_weight.detach().clone()
+        dims = values.new_empty(0, dtype=torch.int64)
+        if outlier_dims is not None:
+            if outlier_dims.is_floating_point() or outlier_dims.dtype == torch.bool:
+                raise ValueError(f"outlier_dims is {outlier_dims.dtype}, expected integers")
+            dims = outlier_dims.to(weight.device, torch.int64)
+            check_outlier_dims(dims, weight.shape[1])
+        columns = weight[:, dims] if outlier_weight is None else outlier_weight.detach().clone()
         bias = None if linear.bias is None else linear.bias.detach().clone()
         layer = cls(weight.shape[1], len(weight), bias is not None, len(dims), device="meta", dtype=weight.dtype)
         layer.weight = nn.Parameter(values, requires_grad=False)
@@ -122,20 +127,26 @@ class Int8Linear(QuantizedTensors):
 
     def stored(self) -> Int8Weight:
         """Return the tensors as they are stored, without the outliers that do not count."""
-        dims, columns = self.outlier_dims, self.outlier_weight
-        if self.outliers != "static" or dims is None or columns is None:
-            dims, columns = self.SCB.new_empty(0, dtype=torch.int32), self.SCB.new_empty(self.out_features, 0)
+        weight = super().stored()
+        if self.outliers == "static":
+            return weight
         threshold = self.threshold if self.outliers == "dynamic" else None
-        return Int8Weight(self.unpacked_weight(), self.SCB, dims, columns, self.bias, threshold)
+        dims, columns = weight.outlier_dims.new_empty(0), weight.outlier_weight.new_empty(self.out_features, 0)
+        return replace(weight, outlier_dims=dims, outlier_weight=columns, threshold=threshold)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., K] in float16, bfloat16 or float32 to [..., N] in the dtype of x."""
+        if not torch.is_grad_enabled():
+            return self._run(x)
         # The graph through the scales and the outlier columns alone would give gradients that are wrong.
         with torch.no_grad():
-            if self.miss_counter is not None:
-                self.miss_counter(x)
-            out = int8_linear(x, self.ready(), self.activation)
-        return refuse_backward(out, x) if x.requires_grad and torch.is_grad_enabled() else out
+            out = self._run(x)
+        return refuse_backward(out, x) if x.requires_grad else out
+
+    def _run(self, x: Tensor) -> Tensor:
+        if self.miss_counter is not None:
+            self.miss_counter(x)
+        return int8_linear(x, self.ready(), self._activation)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight in floating point, [N, K]; stored outlier columns are exact."""

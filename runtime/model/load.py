@@ -209,6 +209,6 @@ def _log_summary(model: Any) -> None:
     layers = _int8_layers(model)
     config = model.config.quantization_config
     mode = f"dynamic (|x| >= {config.threshold:g})" if config.outliers == "dynamic" else config.outliers
-    paths = Counter("offloaded" if layer.prepared is None else layer.prepared.path for layer in layers)
+    paths = Counter("offloaded" if layer.prepared is None else layer.prepared.runs_on for layer in layers)
     kernels = "".join(f", {count} x {path}" for path, count in paths.items())
     log.info("%d Int8Linear layers, outliers %s, activation %s%s", len(layers), mode, config.activation, kernels)

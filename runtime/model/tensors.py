@@ -1,12 +1,13 @@
 """The tensors of a quantized layer, named as in the checkpoint, and what becomes of them when a module moves.
 
 Moving or casting moves the tensors and casts bias and outlier columns; the int8 values and their scales keep their
-dtypes. What runs is the prepared weight (`kernels/prepared.py`), which is made anew whenever the tensors change or
-move. It may have the values in the layout of a kernel, in the place of `weight`; `unpacked_weight`, the state dict,
-copies and moves give them back as they were.
+dtypes. What runs is the prepared weight (`kernels/prepared.py`), which is made anew when tensors are moved, cast or
+loaded. It may have the values in the layout of a kernel, in the place of `weight`; `unpacked_weight`, the state dict,
+copies and moves give them back as they were. Tensors that are put in the place of those it was made of are used from
+then on; who writes into one calls `prepare`.
 """
 
-import dataclasses
+import contextlib
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -53,6 +54,7 @@ class QuantizedTensors(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.prepared: PreparedWeight | None = None
+        self._prepared_from: tuple[Tensor | None, ...] = ()
 
         def zeros(*shape: int, kind: torch.dtype | None) -> Tensor:
             return torch.zeros(shape, dtype=kind, device=device)
@@ -61,13 +63,19 @@ class QuantizedTensors(nn.Module):
         self.register_buffer("SCB", zeros(out_features, kind=torch.float32))
         self.register_buffer("weight_format", zeros(kind=torch.uint8))
         k = outlier_count
-        self.register_buffer("outlier_dims", None if k is None else zeros(k, kind=torch.int32))
+        # The only zeros that would be wrong.
+        dims = None if k is None else torch.arange(k, dtype=torch.int32, device=device)
+        self.register_buffer("outlier_dims", dims)
         self.register_buffer("outlier_weight", None if k is None else zeros(out_features, k, kind=dtype))
-        self.bias = nn.Parameter(zeros(out_features, kind=dtype), requires_grad=False) if bias else None
+        shift = nn.Parameter(zeros(out_features, kind=dtype), requires_grad=False) if bias else None
+        self.register_parameter("bias", shift)
 
     def stored(self) -> Int8Weight:
-        """Return what is to be prepared: the tensors as they are stored, without those that do not count."""
-        raise NotImplementedError
+        """Return the tensors as they are stored."""
+        dims, columns = self.outlier_dims, self.outlier_weight
+        if dims is None or columns is None:
+            dims, columns = self.SCB.new_empty(0, dtype=torch.int32), self.SCB.new_empty(self.out_features, 0)
+        return Int8Weight(self.unpacked_weight(), self.SCB, dims, columns, self.bias)
 
     def prepare(self) -> None:
         """Check the tensors, and lay them out for the device they are on.
@@ -79,18 +87,41 @@ class QuantizedTensors(nn.Module):
         self._unprepare()
         if not self.weight.is_meta:
             # What accelerate placed has a hook, and moves as it is.
-            self.prepared = prepare(self.stored(), may_pack=not hasattr(self, "_hf_hook"))
-            self._set_weight(self.prepared.values)
+            prepared = prepare(self.stored(), may_pack=not hasattr(self, "_hf_hook"))
+            self._set_weight(prepared.values)
+            self.prepared, self._prepared_from = prepared, self._tensors()
 
     def ready(self) -> PreparedWeight:
-        """Return what runs."""
-        if self.prepared is not None and self.prepared.device == self.weight.device:
-            return self.prepared
-        return prepare(dataclasses.replace(self.stored(), values=self.weight), may_pack=False)
+        """Return what runs: what is prepared, or for tensors that are only here for this call, what is made of them."""
+        if self._is_current():
+            return self.prepared  # type: ignore[return-value]
+        if hasattr(self, "_hf_hook"):
+            self.prepared = None  # offloaded since, to save its memory
+        return prepare(self.stored(), may_pack=False)
 
     def unpacked_weight(self) -> Tensor:
         """Return the weight, int8 [N, K]; a copy if its layout is a kernel's."""
-        return self.weight if self.prepared is None else self.prepared.unpack()
+        if self.prepared is not None and self._parameters["weight"] is self._prepared_from[0]:
+            return self.prepared.unpack()
+        return self.weight
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        here = self._parameters, self._buffers
+        return here[0]["weight"], here[0]["bias"], here[1]["SCB"], here[1]["outlier_dims"], here[1]["outlier_weight"]
+
+    def _is_current(self) -> bool:
+        """Tell whether what is prepared was made of the tensors that are here."""
+        if self.prepared is None or torch.compiler.is_compiling():
+            return self.prepared is not None
+        made, parameters, buffers = self._prepared_from, self._parameters, self._buffers
+        # In every call, so without a loop.
+        return (
+            parameters["weight"] is made[0]
+            and parameters["bias"] is made[1]
+            and buffers["SCB"] is made[2]
+            and buffers["outlier_dims"] is made[3]
+            and buffers["outlier_weight"] is made[4]
+        )
 
     def _set_weight(self, weight: Tensor) -> None:
         if weight is not self.weight:
@@ -116,14 +147,19 @@ class QuantizedTensors(nn.Module):
 
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         if prepared:
-            self.prepare()
+            # `to_empty` leaves values that nobody wrote; they are to be loaded.
+            with contextlib.suppress(ValueError):
+                self.prepare()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle takes along; what is prepared belongs to this machine."""
-        weight = nn.Parameter(self.unpacked_weight(), requires_grad=False)
+        weight = self.unpacked_weight()
+        if weight is not self.weight:
+            weight = nn.Parameter(weight, requires_grad=False)
         parameters = {**self._parameters, "weight": weight}
-        return vars(self) | {"_parameters": parameters, "prepared": self.prepared is not None}
+        prepared = {"prepared": self.prepared is not None, "_prepared_from": ()}
+        return vars(self) | {"_parameters": parameters} | prepared
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take on that state, and prepare what was prepared."""
@@ -155,4 +191,7 @@ class QuantizedTensors(nn.Module):
                 self.outlier_dims = torch.zeros(len(dims), dtype=torch.int32, device=device)
                 self.outlier_weight = torch.zeros(self.out_features, len(dims), dtype=dtype, device=device)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, *lists)
-        self.prepare()
+        try:
+            self.prepare()
+        except ValueError as error:
+            lists[-1].append(f"{prefix.removesuffix('.') or 'the layer'}: {error}")
