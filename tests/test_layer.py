@@ -292,6 +292,18 @@ def test_tensors_put_in_the_place_of_others_are_used() -> None:
     assert same(layer.state_dict(), other.state_dict())
 
 
+@pytest.mark.parametrize("name", ["weight", "bias", "SCB", "outlier_dims", "outlier_weight"])
+def test_each_of_them_is(name: str) -> None:
+    layer, other, x = make_layer(64, 48, 3), make_layer(64, 48, 3), make_input(2, 64, torch.float16)
+    before = layer(x)
+    found = other.state_dict()[name].clone()
+    setattr(layer, name, nn.Parameter(found, requires_grad=False) if name in ("weight", "bias") else found)
+    fresh = Int8Linear(64, 48, outlier_count=3, dtype=torch.float16)
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x), fresh(x))
+    assert not torch.equal(layer(x), before)
+
+
 def test_a_layer_that_is_offloaded_later_is_brought_for_each_call_and_kept_by_nobody() -> None:
     model, x = nn.Sequential(make_layer(64, 48, 3, torch.float32)), torch.randn(2, 64)
     expected = model(x)
@@ -301,11 +313,13 @@ def test_a_layer_that_is_offloaded_later_is_brought_for_each_call_and_kept_by_no
     assert model[0].prepared is None
 
 
+@pytest.mark.usefixtures("poisoned_memory")
 def test_memory_that_nobody_wrote_is_to_be_loaded() -> None:
     layer, x = make_layer(64, 48, 3), make_input(2, 64, torch.float16)
     expected, state = layer(x), layer.state_dict()
-    layer.to_empty(device="meta").to_empty(device="cpu")
-    assert layer.prepared is None
+    layer.to_empty(device="cpu")
+    with pytest.raises(ValueError, match="outlier_dims is"):
+        layer(x)
     layer.load_state_dict(state)
     assert torch.equal(layer(x), expected)
 
