@@ -83,8 +83,8 @@ class Draft:
         self.manifest = {
             "format_version": "1.0",
             "producer": "test 1",
-            "source": {"name": "s"},
-            "modules": {},
+            "source": {"name": "s", "repo": None, "commit": None, "config_sha256": "0" * 64, "files": {"s.bin": 1}},
+            "modules": {"m.a": {"kept_absmax": 1.5}},
             "tensors": {
                 name: {
                     "file": file,
@@ -220,6 +220,23 @@ def test_unknown_keys_and_tensors_are_accepted(tmp_path: Path) -> None:
     assert checkpoint.quantization.format_version == "1.42"
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")], ids=str)
+def test_what_transformers_writes_for_infinity_is_read_in_config_json(tmp_path: Path, value: float) -> None:
+    """Mamba 2 has `"time_step_limit": [0.0, Infinity]`."""
+    draft = Draft()
+    draft.config["time_step_limit"] = [0.0, value]
+    checkpoint = open_checkpoint(draft.write(tmp_path / "c"))
+    assert check_values(checkpoint) == []
+    assert repr(checkpoint.config["time_step_limit"]) == f"[0.0, {value}]"
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_an_offload_is_the_affair_of_the_loader(tmp_path: Path, offload: bool) -> None:
+    draft = Draft()
+    draft.config["quantization_config"]["llm_int8_enable_fp32_cpu_offload"] = offload
+    assert all_codes(draft.write(tmp_path / "c")) == []
+
+
 def test_columns_too_small_for_float16_are_no_error(tmp_path: Path) -> None:
     draft = Draft()
     draft.set("m.a.SCB", torch.tensor([1e-30, 1e-8, 0.0]))
@@ -303,6 +320,18 @@ def put(place: str, key: str, value: Any) -> Callable[[Draft], None]:
     return change
 
 
+MISSING = object()
+
+
+def in_block_source(key: str, value: Any) -> Callable[[Draft], None]:
+    def change(draft: Draft) -> None:
+        draft.block["source"][key] = value
+        if value is MISSING:
+            del draft.block["source"][key]
+
+    return change
+
+
 def map_to(file: Any, tensor: str = "m.a.weight") -> Callable[[Draft], None]:
     return lambda draft: draft.index["weight_map"].__setitem__(tensor, file)
 
@@ -317,6 +346,9 @@ for json_name, json_code in (("config.json", "E01"), (INDEX, "E04"), (MANIFEST, 
             "empty": lambda draft, name=json_name: draft.replace_json(name, b""),
             "a list": lambda draft, name=json_name: draft.replace_json(name, b"[]"),
             "not text": lambda draft, name=json_name: draft.replace_json(name, b"\xff\xfe\xfd"),
+            "a byte-order mark": after(
+                lambda path, name=json_name: (path / name).write_bytes(b"\xef\xbb\xbf" + (path / name).read_bytes())
+            ),
             "nested": lambda draft, name=json_name: draft.replace_json(name, b'{"a":' + b"[" * 200_000),
             "outside": after(outside(json_name)),
             "a FIFO": after(fifo(json_name)),
@@ -348,6 +380,16 @@ breaks_each(
         "NaN as threshold": put("quantization", "llm_int8_threshold", float("nan")),
         "skip_modules a string": put("quantization", "llm_int8_skip_modules", "lm_head"),
         "skip_modules of numbers": put("quantization", "llm_int8_skip_modules", [1]),
+        "skip_modules 0": put("quantization", "llm_int8_skip_modules", 0),
+        "skip_modules false": put("quantization", "llm_int8_skip_modules", False),
+        "skip_modules an object": put("quantization", "llm_int8_skip_modules", {}),
+        "true as threshold": put("quantization", "llm_int8_threshold", True),
+        "no method": put("quantization", "quant_method", None),
+        "a list as method": put("quantization", "quant_method", ["bitsandbytes"]),
+        "4 bit too": put("quantization", "load_in_4bit", True),
+        "4 bit as a number": put("quantization", "load_in_4bit", 0),
+        "16-bit weights": put("quantization", "llm_int8_has_fp16_weight", True),
+        "offload a string": put("quantization", "llm_int8_enable_fp32_cpu_offload", "no"),
     },
 )
 breaks_each(
@@ -380,8 +422,28 @@ breaks_each(
     "E03", "activation", "activation", {"row": put("block", "activation", "row"), "3": put("block", "activation", 3)}
 )
 breaks_each("E03", "producer", "producer", {"missing": put("block", "producer", None)})
-breaks_each("E03", "source", "source", {"a string": put("block", "source", "s")})
+breaks_each(
+    "E03",
+    "source",
+    "source",
+    {"a string": put("block", "source", "s")}
+    | {
+        f"{key} {what}": in_block_source(key, value)
+        for key in ("name", "repo", "commit")
+        for what, value in {"missing": MISSING, "a number": 0, "false": False}.items()
+    },
+)
+breaks_each("E03", "source.name is 'None', expected a string", "source", {"no name": in_block_source("name", None)})
 breaks_each("E03", "criterion", "criterion", {"missing": put("outliers", "criterion", None)})
+breaks_each(
+    "E03", "outliers", "outliers", {"missing": put("block", "outliers", None), "list": put("block", "outliers", [])}
+)
+breaks_each(
+    "E03",
+    "calibration",
+    "calibration",
+    {"a list": put("block", "calibration", []), "a string": put("block", "calibration", "c4")},
+)
 breaks_each(
     "E03",
     "counts",
@@ -399,6 +461,7 @@ breaks_each(
     INDEX,
     "index",
     {
+        "NaN": lambda draft: draft.index.update(new=float("nan")),
         "no map": lambda draft: draft.index.pop("weight_map"),
         "empty map": lambda draft: draft.index.update(weight_map={}),
         "map is a list": lambda draft: draft.index.update(weight_map=[ONE]),
@@ -424,6 +487,17 @@ breaks_each(
     {
         "single file too": after(lambda path: shutil.copy(path / ONE, path / "model.safetensors")),
         "none": after(lambda path: (path / INDEX).unlink()),
+    },
+)
+breaks_each(
+    "E04",
+    "llmint8-00001.safetensors: a file of a later version",
+    "weights",
+    {
+        "of two layouts": after(lambda path: shutil.copy(path / ONE, path / "llmint8-00001.safetensors")),
+        "of a later layout": after(
+            lambda path: [(path / INDEX).unlink(), (path / ONE).rename(path / "llmint8-00001.safetensors")]
+        ),
     },
 )
 breaks_each(
@@ -624,6 +698,19 @@ breaks_each(
         "version": in_manifest(lambda manifest: manifest.update(format_version="2.0")),
         "version is a number": in_manifest(lambda manifest: manifest.update(format_version=1.0)),
         "no version": in_manifest(lambda manifest: manifest.pop("format_version")),
+        "another version": in_manifest(lambda manifest: manifest.update(format_version="1.42")),
+        "producer is a number": in_manifest(lambda manifest: manifest.update(producer=5)),
+        "another producer": in_manifest(lambda manifest: manifest.update(producer="test 2")),
+        "no producer": in_manifest(lambda manifest: manifest.pop("producer")),
+        "source is a list": in_manifest(lambda manifest: manifest.update(source=[])),
+        "source of pairs": in_manifest(lambda manifest: manifest.update(source=list(manifest["source"].items()))),
+        "modules is a list": in_manifest(lambda manifest: manifest.update(modules=[])),
+        "modules of another": in_manifest(lambda manifest: manifest.update(modules={"m.c": {}})),
+        "modules of a number": in_manifest(lambda manifest: manifest.update(modules={"m.a": 1})),
+        "modules of an escape sequence": in_manifest(lambda manifest: manifest.update(modules={"\x1b[2J": {}})),
+        "files is null": in_manifest(lambda manifest: manifest.update(files=None)),
+        "files is a list": in_manifest(lambda manifest: manifest.update(files=[])),
+        "Infinity": in_manifest(lambda manifest: manifest["modules"]["m.a"].update(kept_absmax=float("inf"))),
         "no tensors": in_manifest(lambda manifest: manifest.pop("tensors")),
         "tensors is a list": in_manifest(lambda manifest: manifest.update(tensors=[])),
         "no source": in_manifest(lambda manifest: manifest.pop("source")),
@@ -641,6 +728,39 @@ breaks_each(
         "escape sequence": in_manifest(
             lambda manifest: manifest["tensors"].update({"\x1b[2J": manifest["tensors"]["m.a.SCB"]})
         ),
+    },
+)
+for manifest_key, manifest_value in {
+    "name": "another",
+    "repo": "a/b",
+    "commit": 0,
+    "config_sha256": "0" * 63,
+    "files": [],
+}.items():
+    breaks_each(
+        "E16",
+        manifest_key,
+        "manifest source",
+        {
+            f"{manifest_key} {what}": in_manifest(
+                lambda manifest, k=manifest_key, v=value: manifest.update(
+                    source={
+                        key: v if key == k else said
+                        for key, said in manifest["source"].items()
+                        if key != k or v is not MISSING
+                    }
+                )
+            )
+            for what, value in {"another": manifest_value, "missing": MISSING}.items()
+        },
+    )
+breaks_each(
+    "E16",
+    f"{MANIFEST}: source.files",
+    "manifest source",
+    {
+        what: in_manifest(lambda manifest, v=value: manifest["source"].update(files={"s.bin": v}))
+        for what, value in {"true": True, "1.0": 1.0, "-1": -1, "a string": "1"}.items()
     },
 )
 breaks_each(

@@ -22,6 +22,9 @@ from .records import Int8Record, record_specs
 # Beside `weight` and `bias`, which are names of ordinary tensors too.
 _RECORD_SUFFIXES = ("SCB", "weight_format", "outlier_dims", "outlier_weight")
 
+# What the files of a later layout are called. Beside others nobody could say which of them the model is.
+_RESERVED = "llmint8-*.safetensors"
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -114,6 +117,10 @@ def _quantization(path: Path, config: Mapping[str, Any]) -> Quantization:
 
 def _weight_map(path: Path) -> dict[str, str]:
     """Return the index's map, or nothing for a checkpoint in one file."""
+    if later := sorted(path.glob(_RESERVED)):
+        raise CorruptFileError(
+            f"{later[0]}: a file of a later version of the format; update llmint8, or remove it if it is not this model's"
+        )
     index, single = (path / SAFETENSORS_INDEX_NAME).exists(), (path / SAFETENSORS_NAME).exists()
     if index == single:
         what = "both are there" if index else "neither is there"
