@@ -32,6 +32,7 @@ from llmint8.formats import (
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 CONFIG = {"model_type": "test", "z": 1, "a": "ü", "text": "[  1,  2\n ]", "sizes": [1, -2.5e-07], "none": []}
+SOURCE = {"name": "s", "repo": None, "commit": None}
 SMALL_FILES = {"tokenizer.json": b"{}", "additional_chat_templates/tool.jinja": b"{{ x }}"}
 
 
@@ -76,8 +77,9 @@ def groups_of(model: Model) -> list[list[TensorSpec]]:
 
 def commit(writer: CheckpointWriter, model: Model, small_files: dict[str, bytes] | None = None) -> Manifest:
     counts = {name: len(tensors[f"{name}.outlier_dims"]) for name, tensors in model.items() if name}
-    quantization = Quantization(["lm_head"], counts, criterion="by hand", producer="test 1", source={"name": "s"})
-    return writer.commit(CONFIG, quantization, {"name": "s"}, {name: {"x": 1} for name in counts}, small_files or {})
+    quantization = Quantization(["lm_head"], counts, criterion="by hand", producer="test 1", source=SOURCE)
+    identity = {**SOURCE, "config_sha256": "0" * 64, "files": {}}
+    return writer.commit(CONFIG, quantization, identity, {name: {"x": 1} for name in counts}, small_files or {})
 
 
 def write(out: Path, model: Model, max_shard_bytes: int = 1 << 30, backwards: bool = False) -> Manifest:
