@@ -841,6 +841,39 @@ def a_part_of_a_layer_differs(draft: Draft) -> None:
     draft.files[ONE]["m.a.bias"][0] = -1
 
 
+def other_file(action: Callable[[Path], object] = lambda path: None) -> Callable[[Draft], None]:
+    """Have the manifest name `folder/file`, which `action` breaks when all is written."""
+
+    def change(draft: Draft) -> None:
+        draft.manifest["files"] = {"folder/file": hashlib.sha256(b"whole").hexdigest(), "not fetched": "0" * 64}
+        draft.afterwards.append(lambda path: (path / "folder").mkdir())
+        draft.afterwards.append(lambda path: (path / "folder" / "file").write_bytes(b"whole"))
+        draft.afterwards.append(action)
+
+    return change
+
+
+breaks_each(
+    "E19",
+    "folder/file",
+    "file",
+    {
+        "changed": other_file(lambda path: (path / "folder" / "file").write_bytes(b"other")),
+        "outside": other_file(outside("folder/file")),
+        "a FIFO": other_file(fifo("folder/file")),
+        "dangling outside": other_file(
+            lambda path: [(path / "folder/file").unlink(), (path / "folder/file").symlink_to("../../nowhere")]
+        ),
+    },
+)
+
+
+def test_files_without_tensors_are_hashed_and_may_be_missing(tmp_path: Path, all_codes: Codes) -> None:
+    draft = Draft()
+    other_file()(draft)
+    assert all_codes(draft.write(tmp_path / "c")) == []
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="uses FIFOs and links")
 @pytest.mark.parametrize(("code", "named", "action"), BROKEN)
 def test_a_broken_checkpoint_is_refused(
@@ -864,7 +897,7 @@ def test_a_broken_checkpoint_is_refused(
 
 
 def test_every_rule_has_a_checkpoint_that_breaks_it() -> None:
-    assert {parameter.values[0] for parameter in BROKEN} == {f"E{number:02d}" for number in range(1, 19)}
+    assert {parameter.values[0] for parameter in BROKEN} == {f"E{number:02d}" for number in range(1, 20)}
 
 
 def test_the_first_broken_rule_is_the_one_told(tmp_path: Path, all_codes: Codes) -> None:

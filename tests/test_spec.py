@@ -1,12 +1,18 @@
-"""spec.md against the code: its vectors, its hex dump, its limits and its list of error codes are read from it."""
+"""spec.md against the code: its vectors, its hex dump, its limits and its list of error codes are read from it.
+
+`spec_reader.py` was written from the text alone; it is held to the same.
+"""
 
 import ast
 import hashlib
 import json
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -89,6 +95,18 @@ def test_limits_and_dtypes() -> None:
     assert json.loads(BLOCKS["dtypes"]) == {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 
+def test_the_other_reader_knows_nothing_of_ours(spec_reader: ModuleType) -> None:
+    tree = ast.parse(Path(str(spec_reader.__file__)).read_text(encoding="utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.partition(".")[0] for name in imported} - sys.stdlib_module_names == {"numpy"}
+    sizes = {name: np.dtype(item).itemsize for name, item in spec_reader.ITEMS.items()}
+    assert sizes == json.loads(BLOCKS["dtypes"])
+    limits = (spec_reader.HEADER_BYTES, spec_reader.JSON_FILE_BYTES, spec_reader.JSON_VALUES)
+    limits += (spec_reader.NAME_CHARACTERS, spec_reader.DIMENSIONS, spec_reader.ELEMENTS)
+    assert limits == tuple(json.loads(BLOCKS["limits"]).values())
+
+
 def test_the_error_codes_are_those_of_the_code_in_order() -> None:
     listed = re.findall(r"^\| (E\d\d)\b", SPEC, re.MULTILINE)
     raised = {
@@ -103,10 +121,15 @@ def test_the_error_codes_are_those_of_the_code_in_order() -> None:
 
 
 @pytest.mark.parametrize("vector", vectors("quantize_weight"))
-def test_quantize_weight(vector: dict[str, Any]) -> None:
-    values, absmax = reference.quantize_weight(from_bits(vector["weight"], vector["dtype"]))
+def test_quantize_weight(vector: dict[str, Any], spec_reader: ModuleType) -> None:
+    weight = from_bits(vector["weight"], vector["dtype"])
+    values, absmax = reference.quantize_weight(weight)
     assert values.tolist() == vector["int8"]
     assert torch.equal(absmax.view(torch.int32), from_bits(vector["SCB"], "F32").view(torch.int32))
+    items = weight.view(INTS[weight.itemsize * 8]).numpy().tobytes()
+    values, absmax = spec_reader.quantize_weight(spec_reader.as_array(items, vector["dtype"], tuple(weight.shape)))
+    assert values.tolist() == vector["int8"]
+    assert absmax.tobytes() == from_bits(vector["SCB"], "F32").numpy().tobytes()
 
 
 @pytest.mark.parametrize("vector", vectors("quantize_rows"))
@@ -119,6 +142,16 @@ def test_quantize_rows(vector: dict[str, Any]) -> None:
     assert rows.values.tolist() == vector["int8"]
     assert rows.scale.tolist() == vector["scale"]
     assert (None if rows.zero_point is None else rows.zero_point.tolist()) == vector["zero_point"]
+
+
+@pytest.mark.parametrize("vector", vectors("quantize_rows"))
+def test_the_other_reader_quantizes_rows(vector: dict[str, Any], spec_reader: ModuleType) -> None:
+    x, dims = np.array(vector["x"]), np.array(vector["outlier_dims"], dtype=np.int64)
+    values, scale, zero_point = spec_reader.quantize_rows(x, dims, vector["activation"])
+    # In the outlier dimensions q holds z, as the text says; it adds nothing.
+    assert values.tolist() == vector["int8"]
+    assert scale.tolist() == vector["scale"]
+    assert zero_point.tolist() == (vector["zero_point"] or [0] * len(x))
 
 
 @pytest.mark.parametrize("facade", [False, True], ids=["reference", "facade"])
@@ -137,6 +170,14 @@ def test_linear(vector: dict[str, Any], facade: bool) -> None:
     else:
         y = reference.int8_linear(x, weight, vector["activation"])
     assert y.tolist() == vector["y"]
+
+
+@pytest.mark.parametrize("vector", vectors("linear"))
+def test_the_other_reader_computes_a_layer(vector: dict[str, Any], spec_reader: ModuleType) -> None:
+    parts = {"weight": "int8", "SCB": "SCB", "outlier_weight": "outlier_weight", "bias": "bias"}
+    layer = {part: np.array(vector[key]) for part, key in parts.items()}
+    layer["outlier_dims"] = np.array(vector["outlier_dims"], dtype=np.int32)
+    assert spec_reader.linear(np.array(vector["x"]), layer, vector["activation"]).tolist() == vector["y"]
 
 
 @pytest.mark.parametrize("vector", vectors("sha256"))
@@ -168,6 +209,21 @@ def test_the_minimal_checkpoint_is_valid(minimal: Path) -> None:
     assert (quantization.llmint8, quantization.format_version) == (True, FORMAT_VERSION)
     assert (quantization.criterion, quantization.activation, quantization.threshold) == ("top-k=1", "absmax", 6.0)
     assert quantization.skip_modules == ["lm_head"]
+
+
+def test_the_other_reader_opens_checks_and_computes_the_minimal_checkpoint(
+    minimal: Path, spec_reader: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = spec_reader.open_checkpoint(minimal)
+    assert checkpoint.layers == {"proj": (2, 4, 1)}
+    assert spec_reader.main(str(minimal)) == 0
+    vector = json.loads(BLOCKS["linear"])[0]
+    assert spec_reader.compute(checkpoint, "proj", np.array(vector["x"])).tolist() == vector["y"]
+    data = bytearray((minimal / "model.safetensors").read_bytes())
+    data[-1] = 1  # weight_format
+    (minimal / "model.safetensors").write_bytes(data)
+    assert spec_reader.main(str(minimal)) == 1
+    assert capsys.readouterr().out.startswith("E10 ")
 
 
 def test_the_minimal_checkpoint_holds_the_layer_of_the_vectors(minimal: Path) -> None:
