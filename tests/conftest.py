@@ -163,7 +163,7 @@ def spec_reader() -> ModuleType:
 
 @pytest.fixture(scope="session", autouse=True)
 def second_reader(spec_reader: ModuleType, assert_right: Callable[..., None]) -> Iterator[None]:
-    """Whatever the suite writes is opened, checked and computed by the reader that was written from spec.md alone."""
+    """Whatever the suite writes is opened, checked and computed by the reader that knows spec.md alone."""
     from llmint8.formats import CheckpointWriter
 
     commit = CheckpointWriter.commit

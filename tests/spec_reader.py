@@ -1,7 +1,8 @@
-"""A reader of int8 checkpoints written from `spec.md` alone: it opens one, checks it, and computes its layers.
+"""A second reader of int8 checkpoints, which follows `spec.md` alone: it opens one, checks it, and computes its layers.
 
-Only the standard library and NumPy, nothing of ours and no torch: what two programs that share no line agree on, the
-text says. conftest.py runs it on all that the suite converts, test_checkpoint.py on checkpoints that break each rule.
+Only the standard library and NumPy, nothing of ours and no torch: where two programs that share no line disagree, one
+of them or the text is wrong. conftest.py runs it on all that the suite writes, test_checkpoint.py on checkpoints that
+break each rule.
 
     python tests/spec_reader.py DIRECTORY
 """

@@ -139,7 +139,7 @@ def as_bitsandbytes(draft: Draft) -> None:
 
 @pytest.fixture
 def all_codes(spec_reader: ModuleType) -> Codes:
-    """Lists the rules that a checkpoint breaks. The reader that was written from spec.md alone must find the same."""
+    """Lists the rules that a checkpoint breaks. `spec_reader.py` must find the same."""
 
     def read(path: Path) -> list[str]:
         try:

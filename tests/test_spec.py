@@ -1,6 +1,6 @@
 """spec.md against the code: its vectors, its hex dump, its limits and its list of error codes are read from it.
 
-`spec_reader.py` was written from the text alone; it is held to the same.
+`spec_reader.py` follows the text alone; it is held to the same.
 """
 
 import ast
