@@ -6,6 +6,8 @@
 import ast
 import hashlib
 import json
+import math
+import random
 import re
 import sys
 from pathlib import Path
@@ -21,6 +23,7 @@ from torch import Tensor
 from llmint8.formats import (
     DTYPES,
     FORMAT_VERSION,
+    CheckpointError,
     CheckpointWriter,
     Quantization,
     TensorSpec,
@@ -224,6 +227,59 @@ def test_the_other_reader_opens_checks_and_computes_the_minimal_checkpoint(
     (minimal / "model.safetensors").write_bytes(data)
     assert spec_reader.main(str(minimal)) == 1
     assert capsys.readouterr().out.startswith("E10 ")
+
+
+STRANGE = (None, True, False, 0, 1, -1, 2.0, 1e999, math.nan, 2**63, "", "x", "1.1", "\x1b", "..", "I8", [], [0], {})
+NAMES = ("more", "", "\u200b", ".weight", "SCB", "proj.proj.weight", "proj.row_sum", "llm_int8_threshold")
+
+
+def mutated(value: Any, draw: random.Random) -> Any:
+    """Change, rename, double or remove one value inside of a value from JSON."""
+    value = json.loads(json.dumps(value))
+    holders: list[Any] = [value]
+    for holder in holders:
+        inside = holder.values() if isinstance(holder, dict) else holder
+        holders += [item for item in inside if item and isinstance(item, dict | list)]
+    holder = draw.choice(holders)
+    key = draw.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
+    what = draw.random() if isinstance(holder, dict) else 1
+    if what < 0.3:
+        holder[draw.choice(NAMES)] = holder[key]
+    if what < 0.2:
+        del holder[key]
+    if what >= 0.3:
+        holder[key] = draw.choice(STRANGE)
+    return value
+
+
+@pytest.mark.parametrize("name", ["config.json", "llmint8_manifest.json", "header", "data"])
+def test_both_readers_say_the_same_of_whatever_is_there(minimal: Path, spec_reader: ModuleType, name: str) -> None:
+    path = minimal / (name if name.endswith(".json") else "model.safetensors")
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(minimal_file()[:8], "little")
+    told = set()
+    for seed in range(150):
+        draw = random.Random(seed)
+        if name == "data":
+            data = bytearray(whole)
+            data[draw.randrange(start, len(whole))] ^= 1 << draw.randrange(8)
+        elif name == "header":
+            header = json.dumps(mutated(json.loads(whole[8:start]), draw)).encode()
+            data = bytearray(len(header).to_bytes(8, "little") + header + whole[start:])
+        else:
+            data = bytearray(json.dumps(mutated(json.loads(whole), draw)).encode())
+        path.write_bytes(data)
+        try:
+            ours = sorted(error.code for error in check_values(open_checkpoint(minimal)))
+        except CheckpointError as error:
+            ours = [error.code]
+        try:
+            theirs = sorted(error.code for error in spec_reader.problems(spec_reader.open_checkpoint(minimal)))
+        except spec_reader.BrokenError as error:
+            theirs = [error.code]
+        assert theirs == ours, (seed, bytes(data))
+        told.update(ours)
+    assert len(told) > 1
 
 
 def test_the_minimal_checkpoint_holds_the_layer_of_the_vectors(minimal: Path) -> None:
