@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import stat
 import sys
@@ -192,6 +193,13 @@ def test_shards(
     if count > 1:
         index = json.loads((out / "model.safetensors.index.json").read_text())
         assert index["metadata"]["total_size"] == sum(info.nbytes for info in checkpoint.tensors.values())
+
+
+def test_a_statistic_that_overflowed_does_not_spoil_the_manifest(tmp_path: Path) -> None:
+    """Squared errors of a model with huge activations may; NaN is no JSON, and the manifest would be refused."""
+    statistics = {"m.a": {"errors": [1.0, math.inf, math.nan], "kept_absmax": -math.inf, "dims": [1]}}
+    stored = Manifest("test 1", {}, {}, statistics).to_dict()["modules"]
+    assert stored == {"m.a": {"errors": [1.0, None, None], "kept_absmax": None, "dims": [1]}}
 
 
 def test_plans_may_follow_writes(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ there. They are read where the caller says so, and refused everywhere else.
 
 import codecs
 import json
+import math
 import re
 from typing import Any
 
@@ -46,6 +47,15 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(word: str) -> None:
     raise ValueError(f"{word} is no number in JSON")
+
+
+def finite(value: Any) -> Any:
+    """Replace what JSON has no number for by null."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def member(value: Any, path: str, *kinds: type) -> Any:

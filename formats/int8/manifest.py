@@ -11,7 +11,7 @@ from torch import Tensor
 from ..containers.tensors import DTYPES, TensorSpec, as_bytes, is_shape, is_sizes, is_tensor_name
 from ..disk.names import MANIFEST_NAME
 from ..disk.reading import read_json
-from ..disk.strict_json import member
+from ..disk.strict_json import finite, member
 from ..errors import CheckpointError, LLMInt8Error
 from .quantization import FORMAT_VERSION, Quantization, check_source, is_readable
 
@@ -52,7 +52,7 @@ class Manifest:
             "format_version": self.format_version,
             "producer": self.producer,
             "source": self.source,
-            "modules": self.modules,
+            "modules": finite(self.modules),
             "files": dict(sorted(self.files.items())),
             "tensors": {
                 name: {
