@@ -134,7 +134,7 @@ def quantize_rows(x: Tensor, outlier_dims: Tensor, activation: Activation = "abs
 
 
 def int8_product(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply int8 [M, K] by int8 [N, K] transposed, exactly: int32 [M, N]. K up to 133,000 cannot overflow."""
+    """Multiply int8 [M, K] by int8 [N, K] transposed, exactly: int32 [M, N]. K up to 132,104 cannot overflow."""
     out = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.int32, device=x.device)
     for n in range(0, weight.shape[0], _PRODUCT_ELEMENTS // _EXACT_FLOAT32_K):
         rows = slice(n, n + _PRODUCT_ELEMENTS // _EXACT_FLOAT32_K)

@@ -33,7 +33,8 @@ with atheris.instrument_imports(include=["llmint8.formats", "pickletools", "zipf
     from llmint8.formats.int8 import manifest, quantization
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-"))
-QUANTIZATION = quantization.Quantization(["lm_head"], {"a": 1}, criterion="top-k=1", source={"name": "s"})
+SOURCE = {"name": "s", "repo": None, "commit": None}
+QUANTIZATION = quantization.Quantization(["lm_head"], {"a": 1}, criterion="top-k=1", source=SOURCE)
 
 
 def header(data: bytes) -> None:
@@ -127,7 +128,8 @@ def small_checkpoint(path: Path) -> None:
         writer.plan([formats.record_specs("a", 2, 2, 1, "F16"), [formats.TensorSpec("norm.weight", "F16", (2,))]])
         for name, value in values.items():
             writer.write(name, value)
-        writer.commit({"model_type": "x"}, QUANTIZATION, {"name": "s"}, {}, {})
+        identity = {**SOURCE, "config_sha256": "0" * 64, "files": {}}
+        writer.commit({"model_type": "x"}, QUANTIZATION, identity, {}, {})
 
 
 def saved(**options: Any) -> bytes:

@@ -139,15 +139,67 @@ def benchmark() -> Callable[[str], ModuleType]:
     return script
 
 
-@pytest.fixture(scope="session")
-def fake_hub() -> ModuleType:
-    """The module `fake_hub.py`. The tests are no package and their folder is not on sys.path, so it is not imported."""
-    spec = importlib.util.spec_from_file_location("fake_hub", Path(__file__).with_name("fake_hub.py"))
+def _beside(name: str) -> ModuleType:
+    """Import a module of the tests. They are no package and their folder is not on sys.path."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def fake_hub() -> ModuleType:
+    """The module `fake_hub.py`."""
+    return _beside("fake_hub")
+
+
+@pytest.fixture(scope="session")
+def spec_reader() -> ModuleType:
+    """The module `spec_reader.py`, which knows spec.md and nothing of ours."""
+    return _beside("spec_reader")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def second_reader(spec_reader: ModuleType, assert_right: Callable[..., None]) -> Iterator[None]:
+    """Whatever the suite writes is opened, checked and computed by the reader that knows spec.md alone."""
+    from llmint8.formats import CheckpointWriter
+
+    commit = CheckpointWriter.commit
+
+    def read_after(self: CheckpointWriter, *arguments: Any, **named: Any) -> Any:
+        manifest = commit(self, *arguments, **named)
+        _read_by_the_spec(spec_reader, assert_right, self.journal.path.parent)
+        return manifest
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointWriter, "commit", read_after)
+        yield
+
+
+def _read_by_the_spec(spec_reader: Any, assert_right: Callable[..., None], out: Path) -> None:
+    """Check a checkpoint and compute the layer with the most outliers, of an input that all quantize alike."""
+    from llmint8.formats import open_checkpoint
+    from llmint8.kernels.reference import Int8Weight
+
+    theirs, ours = spec_reader.open_checkpoint(out), open_checkpoint(out)
+    assert [str(problem) for problem in spec_reader.problems(theirs)] == []
+    assert theirs.layers == {
+        name: (record.out_features, record.in_features, record.outlier_count) for name, record in ours.records.items()
+    }
+    if not theirs.layers:
+        return
+    name, (_, in_features, _) = max(theirs.layers.items(), key=lambda item: item[1][2])
+    parts = ("weight", "SCB", "outlier_dims", "outlier_weight", "bias")
+    tensors = [ours.read(f"{name}.{part}") for part in parts if f"{name}.{part}" in ours.tensors]
+    kept = [dim for dim in range(in_features) if dim not in tensors[2].tolist()][:2]
+    # From -54 to 200 the zeropoint scale is 1, and no quotient of so small whole numbers is near a tie but not on it.
+    x = torch.randint(-54, 201, (3, in_features), generator=torch.Generator().manual_seed(0)).float()
+    x[:, kept] = torch.tensor([-54.0, 200.0])[: len(kept)]
+    for activation in ("absmax", "zeropoint")[: len(kept)]:
+        y = torch.from_numpy(spec_reader.compute(theirs, name, x.numpy(), activation)).float()
+        assert_right(x, Int8Weight(*tensors), activation, y)
 
 
 @pytest.fixture

@@ -142,11 +142,14 @@ def write_checkpoint(path, layers, others):
         for spec in [spec for group in specs for spec in group]:
             ones = torch.arange(spec.shape[0]) if spec.name.endswith("dims") else torch.ones(spec.shape)
             zeros = torch.zeros(spec.shape)
-            tensor = zeros if spec.name.endswith("weight_format") else ones
+            tensor = zeros if spec.name.endswith("weight_format") else ones * 127 if spec.dtype == "I8" else ones
             writer.write(spec.name, tensor.to(formats.DTYPES[spec.dtype]))
         for name, shape in others.items():
             writer.write(name, torch.ones(shape, dtype=torch.float16))
-        writer.commit({"model_type": "made-up"}, formats.Quantization(["lm_head"], counts), {}, {}, {})
+        source = {"name": "s", "repo": None, "commit": None}
+        quantization = formats.Quantization(["lm_head"], counts, source=source)
+        identity = {**source, "config_sha256": "0" * 64, "files": {}}
+        writer.commit({"model_type": "made-up"}, quantization, identity, {}, {})
 
 
 def test_inspect_sums_up_repeated_layers_and_says_what_a_block_takes(tmp_path):

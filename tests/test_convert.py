@@ -175,6 +175,32 @@ def test_unknown_model_is_selected_by_name_and_shape(source, tmp_path):
     assert {"lm_head", "model.embed_tokens"} <= report.kept.keys()
 
 
+def test_rows_longer_than_sums_in_32_bits_stay_in_16_bit(source, tmp_path):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "model_type": "never-heard-of"}))
+    edit_tensors(source, long__weight=torch.ones(32, 133_145).half())
+    report = converter.convert(source, tmp_path / "out", outliers="none")
+    assert report.kept["long"] == "more input features than sums in 32 bits can hold"
+    checkpoint = formats.open_checkpoint(tmp_path / "out")
+    assert checkpoint.tensors["long.weight"].dtype == "F16"
+
+
+def test_infinity_in_a_config_goes_along(source, tmp_path):
+    """Mamba 2 has it; JSON has not."""
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "time_step_limit": [0.0, float("inf")]}))
+    converter.convert(source, tmp_path / "out", outliers="none")
+    assert '"time_step_limit":[0.0,Infinity]' in "".join((tmp_path / "out" / "config.json").read_text().split())
+    assert formats.open_checkpoint(tmp_path / "out").config["time_step_limit"] == [0.0, float("inf")]
+
+
+def test_a_byte_order_mark_is_told(source, tmp_path):
+    config = source / "config.json"
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
+    with pytest.raises(formats.CorruptFileError, match=r"config\.json: .*byte-order mark; save it as UTF-8 without"):
+        converter.convert(source, tmp_path / "out")
+
+
 def test_small_files_are_copied_and_other_weights_are_not(source, tmp_path):
     wanted = {"tokenizer.json": "{}", "LICENSE": "free", "chat_template.jinja": "{{ x }}", "tokenizer.model": "sp"}
     unwanted = ["pytorch_model.bin", "consolidated.00.pth", "flax_model.msgpack", "model.gguf", ".gitattributes"]

@@ -242,11 +242,12 @@ def test_int8_product_takes_any_strides() -> None:
     assert torch.equal(int8_product(x, weight).long(), x.long() @ weight.long().t())
 
 
-def test_the_longest_rows_the_spec_allows_do_not_overflow() -> None:
-    k = 133_144
+@pytest.mark.parametrize(("k", "lowest"), [(133_144, -127), (132_104, -128)])
+def test_the_longest_rows_the_spec_allows_do_not_overflow(k: int, lowest: int) -> None:
     x = torch.full((2, k), 127, dtype=torch.int8)
-    weight = torch.full((1, k), -127, dtype=torch.int8)
-    assert int8_product(x, weight).tolist() == [[-127 * 127 * k]] * 2
+    weight = torch.full((1, k), lowest, dtype=torch.int8)
+    assert int8_product(x, weight).tolist() == [[127 * lowest * k]] * 2
+    assert 127 * -lowest * k < 2**31 <= 127 * -lowest * (k + 1)
 
 
 def formula(

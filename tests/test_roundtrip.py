@@ -83,7 +83,9 @@ def test_records_in_any_shards_are_read_back(
             writer.plan(groups)
             for name, tensor in reversed(tensors.items()):
                 writer.write(name, tensor)
-            writer.commit({"model_type": "x"}, Quantization([], counts, source={"name": "s"}), {"name": "s"}, {}, {})
+            source = {"name": "s", "repo": None, "commit": None}
+            identity = {**source, "config_sha256": "0" * 64, "files": {}}
+            writer.commit({"model_type": "x"}, Quantization([], counts, source=source), identity, {}, {})
         checkpoint = open_checkpoint(path / "out")
         assert check_values(checkpoint) == []
         assert checkpoint.tensors.keys() == tensors.keys()

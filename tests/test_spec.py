@@ -1,12 +1,20 @@
-"""spec.md against the code: its vectors, its hex dump, its limits and its list of error codes are read from it."""
+"""spec.md against the code: its vectors, its hex dump, its limits and its list of error codes are read from it.
+
+`spec_reader.py` follows the text alone; it is held to the same.
+"""
 
 import ast
 import hashlib
 import json
+import math
+import random
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -15,6 +23,7 @@ from torch import Tensor
 from llmint8.formats import (
     DTYPES,
     FORMAT_VERSION,
+    CheckpointError,
     CheckpointWriter,
     Quantization,
     TensorSpec,
@@ -89,6 +98,18 @@ def test_limits_and_dtypes() -> None:
     assert json.loads(BLOCKS["dtypes"]) == {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 
+def test_the_other_reader_knows_nothing_of_ours(spec_reader: ModuleType) -> None:
+    tree = ast.parse(Path(str(spec_reader.__file__)).read_text(encoding="utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.partition(".")[0] for name in imported} - sys.stdlib_module_names == {"numpy"}
+    sizes = {name: np.dtype(item).itemsize for name, item in spec_reader.ITEMS.items()}
+    assert sizes == json.loads(BLOCKS["dtypes"])
+    limits = (spec_reader.HEADER_BYTES, spec_reader.JSON_FILE_BYTES, spec_reader.JSON_VALUES)
+    limits += (spec_reader.NAME_CHARACTERS, spec_reader.DIMENSIONS, spec_reader.ELEMENTS)
+    assert limits == tuple(json.loads(BLOCKS["limits"]).values())
+
+
 def test_the_error_codes_are_those_of_the_code_in_order() -> None:
     listed = re.findall(r"^\| (E\d\d)\b", SPEC, re.MULTILINE)
     raised = {
@@ -103,10 +124,15 @@ def test_the_error_codes_are_those_of_the_code_in_order() -> None:
 
 
 @pytest.mark.parametrize("vector", vectors("quantize_weight"))
-def test_quantize_weight(vector: dict[str, Any]) -> None:
-    values, absmax = reference.quantize_weight(from_bits(vector["weight"], vector["dtype"]))
+def test_quantize_weight(vector: dict[str, Any], spec_reader: ModuleType) -> None:
+    weight = from_bits(vector["weight"], vector["dtype"])
+    values, absmax = reference.quantize_weight(weight)
     assert values.tolist() == vector["int8"]
     assert torch.equal(absmax.view(torch.int32), from_bits(vector["SCB"], "F32").view(torch.int32))
+    items = weight.view(INTS[weight.itemsize * 8]).numpy().tobytes()
+    values, absmax = spec_reader.quantize_weight(spec_reader.as_array(items, vector["dtype"], tuple(weight.shape)))
+    assert values.tolist() == vector["int8"]
+    assert absmax.tobytes() == from_bits(vector["SCB"], "F32").numpy().tobytes()
 
 
 @pytest.mark.parametrize("vector", vectors("quantize_rows"))
@@ -119,6 +145,16 @@ def test_quantize_rows(vector: dict[str, Any]) -> None:
     assert rows.values.tolist() == vector["int8"]
     assert rows.scale.tolist() == vector["scale"]
     assert (None if rows.zero_point is None else rows.zero_point.tolist()) == vector["zero_point"]
+
+
+@pytest.mark.parametrize("vector", vectors("quantize_rows"))
+def test_the_other_reader_quantizes_rows(vector: dict[str, Any], spec_reader: ModuleType) -> None:
+    x, dims = np.array(vector["x"]), np.array(vector["outlier_dims"], dtype=np.int64)
+    values, scale, zero_point = spec_reader.quantize_rows(x, dims, vector["activation"])
+    # In the outlier dimensions q holds z, as the text says; it adds nothing.
+    assert values.tolist() == vector["int8"]
+    assert scale.tolist() == vector["scale"]
+    assert zero_point.tolist() == (vector["zero_point"] or [0] * len(x))
 
 
 @pytest.mark.parametrize("facade", [False, True], ids=["reference", "facade"])
@@ -137,6 +173,14 @@ def test_linear(vector: dict[str, Any], facade: bool) -> None:
     else:
         y = reference.int8_linear(x, weight, vector["activation"])
     assert y.tolist() == vector["y"]
+
+
+@pytest.mark.parametrize("vector", vectors("linear"))
+def test_the_other_reader_computes_a_layer(vector: dict[str, Any], spec_reader: ModuleType) -> None:
+    parts = {"weight": "int8", "SCB": "SCB", "outlier_weight": "outlier_weight", "bias": "bias"}
+    layer = {part: np.array(vector[key]) for part, key in parts.items()}
+    layer["outlier_dims"] = np.array(vector["outlier_dims"], dtype=np.int32)
+    assert spec_reader.linear(np.array(vector["x"]), layer, vector["activation"]).tolist() == vector["y"]
 
 
 @pytest.mark.parametrize("vector", vectors("sha256"))
@@ -168,6 +212,74 @@ def test_the_minimal_checkpoint_is_valid(minimal: Path) -> None:
     assert (quantization.llmint8, quantization.format_version) == (True, FORMAT_VERSION)
     assert (quantization.criterion, quantization.activation, quantization.threshold) == ("top-k=1", "absmax", 6.0)
     assert quantization.skip_modules == ["lm_head"]
+
+
+def test_the_other_reader_opens_checks_and_computes_the_minimal_checkpoint(
+    minimal: Path, spec_reader: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = spec_reader.open_checkpoint(minimal)
+    assert checkpoint.layers == {"proj": (2, 4, 1)}
+    assert spec_reader.main(str(minimal)) == 0
+    vector = json.loads(BLOCKS["linear"])[0]
+    assert spec_reader.compute(checkpoint, "proj", np.array(vector["x"])).tolist() == vector["y"]
+    data = bytearray((minimal / "model.safetensors").read_bytes())
+    data[-1] = 1  # weight_format
+    (minimal / "model.safetensors").write_bytes(data)
+    assert spec_reader.main(str(minimal)) == 1
+    assert capsys.readouterr().out.startswith("E10 ")
+
+
+STRANGE = (None, True, False, 0, 1, -1, 2.0, 1e999, math.nan, 2**63, "", "x", "1.1", "\x1b", "..", "I8", [], [0], {})
+NAMES = ("more", "", "\u200b", ".weight", "SCB", "proj.proj.weight", "proj.row_sum", "llm_int8_threshold")
+
+
+def mutated(value: Any, draw: random.Random) -> Any:
+    """Change, rename, double or remove one value inside of a value from JSON."""
+    value = json.loads(json.dumps(value))
+    holders: list[Any] = [value]
+    for holder in holders:
+        inside = holder.values() if isinstance(holder, dict) else holder
+        holders += [item for item in inside if item and isinstance(item, dict | list)]
+    holder = draw.choice(holders)
+    key = draw.choice(list(holder) if isinstance(holder, dict) else range(len(holder)))
+    what = draw.random() if isinstance(holder, dict) else 1
+    if what < 0.3:
+        holder[draw.choice(NAMES)] = holder[key]
+    if what < 0.2:
+        del holder[key]
+    if what >= 0.3:
+        holder[key] = draw.choice(STRANGE)
+    return value
+
+
+@pytest.mark.parametrize("name", ["config.json", "llmint8_manifest.json", "header", "data"])
+def test_both_readers_say_the_same_of_whatever_is_there(minimal: Path, spec_reader: ModuleType, name: str) -> None:
+    path = minimal / (name if name.endswith(".json") else "model.safetensors")
+    whole = path.read_bytes()
+    start = 8 + int.from_bytes(minimal_file()[:8], "little")
+    told = set()
+    for seed in range(150):
+        draw = random.Random(seed)
+        if name == "data":
+            data = bytearray(whole)
+            data[draw.randrange(start, len(whole))] ^= 1 << draw.randrange(8)
+        elif name == "header":
+            header = json.dumps(mutated(json.loads(whole[8:start]), draw)).encode()
+            data = bytearray(len(header).to_bytes(8, "little") + header + whole[start:])
+        else:
+            data = bytearray(json.dumps(mutated(json.loads(whole), draw)).encode())
+        path.write_bytes(data)
+        try:
+            ours = sorted(error.code for error in check_values(open_checkpoint(minimal)))
+        except CheckpointError as error:
+            ours = [error.code]
+        try:
+            theirs = sorted(error.code for error in spec_reader.problems(spec_reader.open_checkpoint(minimal)))
+        except spec_reader.BrokenError as error:
+            theirs = [error.code]
+        assert theirs == ours, (seed, bytes(data))
+        told.update(ours)
+    assert len(told) > 1
 
 
 def test_the_minimal_checkpoint_holds_the_layer_of_the_vectors(minimal: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -120,6 +121,9 @@ BAD_HEADERS = {
     "leading white space": (b'  {"a": {"dtype": "F16", "shape": [2], "data_offsets": [0, 4]}}', "not a JSON object"),
     "nested too deeply": (b'{"a":' + b"[" * 200_000, "not valid JSON"),
     "a number of 5000 digits": (b'{"a":' + b"9" * 5000 + b"}", "not valid JSON"),
+    "NaN": (b'{"__metadata__": {"x": NaN}}', "NaN is no number in JSON"),
+    "an infinity": (b'{"a": -Infinity}', "-Infinity is no number in JSON"),
+    "a byte-order mark": (b"\xef\xbb\xbf{}", "byte-order mark"),
     "half a surrogate pair": ({"\ud800": {}}, "surrogate"),
     "a name twice": (b'{"a": ' + json.dumps(GOOD).encode() + b', "a": ' + json.dumps(GOOD).encode() + b"}", "twice"),
     "a key of an entry twice": (b'{"a":{"dtype":"F16","dtype":"F16","shape":[2],"data_offsets":[0,4]}}', "twice"),
@@ -152,7 +156,7 @@ BAD_HEADERS = {
 
 
 @pytest.mark.parametrize("case", BAD_HEADERS)
-def test_a_bad_header_is_refused(tmp_path: Path, case: str) -> None:
+def test_a_bad_header_is_refused(tmp_path: Path, case: str, spec_reader: ModuleType) -> None:
     header, message = BAD_HEADERS[case]
     path = file_of(tmp_path / "f.safetensors", header, b"1234")
     with pytest.raises(CorruptFileError, match=message) as caught:
@@ -160,6 +164,8 @@ def test_a_bad_header_is_refused(tmp_path: Path, case: str) -> None:
     assert str(path) in str(caught.value)
     if "shape" in message or "offsets" in message or "bytes" in message:
         assert re.search(r": [ab]: ", str(caught.value))
+    with pytest.raises(spec_reader.UnreadableError):
+        spec_reader.header(tmp_path, path.name, strict=False)
 
 
 @pytest.mark.parametrize("name", ["", "a" * 1025, "a\x1b[2Jb", "a\nb", "a\u202eb", "a\u2028", "a\u00a0b"])

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import stat
 import sys
@@ -32,6 +33,7 @@ from llmint8.formats import (
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 CONFIG = {"model_type": "test", "z": 1, "a": "ü", "text": "[  1,  2\n ]", "sizes": [1, -2.5e-07], "none": []}
+SOURCE = {"name": "s", "repo": None, "commit": None}
 SMALL_FILES = {"tokenizer.json": b"{}", "additional_chat_templates/tool.jinja": b"{{ x }}"}
 
 
@@ -76,8 +78,9 @@ def groups_of(model: Model) -> list[list[TensorSpec]]:
 
 def commit(writer: CheckpointWriter, model: Model, small_files: dict[str, bytes] | None = None) -> Manifest:
     counts = {name: len(tensors[f"{name}.outlier_dims"]) for name, tensors in model.items() if name}
-    quantization = Quantization(["lm_head"], counts, criterion="by hand", producer="test 1", source={"name": "s"})
-    return writer.commit(CONFIG, quantization, {"name": "s"}, {name: {"x": 1} for name in counts}, small_files or {})
+    quantization = Quantization(["lm_head"], counts, criterion="by hand", producer="test 1", source=SOURCE)
+    identity = {**SOURCE, "config_sha256": "0" * 64, "files": {}}
+    return writer.commit(CONFIG, quantization, identity, {name: {"x": 1} for name in counts}, small_files or {})
 
 
 def write(out: Path, model: Model, max_shard_bytes: int = 1 << 30, backwards: bool = False) -> Manifest:
@@ -190,6 +193,13 @@ def test_shards(
     if count > 1:
         index = json.loads((out / "model.safetensors.index.json").read_text())
         assert index["metadata"]["total_size"] == sum(info.nbytes for info in checkpoint.tensors.values())
+
+
+def test_a_statistic_that_overflowed_does_not_spoil_the_manifest(tmp_path: Path) -> None:
+    """Squared errors of a model with huge activations may; NaN is no JSON, and the manifest would be refused."""
+    statistics = {"m.a": {"errors": [1.0, math.inf, math.nan], "kept_absmax": -math.inf, "dims": [1]}}
+    stored = Manifest("test 1", {}, {}, statistics).to_dict()["modules"]
+    assert stored == {"m.a": {"errors": [1.0, None, None], "kept_absmax": None, "dims": [1]}}
 
 
 def test_plans_may_follow_writes(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llmint8.formats import FLOAT_DTYPES, Source, SourceError, TensorInfo
+from llmint8.formats.int8.records import MAX_IN_FEATURES
 
 from ..model.build import is_linear, meta_model
 from ..model.head import Head
@@ -113,6 +114,8 @@ def select_layers(
             kept[name] = "--skip"
         elif only and not any(re.search(pattern, name) for pattern in only):
             kept[name] = "not in --only"
+        elif layer.in_features > MAX_IN_FEATURES:
+            kept[name] = "more input features than sums in 32 bits can hold"
         elif layer.weight.dtype not in FLOAT_DTYPES:
             raise SourceError(
                 f"{source.path / layer.weight.file}: {layer.weight.name} is {layer.weight.dtype}, "

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptFileError, SourceError
+from .names import CONFIG_NAME, LEGACY_QUANTIZATION_NAME
 from .strict_json import parse_json
 
 MAX_JSON_BYTES = 256 << 20
+# What transformers writes, in Python's dialect of JSON.
+_CONFIGS = (CONFIG_NAME, LEGACY_QUANTIZATION_NAME)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -20,7 +23,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise CorruptFileError(f"{path}: {size} bytes, at most {MAX_JSON_BYTES} are allowed")
         raw = file.readall()
     try:
-        value = parse_json(raw)
+        value = parse_json(raw, constants=path.name in _CONFIGS)
     except ValueError as error:
         raise CorruptFileError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):

@@ -17,10 +17,13 @@ from ..disk.names import CONFIG_NAME, LEGACY_QUANTIZATION_NAME, SAFETENSORS_INDE
 from ..disk.reading import read_json, require_inside
 from ..errors import CheckpointError, CorruptFileError, LLMInt8Error
 from .quantization import Quantization
-from .records import Int8Record, record_specs
+from .records import MAX_IN_FEATURES, MAX_IN_FEATURES_OF_BITSANDBYTES, Int8Record, record_specs
 
 # Beside `weight` and `bias`, which are names of ordinary tensors too.
 _RECORD_SUFFIXES = ("SCB", "weight_format", "outlier_dims", "outlier_weight")
+
+# What the files of a later layout are called. Beside others nobody could say which of them the model is.
+_RESERVED = "llmint8-*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if name.endswith(".weight") and info.dtype == "I8"
     ]
     _check_presence(path, tensors, modules, quantization.llmint8)
-    records = {name: _record(path, tensors, name) for name in modules}
+    records = {name: _record(path, tensors, name, quantization.llmint8) for name in modules}
     checkpoint = Checkpoint(path, config, quantization, tensors, records)
     for name in records:
         _check_weight_format(checkpoint, name)
@@ -114,6 +117,10 @@ def _quantization(path: Path, config: Mapping[str, Any]) -> Quantization:
 
 def _weight_map(path: Path) -> dict[str, str]:
     """Return the index's map, or nothing for a checkpoint in one file."""
+    if later := sorted(path.glob(_RESERVED)):
+        raise CorruptFileError(
+            f"{later[0]}: a file of a later version of the format; update llmint8, or remove it if it belongs elsewhere"
+        )
     index, single = (path / SAFETENSORS_INDEX_NAME).exists(), (path / SAFETENSORS_NAME).exists()
     if index == single:
         what = "both are there" if index else "neither is there"
@@ -158,12 +165,15 @@ def _check_presence(path: Path, tensors: Mapping[str, TensorInfo], modules: Coll
             raise CheckpointError("E08", f"{path / info.file}: {name}: {module}.weight is not there as int8")
 
 
-def _record(path: Path, tensors: Mapping[str, TensorInfo], name: str) -> Int8Record:
+def _record(path: Path, tensors: Mapping[str, TensorInfo], name: str, llmint8: bool) -> Int8Record:
     weight = tensors[f"{name}.weight"]
     where = f"{path / weight.file}: {name}"
     if len(weight.shape) != 2:
         raise CheckpointError("E09", f"{where}.weight: shape {list(weight.shape)}, expected [out, in]")
     out_features, in_features = weight.shape
+    most = MAX_IN_FEATURES if llmint8 else MAX_IN_FEATURES_OF_BITSANDBYTES
+    if in_features > most:
+        raise CheckpointError("E09", f"{where}.weight: {in_features} columns, at most {most} add up in 32 bits")
     dims, columns = tensors.get(f"{name}.outlier_dims"), tensors.get(f"{name}.outlier_weight")
     count = None if dims is None else (dims.shape[-1] if dims.shape else 0)
     outlier_dtype = "F32" if columns is None else columns.dtype

@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..containers.tensors import DTYPES, TensorSpec, as_bytes, is_shape, is_tensor_name
+from ..containers.tensors import DTYPES, TensorSpec, as_bytes, is_shape, is_sizes, is_tensor_name
 from ..disk.names import MANIFEST_NAME
 from ..disk.reading import read_json
+from ..disk.strict_json import finite, member
 from ..errors import CheckpointError, LLMInt8Error
-from .quantization import FORMAT_VERSION, is_readable
+from .quantization import FORMAT_VERSION, Quantization, check_source, is_readable
 
 
 @dataclass(frozen=True)
@@ -43,14 +44,15 @@ class Manifest:
     tensors: dict[str, ManifestEntry]
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+    format_version: str = FORMAT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object that goes into the file."""
         return {
-            "format_version": FORMAT_VERSION,
+            "format_version": self.format_version,
             "producer": self.producer,
             "source": self.source,
-            "modules": self.modules,
+            "modules": finite(self.modules),
             "files": dict(sorted(self.files.items())),
             "tensors": {
                 name: {
@@ -73,33 +75,51 @@ def read_manifest(path: Path) -> Manifest:
     """Read the manifest in a checkpoint directory. Raises CheckpointError with rule E16."""
     file = path / MANIFEST_NAME
     try:
-        raw = read_json(file)
-        version = raw["format_version"]
-        if not is_readable(version):
-            raise CheckpointError("E16", f"{file}: format_version is {version!r}, expected {FORMAT_VERSION}")
-        entries = {name: _entry(name, entry) for name, entry in raw["tensors"].items()}
-        hashes = {_file_name(name): _hash(name, value) for name, value in raw.get("files", {}).items()}
-        return Manifest(str(raw["producer"]), dict(raw["source"]), entries, dict(raw["modules"]), hashes)
-    except CheckpointError:
-        raise
+        return _manifest(read_json(file))
     except LLMInt8Error as error:
         raise CheckpointError("E16", str(error)) from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError("E16", f"{file}: malformed: {error}; convert again to get a new one") from None
+    except ValueError as error:
+        raise CheckpointError("E16", f"{file}: {error}; convert again to get a new one") from None
 
 
-def _entry(name: str, raw: dict[str, Any]) -> ManifestEntry:
+def _manifest(raw: dict[str, Any]) -> Manifest:
+    version = member(raw, "format_version", str)
+    if not is_readable(version):
+        raise ValueError(f"format_version is {version!r}, expected {FORMAT_VERSION}")
+    source = check_source(raw)
+    _hash("source.config_sha256", member(raw, "source.config_sha256", str))
+    sizes = member(raw, "source.files", dict)
+    if not all(map(is_tensor_name, sizes)) or not is_sizes(list(sizes.values())):
+        raise ValueError(f"source.files is {str(sizes)[:80]!r}, expected the bytes of each file")
+    modules = member(raw, "modules", dict)
+    for name, statistics in modules.items():
+        if not is_tensor_name(name) or not isinstance(statistics, dict):
+            raise ValueError(f"modules: {name[:80]!r} is {str(statistics)[:80]!r}, expected an object for each layer")
+    hashes = member(raw, "files", dict) if "files" in raw else {}
+    return Manifest(
+        member(raw, "producer", str),
+        source,
+        {name: _entry(name, entry) for name, entry in member(raw, "tensors", dict).items()},
+        modules,
+        {_file_name(name): _hash(name, value) for name, value in hashes.items()},
+        version,
+    )
+
+
+def _entry(name: str, raw: Any) -> ManifestEntry:
+    file, dtype = member(raw, "file", str), member(raw, "dtype", str)
     # Names are printed in messages, so they must be harmless.
-    if not is_tensor_name(name) or not is_tensor_name(raw["file"]):
-        raise ValueError(f"{name[:80]!r} in {raw['file']!r} is not the name of a tensor or of a file")
-    if raw["dtype"] not in DTYPES or not is_shape(raw["shape"]):
-        raise ValueError(f"{name}: {raw['dtype']!r} {raw['shape']!r} is not a dtype and a shape")
-    return ManifestEntry(raw["file"], raw["dtype"], tuple(raw["shape"]), _hash(name, raw["sha256"]))
+    if not is_tensor_name(name) or not is_tensor_name(file):
+        raise ValueError(f"{name[:80]!r} in {file[:80]!r} is not the name of a tensor or of a file")
+    shape = raw.get("shape")
+    if dtype not in DTYPES or not is_shape(shape):
+        raise ValueError(f"{name}: {dtype[:80]!r} {str(shape)[:80]!r} is not a dtype and a shape")
+    return ManifestEntry(file, dtype, tuple(shape), _hash(name, raw.get("sha256")))
 
 
-def _hash(name: str, value: str) -> str:
-    if not re.fullmatch(r"[0-9a-f]{64}", value):
-        raise ValueError(f"{name}: sha256 {value!r} is not 64 hexadecimal digits")
+def _hash(name: str, value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{64}", value):
+        raise ValueError(f"{name}: sha256 {str(value)[:80]!r} is not 64 hexadecimal digits")
     return value
 
 
@@ -108,6 +128,21 @@ def _file_name(name: str) -> str:
     if not is_tensor_name(name) or "\\" in name or any(part in ("", ".", "..") for part in name.split("/")):
         raise ValueError(f"{name[:80]!r} is not the name of a file in the checkpoint")
     return name
+
+
+def contradictions(manifest: Manifest, quantization: Quantization) -> list[str]:
+    """Say where the manifest and config.json, which tell of the same conversion, disagree."""
+    said = {"format_version": manifest.format_version, "producer": manifest.producer}
+    configured = {"format_version": quantization.format_version, "producer": quantization.producer}
+    for key in ("name", "repo", "commit"):
+        said[f"source.{key}"], configured[f"source.{key}"] = manifest.source[key], quantization.source[key]
+    problems = [
+        f"{key} is {str(value)[:80]!r}, config.json says {str(configured[key])[:80]!r}"
+        for key, value in said.items()
+        if value != configured[key]
+    ]
+    strangers = sorted(manifest.modules.keys() - quantization.outliers.keys())
+    return problems + [f"modules names {name[:80]!r}, which is not a quantized layer" for name in strangers]
 
 
 def differences(manifest: Manifest, tensors: dict[str, TensorSpec], files: dict[str, str]) -> list[str]:

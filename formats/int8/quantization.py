@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..containers.tensors import is_tensor_name
+from ..disk.strict_json import member
 
 FORMAT_VERSION = "1.0"
 PRODUCER_NAME = "llmint8"
@@ -60,46 +61,51 @@ class Quantization:
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "Quantization":
         """Read the object in config.json. Raises ValueError, saying which value is wrong and what would be right."""
-        if raw.get("load_in_8bit") is not True:
-            raise ValueError(f"load_in_8bit is {raw.get('load_in_8bit')!r}, expected true")
-        if raw.get("quant_method", "bitsandbytes") != "bitsandbytes":
-            raise ValueError(f"quant_method is {raw['quant_method']!r}, expected 'bitsandbytes'")
+        for key, expected in {"load_in_8bit": True, "load_in_4bit": False, "llm_int8_has_fp16_weight": False}.items():
+            if raw.get(key, False) is not expected:
+                raise ValueError(f"{key} is {raw.get(key)!r}, expected {str(expected).lower()}")
+        if "llm_int8_enable_fp32_cpu_offload" in raw:
+            member(raw, "llm_int8_enable_fp32_cpu_offload", bool)
+        method = raw.get("quant_method", None if "llmint8" in raw else "bitsandbytes")
+        if method != "bitsandbytes":
+            raise ValueError(f"quant_method is {method!r}, expected 'bitsandbytes'")
         threshold = raw.get("llm_int8_threshold", BITSANDBYTES_THRESHOLD)
-        skip_modules = raw.get("llm_int8_skip_modules") or []
-        if not isinstance(threshold, int | float) or not 0 <= threshold <= sys.float_info.max:
+        if type(threshold) not in (int, float) or not 0 <= threshold <= sys.float_info.max:
             raise ValueError(f"llm_int8_threshold is {threshold!r}, expected a number that is not negative")
+        skip_modules = raw.get("llm_int8_skip_modules")
+        if skip_modules is None:
+            skip_modules = []
         if not isinstance(skip_modules, list) or not all(isinstance(name, str) for name in skip_modules):
-            raise ValueError("llm_int8_skip_modules is not a list of module names")
+            raise ValueError(
+                f"llm_int8_skip_modules is {str(skip_modules)[:80]!r}, expected a list of module names or null"
+            )
         return cls(skip_modules, {}, threshold=float(threshold), producer="bitsandbytes", llmint8=False)
 
     def with_block(self, block: Any) -> "Quantization":
         """Add what our block `llmint8` says. Raises ValueError, as `from_dict` does."""
-        version = _get(block, "format_version", str)
+        version = member(block, "format_version", str)
         if not is_readable(version):
             raise ValueError(f"format_version is {version!r}, this program reads {FORMAT_VERSION}; update llmint8")
-        outliers = _get(block, "outliers", dict)
-        counts = _get(outliers, "counts", dict)
+        counts = member(block, "outliers.counts", dict)
         for name, count in counts.items():
             if not is_tensor_name(name):
                 raise ValueError(f"outliers.counts names {name[:80]!r}, which is not the name of a module")
             if type(count) is not int or count < 0:
                 raise ValueError(f"outliers.counts[{name!r}] is {count!r}, expected a whole number >= 0")
-        activation = _get(block, "activation", str)
+        activation = member(block, "activation", str)
         if activation not in ("absmax", "zeropoint"):
             raise ValueError(f"activation is {activation!r}, expected 'absmax' or 'zeropoint'")
-        source = _get(block, "source", dict)
-        for key in ("name", "repo", "commit"):
-            if not isinstance(source.get(key), str | None):
-                raise ValueError(f"source.{key} is {str(source[key])[:80]!r}, expected a string or null")
+        if "calibration" in block:
+            member(block, "calibration", dict, type(None))
         return Quantization(
             self.skip_modules,
             counts,
-            criterion=_get(outliers, "criterion", str),
+            criterion=member(block, "outliers.criterion", str),
             activation=activation,
             threshold=self.threshold,
             format_version=version,
-            producer=_get(block, "producer", str),
-            source=source,
+            producer=member(block, "producer", str),
+            source=check_source(block),
             calibration=block.get("calibration"),
         )
 
@@ -110,8 +116,9 @@ def is_readable(version: str) -> bool:
     return match is not None and match[1] == FORMAT_VERSION.split(".")[0]
 
 
-def _get(mapping: Any, key: str, kind: type) -> Any:
-    value = mapping.get(key) if isinstance(mapping, dict) else None
-    if not isinstance(value, kind):
-        raise ValueError(f"{key} is {str(value)[:80]!r}, expected a {kind.__name__}")
-    return value
+def check_source(holder: dict[str, Any]) -> dict[str, Any]:
+    """Return the `source` of the block or of the manifest, which say the same. Raises ValueError."""
+    member(holder, "source.name", str)
+    for key in ("source.repo", "source.commit"):
+        member(holder, key, str, type(None))
+    return dict(holder["source"])

@@ -4,6 +4,10 @@ from dataclasses import dataclass
 
 from ..containers.tensors import TensorSpec
 
+# Sums of so many products of an int8 input and weight fit 32 bits: 127 * 127 each, and 127 * 128 where -128 may occur.
+MAX_IN_FEATURES = 133_144
+MAX_IN_FEATURES_OF_BITSANDBYTES = 132_104
+
 
 @dataclass(frozen=True)
 class Int8Record:

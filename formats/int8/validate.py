@@ -12,7 +12,7 @@ from ..disk.names import MANIFEST_NAME
 from ..disk.reading import open_regular, require_inside
 from ..errors import CheckpointError, LLMInt8Error
 from .checkpoint import Checkpoint
-from .manifest import Manifest, differences, read_manifest, tensor_sha256
+from .manifest import Manifest, contradictions, differences, read_manifest, tensor_sha256
 from .records import Int8Record
 
 # The outlier columns are the originals of int8 columns, at most half a step away; casting them to another
@@ -30,11 +30,12 @@ def check_manifest(checkpoint: Checkpoint) -> tuple[Manifest | None, list[Checkp
         manifest = read_manifest(checkpoint.path)
     except CheckpointError as error:
         return None, [error]
+    where = checkpoint.path / MANIFEST_NAME
     files = {name: info.file for name, info in checkpoint.tensors.items()}
-    found = differences(manifest, dict(checkpoint.tensors), files)
-    return manifest, [
-        CheckpointError("E17", f"{checkpoint.path / MANIFEST_NAME}: {difference}") for difference in found
-    ]
+    llmint8 = checkpoint.quantization.llmint8
+    found = [("E16", what) for what in (contradictions(manifest, checkpoint.quantization) if llmint8 else [])]
+    found += [("E17", what) for what in differences(manifest, dict(checkpoint.tensors), files)]
+    return manifest, [CheckpointError(code, f"{where}: {what}") for code, what in found]
 
 
 def _check_files(checkpoint: Checkpoint, manifest: Manifest) -> list[CheckpointError]:

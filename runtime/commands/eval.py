@@ -1,7 +1,6 @@
 """The command `llmint8 eval`: it parses and prints; `accuracy/` does the work."""
 
 import json
-import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,6 +50,8 @@ def eval_command(
     are larger than those of the calibration. OUT and SOURCE are directories or Hub ids.
     """
     set_up_logging(False)
+    from llmint8.formats.disk.strict_json import finite
+
     from ..accuracy.compare import compare
 
     with pass_bar("Evaluating", quiet) as progress:
@@ -74,9 +75,9 @@ def eval_command(
             asdict(row) | {"perplexity_difference": row.perplexity - expected} for row in found.evaluation.measurements
         ],
     }
-    click.echo(json.dumps(_finite(facts), indent=2) if as_json else _table(facts))
+    click.echo(json.dumps(finite(facts), indent=2) if as_json else _table(facts))
     if not no_save:
-        _save(_finite(facts), Path(out))
+        _save(finite(facts), Path(out))
 
 
 def _save(facts: dict[str, Any], out: Path) -> None:
@@ -117,12 +118,3 @@ def _table(facts: dict[str, Any]) -> str:
         most = f", {beyond['layer_share']:.2%} at {printable(beyond['layer'])}" if beyond["share"] else ""
         rows.append(f"{beyond['share']:.2%} of the inputs exceed the largest of the calibration{most}.")
     return "\n".join(rows)
-
-
-def _finite(value: Any) -> Any:
-    """Replace what JSON has no number for by null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -134,7 +134,7 @@ def kept_limits(checkpoint: Checkpoint) -> dict[str, float]:
             sharing[statistics.get("shares_input_with", name)].append(name)
             if "kept_absmax" in statistics:
                 seen[name] = _magnitude(statistics["kept_absmax"])
-        except (AttributeError, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise LLMInt8Error(f"{file}: {name}: malformed statistics ({error}); convert the source again") from None
     return {name: value for first, value in seen.items() for name in sharing[first]}
 

@@ -88,7 +88,7 @@ def _summary(findings: Findings) -> str:
     kept = sum(quantization.outliers.values())
     measured = sum(len(found.layers) for found in findings.inputs)
     source = quantization.source
-    calibration = quantization.calibration if isinstance(quantization.calibration, dict) else {}
+    calibration = quantization.calibration or {}
     architectures = checkpoint.config.get("architectures")
     origin = str(source.get("name") or source.get("repo") or "unknown")
     origin += f" at commit {source['commit']}" if source.get("commit") else ""

@@ -1,0 +1,548 @@
+"""A second reader of int8 checkpoints, which follows `spec.md` alone: it opens one, checks it, and computes its layers.
+
+Only the standard library and NumPy, nothing of ours and no torch: where two programs that share no line disagree, one
+of them or the text is wrong. conftest.py runs it on all that the suite writes, test_checkpoint.py on checkpoints that
+break each rule.
+
+    python tests/spec_reader.py DIRECTORY
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+# Section 5. NumPy has no type of one byte for floats, and none for BF16: those are read as the integers that hold them.
+ITEMS = {
+    **{
+        "BOOL": "u1",
+        "U8": "u1",
+        "I8": "i1",
+        "F8_E4M3": "u1",
+        "F8_E5M2": "u1",
+        "U16": "<u2",
+        "I16": "<i2",
+        "F16": "<f2",
+    },
+    **{"BF16": "<u2", "U32": "<u4", "I32": "<i4", "F32": "<f4", "U64": "<u8", "I64": "<i8", "F64": "<f8", "C64": "<c8"},
+}
+HEADER_BYTES, JSON_FILE_BYTES, JSON_VALUES = 100_000_000, 268_435_456, 10_000_000
+NAME_CHARACTERS, DIMENSIONS, ELEMENTS = 1024, 64, 2**63 - 1
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+MANIFEST = "llmint8_manifest.json"
+FLOATS = ("F16", "BF16", "F32")
+
+
+class BrokenError(Exception):
+    """A rule of section 11 that does not hold."""
+
+    def __init__(self, code: str, what: object) -> None:
+        super().__init__(f"{code} {what}")
+        self.code = code
+
+
+class UnreadableError(Exception):
+    """A file that is not as the text wants it; which rule that breaks depends on the file."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor's place; `begin` counts from the start of the file."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint for which E01 to E11 hold. `layers` has N, K and k, which is None where nobody chose outliers."""
+
+    path: Path
+    config: dict[str, Any]
+    block: dict[str, Any] | None
+    tensors: dict[str, Tensor]
+    layers: dict[str, tuple[int, int, int | None]]
+
+    def data(self, name: str) -> bytes:
+        """Return the bytes of a tensor."""
+        place = self.tensors[name]
+        with regular(self.path, place.file) as file:
+            file.seek(place.begin)
+            data: bytes = file.read(place.end - place.begin)
+        if len(data) != place.end - place.begin:
+            raise BrokenError("E06", f"{place.file}: {name}: cut short")
+        return data
+
+    def read(self, name: str) -> Array:
+        """Return a tensor; BF16 as the float32 of the same value."""
+        place = self.tensors[name]
+        return as_array(self.data(name), place.dtype, place.shape)
+
+
+def as_array(data: bytes, dtype: str, shape: tuple[int, ...]) -> Array:
+    array = np.frombuffer(data, dtype=ITEMS[dtype]).reshape(shape)
+    return (array.astype("<u4") << 16).view("<f4") if dtype == "BF16" else array
+
+
+# Files, sections 4 and 12.
+
+
+def regular(directory: Path, name: str) -> Any:
+    """Open a file of the checkpoint, if it is a regular one that no link leads away from."""
+    path = directory / name
+    target, home = path.resolve(), directory.resolve()
+    in_the_cache = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
+    if not target.is_relative_to(home) and not in_the_cache:
+        raise UnreadableError(f"{path}: leads out of the directory")
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    except OSError as error:
+        raise UnreadableError(f"{path}: {error}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UnreadableError(f"{path}: not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def decode(raw: bytes, constants: bool = False) -> Any:
+    """Decode JSON by the rules of section 4."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) != len(pairs):
+            raise UnreadableError("a key stands twice")
+        return dict(pairs)
+
+    def constant(word: str) -> float:
+        if not constants:
+            raise UnreadableError(f"{word} is no JSON")
+        return float(word)
+
+    if sum(raw.count(mark) for mark in (b",", b"[", b"{")) > JSON_VALUES:
+        raise UnreadableError("too many values")
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair has no encoding
+    except (ValueError, RecursionError) as error:
+        raise UnreadableError(f"no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UnreadableError("no JSON object")
+    return value
+
+
+def json_file(directory: Path, name: str, constants: bool = False) -> dict[str, Any]:
+    with regular(directory, name) as file:
+        if os.fstat(file.fileno()).st_size > JSON_FILE_BYTES:
+            raise UnreadableError(f"{name}: larger than {JSON_FILE_BYTES} bytes")
+        found: dict[str, Any] = decode(file.read(), constants)
+    return found
+
+
+def is_name(name: Any) -> bool:
+    """Section 5. `isprintable` is Python's word for the same categories."""
+    return isinstance(name, str) and 0 < len(name) <= NAME_CHARACTERS and name.isprintable()
+
+
+def is_whole(value: Any, below: int = 2**63) -> bool:
+    return type(value) is int and 0 <= value < below
+
+
+def is_shape(value: Any) -> bool:
+    sizes = isinstance(value, list) and len(value) <= DIMENSIONS and all(map(is_whole, value))
+    return sizes and math.prod(size or 1 for size in value) <= ELEMENTS
+
+
+def header(directory: Path, name: str, strict: bool) -> dict[str, Tensor]:
+    """Read the header of a weight file, section 5."""
+    with regular(directory, name) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8 or length > HEADER_BYTES:
+            raise UnreadableError(f"{name}: its header does not lie inside")
+        raw = file.read(length)
+    if not raw.startswith(b"{"):
+        raise UnreadableError(f"{name}: its header is no object")
+    entries = decode(raw)
+    if entries.pop("__metadata__", {"format": "pt"}) != {"format": "pt"} and strict:
+        raise UnreadableError(f"{name}: __metadata__")
+    start = 8 + length
+    tensors = {tensor: place(name, tensor, entry, start) for tensor, entry in entries.items()}
+    for found in sorted(tensors.values(), key=lambda tensor: (tensor.begin, tensor.end)):
+        if found.begin != start:
+            raise UnreadableError(f"{name}: a hole or an overlap at byte {start}")
+        start = found.end
+    if start != size:
+        raise UnreadableError(f"{name}: {size} bytes, its header describes {start}")
+    return tensors
+
+
+def place(file: str, name: str, entry: Any, start: int) -> Tensor:
+    """Check one entry of a header."""
+    if not is_name(name) or not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise UnreadableError(f"{file}: {name!r}: its entry")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEMS or not is_shape(shape):
+        raise UnreadableError(f"{file}: {name}: its dtype or shape")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(is_whole, offsets)):
+        raise UnreadableError(f"{file}: {name}: its offsets")
+    if offsets[1] - offsets[0] != math.prod(shape) * np.dtype(ITEMS[dtype]).itemsize:
+        raise UnreadableError(f"{file}: {name}: its offsets are not those of its shape")
+    return Tensor(file, dtype, tuple(shape), start + offsets[0], start + offsets[1])
+
+
+# Structure, rules E01 to E11.
+
+
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Open a checkpoint. Raises BrokenError with the first rule of E01 to E11 that does not hold."""
+    config = under("E01", lambda: json_file(directory, "config.json", constants=True))
+    said = config.get("quantization_config")
+    if said is None and (directory / "quantization_config.json").exists():
+        said = under("E01", lambda: json_file(directory, "quantization_config.json", constants=True))
+    block = checked_quantization(said)
+    files = under("E04", lambda: weight_map(directory))
+    names = sorted(set(files.values())) if files else [SINGLE]
+    for name in names:
+        under("E05", lambda name=name: regular(directory, name).close())  # type: ignore[misc]
+    headers = {}
+    for name in names:
+        headers[name] = under("E06", lambda name=name: header(directory, name, block is not None))  # type: ignore[misc]
+    tensors: dict[str, Tensor] = {}
+    for found in headers.values():
+        for name, tensor in found.items():
+            require("E07", name not in tensors, f"{name}: in two files")
+            tensors[name] = tensor
+    agreed = not files or {name: tensor.file for name, tensor in tensors.items()} == files
+    require("E07", agreed, "index and files disagree")
+    layers = checked_layers(tensors, block is not None)
+    checkpoint = Checkpoint(directory, config, block, tensors, layers)
+    for name in layers:
+        if f"{name}.weight_format" in tensors:
+            value = under("E06", lambda name=name: checkpoint.read(f"{name}.weight_format"))  # type: ignore[misc]
+            require("E10", int(value) == 0, f"{name}: weight_format {value}")
+    if block is not None:
+        counts = {name: k for name, (_, _, k) in layers.items()}
+        require("E11", block["outliers"]["counts"] == counts, "counts are not those of the tensors")
+    return checkpoint
+
+
+def under(code: str, action: Callable[[], Any]) -> Any:
+    try:
+        return action()
+    except UnreadableError as error:
+        raise BrokenError(code, error) from None
+
+
+def require(code: str, holds: bool, what: str) -> None:
+    if not holds:
+        raise BrokenError(code, what)
+
+
+def checked_quantization(said: Any) -> dict[str, Any] | None:
+    """Check `quantization_config`, section 9; return the block."""
+    require("E02", isinstance(said, dict), "no quantization_config")
+    require("E02", said.get("load_in_8bit") is True, "load_in_8bit")
+    require("E02", said.get("quant_method", "bitsandbytes") == "bitsandbytes", "quant_method")
+    require("E02", "quant_method" in said or "llmint8" not in said, "no quant_method")
+    for key in ("load_in_4bit", "llm_int8_has_fp16_weight"):
+        require("E02", said.get(key, False) is False, key)
+    require("E02", type(said.get("llm_int8_enable_fp32_cpu_offload", False)) is bool, "offload")
+    threshold, skipped = said.get("llm_int8_threshold", 6.0), said.get("llm_int8_skip_modules")
+    require("E02", type(threshold) in (int, float) and 0 <= threshold <= sys.float_info.max, "llm_int8_threshold")
+    named = skipped is None or (isinstance(skipped, list) and all(isinstance(name, str) for name in skipped))
+    require("E02", named, "llm_int8_skip_modules")
+    if "llmint8" not in said:
+        return None
+    block = said["llmint8"]
+    require("E03", isinstance(block, dict) and is_readable(block.get("format_version")), "format_version")
+    require("E03", isinstance(block.get("producer"), str), "producer")
+    require("E03", block.get("activation") in ("absmax", "zeropoint"), "activation")
+    require("E03", isinstance(block.get("calibration"), dict | None), "calibration")
+    require("E03", is_source(block.get("source")), "source")
+    outliers = block.get("outliers")
+    require("E03", isinstance(outliers, dict) and isinstance(outliers.get("criterion"), str), "outliers.criterion")
+    counts = outliers.get("counts")
+    whole = isinstance(counts, dict) and all(is_name(name) and is_count(k) for name, k in counts.items())
+    require("E03", whole, "outliers.counts")
+    found: dict[str, Any] = block
+    return found
+
+
+def is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def is_readable(version: Any) -> bool:
+    return isinstance(version, str) and re.fullmatch(r"1\.[0-9]+", version) is not None
+
+
+def is_source(source: Any) -> bool:
+    return (
+        isinstance(source, dict)
+        and isinstance(source.get("name"), str)
+        and all(key in source and isinstance(source[key], str | None) for key in ("repo", "commit"))
+    )
+
+
+def weight_map(directory: Path) -> dict[str, str]:
+    """Return the index's map, section 4; nothing where all is in one file."""
+    if any(re.fullmatch(r"llmint8-.*\.safetensors", path.name, re.DOTALL) for path in directory.iterdir()):
+        raise UnreadableError("a file of a later layout")
+    indexed = (directory / INDEX).exists()
+    if indexed == (directory / SINGLE).exists():
+        raise UnreadableError("either the index or one file")
+    files = json_file(directory, INDEX).get("weight_map") if indexed else {}
+    if not isinstance(files, dict) or (indexed and not files):
+        raise UnreadableError("weight_map")
+    for tensor, file in files.items():
+        plain = isinstance(file, str) and is_name(file) and not re.search(r"[/\\]|^[A-Za-z]:", file)
+        if not is_name(tensor) or not plain or not file.endswith(".safetensors"):
+            raise UnreadableError(f"weight_map: {tensor!r}")
+    return files
+
+
+def checked_layers(tensors: Mapping[str, Tensor], ours: bool) -> dict[str, tuple[int, int, int | None]]:
+    """Check the records, rules E08 and E09 of section 6."""
+    names = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
+    layers = {name for name in names if tensors[f"{name}.weight"].dtype == "I8"}
+    for name in layers:
+        has = {suffix: f"{name}.{suffix}" in tensors for suffix in ("outlier_dims", "outlier_weight", "weight_format")}
+        require("E08", f"{name}.SCB" in tensors, f"{name}.SCB")
+        require("E08", has["outlier_dims"] == has["outlier_weight"], f"{name}: one outlier tensor of two")
+        require("E08", not ours or all(has.values()), f"{name}: not whole")
+    for name in tensors:
+        module, _, suffix = name.rpartition(".")
+        reserved = suffix in ("SCB", "weight_format", "outlier_dims", "outlier_weight")
+        require("E08", not reserved or module in layers, f"{name}: without its weight")
+    return {name: checked_shapes(tensors, name, ours) for name in sorted(layers)}
+
+
+def checked_shapes(tensors: Mapping[str, Tensor], name: str, ours: bool) -> tuple[int, int, int | None]:
+    weight, dims = tensors[f"{name}.weight"], tensors.get(f"{name}.outlier_dims")
+    require("E09", len(weight.shape) == 2, f"{name}.weight")
+    n, k = weight.shape
+    require("E09", k <= (133_144 if ours else 132_104), f"{name}: {k} columns")
+    require("E09", dims is None or len(dims.shape) == 1, f"{name}.outlier_dims")
+    count = None if dims is None else dims.shape[0]
+    require("E09", (count or 0) <= k, f"{name}: k is more than K")
+    for suffix, dtypes, shape in (
+        ("SCB", ("F32",), (n,)),
+        ("weight_format", ("U8",), ()),
+        ("outlier_dims", ("I32",), (count,)),
+        ("outlier_weight", FLOATS, (n, count)),
+        ("bias", FLOATS, (n,)),
+    ):
+        tensor = tensors.get(f"{name}.{suffix}")
+        require("E09", tensor is None or (tensor.dtype in dtypes and tensor.shape == shape), f"{name}.{suffix}")
+    return n, k, count
+
+
+# Values, rules E12 to E19.
+
+
+def problems(checkpoint: Checkpoint) -> list[BrokenError]:
+    """Return every broken rule of E12 to E19, one for each tensor and rule."""
+    found: list[BrokenError] = []
+    for name in checkpoint.layers:
+        try:
+            found += [BrokenError(code, name) for code in broken_values(checkpoint, name)]
+        except (BrokenError, UnreadableError):
+            continue  # told below, for the tensor that cannot be read
+    manifest = None
+    if checkpoint.block is not None or (checkpoint.path / MANIFEST).exists():
+        try:
+            manifest = json_file(checkpoint.path, MANIFEST)
+            found += [BrokenError("E16", what) for what in manifest_problems(manifest, checkpoint)]
+        except UnreadableError as error:
+            found.append(BrokenError("E16", error))
+    readable = manifest is not None and not list(malformed(manifest))
+    if readable and manifest is not None:
+        found += list(unlike_the_manifest(checkpoint, manifest))
+    for name in checkpoint.tensors:
+        try:
+            digest = hashlib.sha256(checkpoint.data(name)).hexdigest()
+        except (BrokenError, UnreadableError) as error:
+            found.append(BrokenError("E06", error))
+            continue
+        if readable and manifest is not None and digest != manifest["tensors"].get(name, {}).get("sha256", digest):
+            found.append(BrokenError("E18", name))
+    return found
+
+
+def broken_values(checkpoint: Checkpoint, name: str) -> Iterator[str]:
+    """Yield the codes of E12 to E15 that a layer breaks."""
+    absmax = checkpoint.read(f"{name}.SCB")
+    if not (np.isfinite(absmax) & (absmax >= 0)).all():
+        yield "E12"
+        return
+    if checkpoint.block is None:
+        return
+    weight = checkpoint.read(f"{name}.weight").astype(np.int64)
+    if weight.shape[1] and not np.array_equal(abs(weight).max(axis=1), np.where(absmax > 0, 127, 0)):
+        yield "E13"
+    dims = checkpoint.read(f"{name}.outlier_dims").astype(np.int64)
+    if not ((np.diff(dims) > 0).all() and (dims >= 0).all() and (dims < weight.shape[1]).all()):
+        yield "E14"
+        return
+    columns = checkpoint.read(f"{name}.outlier_weight").astype(np.float64)
+    step = absmax.astype(np.float64)[:, None] / 127
+    if not (abs(columns - weight[:, dims] * step) <= 1.5 * step + 2.0**-25).all():
+        yield "E15"
+
+
+def manifest_problems(manifest: dict[str, Any], checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield what breaks E16: what is not as in section 10, or not as in config.json."""
+    yield from malformed(manifest)
+    block = checkpoint.block
+    if block is None or list(malformed(manifest)):
+        return
+    yield from (key for key in ("format_version", "producer") if manifest[key] != block[key])
+    yield from (key for key in ("name", "repo", "commit") if manifest["source"][key] != block["source"][key])
+    yield from (name for name in manifest["modules"] if name not in checkpoint.layers)
+
+
+def malformed(manifest: dict[str, Any]) -> Iterator[str]:
+    """Yield the first thing that is not as in section 10."""
+    objects = [manifest.get("modules"), manifest.get("files", {}), manifest.get("tensors")]
+    source: Any = manifest.get("source")
+    if not is_readable(manifest.get("format_version")) or not isinstance(manifest.get("producer"), str):
+        yield "format_version or producer"
+    elif not is_source(source) or not is_hash(source.get("config_sha256")):
+        yield "source"
+    elif not isinstance(source.get("files"), dict) or not all(map(is_name, source["files"])):
+        yield "source.files"
+    elif not all(map(is_whole, source["files"].values())):
+        yield "source.files: bytes"
+    elif not all(isinstance(value, dict) for value in objects):
+        yield "modules, files or tensors"
+    elif not all(is_name(name) and isinstance(value, dict) for name, value in manifest["modules"].items()):
+        yield "modules"
+    elif not all(is_path(name) and is_hash(value) for name, value in manifest.get("files", {}).items()):
+        yield "files"
+    elif not all(is_name(name) and is_entry(value) for name, value in manifest["tensors"].items()):
+        yield "tensors"
+
+
+def is_entry(entry: Any) -> bool:
+    return (
+        isinstance(entry, dict)
+        and is_name(entry.get("file"))
+        and isinstance(entry.get("dtype"), str)
+        and entry["dtype"] in ITEMS
+        and is_shape(entry.get("shape"))
+        and is_hash(entry.get("sha256"))
+    )
+
+
+def is_hash(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def is_path(name: str) -> bool:
+    return is_name(name) and "\\" not in name and not {"", ".", ".."} & set(name.split("/"))
+
+
+def unlike_the_manifest(checkpoint: Checkpoint, manifest: dict[str, Any]) -> Iterator[BrokenError]:
+    """Yield what breaks E17 and E19."""
+    entries = manifest["tensors"]
+    for name in sorted(entries.keys() | checkpoint.tensors.keys()):
+        entry, tensor = entries.get(name), checkpoint.tensors.get(name)
+        said = entry and (entry["file"], entry["dtype"], tuple(entry["shape"]))
+        if said != (tensor and (tensor.file, tensor.dtype, tensor.shape)):
+            yield BrokenError("E17", name)
+    for name, digest in manifest.get("files", {}).items():
+        try:
+            with regular(checkpoint.path, name) as file:
+                same = hashlib.sha256(file.read()).hexdigest() == digest
+        except UnreadableError:
+            inside = (checkpoint.path / name).resolve().is_relative_to(checkpoint.path.resolve())
+            same = inside and not (checkpoint.path / name).exists()
+        if not same:
+            yield BrokenError("E19", name)
+
+
+# Arithmetic, section 7.
+
+
+def round_half_even(value: Fraction) -> int:
+    return round(value)  # of a Fraction, Python rounds exactly
+
+
+def quantize_weight(weight: Array) -> tuple[Array, Array]:
+    """Return int8 [N, K] and SCB [N], in exact arithmetic."""
+    absmax = [max((abs(Fraction(float(w))) for w in row), default=Fraction(0)) for row in weight]
+    values = [
+        [round_half_even(127 * Fraction(float(w)) / a) if a else 0 for w in row]
+        for row, a in zip(weight, absmax, strict=True)
+    ]
+    shape = weight.shape
+    return np.array(values, dtype=np.int8).reshape(shape), np.array([float(a) for a in absmax], dtype=np.float32)
+
+
+def quantize_rows(x: Array, dims: Array, activation: str) -> tuple[Array, Array, Array]:
+    """Return q [M, K], s [M] and z [M] of an input, float64 [M, K]."""
+    kept = x.astype(np.float64)
+    kept[:, dims] = 0  # changes neither the absmax nor a range that contains 0
+    if activation == "absmax":
+        a = abs(kept).max(axis=1, initial=0)
+        safe = np.where(a == 0, 1, a)[:, None]
+        return np.rint(127 * kept / safe), a / 127, np.zeros(len(a))
+    low, high = kept.min(axis=1, initial=0), kept.max(axis=1, initial=0)
+    s = (high - low) / 254
+    safe = np.where(s == 0, 1, s)
+    z = np.rint(-127 - low / safe)
+    return np.clip(np.rint(kept / safe[:, None]) + z[:, None], -127, 127), s, z
+
+
+def linear(x: Array, layer: Mapping[str, Array], activation: str) -> Array:
+    """Return y, float64 [M, N], of x [M, K]; `layer` has the tensors of section 6 by their last component."""
+    weight, absmax = layer["weight"].astype(np.float64), layer["SCB"].astype(np.float64)
+    dims = layer["outlier_dims"].astype(np.int64)
+    q, s, z = quantize_rows(x, dims, activation)
+    # Whole numbers below 2^53: exact.
+    sums = q @ weight.T - z[:, None] * weight.sum(axis=1)
+    y: Array = s[:, None] * absmax / 127 * sums
+    y += x[:, dims].astype(np.float64) @ layer["outlier_weight"].astype(np.float64).T
+    return y + layer["bias"].astype(np.float64) if "bias" in layer else y
+
+
+def compute(checkpoint: Checkpoint, name: str, x: Array, activation: str | None = None) -> Array:
+    """Return what a layer makes of x [M, K], float64 [M, N]."""
+    suffixes = ("weight", "SCB", "outlier_dims", "outlier_weight", "bias")
+    layer = {
+        suffix: checkpoint.read(f"{name}.{suffix}") for suffix in suffixes if f"{name}.{suffix}" in checkpoint.tensors
+    }
+    layer.setdefault("outlier_dims", np.zeros(0, dtype=np.int32))
+    layer.setdefault("outlier_weight", np.zeros((len(layer["SCB"]), 0), dtype=np.float32))
+    return linear(x, layer, activation or (checkpoint.block or {}).get("activation", "absmax"))
+
+
+def main(directory: str) -> int:
+    """Print what is wrong with a checkpoint; return the exit status."""
+    try:
+        checkpoint = open_checkpoint(Path(directory))
+        found = problems(checkpoint)
+    except BrokenError as error:
+        found = [error]
+    for problem in found:
+        print(problem)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
