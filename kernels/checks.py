@@ -11,6 +11,7 @@ from torch import Tensor
 from .reference import Int8Weight
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_MOST_FEATURES = 133_144  # 127 * 127 * K < 2**31
 _COLUMNS = (*FLOATS, torch.float64)  # of what a layer holds; a model may be cast to it
 
 
@@ -25,6 +26,10 @@ def check_weight(weight: Int8Weight) -> None:
     device = values.device
     _check("values", values, (torch.int8,), (None, None), device)
     n, k = values.shape
+    if k > _MOST_FEATURES:
+        raise ValueError(
+            f"values has {k} columns, at most {_MOST_FEATURES} add up in 32 bits; keep the layer in 16 bit"
+        )
     _check("absmax", weight.absmax, (torch.float32,), (n,), device)
     _check("outlier_dims", dims, (torch.int32, torch.int64), (None,), device)
     _check("outlier_weight", weight.outlier_weight, _COLUMNS, (n, len(dims)), device)

@@ -325,6 +325,7 @@ BAD_WEIGHTS: dict[str, tuple[dict[str, Tensor], str]] = {
     "bias long": ({"bias": torch.zeros(49)}, r"bias has shape \[49\], expected \[48\]"),
     "values of floats": ({"values": torch.zeros(48, 64)}, r"values is torch\.float32, expected torch\.int8"),
     "values flat": ({"values": torch.zeros(48, dtype=torch.int8)}, r"values has shape \[48\]"),
+    "too long for 32 bits": ({"values": torch.zeros(48, 133_145, dtype=torch.int8)}, "133145 columns, at most 133144"),
     "absmax elsewhere": ({"absmax": torch.zeros(48, device="meta")}, "absmax is on meta, expected cpu"),
 }
 
