@@ -7,6 +7,7 @@ place, like a tensor of a safetensors file.
 
 import logging
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from ...disk.reading import open_regular
-from ...errors import CorruptFileError
+from ...errors import CorruptFileError, LLMInt8Error
 from ..tensors import DTYPE_NAMES, DTYPES, TensorInfo, is_shape, is_tensor_name, read_tensor
 from .pickles import Call, Label
 from .storages import Place, read_container, storage_of
@@ -53,13 +54,15 @@ class _View:
 class TorchFile:
     """One `torch.save` file. Nothing in it is executed and none of its numbers trusted."""
 
-    def __init__(self, path: Path) -> None:
-        """List the tensors. Raises CorruptFileError."""
-        self.path, self.size = path, path.stat().st_size
+    def __init__(self, path: Path, opened: Any = None) -> None:
+        """List the tensors, from `opened` where the file is not at `path` yet. Raises CorruptFileError."""
+        self.path = path
         try:
-            with open_regular(path) as file:
-                state, places = read_container(file)
-        except CorruptFileError:
+            with opened or open_regular(path) as file:
+                self.size = file.seek(0, os.SEEK_END)
+                file.seek(0)
+                state, places = read_container(file, self.size)
+        except LLMInt8Error:
             raise
         except Exception as error:  # zipfile and pickletools raise what they like for what is broken
             reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
