@@ -158,8 +158,8 @@ def _is_int8(api: HfApi, repo: str, commit: str, whole: bool, weights: list[str]
 
 
 @contextmanager
-def explained(repo: str) -> Iterator[None]:
-    """Turn what the Hub refuses into an LLMInt8Error that names the repo."""
+def explained(repo: str, remedy: str = "") -> Iterator[None]:
+    """Turn what the Hub refuses into an LLMInt8Error that names the repo; where it did not refuse, with the remedy."""
     try:
         yield
     except (HTTPError, ValueError, RuntimeError) as error:
@@ -168,5 +168,4 @@ def explained(repo: str) -> Iterator[None]:
         refused = isinstance(cause, ValueError) or (
             isinstance(cause, HfHubHTTPError) and cause.response.status_code in (401, 402, 403, 404)
         )
-        more = "" if refused else "; what has arrived stays, start again to continue"
-        raise LLMInt8Error(f"{repo}: {explain(cause)}{more}") from None
+        raise LLMInt8Error(f"{repo}: {explain(cause)}{'' if refused else remedy}") from None

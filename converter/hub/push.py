@@ -129,7 +129,7 @@ def send(upload: Upload, message: str = "Upload int8 checkpoint") -> Published:
     to = upload.to
     api, repo, revision = to.api, to.repo, to.revision
     to.create()
-    with explained(repo):
+    with explained(repo, "; what has arrived stays, start again to continue"):
         if revision is not None and not revision.startswith("refs/"):
             patiently(lambda: api.create_branch(repo, branch=revision, exist_ok=True))
         before = patiently(lambda: api.model_info(repo, revision=revision))
