@@ -253,6 +253,36 @@ def test_the_repo_is_there_before_the_work_and_not_for_a_plan(hub: Any, source: 
     assert there[-1]
 
 
+@pytest.mark.parametrize("content", [b"weights", b"PK\x03\x04" + bytes(9999), b"\x80\x02", b"\0" * 9999], ids=len)
+def test_headers_that_are_broken_are_one_line(content: bytes, hub: Any, source: Path, tmp_path: Path) -> None:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        files = {file: data for file, data in files_of(source).items() if not file.endswith(".safetensors")}
+        hub.add(SOURCE, files | {name: content})
+        assert_refused(run(SOURCE, tmp_path / "out"), f"{name}: ")
+    assert weights_in_cache() == []
+
+
+@pytest.mark.parametrize("layout", ["one file", "torch"])
+def test_a_hub_that_fails_in_the_midst_of_a_header_is_not_taken_for_a_broken_file(
+    layout: str, hub: Any, model: Any, source: Path, tmp_path: Path
+) -> None:
+    path = laid_out(model, source, layout, tmp_path / "tiny")
+    name = next(file.name for file in path.iterdir() if file.suffix in (".safetensors", ".bin"))
+    hub.add(SOURCE, files_of(path))
+    hub.after = lambda request: hub.fail(f"GET .*{name}", 403) if re.search(f"GET .*{name}", request) else None
+    assert_refused(run(SOURCE, tmp_path / "out"), rf"{SOURCE}: {name}: the Hub gives no access \(403\)")
+    hub.failures, hub.after = [], lambda request: None
+    hub.fail(f"GET .*{name}", 503)
+    assert run(SOURCE, tmp_path / "out", "--dry-run").exit_code == 0
+
+
+def test_files_of_a_licence_are_fetched_however_they_are_spelled(hub: Any, source: Path, tmp_path: Path) -> None:
+    names = ["LICENCE", "license-model", "Copying", "NOTICE", "Notice.rst", "Use_Policy"]
+    hub.add(SOURCE, files_of(source) | dict.fromkeys(names, b"as you like"))
+    converter.convert(SOURCE, tmp_path / "out", outliers="none")
+    assert {file.name for file in (tmp_path / "out").iterdir()} >= set(names)
+
+
 # What is finished
 
 
