@@ -11,7 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotF
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from llmint8.formats import SourceError, TensorInfo
-from llmint8.formats.containers.pytorch.file import TorchFile
+from llmint8.formats.containers.pytorch.file import parse_torch_header
 from llmint8.formats.containers.safetensors import parse_header
 
 from .answers import explain, patiently
@@ -40,8 +40,8 @@ def has_file(origin: Resolved, name: str) -> bool:
 def read_remote_header(origin: Resolved, name: str) -> tuple[int, dict[str, TensorInfo]]:
     """Return a weight file's size and its tensors. Raises SourceError, CorruptFileError."""
     file, path = _RemoteFile(origin, name), origin.path / name
-    tensors = TorchFile(path, file).tensors if name.endswith(".bin") else parse_header(path, file, file.size)
-    return file.size, tensors
+    parse = parse_torch_header if name.endswith(".bin") else parse_header
+    return file.size, parse(path, file, file.size)
 
 
 @contextmanager
