@@ -30,6 +30,7 @@ FILES = [
     "resume",
     "hub",
     "low_disk",
+    "before_the_work",
     "remote_code",
 ]
 

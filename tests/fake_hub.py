@@ -178,6 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
             (r"POST /api/models/(.+?)/preupload/(.+)", self._preupload),
             (r"POST /api/models/(.+?)/commit/(.+)", self._commit),
             (r"POST /api/models/(.+?)/branch/(.+)", self._branch),
+            (r"GET /api/models/(.+?)/auth-check/write", self._may_write),
             (r"GET /api/models/(.+?)/tree/(.+)", self._tree),
             (r"GET /api/models/(.+?)/revision/(.+)", self._info),
             (r"GET /api/models/(.+)", self._info),
@@ -240,12 +241,14 @@ class _Handler(BaseHTTPRequestHandler):
             data = yaml.safe_load(block[1]) if block else {}
         except yaml.YAMLError as error:
             raise Answer(400, message=str(error)) from None
-        texts = ("base_model", "license", "license_name", "license_link", "library_name", "pipeline_tag")
+        texts = ("license", "license_name", "license_link", "library_name", "pipeline_tag")
         wrong = [key for key in texts if not isinstance(data.get(key, ""), str)]
         wrong += [key for key in ("tags",) if not all(isinstance(item, str) for item in data.get(key, []))]
         if data.get("base_model_relation", "quantized") not in ("adapter", "merge", "quantized", "finetune"):
             wrong.append("base_model_relation")
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", data.get("base_model", "a/b")):
+        bases = data.get("base_model", [])
+        bases = bases if isinstance(bases, list) else [bases]
+        if not all(isinstance(base, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", base) for base in bases):
             wrong.append("base_model")
         if wrong:
             raise Answer(400, message=f"{wrong} must be valid")
@@ -304,6 +307,10 @@ class _Handler(BaseHTTPRequestHandler):
         if branch in repo.refs:
             raise Answer(409, message="Reference already exists")
         repo.refs[branch] = list(repo.refs["main"])
+        return {}
+
+    def _may_write(self, name: str) -> Any:
+        self._repo(name, write=True)
         return {}
 
     def _info(self, name: str, revision: str = "main") -> Any:

@@ -10,7 +10,8 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
 from llmint8 import converter, formats
-from llmint8.converter.hub.card import EVALUATION_NAME, Subject, metadata, new_card, read_card, refreshed_card
+from llmint8.converter.hub.card import EVALUATION_NAME, Subject, new_card, refreshed_card
+from llmint8.converter.hub.front_matter import metadata, read_card
 from llmint8.converter.hub.licence import objection
 from llmint8.formats import LLMInt8Error
 
@@ -69,8 +70,9 @@ def test_conversion_writes_a_card_with_what_the_source_says_about_licence_langua
     assert data["language"] == "no"
     assert data["tags"] == ["tiny", "int8", "llmint8", "8-bit", "bitsandbytes"]
     assert data["library_name"] == "transformers"
-    # The source's own base is not ours, and a directory is no repo that could be named.
-    assert "base_model" not in data
+    # A directory is no repo that could be named; the source's own base may be what its licence comes from.
+    assert data["base_model"] == "alice/base"
+    assert "base_model_relation" not in data
     assert "7 linear layers" in card
     assert "`lm_head`" in card
     assert "% of the input columns also stored unquantized, " in card
@@ -84,8 +86,22 @@ def test_the_card_of_the_directory_is_what_a_new_one_would_be(out: Path) -> None
 def test_the_front_matter_survives_a_round_trip(out: Path) -> None:
     found = subject(out, source={"name": "alice/tiny", "repo": "alice/tiny", "commit": "0" * 40})
     data = metadata(new_card(found, SOURCE_CARD))
-    assert (data["base_model"], data["base_model_relation"]) == ("alice/tiny", "quantized")
+    assert (data["base_model"], data["base_model_relation"]) == (["alice/tiny", "alice/base"], "quantized")
     assert ModelCard(f"---\n{ModelCardData(**data).to_yaml()}\n---\n").data.to_dict() == data
+
+
+@pytest.mark.parametrize(
+    ("base", "kept"),
+    [
+        ("alice/base", "alice/base"),
+        ("[alice/base, gpt2]", ["alice/base", "gpt2"]),
+        ("/home/alice/base", None),
+        ("[../base, ~/base, alice/base/checkpoint-9, 'C:\\base']", None),
+        ("7", None),
+    ],
+)
+def test_a_base_that_is_a_repo_stays_and_one_on_a_disk_does_not(base: str, kept: Any, out: Path) -> None:
+    assert metadata(new_card(subject(out), f"---\nbase_model: {base}\n---\n")).get("base_model") == kept
 
 
 def test_a_causal_model_without_a_card_generates_text(out: Path) -> None:
@@ -153,6 +169,8 @@ def test_what_eval_saved_is_read_and_what_is_malformed_is_said(out: Path) -> Non
         ({"license": "other", "license_name": "proprietary"}, "no right to redistribute"),
         ({"license": "other", "base_model": "facebook/opt-125m"}, "OPT-175B"),
         ({"license": "other", "license_name": "OPT-175B"}, "OPT-175B"),
+        ({"base_model": ["alice/tuned", "facebook/opt-125m"]}, "OPT-175B"),
+        ({"license": "mit", "base_model": "facebook/opt-125m"}, None),
         ({"license": "other", "base_model": "alice/model"}, None),
         ({"license": "apache-2.0"}, None),
         ({"license": "cc-by-nc-4.0"}, None),
@@ -165,8 +183,11 @@ def test_licences_that_forbid_to_publish(card: dict[str, Any], words: str | None
     assert words in found if words and found else found is words
 
 
-def test_opts_licence_wants_its_copy_and_its_notice(tmp_path: Path) -> None:
-    (tmp_path / "LICENSE.md").write_text("OPT-175B License Agreement\n")
+@pytest.mark.parametrize(
+    ("licence", "notice"), [("LICENSE.md", "NOTICE"), ("Licence.txt", "notice.txt"), ("COPYING", "Notice")]
+)
+def test_opts_licence_wants_its_copy_and_its_notice(licence: str, notice: str, tmp_path: Path) -> None:
+    (tmp_path / licence).write_text("OPT-175B License Agreement\n")
     assert "OPT-175B" in (objection({}, tmp_path) or "")
-    (tmp_path / "NOTICE").write_text("OPT-175B is licensed under the OPT-175B license, Copyright (c) Meta\n")
+    (tmp_path / notice).write_text("OPT-175B is licensed under the OPT-175B license, Copyright (c) Meta\n")
     assert objection({"license": "other"}, tmp_path) is None

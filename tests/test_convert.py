@@ -324,3 +324,16 @@ def test_one_block_of_rows_at_a_time(source, tmp_path, monkeypatch):
 def test_bad_shard_size(size, source, tmp_path):
     with pytest.raises(ValueError, match="expected a number and a unit"):
         converter.convert(source, tmp_path / "out", max_shard_size=size)
+
+
+def test_where_the_source_lay_when_it_was_saved_is_not_told(source, tmp_path):
+    config = json.loads((source / "config.json").read_text())
+    text = {"_name_or_path": "/home/alice/text", "parts": [{"_name_or_path": "C:\\alice\\part"}], "kept": 1}
+    (source / "config.json").write_text(json.dumps({**config, "_name_or_path": "../models/mine", "other_config": text}))
+    converter.convert(source, tmp_path / "out", outliers="none")
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "_name_or_path" not in found
+    assert found["other_config"] == {"parts": [{}], "kept": 1}
+    (source / "config.json").write_text(json.dumps({**config, "_name_or_path": "alice/tiny"}))
+    converter.convert(source, tmp_path / "named", outliers="none")
+    assert json.loads((tmp_path / "named" / "config.json").read_text())["_name_or_path"] == "alice/tiny"

@@ -14,7 +14,7 @@ from torch import Tensor
 from llmint8 import converter, runtime
 from llmint8.converter.calibration.streaming import LinearCall, stream_forward
 from llmint8.converter.conversion.comparison import compare_with_source
-from llmint8.converter.hub.card import read_card
+from llmint8.converter.hub.front_matter import read_card
 from llmint8.converter.model.build import meta_model
 from llmint8.converter.model.config import load_config
 from llmint8.converter.model.head import own_head

@@ -21,7 +21,7 @@ from huggingface_hub import constants, file_download
 
 from llmint8 import converter
 from llmint8.converter.commands.convert import convert_command
-from llmint8.converter.hub import low_disk
+from llmint8.converter.hub import low_disk, remote
 from llmint8.formats import CorruptFileError, OutputError, SourceError, open_source
 
 REPO = "alice/tiny"
@@ -130,7 +130,7 @@ def test_a_header_larger_than_the_first_request_takes_a_second(
     hub: Any, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     repo = hub.add(REPO, files_of(source))
-    monkeypatch.setattr(low_disk, "_FIRST_REQUEST", 100)
+    monkeypatch.setattr(remote, "_FIRST_REQUEST", 100)
     found = converter.make_plan(converter.resolve(REPO, low_disk=True), tmp_path / "out").source.tensors
     assert found == converter.make_plan(converter.Resolved(source), tmp_path / "out").source.tensors
     for name in shards(source):

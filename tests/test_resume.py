@@ -1,5 +1,6 @@
 """Interrupted conversions: what is left, what goes on, and that the result has the same bytes whatever happened."""
 
+import dataclasses
 import os
 import shutil
 import signal
@@ -243,12 +244,51 @@ def test_a_changed_source_is_refused_by_name(source, tmp_path, name):
         convert(copy, tmp_path / "out")
 
 
-def test_force_takes_no_directory_that_is_complete(source, tmp_path):
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_finished_is_recognised_and_left_as_it_is(source, tmp_path, force):
+    first = convert(source, tmp_path / "out")
+    (tmp_path / "out" / "README.md").write_text("mine")
+    before = contents(tmp_path / "out")
+    again = convert(source, tmp_path / "out", force=force)
+    assert contents(tmp_path / "out") == before
+    assert again == dataclasses.replace(first, seconds=0.0, already=True, notices=[])
+
+
+def test_what_is_finished_is_not_that_of_other_options(source, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Something else to calibrate with. " * 99)
     convert(source, tmp_path / "out")
     before = contents(tmp_path / "out")
-    with pytest.raises(formats.OutputError, match="not an empty directory"):
-        convert(source, tmp_path / "out", force=True)
+    for options, words in [
+        ({"skip": ["up_proj"]}, "--skip was  and is 'up_proj'"),
+        ({"dtype": "bfloat16"}, "--dtype was None and is bfloat16"),
+        ({"quantize_head": True}, "--quantize-head was False and is True"),
+        ({"outliers": "threshold=9"}, "--outliers was .* and is threshold=9"),
+        ({"calibration": text}, "--calibration was .* and is [0-9a-f]+"),
+    ]:
+        with pytest.raises(formats.OutputError, match=f"a finished conversion of something else: {words}"):
+            convert(source, tmp_path / "out", **options)
     assert contents(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors"])
+def test_what_is_finished_is_not_that_of_a_changed_source(source, tmp_path, name):
+    copy = shutil.copytree(source, tmp_path / "source")
+    convert(copy, tmp_path / "out")
+    data = (copy / name).read_bytes()
+    (copy / name).write_bytes(data[:-1] + b" " if name.endswith(".json") else data[:-1] + b"\0")
+    later = (tmp_path / "out" / "config.json").stat().st_mtime + 10
+    os.utime(copy / name, (later, later))
+    named = "config_sha256" if name == "config.json" else name
+    with pytest.raises(formats.OutputError, match=rf"the source's {named} was"):
+        convert(copy, tmp_path / "out")
+
+
+def test_a_damaged_result_is_not_taken_for_a_finished_one(source, tmp_path):
+    convert(source, tmp_path / "out")
+    min((tmp_path / "out").glob("*.safetensors")).unlink()
+    with pytest.raises(formats.OutputError, match=r"holds a damaged conversion: E05 .*remove it to convert again"):
+        convert(source, tmp_path / "out")
 
 
 @pytest.mark.parametrize("what", ["shard", "journal"])

@@ -92,31 +92,42 @@ def convert_command(
     set_up_logging(verbose)
     if private and push_to_hub is None:
         raise ValueError("--private says how to publish; add --push-to-hub REPO")
-    from ..conversion.convert import execute
+    from ..conversion.convert import already_done, execute
     from ..hub.resolve import resolve
     from ..planning.options import Options
     from ..planning.plan import make_plan
 
-    plan = make_plan(resolve(source, revision, "source", low_disk), out, Options(**options))
+    chosen = Options(**options)
+    plan = make_plan(resolve(source, revision, "source", low_disk, weights=False), out, chosen)
+    done = already_done(plan)
+    # Before the hours of a conversion, and not after them.
+    to = None if push_to_hub is None else _destination(plan, push_to_hub, private)
+    if done and not quiet:
+        click.echo(f"{out} is finished: made before, from the same source with the same options. It stays as it is.")
     if dry_run:
         _echo_notices(plan.selection.notices)
         click.echo(_plan_text(plan, verbose))
         return
-    if push_to_hub is not None:
-        from ..hub.push import check_licence, writer
-
-        # Before the hours of a conversion, and not after them.
-        check_licence(plan.source.path, plan.origin.repo)
-        writer(push_to_hub)
-    with progress_bar(plan.bytes_before, "Converting", quiet) as progress:
-        report = execute(plan, force, progress)
-    if not quiet:
-        _echo_report(report, plan.config is not None, verbose)
+    if not done:
+        if to is not None:
+            to.create()
+        with progress_bar(plan.bytes_before, "Converting", quiet) as progress:
+            report = execute(plan, force, progress)
+        if not quiet:
+            _echo_report(report, plan.config is not None, verbose)
     if push_to_hub is not None:
         from ..hub.push import prepare
         from .push import publish
 
         publish(prepare(out, push_to_hub, private=private), "Upload int8 checkpoint", quiet)
+
+
+def _destination(plan: Any, repo: str, private: bool) -> Any:
+    from ..hub.destination import destination
+    from ..hub.push import check_licence
+
+    check_licence(plan.source.path, plan.origin.repo)
+    return destination(repo, plan.origin.repo, private=private)
 
 
 def _echo_report(report: Any, known: bool, verbose: bool) -> None:
@@ -158,7 +169,11 @@ def _plan_text(plan: Any, verbose: bool) -> str:
         f"Peak memory  about {gigabytes(plan.peak_memory)} beside Python and torch",
         f"Disk space   {gigabytes(plan.disk_needed)} needed, {gigabytes(plan.disk_free)} free",
     ]
-    if plan.disk_needed > plan.disk_free:
+    if plan.bytes_to_fetch:
+        lines.append(
+            f"Download     {gigabytes(plan.bytes_to_fetch)} to the Hub's cache, {gigabytes(plan.cache_free)} free there"
+        )
+    if plan.disk_needed > plan.disk_free or plan.bytes_to_fetch > plan.cache_free:
         lines.append("This does not fit on the disk.")
     return "\n".join(lines + ([_kept_text(selection.kept)] if verbose else []))
 

@@ -22,6 +22,7 @@ from .terminal import gigabytes, printable
     "--commit-message", metavar="TEXT", default="Upload int8 checkpoint", show_default=True, help="For the commits."
 )
 @click.option("--i-have-the-right", is_flag=True, help="Publish although the licence seems to forbid it.")
+@click.option("--replace-weights", is_flag=True, help="Publish over weights that are no int8 checkpoint.")
 @click.option("--quiet", is_flag=True, help="Print errors only.")
 def push_command(
     out: Path,
@@ -32,6 +33,7 @@ def push_command(
     token: str | None,
     commit_message: str,
     i_have_the_right: bool,
+    replace_weights: bool,
     quiet: bool,
 ) -> None:
     """Publish the int8 checkpoint OUT on the Hub as REPO, with a model card.
@@ -50,6 +52,7 @@ def push_command(
         create_pr=create_pr,
         token=token,
         have_right=i_have_the_right,
+        replace_weights=replace_weights,
     )
     publish(upload, commit_message, quiet)
 
@@ -65,7 +68,7 @@ def publish(upload: Any, message: str, quiet: bool) -> None:
     if quiet or not sys.stderr.isatty():
         disable_progress_bars()
     if not quiet:
-        click.echo(f"{len(upload.files)} files, {gigabytes(upload.nbytes)}, to {printable(upload.repo)}")
+        click.echo(f"{len(upload.files)} files, {gigabytes(upload.nbytes)}, to {printable(upload.to.repo)}")
     done = send(upload, message)
     if quiet:
         return

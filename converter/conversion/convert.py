@@ -1,20 +1,24 @@
 """The conversion itself: plan, calibrated pass, everything else, outlier columns, and the files that complete it."""
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmint8.formats import CheckpointWriter, Manifest, OutputError
+from llmint8.formats import CheckpointWriter, Manifest, OutputError, SourceError, open_source
 from llmint8.formats.disk.names import CARD_NAME
 
 from ..calibration.calibrator import Calibrator, Outliers
 from ..calibration.text import load_calibration
-from ..hub.card import Subject, new_card, read_card
+from ..hub.card import Subject, new_card
+from ..hub.download import fetch_weights
+from ..hub.front_matter import read_card
 from ..hub.resolve import resolve
 from ..machine import usable_device
 from ..planning.options import Options
 from ..planning.plan import ConversionPlan, make_plan, with_selection
+from .finished import finished
 from .provenance import describe, fingerprint, identify, output_config
 from .transfer import Progress, Transfer
 
@@ -25,7 +29,7 @@ def _no_progress(name: str, nbytes: int) -> None:
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion did. Sizes are bytes of tensor data."""
+    """What a conversion did, or the one before that had finished it. Sizes are bytes of tensor data."""
 
     out: Path
     layers: int
@@ -36,6 +40,7 @@ class ConversionReport:
     bytes_after: int
     seconds: float
     notices: list[str]
+    already: bool = False  # it was finished before
 
 
 def convert(
@@ -53,11 +58,13 @@ def convert(
     The weights are never in memory together: a forward pass over a few hundred tokens goes through the model layer by
     layer, and each layer is read, measured, quantized and written when the pass reaches it. OUT has a config.json only
     when it is complete. What an error or a kill interrupts goes on when `convert` is called again with the same
-    arguments, and has the same result. After an error that would come again what was written is removed.
+    arguments, and has the same result; what is finished is left as it is, and reported once more. After an error that
+    would come again what was written is removed. Of a Hub repo the weights are fetched when everything else has been
+    checked.
 
     Args:
         source: a directory, or a Hub repo id.
-        out: the directory to write: new, empty, or unfinished.
+        out: the directory to write: new, empty, unfinished, or finished by the same call.
         revision: branch, tag or commit of a Hub repo.
         low_disk: of a Hub repo, keep two shards on the disk at most, each for as long as it is needed.
         force: start over where OUT is unfinished, whatever it was begun with.
@@ -69,23 +76,24 @@ def convert(
         ValueError: an option's value is not valid.
 
     """
-    plan = make_plan(resolve(source, revision, "source", low_disk), Path(out), Options(**options))
+    chosen = Options(**options)
+    plan = make_plan(resolve(source, revision, "source", low_disk, weights=False), Path(out), chosen)
     return execute(plan, force, progress)
 
 
 def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_progress) -> ConversionReport:
     """Carry out a plan; see `convert`."""
     started = time.monotonic()
+    if report := already_done(plan):
+        return report
     options, device = plan.options, usable_device(plan.options.device)
-    if plan.disk_needed > plan.disk_free:
-        raise OutputError(
-            f"{plan.out}: needs {plan.disk_needed / 1e9:.2f} GB, {plan.disk_free / 1e9:.2f} GB are free there"
-        )
+    _require_room(plan)
     calibrated = plan.criterion.kind != "none"
     tokens = options.calibration_tokens
     text = None if options.calibration is None else Path(options.calibration)
     batch = load_calibration(plan.source.path, plan.config, text, tokens) if calibrated else None
     with CheckpointWriter(plan.out, plan.max_shard_bytes, fingerprint(plan), force) as writer:
+        plan = _with_weights(plan)
         if options.on_nonfinite == "keep":
             plan = _without_nonfinite(plan)
         writer.plan(plan.groups)
@@ -110,6 +118,58 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
         time.monotonic() - started,
         notices,
     )
+
+
+def already_done(plan: ConversionPlan) -> ConversionReport | None:
+    """Report a conversion that has been finished before; None where there is something to do. Writes nothing.
+
+    Raises:
+        OutputError: OUT holds a finished conversion of something else.
+
+    """
+    found = finished(plan)
+    if found is None:
+        return None
+    checkpoint, manifest = found
+    records = checkpoint.records
+    calibrated = plan.criterion.kind != "none"
+    return ConversionReport(
+        plan.out,
+        len(records),
+        {name: reason for name, reason in plan.selection.kept.items() if name not in records},
+        [name for name in records if calibrated and name not in manifest.modules],
+        sum(checkpoint.quantization.outliers.values()) / sum(record.in_features for record in records.values()),
+        plan.bytes_before,
+        sum(entry.nbytes for entry in manifest.tensors.values()),
+        0.0,
+        [],
+        already=True,
+    )
+
+
+def _require_room(plan: ConversionPlan) -> None:
+    """Refuse to begin what will not fit on the disks."""
+    if plan.disk_needed > plan.disk_free:
+        raise OutputError(
+            f"{plan.out}: needs {plan.disk_needed / 1e9:.2f} GB, {plan.disk_free / 1e9:.2f} GB are free there"
+        )
+    if plan.bytes_to_fetch > plan.cache_free:
+        raise SourceError(
+            f"{plan.origin.name}: its weights take {plan.bytes_to_fetch / 1e9:.2f} GB, {plan.cache_free / 1e9:.2f} GB "
+            f"are free in {plan.origin.path.parent}; HF_HUB_CACHE names another place, and --low-disk needs less"
+        )
+
+
+def _with_weights(plan: ConversionPlan) -> ConversionPlan:
+    """Return the plan with its weights on the disk, where they are not fetched as they are read."""
+    origin = plan.origin
+    if not origin.remote or origin.low_disk:
+        return plan
+    fetch_weights(origin, [file.path.name for file in plan.source.files])
+    source = open_source(origin.path)
+    if source.tensors != plan.source.tensors:
+        raise SourceError(f"{origin.name}: what was downloaded is not what its headers announced")
+    return dataclasses.replace(plan, source=source, origin=dataclasses.replace(origin, remote=False))
 
 
 def _commit(

@@ -1,6 +1,7 @@
 """What a conversion writes about itself: config.json, its quantization, and where the source came from."""
 
 import hashlib
+from dataclasses import fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any
 from llmint8.formats import DTYPES, Quantization
 
 from ..calibration.calibrator import ACTIVATION
+from ..hub.origin import is_repo_id
 from ..planning.plan import ConversionPlan
 
 
 def output_config(plan: ConversionPlan) -> dict[str, Any]:
-    """Return the source's config, its dtype replaced when tensors were cast, and untied when the head was quantized."""
-    config = dict(plan.source.config)
+    """Return the source's config without paths, its dtype replaced by a cast's, and untied for a quantized head."""
+    config: dict[str, Any] = _without_paths(plan.source.config)
     if plan.dtype:
         name = str(DTYPES[plan.dtype]).removeprefix("torch.")
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = name
@@ -23,6 +25,19 @@ def output_config(plan: ConversionPlan) -> dict[str, Any]:
         if isinstance(config.get("text_config"), dict):
             config["text_config"] = {**config["text_config"], "tie_word_embeddings": False}
     return config
+
+
+def _without_paths(value: Any) -> Any:
+    """Leave out where a model, or a part of it, lay when it was saved: the name of a user may be in it."""
+    if isinstance(value, list):
+        return [_without_paths(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: _without_paths(item)
+        for key, item in value.items()
+        if key != "_name_or_path" or not isinstance(item, str) or not item or is_repo_id(item)
+    }
 
 
 def describe(plan: ConversionPlan, outliers: dict[str, int], calibration: dict[str, Any] | None) -> Quantization:
@@ -39,21 +54,29 @@ def describe(plan: ConversionPlan, outliers: dict[str, int], calibration: dict[s
 
 
 def identify(plan: ConversionPlan) -> dict[str, Any]:
-    """Identify the source in the manifest: where it came from, the sizes of its files, the hash of its config."""
+    """Identify the source in the manifest: its origin, the sizes of its files, the hash of its config; and options."""
     config = (plan.source.path / "config.json").read_bytes()
     return {
         **_origin(plan),
         "config_sha256": hashlib.sha256(config).hexdigest(),
         "files": {file.path.name: file.size for file in plan.source.files},
+        "options": _options(plan),
     }
+
+
+def _options(plan: ConversionPlan) -> dict[str, str]:
+    """Return every option that decides what a conversion writes: by these a finished one is recognised."""
+    values = {field.name: getattr(plan.options, field.name) for field in fields(plan.options) if field.name != "jobs"}
+    values["calibration"] = _calibration(plan)
+    lists = {name: ", ".join(map(repr, value)) for name, value in values.items() if isinstance(value, list | tuple)}
+    return {f"--{name.replace('_', '-')}": str(value) for name, value in (values | lists).items()}
 
 
 def fingerprint(plan: ConversionPlan) -> dict[str, str]:
     """Return what a conversion is made of, in words: with the same fingerprint it has the same result."""
     source = plan.source
     found = {"the source": plan.origin.name, "its commit": str(plan.origin.commit), **plan.options.spelled()}
-    text = plan.options.calibration
-    found["the calibration text"] = "the packaged one" if text is None else _short_hash(Path(text))
+    found["the calibration text"] = _calibration(plan)
     for file in [source.path / "config.json", *source.small_files]:
         found[f"the source's {file.relative_to(source.path)}"] = _short_hash(file)
     for weights in source.files:
@@ -62,6 +85,11 @@ def fingerprint(plan: ConversionPlan) -> dict[str, str]:
         modified = f", modified {time.isoformat()}" if time else ""
         found[f"the source's {weights.path.name}"] = f"{weights.size} bytes{modified}"
     return found | {name: _version(name) for name in ("llmint8", "torch", "transformers")}
+
+
+def _calibration(plan: ConversionPlan) -> str:
+    text = plan.options.calibration
+    return "the packaged text" if text is None else _short_hash(Path(text))
 
 
 def _short_hash(path: Path) -> str:

@@ -12,6 +12,7 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HTTPError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -51,7 +52,7 @@ def explain(error: BaseException, revision: str | None = None) -> str:
         return f"no such repo on the Hub, or it is private: {token}"
     if isinstance(error, RevisionNotFoundError):
         return f"the repo on the Hub has no revision {revision!r}"
-    if isinstance(error, LocalEntryNotFoundError):
+    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
         if constants.HF_HUB_OFFLINE:
             return "not, or not completely, in the cache; HF_HUB_OFFLINE is set, so the Hub is not asked"
         cause = error.__cause__

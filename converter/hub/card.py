@@ -10,13 +10,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 
 from llmint8.formats import Checkpoint, LLMInt8Error, Quantization, read_json, read_manifest
-from llmint8.formats.disk.names import CARD_NAME
+
+from .front_matter import metadata, strings
+from .origin import is_repo_id
 
 # What `llmint8 eval` leaves in the checkpoint's directory for the card.
 EVALUATION_NAME = "llmint8_eval.json"
@@ -24,7 +25,6 @@ EVALUATION_NAME = "llmint8_eval.json"
 _BEGIN = "<!-- llmint8: what stands between this line and the next such line is generated -->"
 _END = "<!-- llmint8: end of the generated part -->"
 _GENERATED = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
-_MAX_CARD_BYTES = 4 << 20
 _NAMES_SHOWN = 8
 _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
 _TAGS = ("llmint8", "int8", "8-bit", "bitsandbytes")
@@ -56,26 +56,6 @@ class Subject:
         )
 
 
-def read_card(directory: Path) -> str:
-    """Return the text of the card in a directory, nothing where there is none that can be read."""
-    try:
-        data = (directory / CARD_NAME).read_bytes()
-    except FileNotFoundError:
-        return ""
-    return data.decode(errors="replace") if len(data) <= _MAX_CARD_BYTES else ""
-
-
-def metadata(text: str) -> dict[str, Any]:
-    """Return a card's front matter, nothing where it has none or it is broken."""
-    if not re.match(r"\s*---\s*\n.*?\n---", text, re.DOTALL):
-        return {}
-    try:
-        found = ModelCard(text, ignore_metadata_errors=True).data.__dict__
-    except Exception:  # PyYAML's own errors, and whatever else a document of another's making provokes
-        return {}
-    return {key: value for key, value in found.items() if value is not None}
-
-
 def new_card(subject: Subject, source_card: str) -> str:
     """Return the card of a new checkpoint, with what the source's card says about the model."""
     data = _front_matter(subject, metadata(source_card))
@@ -92,16 +72,16 @@ def refreshed_card(subject: Subject, card: str, repo: str) -> str:
 def _front_matter(subject: Subject, source: Mapping[str, Any]) -> Any:
     carried: dict[str, Any] = {key: _plain(source.get(key)) for key in _CARRIED}
     repo = subject.source.get("repo")
+    # The source's own base too: its licence may hold for this copy.
+    bases = [base for base in dict.fromkeys([str(repo or ""), *strings(source.get("base_model"))]) if is_repo_id(base)]
     architecture = _architecture(subject)
     if carried["pipeline_tag"] is None and architecture.endswith(("ForCausalLM", "LMHeadModel")):
         carried["pipeline_tag"] = "text-generation"
-    tags = _plain(source.get("tags")) or []
-    tags = [tags] if isinstance(tags, str) else tags
     return ModelCardData(
-        base_model=repo,
+        base_model=bases[0] if len(bases) == 1 else bases or None,
         base_model_relation="quantized" if repo else None,
         library_name="transformers",
-        tags=list(dict.fromkeys([*tags, *_TAGS])),
+        tags=list(dict.fromkeys([*strings(source.get("tags")), *_TAGS])),
         **carried,
     )
 

@@ -1,51 +1,39 @@
 """What is needed of a repo on the Hub, fetched.
 
 The config.json comes first: with it the revision is resolved to a commit, of which everything else is taken.
-A repo that is not what the caller needs is refused before its weights are fetched. Of these come only the files that
-will be read. All of it lies in huggingface_hub's cache, and is taken from there when the Hub cannot be reached, or with
-HF_HUB_OFFLINE=1. The token is HF_TOKEN, or that of `hf auth login`.
+A repo that is not what the caller needs is refused before its weights are fetched, and a conversion is planned from
+their headers. Of the weights come only the files that will be read. All of it lies in huggingface_hub's cache, and is
+taken from there when the Hub cannot be reached, or with HF_HUB_OFFLINE=1. The token is HF_TOKEN, or that of
+`hf auth login`.
 """
 
+import dataclasses
 import glob
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
 
 from llmint8.formats import CheckpointError, Quantization, SourceError, read_json
-from llmint8.formats.containers.index import read_weight_map
-from llmint8.formats.disk.names import (
-    CONFIG_NAME,
-    LEGACY_QUANTIZATION_NAME,
-    SAFETENSORS_INDEX_NAME,
-    SAFETENSORS_NAME,
-    TORCH_INDEX_NAME,
-    TORCH_NAME,
-)
+from llmint8.formats.disk.names import CONFIG_NAME, LEGACY_QUANTIZATION_NAME
+from llmint8.formats.sources.weight_files import weight_files
 
 from .answers import explain, patiently
-from .origin import Kind
+from .licence import LICENCE_FILES, NOTICE_FILES, POLICY_FILES
+from .origin import Kind, Resolved
+from .remote import has_file
 
-_SMALL_FILES = [
-    "*.py",
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "*.md",
-    "*.tiktoken",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-]
+_SMALL_FILES = ["*.py", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.tiktoken"]
+_SMALL_FILES += [*LICENCE_FILES, *NOTICE_FILES, *POLICY_FILES]
 # One name that is there, for a pattern without any match is logged as a warning.
 _ALWAYS = [CONFIG_NAME, "additional_chat_templates/*.jinja"]
 
 
-def download(repo: str, revision: str | None, kind: Kind | None, low_disk: bool) -> Path:
-    """Fetch what is needed of a repo; return its snapshot in the cache, a folder named by the commit. See `resolve`.
+def download(repo: str, revision: str | None, kind: Kind | None, low_disk: bool, weights: bool) -> Resolved:
+    """Fetch what is needed of a repo into the cache, to a folder named by the commit. See `resolve`.
 
     Raises:
         SourceError: no repo that can be fetched; or no source, where one is wanted.
@@ -56,12 +44,29 @@ def download(repo: str, revision: str | None, kind: Kind | None, low_disk: bool)
         config = Path(patiently(lambda: hf_hub_download(repo, CONFIG_NAME, revision=revision)))
         snapshot = _fetch(repo, config.parent.name, _SMALL_FILES, "*/*")
         _check_kind(repo, snapshot, kind)
-        if low_disk:
-            _require_safetensors(repo, snapshot)
+        origin = Resolved(snapshot, repo, snapshot.name, low_disk=low_disk)
+        # The reader of int8 checkpoints says which files it misses.
+        has = (lambda name: True) if kind == "int8" else partial(has_file, origin)
+        names = weight_files(snapshot, has)[0]
+        if low_disk and not names[0].endswith(".safetensors"):
+            raise SourceError(f"{repo}: has no safetensors files, and --low-disk cannot do with others; leave it out")
+        if low_disk or not weights:
             _fetch(repo, snapshot.name, _ALWAYS)
-        else:
-            _fetch_weights(repo, snapshot, kind)
-    return snapshot
+            return dataclasses.replace(origin, remote=low_disk or not all((snapshot / name).exists() for name in names))
+        _fetch_weights(origin, names)
+    return origin
+
+
+def fetch_weights(origin: Resolved, names: Sequence[str]) -> None:
+    """Fetch weight files into the snapshot of their repo. Raises SourceError."""
+    try:
+        _fetch_weights(origin, names)
+    except (HTTPError, OSError) as error:
+        raise SourceError(f"{origin.repo}: {explain(error)}") from None
+
+
+def _fetch_weights(origin: Resolved, names: Sequence[str]) -> None:
+    _fetch(str(origin.repo), str(origin.commit), [*_ALWAYS, *map(glob.escape, names)])
 
 
 def _fetch(repo: str, commit: str, patterns: list[str], without: str | None = None) -> Path:
@@ -83,28 +88,6 @@ def _check_kind(repo: str, snapshot: Path, kind: Kind | None) -> None:
             Quantization.from_dict(quantization)
         except ValueError as error:
             raise CheckpointError("E02", f"{repo}: not an int8 checkpoint: {error}") from None
-
-
-def _fetch_weights(repo: str, snapshot: Path, kind: Kind | None) -> None:
-    """Fetch safetensors, or where there are none and they may be, PyTorch files; whole or as their index has them."""
-    layouts = [(SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME, ".safetensors"), (TORCH_INDEX_NAME, TORCH_NAME, ".bin")]
-    for index, single, suffix in layouts[:1] if kind == "int8" else layouts:
-        indexed = (snapshot / index).exists()
-        names = set(read_weight_map(snapshot / index, suffix).values()) if indexed else {single}
-        patterns = [*_ALWAYS, *map(glob.escape, sorted(names))]
-        _fetch(repo, snapshot.name, patterns)
-        if indexed or (snapshot / single).exists():
-            return
-
-
-def _require_safetensors(repo: str, snapshot: Path) -> None:
-    if not (snapshot / SAFETENSORS_INDEX_NAME).exists():
-        try:
-            patiently(lambda: get_hf_file_metadata(hf_hub_url(repo, SAFETENSORS_NAME, revision=snapshot.name)))
-        except EntryNotFoundError:
-            raise SourceError(
-                f"{repo}: has no safetensors files, and --low-disk cannot do with others; leave it out"
-            ) from None
 
 
 @contextmanager

@@ -9,8 +9,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-_LICENCE_FILES = ("LICENSE*", "LICENCE*", "COPYING*")
-_NOTICE_FILES = ("NOTICE*", "Notice*", "notice*")
+from .front_matter import strings
+
+
+def _in_any_case(*words: str) -> tuple[str, ...]:
+    """Return patterns of file names that begin with a word, however it is written."""
+    letters = [[f"[{char.upper()}{char}]" if char.isalpha() else char for char in word] for word in words]
+    return tuple("".join(word) + "*" for word in letters)
+
+
+# What is fetched of a repo is what is looked at.
+LICENCE_FILES = _in_any_case("license", "licence", "copying")
+NOTICE_FILES = _in_any_case("notice")
+POLICY_FILES = _in_any_case("use_policy")
 _FORBIDDING = {
     r"cc-by(-nc)?-nd(-[\d.]+)?": "it allows no adaptations (ND), and a copy in int8 is one",
     r"llama-?1|llama-non-?commercial|llama-license-agreement": "the first LLaMA's licence allows no redistribution",
@@ -30,25 +41,22 @@ def objection(card: Mapping[str, Any], directory: Path) -> str | None:
         directory: where its licence files are.
 
     """
-    names = [_slug(value) for key in ("license", "license_name") for value in _strings(card.get(key))]
+    names = [_slug(value) for key in ("license", "license_name") for value in strings(card.get(key))]
     for name in names:
         for pattern, reason in _FORBIDDING.items():
             if re.fullmatch(pattern, name):
                 return f"the licence is {name!r}: {reason}"
-    licences = _files(directory, _LICENCE_FILES)
-    stated = " ".join([*names, *_strings(card.get("base_model"))]) if "other" in names else " ".join(names)
+    licences = _files(directory, LICENCE_FILES)
+    # A licence that is named says more than what the model was made of.
+    bases = strings(card.get("base_model")) if not names or "other" in names else []
+    stated = " ".join([*names, *bases])
     opt = _OPT.search(stated) or any("OPT-175B LICENSE" in _read(file).upper() for file in licences)
-    if opt and not (licences and _files(directory, _NOTICE_FILES)):
+    if opt and not (licences and _files(directory, NOTICE_FILES)):
         return (
             "the licence is OPT-175B's: a copy needs the licence (LICENSE.md) and its notice (NOTICE: OPT-175B is "
             "licensed under the OPT-175B license, Copyright (c) Meta Platforms, Inc. All Rights Reserved.) beside it"
         )
     return None
-
-
-def _strings(value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    return [item for item in values if isinstance(item, str)]
 
 
 def _slug(name: str) -> str:

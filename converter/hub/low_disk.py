@@ -10,44 +10,43 @@ keeps no half of a file. Whole shards that an earlier process has left are used.
 """
 
 import dataclasses
-import io
 import shutil
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, hf_hub_url
-from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from llmint8.formats import CorruptFileError, Source, SourceError, TensorInfo, open_source
-from llmint8.formats.containers.safetensors import MAX_HEADER_BYTES, parse_header, read_header
+from llmint8.formats.containers.safetensors import read_header
 from llmint8.formats.containers.tensors import read_tensor
+from llmint8.formats.sources.weight_files import TensorFile
 
-from .answers import explain, patiently
+from .answers import patiently
 from .origin import Resolved
+from .remote import explained, has_file, read_remote_header
 
 MOST_SHARDS = 2
-# Nearly every header is smaller, and a second request takes longer than these bytes.
-_FIRST_REQUEST = 1 << 17
-_TIMEOUT_SECONDS = 30.0
+_HEADERS_AT_A_TIME = 8
 
 
 def open_remote(origin: Resolved, folder: Path) -> Source:
     """Open a repo whose weights have not been fetched. `folder` will hold them; it is made by the first read.
+
+    PyTorch files can be planned with, and not be read.
 
     Raises:
         SourceError, CorruptFileError: as `open_source`; or the Hub does not give the headers.
 
     """
     shelf = _Shelf(origin, folder)
-    return dataclasses.replace(open_source(origin.path, shelf.open), release=shelf.release)
+    return dataclasses.replace(open_source(origin.path, shelf), release=shelf.release)
 
 
 class HubFile:
-    """A safetensors file on the Hub."""
+    """A weight file on the Hub."""
 
     def __init__(self, path: Path, size: int, tensors: dict[str, TensorInfo], shelf: "_Shelf") -> None:
         """Take where the file would be in a snapshot of the repo, and what its header says."""
@@ -72,17 +71,20 @@ class _Shelf:
         self._waiting: dict[str, set[str]] = {}  # file -> its tensors that have not been released
         self._present: list[str] | None = None  # files on the disk, the one read last at the end; None: not looked yet
 
-    def open(self, path: Path) -> HubFile:
-        """Fetch the header of a shard; `path` is where it would be in a snapshot."""
-        with self._explained(path.name):
-            url = hf_hub_url(str(self._origin.repo), path.name, revision=self._origin.commit)
-            raw, size = _bytes_of(url, 0, _FIRST_REQUEST)
-            end = min(8 + int.from_bytes(raw[:8], "little"), size, 8 + MAX_HEADER_BYTES)
-            if len(raw) < end:
-                raw += _bytes_of(url, len(raw), end)[0]
-        file = HubFile(path, size, parse_header(path, io.BytesIO(raw), size), self)
-        self._files[path.name], self._waiting[path.name] = file, set(file.tensors)
-        return file
+    def has(self, name: str) -> bool:
+        with explained(self._origin, name):
+            return has_file(self._origin, name)
+
+    def open(self, names: Sequence[str]) -> list[TensorFile]:
+        """Fetch the headers of shards."""
+        with ThreadPoolExecutor(_HEADERS_AT_A_TIME) as pool:
+            for name, (size, tensors) in zip(names, pool.map(self._header, names), strict=True):
+                self._files[name] = HubFile(self._origin.path / name, size, tensors, self)
+                self._waiting[name] = set(tensors)
+        return list(self._files.values())
+
+    def _header(self, name: str) -> tuple[int, dict[str, TensorInfo]]:
+        return read_remote_header(self._origin, name)
 
     def read(self, info: TensorInfo) -> Tensor:
         with self._lock:
@@ -119,7 +121,7 @@ class _Shelf:
 
     def _download(self, name: str) -> None:
         repo, commit = str(self._origin.repo), self._origin.commit
-        with self._explained(name):
+        with explained(self._origin, name):
             self._folder.mkdir(parents=True, exist_ok=True)
             patiently(lambda: hf_hub_download(repo, name, revision=commit, local_dir=self._folder))
         if not _is_whole(self._folder / name, self._files[name]):
@@ -135,36 +137,6 @@ class _Shelf:
         (self._folder / name).unlink(missing_ok=True)
         if self._present and name in self._present:
             self._present.remove(name)
-
-    @contextmanager
-    def _explained(self, name: str) -> Iterator[None]:
-        where = f"{self._origin.repo}: {name}"
-        try:
-            yield
-        except (HTTPError, EntryNotFoundError, OSError) as error:
-            if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
-                raise SourceError(f"{where}: the repo has no such file at commit {self._origin.commit}") from None
-            raise SourceError(f"{where}: {explain(error)}") from None
-
-
-def _bytes_of(url: str, start: int, end: int) -> tuple[bytes, int]:
-    """Return bytes `start` to `end` of a file, or to its end where that comes first, and the size of the file."""
-
-    def request() -> tuple[bytes, int]:
-        headers = build_hf_headers() | {"Range": f"bytes={start}-{end - 1}"}
-        with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT_SECONDS) as response:
-            hf_raise_for_status(response)
-            size = response.headers.get("Content-Range", "").rpartition("/")[2]
-            if response.status_code != 206 or not size.isdigit():
-                raise OSError("the server gives no parts of files, which --low-disk needs")
-            data = bytearray()
-            for chunk in response.iter_bytes():
-                data += chunk
-                if len(data) > end - start:
-                    raise OSError(f"the server gives more than the {end - start} bytes it was asked for")
-        return bytes(data), int(size)
-
-    return patiently(request)
 
 
 def _is_whole(path: Path, file: HubFile) -> bool:

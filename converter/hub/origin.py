@@ -1,5 +1,6 @@
 """Where a checkpoint comes from, and what it has to be."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -7,17 +8,24 @@ from typing import Literal
 Kind = Literal["source", "int8"]
 
 
+def is_repo_id(name: str) -> bool:
+    """Tell whether a name may be a repo's, and is not the path of a directory on somebody's disk."""
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII) is not None
+
+
 @dataclass(frozen=True)
 class Resolved:
     """A checkpoint's directory, and the repo and commit it is a snapshot of when it came from the Hub.
 
-    With `remote` the weights are not in the directory yet; `low_disk.py` fetches them as they are read.
+    With `remote` the weights are not in the directory yet: they are fetched before a conversion begins, or with
+    `low_disk` while they are read.
     """
 
     path: Path
     repo: str | None = None
     commit: str | None = None
     remote: bool = False
+    low_disk: bool = False
 
     @property
     def name(self) -> str:

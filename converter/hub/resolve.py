@@ -11,7 +11,11 @@ from .origin import Kind, Resolved
 
 
 def resolve(
-    path_or_repo: str | Path, revision: str | None = None, kind: Kind | None = None, low_disk: bool = False
+    path_or_repo: str | Path,
+    revision: str | None = None,
+    kind: Kind | None = None,
+    low_disk: bool = False,
+    weights: bool = True,
 ) -> Resolved:
     """Return the local directory, or fetch what is needed of a Hub repo.
 
@@ -19,7 +23,8 @@ def resolve(
         path_or_repo: a directory, or a repo id.
         revision: branch, tag or commit of the repo.
         kind: what a repo has to hold, a 16-bit `source` or an `int8` checkpoint; None takes either.
-        low_disk: fetch all but the weights, which must be in safetensors files.
+        low_disk: the weights will be fetched as they are read; they must be in safetensors files.
+        weights: fetch them; without, and with `low_disk`, everything else.
 
     Raises:
         SourceError: neither a directory nor a repo that can be fetched; or no source, where one is wanted; or
@@ -38,5 +43,4 @@ def resolve(
         return Resolved(path)
     from .download import download
 
-    snapshot = download(str(path_or_repo), revision, kind, low_disk)
-    return Resolved(snapshot, str(path_or_repo), snapshot.name, remote=low_disk)
+    return download(str(path_or_repo), revision, kind, low_disk, weights)

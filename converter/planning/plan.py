@@ -21,7 +21,7 @@ from llmint8.formats import (
     require_writable,
 )
 from llmint8.formats.containers.tensors import BLOCK_BYTES
-from llmint8.formats.disk.names import WORKING_NAME
+from llmint8.formats.disk.names import CONFIG_NAME, MANIFEST_NAME, WORKING_NAME
 
 from ..hub.low_disk import MOST_SHARDS, open_remote
 from ..hub.origin import Resolved
@@ -83,7 +83,7 @@ class ConversionPlan:
 
     @property
     def disk_needed(self) -> int:
-        """Bytes on disk, headers, small files and what the calibrated pass puts aside included."""
+        """Bytes on disk, with headers, small files, what the calibrated pass puts aside, and a cache on that disk."""
         small = sum(file.stat().st_size for file in self.source.small_files)
         aside = 0
         if self.criterion.kind != "none":
@@ -91,15 +91,29 @@ class ConversionPlan:
                 aside += layer.weight.nbytes * max_candidates(layer.in_features) // layer.in_features
                 aside += kept_output_bytes(layer, self.options.calibration_tokens)
         # With --low-disk, the shards that are there at a time.
-        shards = sorted(file.size for file in self.source.files)[-MOST_SHARDS:] if self.origin.remote else []
-        return self.bytes_after + small + aside + sum(shards) + 1024 * sum(len(group) for group in self.groups)
+        shards = sorted(file.size for file in self.source.files)[-MOST_SHARDS:] if self.origin.low_disk else []
+        fetched = self.bytes_to_fetch if self.origin.path.stat().st_dev == _existing(self.out).stat().st_dev else 0
+        written = self.bytes_after + small + aside + 1024 * sum(len(group) for group in self.groups)
+        return written + sum(shards) + fetched
+
+    @property
+    def bytes_to_fetch(self) -> int:
+        """Bytes of weights that the conversion fetches into the Hub's cache before it begins."""
+        whole = self.origin.remote and not self.origin.low_disk
+        return sum(file.size for file in self.source.files if not file.path.exists()) if whole else 0
+
+    @property
+    def cache_free(self) -> int:
+        """Bytes free where the source is: for a repo, the Hub's cache."""
+        return shutil.disk_usage(self.origin.path).free
 
     @property
     def disk_free(self) -> int:
         """Bytes free where OUT is or will be, with those that an unfinished conversion already takes there."""
-        existing = next(path for path in (self.out.absolute(), *self.out.absolute().parents) if path.exists())
         taken = [path.stat() for path in self.out.rglob("*") if path.is_file()] if is_unfinished(self.out) else []
-        return shutil.disk_usage(existing).free + sum(512 * getattr(status, "st_blocks", 0) for status in taken)
+        return shutil.disk_usage(_existing(self.out)).free + sum(
+            512 * getattr(status, "st_blocks", 0) for status in taken
+        )
 
     @property
     def peak_memory(self) -> int:
@@ -122,6 +136,16 @@ class ConversionPlan:
         return peak + _BASE_MEMORY
 
 
+def is_finished(out: Path) -> bool:
+    """Tell whether a directory holds a conversion that came to its end."""
+    return not is_unfinished(out) and all((out / name).exists() for name in (CONFIG_NAME, MANIFEST_NAME))
+
+
+def _existing(out: Path) -> Path:
+    """Return the directory, or the first of those above it that is there."""
+    return next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+
+
 def kept_output_bytes(layer: SelectedLayer, tokens: int) -> int:
     """Return the bytes of a layer's output in the calibrated pass, where it is put aside; else 0.
 
@@ -136,7 +160,7 @@ def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> Conv
 
     Raises:
         SourceError, CorruptFileError: the source cannot be converted.
-        OutputError: OUT is or lies inside the source, or holds something that is not an unfinished conversion.
+        OutputError: OUT is or lies inside the source, or holds something that is not a conversion.
         ValueError: an option's value is not valid.
 
     """
@@ -193,7 +217,9 @@ def _check_out(source: Path, out: Path) -> None:
         raise OutputError(f"{out}: is the source itself; name another directory for the result")
     if real_source in real_out.parents:
         raise OutputError(f"{out}: lies inside the source {source}; name a directory outside of it")
-    require_writable(out)
+    # Whether it is a conversion of this source is known later; nothing is written to a finished one in any case.
+    if not is_finished(out):
+        require_writable(out)
 
 
 def _parse_size(size: str | int) -> int:

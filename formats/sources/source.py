@@ -17,7 +17,7 @@ from ..disk.names import CONFIG_NAME, LEGACY_QUANTIZATION_NAME
 from ..disk.reading import read_json
 from ..disk.small_files import small_files
 from ..errors import SourceError
-from .weight_files import TensorFile, open_file, weight_files
+from .weight_files import LocalFolder, TensorFile, WeightFolder, weight_files
 
 
 def _keep(name: str) -> None:
@@ -52,12 +52,12 @@ class Source:
         return next(file for file in self.files if file.path.name == info.file)
 
 
-def open_source(path: Path, open_remote: Callable[[Path], TensorFile] | None = None) -> Source:
+def open_source(path: Path, folder: WeightFolder | None = None) -> Source:
     """Open a checkpoint directory.
 
     Args:
         path: the directory.
-        open_remote: for a directory without its weights, safetensors files: opens one that would be at a path.
+        folder: where its weight files are; in the directory by default.
 
     Raises:
         SourceError: no such directory, no weights, a missing shard, an already quantized model.
@@ -67,8 +67,9 @@ def open_source(path: Path, open_remote: Callable[[Path], TensorFile] | None = N
     if not path.is_dir():
         raise SourceError(f"{path}: no such directory")
     config = _read_config(path)
-    names, index, weight_map = weight_files(path, open_remote is not None)
-    files = [open_remote(path / name) if open_remote else open_file(path, name) for name in names]
+    folder = folder or LocalFolder(path)
+    names, index, weight_map = weight_files(path, folder.has)
+    files = folder.open(names)
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         for name, info in file.tensors.items():

@@ -1,6 +1,6 @@
 """The weight files of a source: where they are, and each opened without reading a tensor."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -31,6 +31,34 @@ class TensorFile(Protocol):
         ...
 
 
+class WeightFolder(Protocol):
+    """Where the weight files of a source are: on the disk, or elsewhere."""
+
+    def has(self, name: str) -> bool:
+        """Tell whether there is a file of that name."""
+        ...
+
+    def open(self, names: Sequence[str]) -> list[TensorFile]:
+        """Open files without reading a tensor. Raises SourceError and CorruptFileError."""
+        ...
+
+
+class LocalFolder:
+    """A directory with its weights."""
+
+    def __init__(self, path: Path) -> None:
+        """Take the directory."""
+        self._path = path
+
+    def has(self, name: str) -> bool:
+        """Tell whether there is a file of that name."""
+        return (self._path / name).exists()
+
+    def open(self, names: Sequence[str]) -> list[TensorFile]:
+        """Open files without reading a tensor. Raises SourceError and CorruptFileError."""
+        return [_open_file(self._path, name) for name in names]
+
+
 class SafetensorsFile:
     """A safetensors file; only its header is held."""
 
@@ -49,8 +77,18 @@ class SafetensorsFile:
         return (read_tensor(self.path, block) for block in self.tensors[name].blocks())
 
 
-def weight_files(path: Path, remote: bool) -> tuple[list[str], str, dict[str, str]]:
-    """Return the weight files, their index's name and what it says; an index comes first, and safetensors do."""
+def weight_files(path: Path, has: Callable[[str], bool]) -> tuple[list[str], str, dict[str, str]]:
+    """Return the weight files, their index's name and what it says; an index comes first, and safetensors do.
+
+    Args:
+        path: the directory, with the index where there is one.
+        has: tells whether there is a weight file of a name.
+
+    Raises:
+        SourceError: there are none.
+        CorruptFileError: a broken index.
+
+    """
     for index, single, suffix in (
         (SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME, ".safetensors"),
         (TORCH_INDEX_NAME, TORCH_NAME, ".bin"),
@@ -58,13 +96,12 @@ def weight_files(path: Path, remote: bool) -> tuple[list[str], str, dict[str, st
         if (path / index).exists():
             weight_map = read_weight_map(path / index, suffix)
             return sorted(set(weight_map.values())), index, weight_map
-        if remote or (path / single).exists():
+        if has(single):
             return [single], index, {}
     raise SourceError(f"{path}: no weights; expected {SAFETENSORS_NAME} or {TORCH_NAME}, or an index of shards")
 
 
-def open_file(path: Path, name: str) -> TensorFile:
-    """Open a weight file of the directory by its name. Raises SourceError and CorruptFileError."""
+def _open_file(path: Path, name: str) -> TensorFile:
     if not (path / name).exists():
         raise SourceError(f"{path / name}: missing, but the index names it; is the download complete?")
     require_inside(path / name, path)

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ...disk.reading import open_regular
-from ...errors import CorruptFileError
+from ...errors import CorruptFileError, LLMInt8Error
 from ..tensors import DTYPE_NAMES, DTYPES, TensorInfo, is_shape, is_tensor_name, read_tensor
 from .pickles import Call, Label
 from .storages import Place, read_container, storage_of
@@ -56,30 +56,8 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         """List the tensors. Raises CorruptFileError."""
         self.path, self.size = path, path.stat().st_size
-        try:
-            with open_regular(path) as file:
-                state, places = read_container(file)
-        except CorruptFileError:
-            raise
-        except Exception as error:  # zipfile and pickletools raise what they like for what is broken
-            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            raise CorruptFileError(f"{path}: cannot be read as a checkpoint of tensors: {reason}") from None
-        if not isinstance(state, dict):
-            raise CorruptFileError(f"{path}: holds a {type(state).__name__}, expected a dict of tensors")
-        self._views: dict[str, _View] = {}
-        for key, value in state.items():
-            name = key.decode(errors="replace") if isinstance(key, bytes) else key  # bytes: written by Python 2
-            if not is_tensor_name(name):
-                raise CorruptFileError(f"{path}: {str(name)[:80]!r} is not a name a tensor may have")
-            call = _tensor_call(value)
-            if call is None:
-                what = value.function.name if isinstance(value, Call) else type(value).__name__
-                log.warning("%s: %s is a %s and not a tensor: left out", path, name, what)
-                continue
-            try:
-                self._views[name] = _view(TensorInfo(name, "", (), path.name, 0), call, places)
-            except ValueError as error:
-                raise CorruptFileError(f"{path}: {name}: {error}") from None
+        with open_regular(path) as file:
+            self._views = _views(path, file, self.size)
         self.tensors = {name: view.info for name, view in self._views.items()}
 
     def read(self, name: str) -> Tensor:
@@ -96,6 +74,38 @@ class TorchFile:
         if not view.contiguous:
             return iter([self.read(name)])
         return (read_tensor(self.path, block) for block in view.info.blocks())
+
+
+def parse_torch_header(path: Path, file: Any, size: int) -> dict[str, TensorInfo]:
+    """List the tensors as `TorchFile` does of what reads like a file of `size` bytes; `path` is for its errors."""
+    return {name: view.info for name, view in _views(path, file, size).items()}
+
+
+def _views(path: Path, file: Any, size: int) -> dict[str, _View]:
+    try:
+        state, places = read_container(file, size)
+    except LLMInt8Error:
+        raise
+    except Exception as error:  # zipfile and pickletools raise what they like for what is broken
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise CorruptFileError(f"{path}: cannot be read as a checkpoint of tensors: {reason}") from None
+    if not isinstance(state, dict):
+        raise CorruptFileError(f"{path}: holds a {type(state).__name__}, expected a dict of tensors")
+    views: dict[str, _View] = {}
+    for key, value in state.items():
+        name = key.decode(errors="replace") if isinstance(key, bytes) else key  # bytes: written by Python 2
+        if not is_tensor_name(name):
+            raise CorruptFileError(f"{path}: {str(name)[:80]!r} is not a name a tensor may have")
+        call = _tensor_call(value)
+        if call is None:
+            what = value.function.name if isinstance(value, Call) else type(value).__name__
+            log.warning("%s: %s is a %s and not a tensor: left out", path, name, what)
+            continue
+        try:
+            views[name] = _view(TensorInfo(name, "", (), path.name, 0), call, places)
+        except ValueError as error:
+            raise CorruptFileError(f"{path}: {name}: {error}") from None
+    return views
 
 
 def _tensor_call(value: Any) -> Call | None:

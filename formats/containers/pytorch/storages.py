@@ -4,7 +4,6 @@ Since torch 1.6 that is a zip archive with an entry for each storage, none of th
 pickles, the last of which lists the storages that follow. What is declared is held against the file.
 """
 
-import os
 import re
 import zipfile
 from dataclasses import dataclass
@@ -58,14 +57,13 @@ class Place:
     nbytes: int
 
 
-def read_container(file: Any) -> tuple[Any, dict[str, Place]]:
-    """Return what was saved, as `PickleReader` has it, and the place of each storage by its key.
+def read_container(file: Any, size: int) -> tuple[Any, dict[str, Place]]:
+    """Return what was saved in a file of `size` bytes, as `PickleReader` has it, and each storage's place by its key.
 
     Raises:
         Exception: of many kinds, as zipfile and pickletools meet what is broken.
 
     """
-    size = os.fstat(file.fileno()).st_size
     zipped = file.read(4) == b"PK\x03\x04"
     file.seek(0)
     state, places = _read_zip(file) if zipped else _read_legacy(file)
