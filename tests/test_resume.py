@@ -1,6 +1,8 @@
 """Interrupted conversions: what is left, what goes on, and that the result has the same bytes whatever happened."""
 
+import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -266,6 +268,44 @@ def test_what_a_power_failure_damaged_is_done_again(source, tmp_path, what):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_every_byte_of_the_journal_counts(tmp_path):
+    """A record is as it was put, or not there; whatever byte is another."""
+    tensors = [torch.arange(3), torch.tensor([1.5], dtype=torch.float16)]
+    records = {("layer", "a"): ([3, 1], tensors), ("layer", "b"): ([2, 0], tensors[:1]), ("curve", "a"): (0.25, [])}
+    journal = Journal(tmp_path, {"the source": "s"})
+    for key, (value, of_it) in records.items():
+        journal.put(*key, value, of_it)
+    journal.close()
+    path = tmp_path / JOURNAL_NAME
+    whole = path.read_bytes()
+    found = 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        journal = Journal(tmp_path, {"the source": "s"})
+        for key, (value, of_it) in records.items():
+            record = journal.get(*key)
+            if record is not None:
+                found += 1
+                assert record.value == value
+                assert all(torch.equal(journal.load(info), t) for info, t in zip(record.tensors, of_it, strict=True))
+        journal.close()
+    assert 0 < found < len(whole) * len(records)
+
+
+def test_candidates_that_changed_places_in_the_journal_are_found_again(source, tmp_path):
+    """Swapped dims of the same length once gave a finished checkpoint with columns under the wrong dimensions."""
+    convert(source, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", progress=interrupt_after(14))
+    path = tmp_path / "out" / JOURNAL_NAME
+    dims = re.compile(rb'"value":\[(\d+),(\d+),')
+    swapped, count = dims.subn(rb'"value":[\2,\1,', path.read_bytes())
+    assert count > 5
+    path.write_bytes(swapped)
+    convert(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_two_conversions_into_one_directory(source, tmp_path):
     def second(name: str, nbytes: int) -> None:
         if not tried:
@@ -372,13 +412,18 @@ def test_a_source_file_named_as_the_journal_is_copied(source, tmp_path):
     assert not formats.is_unfinished(tmp_path / "out")
 
 
+def signed(raw: bytes) -> bytes:
+    return hashlib.sha256(raw).hexdigest().encode() + b" " + raw + b"\n"
+
+
 ODD_LINES = {
-    "empty": b"{}\n",
-    "shape": b'{"kind":"tensor","name":"x","value":1,"tensors":[["F16",5]],"sha256":""}\n',
-    "dtype": b'{"kind":"tensor","name":"x","value":1,"tensors":[[[],[1]]],"sha256":""}\n',
-    "key": b'{"kind":"tensor","name":"x","tensors":[],"sha256":""}\n',
-    "deep": b"[" * 100_000 + b"\n",
-    "binary": b"\xff\0\n",
+    "empty": signed(b"{}"),
+    "shape": signed(b'{"kind":"tensor","name":"x","value":1,"tensors":[["F16",5]],"sha256":""}'),
+    "dtype": signed(b'{"kind":"tensor","name":"x","value":1,"tensors":[[[],[1]]],"sha256":""}'),
+    "key": signed(b'{"kind":"tensor","name":"x","tensors":[],"sha256":""}'),
+    "deep": signed(b"[" * 100_000),
+    "binary": signed(b"\xff\0"),
+    "unsigned": b'{"kind":"tensor","name":"x","value":1,"tensors":[],"sha256":""}\n',
 }
 
 
@@ -400,8 +445,9 @@ def test_a_journal_removes_nothing_outside(source, tmp_path, force):
         convert(source, tmp_path / "out", outliers="none", progress=interrupt_after(5))
     (tmp_path / "victim").write_text("x")
     with (tmp_path / "out" / JOURNAL_NAME).open("ab") as file:
-        file.write(b'{"kind":"commit","name":"","value":{"files":["../victim"],"shards":{}},"tensors":[],"sha256":"')
-        file.write(b'e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}\n')
+        value = b'{"files":["../victim"],"shards":{}}'
+        nothing = hashlib.sha256(b"").hexdigest().encode()
+        file.write(signed(b'{"kind":"commit","name":"","value":%b,"tensors":[],"sha256":"%b"}' % (value, nothing)))
     with pytest.raises(formats.OutputError, match="names files outside"):
         convert(source, tmp_path / "out", outliers="none", force=force)
     assert (tmp_path / "victim").exists()

@@ -319,6 +319,23 @@ def test_giving_up_leaves_files_of_others(tmp_path: Path) -> None:
     assert everything_in(tmp_path) == {"out": None, "out/notes": b"x"}
 
 
+def test_shards_that_are_not_needed_any_more_are_removed_at_commit(tmp_path: Path) -> None:
+    """The run before laid out more of them: another machine chooses other columns."""
+    model = two_layers()
+
+    def interrupted_later(writer: CheckpointWriter) -> None:
+        extra = [[TensorSpec(f"extra.{number}", "F32", (20,))] for number in range(3)]
+        writer.plan([*groups_of(model), *extra])
+        writer.write("m.a.SCB", model["m.a"]["m.a.SCB"])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        in_a_writer(tmp_path / "out", interrupted_later)
+    write(tmp_path / "out", model, 200)
+    write(tmp_path / "fresh", model, 200)
+    assert everything_in(tmp_path / "out") == everything_in(tmp_path / "fresh")
+
+
 def test_until_the_commit_every_name_is_partial(tmp_path: Path) -> None:
     def action(writer: CheckpointWriter) -> None:
         writer.plan(groups_of(two_layers()))

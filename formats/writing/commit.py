@@ -10,6 +10,7 @@ from ..disk.durable import named_errors, sync_directory, sync_file, temporary_na
 from ..disk.names import CONFIG_NAME
 from ..errors import OutputError
 from .journal import Journal
+from .shards import partial_shards
 
 
 def publish(out: Path, journal: Journal, shards: dict[str, str], files: dict[str, bytes], config: bytes) -> None:
@@ -31,6 +32,8 @@ def publish(out: Path, journal: Journal, shards: dict[str, str], files: dict[str
         sync_file(journal.path)
         for partial, final in shards.items():
             (out / partial).replace(out / final)
+        for stale in partial_shards(out):  # an earlier run needed more of them, or others
+            stale.unlink()
         for name, data in files.items():
             _write_small(out / name, data)
         sync_directory(out)

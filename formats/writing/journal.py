@@ -2,7 +2,8 @@
 
 The first line holds a fingerprint: what the conversion is made of. Every record is a line of JSON and then the bytes of
 its tensors. Nothing here waits for the disk; after a power failure a record may be cut short, or damaged, or vouch for
-data that was lost. So everything comes with a SHA-256, and what does not match it is done again.
+data that was lost. So everything comes with a SHA-256, a line with its own before it and the hash of its tensors in it,
+and what does not match is done again. Behind a damaged line nothing is believed: it says where the next one begins.
 
 The file is locked while it is open, where the system has `flock`: two conversions cannot write to one directory.
 """
@@ -83,7 +84,7 @@ class Journal:
         with self._lock:
             # After a failed write the next one begins where that one did.
             self._file.seek(self._end)
-            start = self._end + self._write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
+            start = self._end + self._write(_line(entry))
             end = start + sum(self._write(as_bytes(tensor)) for tensor in tensors)
             self._end = end
             self._records[kind, name] = self._record(entry, start)
@@ -134,7 +135,7 @@ class Journal:
                 if any(path.suffix != ".partial" for path in self.path.parent.iterdir()):
                     raise OutputError(f"{self.path}: not the journal of a conversion; remove it")
                 self._file.truncate(0)
-                return self._write(json.dumps({"fingerprint": fingerprint or {}}).encode() + b"\n")
+                return self._write(_line({"fingerprint": fingerprint or {}}))
             if fingerprint is not None:
                 _compare(self.path.parent, begun, fingerprint)
             end = file.tell()
@@ -181,11 +182,19 @@ def _open_locked(path: Path) -> BinaryIO:
     return file
 
 
+def _line(entry: dict[str, Any]) -> bytes:
+    raw = json.dumps(entry, separators=(",", ":")).encode()
+    return f"{hashlib.sha256(raw).hexdigest()} ".encode() + raw + b"\n"
+
+
 def _parse(file: BinaryIO) -> dict[str, Any] | None:
     """Return the next line's object; None at the end, or where a line is cut short or damaged."""
     line = file.readline(_MAX_LINE_BYTES)
+    digest, _, raw = line[:-1].partition(b" ")
+    if not line.endswith(b"\n") or digest != hashlib.sha256(raw).hexdigest().encode():
+        return None
     try:
-        entry = json.loads(line) if line.endswith(b"\n") else None
+        entry = json.loads(raw)
     except (ValueError, RecursionError):
         return None
     return entry if isinstance(entry, dict) else None
