@@ -1,5 +1,7 @@
 """Interrupted conversions: what is left, what goes on, and that the result has the same bytes whatever happened."""
 
+import errno
+import fcntl
 import hashlib
 import os
 import re
@@ -18,6 +20,7 @@ from click.testing import CliRunner
 
 from llmint8 import converter, formats
 from llmint8.converter.commands.convert import convert_command
+from llmint8.formats.disk import durable
 from llmint8.formats.disk.names import JOURNAL_NAME
 from llmint8.formats.writing import journal as journal_module
 from llmint8.formats.writing import shards as shards_module
@@ -66,8 +69,8 @@ class Kill:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         self.number, self.count = number, 0
-        monkeypatch.setattr(shards_module, "_write_all", self._halved(shards_module._write_all))
-        monkeypatch.setattr(Journal, "_write", self._halved(Journal._write))
+        for module in (shards_module, journal_module, durable):
+            monkeypatch.setattr(module, "write_all", self._halved(durable.write_all))
         for name in ("replace", "unlink"):
             monkeypatch.setattr(Path, name, self._before(getattr(Path, name)))
         monkeypatch.setattr(os, "fsync", self._before(os.fsync))
@@ -322,12 +325,123 @@ def test_two_conversions_into_one_directory(source, tmp_path):
 
 def test_a_journal_that_went_while_its_lock_was_awaited(tmp_path, monkeypatch):
     """The other conversion finished between our opening and our locking: what we hold is no longer there."""
-    if journal_module.fcntl is None:
-        pytest.skip("no flock here")
-    flock = journal_module.fcntl.flock
-    monkeypatch.setattr(journal_module.fcntl, "flock", lambda *a: ((tmp_path / JOURNAL_NAME).unlink(), flock(*a)))
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda *a: ((tmp_path / JOURNAL_NAME).unlink(), flock(*a)))
     with pytest.raises(formats.OutputError, match="another conversion"):
         Journal(tmp_path, {})
+
+
+def failing(number: int) -> Callable[..., None]:
+    def fail(*arguments: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK])
+def test_without_locks_a_conversion_goes_on_and_says_so(source, tmp_path, monkeypatch, caplog, number):
+    monkeypatch.setattr(fcntl, "flock", failing(number))
+    convert(source, tmp_path / "out", outliers="none")
+    assert formats.open_checkpoint(tmp_path / "out")
+    assert caplog.messages == [
+        f"{tmp_path / 'out'}: no locks there ({os.strerror(number)}): begin no second conversion into it"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.EACCES, r"out: another conversion is writing to it"),
+        (errno.EAGAIN, r"out: another conversion is writing to it"),
+        (errno.EIO, r"conversion\.partial: cannot be locked: Input/output error"),
+    ],
+)
+def test_a_lock_that_fails_otherwise_is_told_in_one_line(source, tmp_path, monkeypatch, number, message):
+    monkeypatch.setattr(fcntl, "flock", failing(number))
+    with pytest.raises(formats.OutputError, match=message):
+        convert(source, tmp_path / "out", outliers="none")
+
+
+def test_the_journal_is_opened_once(source, tmp_path, monkeypatch):
+    """On CIFS a lock is mandatory, and shuts out our own process too when it opens the file again."""
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", progress=interrupt_after(14))
+    opened = os.open
+
+    def refusing(path: Any, *arguments: Any, **named: Any) -> int:
+        assert Path(path).name != JOURNAL_NAME or len(opens) == 0, "opened again"
+        opens.extend([path] if Path(path).name == JOURNAL_NAME else [])
+        return opened(path, *arguments, **named)
+
+    opens: list[Any] = []
+    monkeypatch.setattr(os, "open", refusing)
+    convert(source, tmp_path / "out")
+    assert len(opens) == 1
+
+
+def link(path: Path, victim: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to(victim)
+
+
+def hard_link(path: Path, victim: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.hardlink_to(victim)
+
+
+def fifo(path: Path, victim: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+OUTPUTS = ["*.safetensors.partial", JOURNAL_NAME, "config.json.new.partial", "llmint8_manifest.json.new.partial"]
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+@pytest.mark.parametrize("plant", [link, hard_link, fifo])
+def test_what_is_not_a_plain_file_is_never_written_to(source, tmp_path, name, plant):
+    """An unfinished directory that was copied, linked or handed on: nothing outside of it is ours to write."""
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", outliers="none", progress=interrupt_after(5))
+    found = sorted((tmp_path / "out").glob(name))
+    path = found[0] if found else tmp_path / "out" / name
+    victim = tmp_path / "victim"
+    victim.write_bytes(path.read_bytes() if found else b"x")
+    before = victim.read_bytes()
+    plant(path, victim)
+    # Without its journal the directory is not an unfinished one.
+    reasons = "is a link|has another name too|is not a regular file|is not an empty directory"
+    with pytest.raises(formats.OutputError, match=rf"out.*: .*({reasons})"):
+        convert(source, tmp_path / "out", outliers="none")
+    assert victim.read_bytes() == before
+    assert not (tmp_path / "out" / "config.json").exists()
+    if name != JOURNAL_NAME:
+        path.unlink()
+        convert(source, tmp_path / "out", outliers="none")
+        formats.open_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["source.partial", "additional_chat_templates"])
+def test_a_folder_that_is_a_link_is_refused(source, tmp_path, name):
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", outliers="none", progress=interrupt_after(5))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(formats.OutputError, match=f"{name}: is a link"):
+        convert(source, tmp_path / "out", outliers="none")
+
+
+def test_an_output_directory_may_be_a_link(source, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    convert(source, tmp_path / "out", outliers="none")
+    formats.open_checkpoint(tmp_path / "elsewhere")
+
+
+def test_windows_is_refused_before_anything_is_done(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(formats.OutputError, match="on Windows convert in WSL"):
+        converter.make_plan(converter.resolve(source), tmp_path / "out")
 
 
 SIGNAL = """

@@ -134,6 +134,47 @@ def test_the_disk_has_the_shards_before_they_get_their_names(tmp_path: Path, mon
     assert folder in events[config:]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="directories are flushed on POSIX only")
+def test_every_directory_that_was_written_to_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that was there already too: without its entry a new OUT is lost, with all that is in it."""
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_ino))
+    monkeypatch.chdir(tmp_path)
+    out = Path("new/below/out")
+    write(out, two_layers())
+    folders = [tmp_path, *(path for path in tmp_path.rglob("*") if path.is_dir())]
+    assert len(folders) == 5
+    assert {folder.stat().st_ino for folder in folders} <= set(flushed)
+    config = flushed.index((out / "config.json").stat().st_ino)
+    assert (out / "additional_chat_templates").stat().st_ino in flushed[:config]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_that_flushes_no_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write(tmp_path / "out", two_layers(), 200)
+    assert_holds(tmp_path / "out", two_layers())
+
+
+def test_a_parent_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = os.open
+
+    def refusing(path: Path, *arguments: int, **named: int) -> int:
+        if Path(path) == tmp_path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return opened(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", refusing)
+    write(tmp_path / "out", two_layers(), 200)
+    assert_holds(tmp_path / "out", two_layers())
+
+
 def test_one_file(tmp_path: Path) -> None:
     model = two_layers()
     write(tmp_path / "out", model)

@@ -1,17 +1,18 @@
 """The shards of a checkpoint being written: each gets its header at once, and is filled as its tensors come."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from torch import Tensor
 
 from ..containers.safetensors import encode_header
-from ..containers.tensors import DTYPE_NAMES, DTYPES, TensorInfo, TensorSpec, as_bytes, read_tensor
-from ..disk.durable import begin_writeback, named_errors, sync_file
+from ..containers.tensors import DTYPE_NAMES, DTYPES, TensorInfo, TensorSpec, as_bytes, read_from
+from ..disk.durable import begin_writeback, named_errors, open_output, write_all
+from ..disk.lending import OpenFiles
 from ..disk.names import SAFETENSORS_NAME
 
 _NAME = "model-{:05d}.safetensors.partial"
@@ -31,6 +32,7 @@ class Shards:
         """Take the directory, and how many bytes of tensors a file may hold."""
         self._out, self._max_bytes = out, max_bytes
         self._shards: list[_Shard] = []
+        self._files = OpenFiles(open_output)
         self.places: dict[str, TensorInfo] = {}
 
     @property
@@ -62,9 +64,9 @@ class Shards:
         shard = _Shard(self._out / _NAME.format(len(self._shards) + 1), sum(spec.nbytes for spec in specs))
         self._shards.append(shard)
         # A file that is there already keeps its data: what of it is whole, the journal knows.
-        mode = "r+b" if shard.path.exists() else "xb"
-        with named_errors(shard.path), shard.path.open(mode, buffering=0) as file:
-            _write_all(file, memoryview(header))
+        with named_errors(shard.path), self._files.lend(shard.path) as file:
+            file.seek(0)
+            write_all(file, header)
             file.truncate(len(header) + shard.nbytes)
         for spec, offset in zip(specs, offsets, strict=True):
             if spec.name in self.places:
@@ -74,7 +76,9 @@ class Shards:
     def read(self, name: str) -> Tensor:
         """Read a tensor from its place, whatever is there. Raises CorruptFileError where the file ends too early."""
         place = self.places[name]
-        return read_tensor(self._out / place.file, place)
+        path = self._out / place.file
+        with named_errors(path), self._files.lend(path) as file:
+            return read_from(file, path, place)
 
     def write(self, name: str, blocks: Iterable[Tensor]) -> str:
         """Put a tensor into its place: blocks of its rows, one after the other. Return the SHA-256 of its data.
@@ -87,7 +91,7 @@ class Shards:
         place = self.places[name]
         path = self._out / place.file
         digest, rest = hashlib.sha256(), place.nbytes
-        with named_errors(path), path.open("r+b", buffering=0) as file:
+        with named_errors(path), self._files.lend(path) as file:
             file.seek(place.offset)
             for block in blocks:
                 data = as_bytes(block.detach().cpu().contiguous())
@@ -95,17 +99,21 @@ class Shards:
                 if DTYPE_NAMES[block.dtype] != place.dtype or block.shape[1:] != place.shape[1:] or rest < 0:
                     raise ValueError(f"{name}: rows {block.dtype} {list(block.shape)}, planned was {place}")
                 digest.update(data)
-                _write_all(file, data)
+                write_all(file, data)
             begin_writeback(file, place.offset, place.nbytes)
         if rest:
             raise ValueError(f"{name}: {rest} bytes less than planned in {place}")
         return digest.hexdigest()
 
+    def close(self) -> None:
+        """Close all files."""
+        self._files.close()
+
     def flush(self) -> None:
         """Flush all files to the disk. Raises OutputError."""
         for shard in self._shards:
-            with named_errors(shard.path):
-                sync_file(shard.path)
+            with named_errors(shard.path), self._files.lend(shard.path) as file:
+                os.fsync(file.fileno())
 
     def final_names(self) -> dict[str, str]:
         """Return the name of each file now -> in the finished checkpoint."""
@@ -117,8 +125,3 @@ class Shards:
 def partial_shards(out: Path) -> Iterator[Path]:
     """Yield the shards in a directory that have not got their final names, whoever wrote them."""
     return (path for path in out.iterdir() if _PATTERN.fullmatch(path.name))
-
-
-def _write_all(file: IO[bytes], data: memoryview) -> None:
-    while data:
-        data = data[file.write(data) :]

@@ -10,6 +10,7 @@ stopped, whatever stopped it: it takes back what a commit had begun, and trusts 
 
 import hashlib
 import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,7 @@ class CheckpointWriter:
                 self._out.rmdir()
         elif error is not None and is_unfinished(self._out):
             error.add_note(f"{self._out} keeps what is done so far; the same command goes on, --force starts over")
+        self._shards.close()
         self.journal.close()
 
     def _remove(self) -> None:
@@ -185,6 +187,17 @@ class CheckpointWriter:
 
 
 def require_writable(out: Path) -> None:
-    """Refuse a directory that holds something else than an unfinished conversion. Raises OutputError."""
-    if out.exists() and not is_unfinished(out) and (not out.is_dir() or any(out.iterdir())):
+    """Refuse what no conversion can be written to. Raises OutputError.
+
+    That is a directory that holds something else than an unfinished conversion, or one with links in it, which would
+    lead elsewhere what is written; and any on Windows, where directories can be neither locked nor flushed.
+    """
+    if sys.platform == "win32":
+        raise OutputError(f"{out}: conversions are written on Linux and macOS; on Windows convert in WSL")
+    if not out.exists():
+        return
+    if not is_unfinished(out) and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out}: is not an empty directory; name a new one or remove what is in it")
+    for path in out.iterdir():
+        if path.is_symlink():
+            raise OutputError(f"{path}: is a link, and an unfinished conversion has none; remove it")
