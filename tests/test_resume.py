@@ -20,6 +20,7 @@ from click.testing import CliRunner
 
 from llmint8 import converter, formats
 from llmint8.converter.commands.convert import convert_command
+from llmint8.converter.conversion.transfer import Transfer
 from llmint8.formats.disk import durable
 from llmint8.formats.disk.names import JOURNAL_NAME
 from llmint8.formats.writing import journal as journal_module
@@ -182,15 +183,52 @@ def test_before_the_first_tensor_nothing_is_left(source, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_source_that_cannot_be_converted_leaves_nothing(source, tmp_path):
-    """The same command would meet the same value again."""
+@pytest.fixture
+def quantized(monkeypatch):
+    """The names of the layers that are quantized from now on, in the order in which they are."""
+    names: list[str] = []
+    quantize = Transfer._quantized
+    monkeypatch.setattr(Transfer, "_quantized", lambda self, *a: names.append(a[0].name) or quantize(self, *a))
+    return names
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_bad_value_near_the_end_costs_no_work(source, tmp_path, quantized, options):
     copy = shutil.copytree(source, tmp_path / "source")
     model = transformers.LlamaForCausalLM.from_pretrained(copy, dtype=torch.float16)
-    model.model.layers[1].mlp.down_proj.weight.data[3, 4] = torch.nan
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
     model.save_pretrained(copy)
-    with pytest.raises(formats.SourceError, match="output row 3 holds NaN"):
-        convert(copy, tmp_path / "out", outliers="none")
-    assert not (tmp_path / "out").exists()
+    convert(copy, tmp_path / "fresh", on_nonfinite="keep", **options)
+    quantized.clear()
+    with pytest.raises(formats.SourceError, match=r"output row 3 holds NaN.*go on with --on-nonfinite keep") as caught:
+        convert(copy, tmp_path / "out", jobs=1, **options)
+    assert "keeps what is done so far" in caught.value.__notes__[0]
+    *done, bad = quantized
+    assert len(done) > 7
+    quantized.clear()
+    convert(copy, tmp_path / "out", on_nonfinite="keep", **options)
+    assert not {*done, bad} & {*quantized}
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("outliers", ["none", "top-k=3"])
+@pytest.mark.parametrize("way_out", ["bfloat16", None])
+def test_a_value_that_does_not_fit_costs_no_work(source, tmp_path, quantized, outliers, way_out):
+    """With calibration the columns that stay in 16 bit are cast at the very end."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(CONFIG)
+    model.model.layers[1].mlp.down_proj.weight.data[3] = 1e6
+    model.model.norm.weight.data[0] = 1e6 if outliers == "none" else 1
+    model.save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "fresh", outliers=outliers, dtype=way_out)
+    quantized.clear()
+    with pytest.raises(formats.SourceError, match=r"1e.06 does not fit float16; go on with --dtype bf.* or without"):
+        convert(tmp_path / "source", tmp_path / "out", outliers=outliers, dtype="float16", jobs=1)
+    assert len({*quantized}) == 14
+    quantized.clear()
+    convert(tmp_path / "source", tmp_path / "out", outliers=outliers, dtype=way_out)
+    assert not quantized
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
 def test_a_read_error_leaves_what_is_done(source, tmp_path):
@@ -206,24 +244,69 @@ def test_a_read_error_leaves_what_is_done(source, tmp_path):
 
 CHANGES = {
     "outliers": ({"outliers": "top-k=2"}, "--outliers was top-k=16 and is top-k=2"),
-    "skip": ({"skip": ["down_proj"]}, "--skip was  and is 'down_proj'"),
-    "shards": ({"max_shard_size": "7KB"}, "--max-shard-size was 6KB and is 7KB"),
-    "dtype": ({"dtype": "bfloat16"}, "--dtype was None and is bfloat16"),
+    "tokens": ({"calibration_tokens": 9}, "--calibration-tokens was 512 and is 9"),
+    "code": ({"trust_remote_code": True}, "--trust-remote-code was False and is True"),
 }
 
 
 @pytest.mark.parametrize(("options", "message"), CHANGES.values(), ids=CHANGES)
-def test_other_options_are_refused_by_name(source, tmp_path, options, message):
+def test_another_pass_is_refused_by_name(source, tmp_path, options, message):
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", progress=interrupt_after(5))
     before = contents(tmp_path / "out")
     with pytest.raises(formats.OutputError, match=message) as caught:
-        converter.convert(source, tmp_path / "out", **{"max_shard_size": "6KB", **options})
+        convert(source, tmp_path / "out", **options)
     assert "--force" in str(caught.value)
     assert contents(tmp_path / "out") == before
-    converter.convert(source, tmp_path / "out", force=True, **{"max_shard_size": "6KB", **options})
-    converter.convert(source, tmp_path / "new", **{"max_shard_size": "6KB", **options})
+    convert(source, tmp_path / "out", force=True, **options)
+    convert(source, tmp_path / "new", **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "new")
+
+
+OTHERS = {
+    "skip": {"skip": [r"layers\.1.*(down|q)_proj"]},
+    "only": {"only": ["layers.0", "v_proj"]},
+    "head": {"quantize_head": True},
+    "smaller-shards": {"max_shard_size": "3KB"},
+    "larger-shards": {"max_shard_size": "5GB"},
+    "dtype": {"dtype": "bfloat16"},
+    "keep": {"on_nonfinite": "keep"},
+}
+
+
+@pytest.mark.parametrize("options", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("outliers", ["none", "top-k=3"])
+def test_with_other_options_what_is_finished_is_used(source, tmp_path, quantized, outliers, options):
+    """They change which tensors are wanted and where they lie, and none that is finished; the pass goes on too."""
+    begun = {"max_shard_size": "6KB", "outliers": outliers, "calibration_tokens": 64}
+    converter.convert(source, tmp_path / "fresh", **begun | options)
+    quantized.clear()
+    with pytest.raises(KeyboardInterrupt):
+        converter.convert(source, tmp_path / "out", jobs=1, progress=interrupt_after(14), **begun)
+    done = quantized[:-1]  # of the one it was interrupted in, nothing may have been put aside
+    assert len(done) > 7
+    quantized.clear()
+    with pytest.raises(KeyboardInterrupt):  # and once more, when all has moved
+        converter.convert(source, tmp_path / "out", jobs=1, progress=interrupt_after(13), **begun | options)
+    converter.convert(source, tmp_path / "out", **begun | options)
+    assert not {*done} & {*quantized}
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_killed_while_what_is_finished_moves(source, tmp_path, monkeypatch):
+    """Other options give the shards another layout: the old ones go when all that is of use has been copied."""
+    begun, now = {"outliers": "none"}, {"outliers": "none", "max_shard_size": "9KB"}
+    converter.convert(source, tmp_path / "fresh", **now)
+    for number in range(0, 60, 7):
+        out = tmp_path / str(number)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, out, progress=interrupt_after(18), **begun)
+        with monkeypatch.context() as patch:
+            Kill(patch, number)
+            with pytest.raises(Killed):
+                converter.convert(source, out, jobs=1, **now)
+        converter.convert(source, out, **now)
+        assert contents(out) == contents(tmp_path / "fresh"), f"killed at event {number}"
 
 
 def test_the_calibration_text_may_move_but_not_change(source, tmp_path):
@@ -586,17 +669,11 @@ def test_an_empty_file_with_the_journals_name_makes_no_directory_ours(source, tm
 
 
 def test_an_io_error_names_the_source(source, tmp_path, monkeypatch):
-    from llmint8.formats.containers import tensors
+    from llmint8.formats.sources import source as source_module
 
     class Broken:
         def __init__(self, file):
             self._file = file
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            self._file.close()
 
         def __getattr__(self, name):
             return getattr(self._file, name)
@@ -604,8 +681,8 @@ def test_an_io_error_names_the_source(source, tmp_path, monkeypatch):
         def readinto(self, view):
             raise OSError(5, "Input/output error")
 
+    opened = source_module.open_regular
+    monkeypatch.setattr(source_module, "open_regular", lambda path: Broken(opened(path)))
     plan = converter.make_plan(converter.resolve(source), tmp_path / "out", converter.Options(outliers="none"))
-    opened = tensors.open_regular
-    monkeypatch.setattr(tensors, "open_regular", lambda path: Broken(opened(path)))
     with pytest.raises(formats.CorruptFileError, match=r"model\.safetensors: .*: cannot be read: Input/output error"):
         converter.execute(plan)

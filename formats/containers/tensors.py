@@ -5,6 +5,7 @@ crash, and memory stays what the caller holds.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
@@ -121,6 +122,11 @@ def read_from(file: FileIO, path: Path, info: TensorInfo) -> Tensor:
     except OSError as error:
         raise CorruptFileError(f"{path}: {info.name}: cannot be read: {error.strerror}") from None
     return tensor
+
+
+def read_blocks(file: FileIO, path: Path, info: TensorInfo) -> Iterator[Tensor]:
+    """Yield a tensor in blocks of its rows, each as `read_from` returns it; a scalar as it is."""
+    return (read_from(file, path, block) for block in info.blocks())
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

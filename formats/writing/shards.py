@@ -1,6 +1,11 @@
-"""The shards of a checkpoint being written: each gets its header at once, and is filled as its tensors come."""
+"""The shards of a checkpoint being written: each gets its header at once, and is filled as its tensors come.
 
+A file with another layout, of an earlier run with other options, makes way: what it holds can be taken from there.
+"""
+
+import contextlib
 import hashlib
+import itertools
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -9,14 +14,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..containers.safetensors import encode_header
+from ..containers.safetensors import encode_header, read_header
 from ..containers.tensors import DTYPE_NAMES, DTYPES, TensorInfo, TensorSpec, as_bytes, read_from
 from ..disk.durable import begin_writeback, named_errors, open_output, write_all
 from ..disk.lending import OpenFiles
 from ..disk.names import SAFETENSORS_NAME
+from ..errors import CorruptFileError
 
 _NAME = "model-{:05d}.safetensors.partial"
-_PATTERN = re.compile(r"model-\d{5,}\.safetensors\.partial")
+_EARLIER_NAME = "earlier-{:05d}.safetensors.partial"
+_PATTERN = re.compile(r"(model|earlier)-\d{5,}\.safetensors\.partial")
 
 
 @dataclass
@@ -63,15 +70,23 @@ class Shards:
         header, offsets = encode_header(specs)
         shard = _Shard(self._out / _NAME.format(len(self._shards) + 1), sum(spec.nbytes for spec in specs))
         self._shards.append(shard)
+        for spec, offset in zip(specs, offsets, strict=True):
+            if spec.name in self.places:
+                raise ValueError(f"{spec.name} is planned twice")
+            self.places[spec.name] = TensorInfo(spec.name, spec.dtype, spec.shape, shard.path.name, offset)
+        with named_errors(shard.path):
+            self._make_way(shard.path, {spec.name: self.places[spec.name] for spec in specs})
         # A file that is there already keeps its data: what of it is whole, the journal knows.
         with named_errors(shard.path), self._files.lend(shard.path) as file:
             file.seek(0)
             write_all(file, header)
             file.truncate(len(header) + shard.nbytes)
-        for spec, offset in zip(specs, offsets, strict=True):
-            if spec.name in self.places:
-                raise ValueError(f"{spec.name} is planned twice")
-            self.places[spec.name] = TensorInfo(spec.name, spec.dtype, spec.shape, shard.path.name, offset)
+
+    def _make_way(self, path: Path, places: dict[str, TensorInfo]) -> None:
+        with contextlib.suppress(CorruptFileError):  # there is none, or its header is damaged and written anew
+            if read_header(path) != places:
+                names = (self._out / _EARLIER_NAME.format(number) for number in itertools.count(1))
+                path.replace(next(name for name in names if not name.exists()))
 
     def read(self, name: str) -> Tensor:
         """Read a tensor from its place, whatever is there. Raises CorruptFileError where the file ends too early."""
@@ -104,6 +119,12 @@ class Shards:
         if rest:
             raise ValueError(f"{name}: {rest} bytes less than planned in {place}")
         return digest.hexdigest()
+
+    def earlier(self) -> Iterator[tuple[Path, dict[str, TensorInfo]]]:
+        """Yield the shards in the directory that are not in the plan, and the places of what they hold."""
+        for path in sorted({*partial_shards(self._out)} - {shard.path for shard in self._shards}):
+            with contextlib.suppress(CorruptFileError):
+                yield path, read_header(path)
 
     def close(self) -> None:
         """Close all files."""
