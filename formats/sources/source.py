@@ -7,14 +7,16 @@ transformers; nothing outside this folder asks what the files were.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..containers.tensors import TensorInfo
+from ..disk.lending import OpenFiles
 from ..disk.names import CONFIG_NAME, LEGACY_QUANTIZATION_NAME
-from ..disk.reading import read_json
+from ..disk.reading import open_regular, read_json
 from ..disk.small_files import small_files
 from ..errors import SourceError
 from .weight_files import TensorFile, open_file, weight_files
@@ -41,15 +43,15 @@ class Source:
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, contiguous on the CPU."""
-        return self._file(name).read(name)
+        return self._file_of[self.tensors[name].file].read(name)
 
     def read_rows(self, name: str) -> Iterator[Tensor]:
         """Yield one tensor in blocks of its rows, contiguous on the CPU."""
-        return self._file(name).read_rows(name)
+        return self._file_of[self.tensors[name].file].read_rows(name)
 
-    def _file(self, name: str) -> TensorFile:
-        info = self.tensors[name]
-        return next(file for file in self.files if file.path.name == info.file)
+    @cached_property
+    def _file_of(self) -> dict[str, TensorFile]:
+        return {file.path.name: file for file in self.files}
 
 
 def open_source(path: Path, open_remote: Callable[[Path], TensorFile] | None = None) -> Source:
@@ -68,7 +70,8 @@ def open_source(path: Path, open_remote: Callable[[Path], TensorFile] | None = N
         raise SourceError(f"{path}: no such directory")
     config = _read_config(path)
     names, index, weight_map = weight_files(path, open_remote is not None)
-    files = [open_remote(path / name) if open_remote else open_file(path, name) for name in names]
+    opened = OpenFiles(open_regular)
+    files = [open_remote(path / name) if open_remote else open_file(path, name, opened) for name in names]
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         for name, info in file.tensors.items():
