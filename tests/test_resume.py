@@ -20,6 +20,7 @@ from click.testing import CliRunner
 
 from llmint8 import converter, formats
 from llmint8.converter.commands.convert import convert_command
+from llmint8.converter.conversion.provenance import fingerprint
 from llmint8.converter.conversion.transfer import Transfer
 from llmint8.formats.disk import durable
 from llmint8.formats.disk.names import JOURNAL_NAME
@@ -291,6 +292,13 @@ def test_with_other_options_what_is_finished_is_used(source, tmp_path, quantized
     converter.convert(source, tmp_path / "out", **begun | options)
     assert not {*done} & {*quantized}
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_a_conversion_may_go_on_on_another_device(source, tmp_path):
+    """As when a GPU has too little memory: integers are the same on all, and columns are the source's."""
+    options = (converter.Options(device="cuda", jobs=2), converter.Options(device="cpu", jobs=3))
+    one, other = (fingerprint(converter.make_plan(converter.resolve(source), tmp_path / "out", o)) for o in options)
+    assert one == other
 
 
 def test_killed_while_what_is_finished_moves(source, tmp_path, monkeypatch):

@@ -162,6 +162,16 @@ def test_a_file_system_that_flushes_no_directories(
     assert_holds(tmp_path / "out", two_layers())
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="nothing to advise")
+def test_a_file_system_that_takes_no_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(*arguments: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "posix_fadvise", refusing)
+    write(tmp_path / "out", two_layers(), 200)
+    assert_holds(tmp_path / "out", two_layers())
+
+
 def test_a_parent_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = os.open
 

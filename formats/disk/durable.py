@@ -78,7 +78,8 @@ def write_durably(path: Path, data: bytes) -> None:
 def begin_writeback(file: FileIO, offset: int, nbytes: int) -> None:
     """Have the system write to the disk now what it may hold back: the flush at the end then waits for little."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)
+        with suppress(OSError):  # advice only, and not every file system takes any
+            os.posix_fadvise(file.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)
 
 
 def sync_directory(path: Path) -> None:
