@@ -29,7 +29,7 @@ with atheris.instrument_imports(include=["llmint8.formats", "pickletools", "zipf
     from llmint8.formats.containers import safetensors, tensors
     from llmint8.formats.containers.pytorch import file as torch_file
     from llmint8.formats.containers.pytorch import pickles
-    from llmint8.formats.disk import durable, names, strict_json
+    from llmint8.formats.disk import durable, lending, names, reading, strict_json
     from llmint8.formats.int8 import manifest, quantization
 
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-"))
@@ -85,7 +85,7 @@ def torch_save(data: bytes) -> None:
     """A `torch.save` file in either layout: its list, then every tensor."""
     path = FOLDER / "pytorch_model.bin"
     path.write_bytes(data)
-    opened = formats_or_error(lambda: torch_file.TorchFile(path))
+    opened = formats_or_error(lambda: torch_file.TorchFile(path, lending.OpenFiles(reading.open_regular)))
     for name, info in opened.tensors.items() if opened else ():
         tensor = formats_or_error(lambda name=name: opened.read(name))
         assert tensor is None or (tuple(tensor.shape), tensor.nbytes) == (info.shape, info.nbytes)

@@ -136,7 +136,7 @@ def test_dtype_that_overflows_is_refused_by_name(tmp_path):
     model.save_pretrained(tmp_path / "source")
     with pytest.raises(formats.SourceError, match=r"model\.safetensors: model\.norm\.weight: 1\.26765e\+30 .* float16"):
         converter.convert(tmp_path / "source", tmp_path / "out", dtype="float16")
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_skip_and_only(source, tmp_path):
@@ -225,7 +225,7 @@ def test_nonfinite_weight(value, source, tmp_path):
     edit_tensors(source, **{f"{DOWN}.weight".replace(".", "__"): weight})
     with pytest.raises(formats.SourceError, match=rf"{DOWN}\.weight: output row 5 .*--on-nonfinite keep"):
         converter.convert(source, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out" / "config.json").exists()
     report = converter.convert(source, tmp_path / "out", on_nonfinite="keep")
     assert report.kept[DOWN] == "holds NaN or infinity"
     checkpoint = formats.open_checkpoint(tmp_path / "out")

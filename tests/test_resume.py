@@ -1,7 +1,11 @@
 """Interrupted conversions: what is left, what goes on, and that the result has the same bytes whatever happened."""
 
 import dataclasses
+import errno
+import fcntl
+import hashlib
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +21,9 @@ from click.testing import CliRunner
 
 from llmint8 import converter, formats
 from llmint8.converter.commands.convert import convert_command
+from llmint8.converter.conversion.provenance import fingerprint
+from llmint8.converter.conversion.transfer import Transfer
+from llmint8.formats.disk import durable
 from llmint8.formats.disk.names import JOURNAL_NAME
 from llmint8.formats.writing import journal as journal_module
 from llmint8.formats.writing import shards as shards_module
@@ -65,8 +72,8 @@ class Kill:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         self.number, self.count = number, 0
-        monkeypatch.setattr(shards_module, "_write_all", self._halved(shards_module._write_all))
-        monkeypatch.setattr(Journal, "_write", self._halved(Journal._write))
+        for module in (shards_module, journal_module, durable):
+            monkeypatch.setattr(module, "write_all", self._halved(durable.write_all))
         for name in ("replace", "unlink"):
             monkeypatch.setattr(Path, name, self._before(getattr(Path, name)))
         monkeypatch.setattr(os, "fsync", self._before(os.fsync))
@@ -178,15 +185,52 @@ def test_before_the_first_tensor_nothing_is_left(source, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_source_that_cannot_be_converted_leaves_nothing(source, tmp_path):
-    """The same command would meet the same value again."""
+@pytest.fixture
+def quantized(monkeypatch):
+    """The names of the layers that are quantized from now on, in the order in which they are."""
+    names: list[str] = []
+    quantize = Transfer._quantized
+    monkeypatch.setattr(Transfer, "_quantized", lambda self, *a: names.append(a[0].name) or quantize(self, *a))
+    return names
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_bad_value_near_the_end_costs_no_work(source, tmp_path, quantized, options):
     copy = shutil.copytree(source, tmp_path / "source")
     model = transformers.LlamaForCausalLM.from_pretrained(copy, dtype=torch.float16)
-    model.model.layers[1].mlp.down_proj.weight.data[3, 4] = torch.nan
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
     model.save_pretrained(copy)
-    with pytest.raises(formats.SourceError, match="output row 3 holds NaN"):
-        convert(copy, tmp_path / "out", outliers="none")
-    assert not (tmp_path / "out").exists()
+    convert(copy, tmp_path / "fresh", on_nonfinite="keep", **options)
+    quantized.clear()
+    with pytest.raises(formats.SourceError, match=r"output row 3 holds NaN.*go on with --on-nonfinite keep") as caught:
+        convert(copy, tmp_path / "out", jobs=1, **options)
+    assert "keeps what is done so far" in caught.value.__notes__[0]
+    *done, bad = quantized
+    assert len(done) > 7
+    quantized.clear()
+    convert(copy, tmp_path / "out", on_nonfinite="keep", **options)
+    assert not {*done, bad} & {*quantized}
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("outliers", ["none", "top-k=3"])
+@pytest.mark.parametrize("way_out", ["bfloat16", None])
+def test_a_value_that_does_not_fit_costs_no_work(source, tmp_path, quantized, outliers, way_out):
+    """With calibration the columns that stay in 16 bit are cast at the very end."""
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(CONFIG)
+    model.model.layers[1].mlp.down_proj.weight.data[3] = 1e6
+    model.model.norm.weight.data[0] = 1e6 if outliers == "none" else 1
+    model.save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "fresh", outliers=outliers, dtype=way_out)
+    quantized.clear()
+    with pytest.raises(formats.SourceError, match=r"1e.06 does not fit float16; go on with --dtype bf.* or without"):
+        convert(tmp_path / "source", tmp_path / "out", outliers=outliers, dtype="float16", jobs=1)
+    assert len({*quantized}) == 14
+    quantized.clear()
+    convert(tmp_path / "source", tmp_path / "out", outliers=outliers, dtype=way_out)
+    assert not quantized
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
 def test_a_read_error_leaves_what_is_done(source, tmp_path):
@@ -202,24 +246,76 @@ def test_a_read_error_leaves_what_is_done(source, tmp_path):
 
 CHANGES = {
     "outliers": ({"outliers": "top-k=2"}, "--outliers was top-k=16 and is top-k=2"),
-    "skip": ({"skip": ["down_proj"]}, "--skip was  and is 'down_proj'"),
-    "shards": ({"max_shard_size": "7KB"}, "--max-shard-size was 6KB and is 7KB"),
-    "dtype": ({"dtype": "bfloat16"}, "--dtype was None and is bfloat16"),
+    "tokens": ({"calibration_tokens": 9}, "--calibration-tokens was 512 and is 9"),
+    "code": ({"trust_remote_code": True}, "--trust-remote-code was False and is True"),
 }
 
 
 @pytest.mark.parametrize(("options", "message"), CHANGES.values(), ids=CHANGES)
-def test_other_options_are_refused_by_name(source, tmp_path, options, message):
+def test_another_pass_is_refused_by_name(source, tmp_path, options, message):
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", progress=interrupt_after(5))
     before = contents(tmp_path / "out")
     with pytest.raises(formats.OutputError, match=message) as caught:
-        converter.convert(source, tmp_path / "out", **{"max_shard_size": "6KB", **options})
+        convert(source, tmp_path / "out", **options)
     assert "--force" in str(caught.value)
     assert contents(tmp_path / "out") == before
-    converter.convert(source, tmp_path / "out", force=True, **{"max_shard_size": "6KB", **options})
-    converter.convert(source, tmp_path / "new", **{"max_shard_size": "6KB", **options})
+    convert(source, tmp_path / "out", force=True, **options)
+    convert(source, tmp_path / "new", **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "new")
+
+
+OTHERS = {
+    "skip": {"skip": [r"layers\.1.*(down|q)_proj"]},
+    "only": {"only": ["layers.0", "v_proj"]},
+    "head": {"quantize_head": True},
+    "smaller-shards": {"max_shard_size": "3KB"},
+    "larger-shards": {"max_shard_size": "5GB"},
+    "dtype": {"dtype": "bfloat16"},
+    "keep": {"on_nonfinite": "keep"},
+}
+
+
+@pytest.mark.parametrize("options", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize("outliers", ["none", "top-k=3"])
+def test_with_other_options_what_is_finished_is_used(source, tmp_path, quantized, outliers, options):
+    """They change which tensors are wanted and where they lie, and none that is finished; the pass goes on too."""
+    begun = {"max_shard_size": "6KB", "outliers": outliers, "calibration_tokens": 64}
+    converter.convert(source, tmp_path / "fresh", **begun | options)
+    quantized.clear()
+    with pytest.raises(KeyboardInterrupt):
+        converter.convert(source, tmp_path / "out", jobs=1, progress=interrupt_after(14), **begun)
+    done = quantized[:-1]  # of the one it was interrupted in, nothing may have been put aside
+    assert len(done) > 7
+    quantized.clear()
+    with pytest.raises(KeyboardInterrupt):  # and once more, when all has moved
+        converter.convert(source, tmp_path / "out", jobs=1, progress=interrupt_after(13), **begun | options)
+    converter.convert(source, tmp_path / "out", **begun | options)
+    assert not {*done} & {*quantized}
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_a_conversion_may_go_on_on_another_device(source, tmp_path):
+    """As when a GPU has too little memory: integers are the same on all, and columns are the source's."""
+    options = (converter.Options(device="cuda", jobs=2), converter.Options(device="cpu", jobs=3))
+    one, other = (fingerprint(converter.make_plan(converter.resolve(source), tmp_path / "out", o)) for o in options)
+    assert one == other
+
+
+def test_killed_while_what_is_finished_moves(source, tmp_path, monkeypatch):
+    """Other options give the shards another layout: the old ones go when all that is of use has been copied."""
+    begun, now = {"outliers": "none"}, {"outliers": "none", "max_shard_size": "9KB"}
+    converter.convert(source, tmp_path / "fresh", **now)
+    for number in range(0, 60, 7):
+        out = tmp_path / str(number)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, out, progress=interrupt_after(18), **begun)
+        with monkeypatch.context() as patch:
+            Kill(patch, number)
+            with pytest.raises(Killed):
+                converter.convert(source, out, jobs=1, **now)
+        converter.convert(source, out, **now)
+        assert contents(out) == contents(tmp_path / "fresh"), f"killed at event {number}"
 
 
 def test_the_calibration_text_may_move_but_not_change(source, tmp_path):
@@ -306,6 +402,44 @@ def test_what_a_power_failure_damaged_is_done_again(source, tmp_path, what):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_every_byte_of_the_journal_counts(tmp_path):
+    """A record is as it was put, or not there; whatever byte is another."""
+    tensors = [torch.arange(3), torch.tensor([1.5], dtype=torch.float16)]
+    records = {("layer", "a"): ([3, 1], tensors), ("layer", "b"): ([2, 0], tensors[:1]), ("curve", "a"): (0.25, [])}
+    journal = Journal(tmp_path, {"the source": "s"})
+    for key, (value, of_it) in records.items():
+        journal.put(*key, value, of_it)
+    journal.close()
+    path = tmp_path / JOURNAL_NAME
+    whole = path.read_bytes()
+    found = 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        journal = Journal(tmp_path, {"the source": "s"})
+        for key, (value, of_it) in records.items():
+            record = journal.get(*key)
+            if record is not None:
+                found += 1
+                assert record.value == value
+                assert all(torch.equal(journal.load(info), t) for info, t in zip(record.tensors, of_it, strict=True))
+        journal.close()
+    assert 0 < found < len(whole) * len(records)
+
+
+def test_candidates_that_changed_places_in_the_journal_are_found_again(source, tmp_path):
+    """Swapped dims of the same length once gave a finished checkpoint with columns under the wrong dimensions."""
+    convert(source, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", progress=interrupt_after(14))
+    path = tmp_path / "out" / JOURNAL_NAME
+    dims = re.compile(rb'"value":\[(\d+),(\d+),')
+    swapped, count = dims.subn(rb'"value":[\2,\1,', path.read_bytes())
+    assert count > 5
+    path.write_bytes(swapped)
+    convert(source, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_two_conversions_into_one_directory(source, tmp_path):
     def second(name: str, nbytes: int) -> None:
         if not tried:
@@ -322,12 +456,123 @@ def test_two_conversions_into_one_directory(source, tmp_path):
 
 def test_a_journal_that_went_while_its_lock_was_awaited(tmp_path, monkeypatch):
     """The other conversion finished between our opening and our locking: what we hold is no longer there."""
-    if journal_module.fcntl is None:
-        pytest.skip("no flock here")
-    flock = journal_module.fcntl.flock
-    monkeypatch.setattr(journal_module.fcntl, "flock", lambda *a: ((tmp_path / JOURNAL_NAME).unlink(), flock(*a)))
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda *a: ((tmp_path / JOURNAL_NAME).unlink(), flock(*a)))
     with pytest.raises(formats.OutputError, match="another conversion"):
         Journal(tmp_path, {})
+
+
+def failing(number: int) -> Callable[..., None]:
+    def fail(*arguments: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK])
+def test_without_locks_a_conversion_goes_on_and_says_so(source, tmp_path, monkeypatch, caplog, number):
+    monkeypatch.setattr(fcntl, "flock", failing(number))
+    convert(source, tmp_path / "out", outliers="none")
+    assert formats.open_checkpoint(tmp_path / "out")
+    assert caplog.messages == [
+        f"{tmp_path / 'out'}: no locks there ({os.strerror(number)}): begin no second conversion into it"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (errno.EACCES, r"out: another conversion is writing to it"),
+        (errno.EAGAIN, r"out: another conversion is writing to it"),
+        (errno.EIO, r"conversion\.partial: cannot be locked: Input/output error"),
+    ],
+)
+def test_a_lock_that_fails_otherwise_is_told_in_one_line(source, tmp_path, monkeypatch, number, message):
+    monkeypatch.setattr(fcntl, "flock", failing(number))
+    with pytest.raises(formats.OutputError, match=message):
+        convert(source, tmp_path / "out", outliers="none")
+
+
+def test_the_journal_is_opened_once(source, tmp_path, monkeypatch):
+    """On CIFS a lock is mandatory, and shuts out our own process too when it opens the file again."""
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", progress=interrupt_after(14))
+    opened = os.open
+
+    def refusing(path: Any, *arguments: Any, **named: Any) -> int:
+        assert Path(path).name != JOURNAL_NAME or len(opens) == 0, "opened again"
+        opens.extend([path] if Path(path).name == JOURNAL_NAME else [])
+        return opened(path, *arguments, **named)
+
+    opens: list[Any] = []
+    monkeypatch.setattr(os, "open", refusing)
+    convert(source, tmp_path / "out")
+    assert len(opens) == 1
+
+
+def link(path: Path, victim: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to(victim)
+
+
+def hard_link(path: Path, victim: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.hardlink_to(victim)
+
+
+def fifo(path: Path, victim: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+OUTPUTS = ["*.safetensors.partial", JOURNAL_NAME, "config.json.new.partial", "llmint8_manifest.json.new.partial"]
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+@pytest.mark.parametrize("plant", [link, hard_link, fifo])
+def test_what_is_not_a_plain_file_is_never_written_to(source, tmp_path, name, plant):
+    """An unfinished directory that was copied, linked or handed on: nothing outside of it is ours to write."""
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", outliers="none", progress=interrupt_after(5))
+    found = sorted((tmp_path / "out").glob(name))
+    path = found[0] if found else tmp_path / "out" / name
+    victim = tmp_path / "victim"
+    victim.write_bytes(path.read_bytes() if found else b"x")
+    before = victim.read_bytes()
+    plant(path, victim)
+    # Without its journal the directory is not an unfinished one.
+    reasons = "is a link|has another name too|is not a regular file|is not an empty directory"
+    with pytest.raises(formats.OutputError, match=rf"out.*: .*({reasons})"):
+        convert(source, tmp_path / "out", outliers="none")
+    assert victim.read_bytes() == before
+    assert not (tmp_path / "out" / "config.json").exists()
+    if name != JOURNAL_NAME:
+        path.unlink()
+        convert(source, tmp_path / "out", outliers="none")
+        formats.open_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["source.partial", "additional_chat_templates"])
+def test_a_folder_that_is_a_link_is_refused(source, tmp_path, name):
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", outliers="none", progress=interrupt_after(5))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(formats.OutputError, match=f"{name}: is a link"):
+        convert(source, tmp_path / "out", outliers="none")
+
+
+def test_an_output_directory_may_be_a_link(source, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    convert(source, tmp_path / "out", outliers="none")
+    formats.open_checkpoint(tmp_path / "elsewhere")
+
+
+def test_windows_is_refused_before_anything_is_done(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(formats.OutputError, match="on Windows convert in WSL"):
+        converter.make_plan(converter.resolve(source), tmp_path / "out")
 
 
 SIGNAL = """
@@ -412,13 +657,18 @@ def test_a_source_file_named_as_the_journal_is_copied(source, tmp_path):
     assert not formats.is_unfinished(tmp_path / "out")
 
 
+def signed(raw: bytes) -> bytes:
+    return hashlib.sha256(raw).hexdigest().encode() + b" " + raw + b"\n"
+
+
 ODD_LINES = {
-    "empty": b"{}\n",
-    "shape": b'{"kind":"tensor","name":"x","value":1,"tensors":[["F16",5]],"sha256":""}\n',
-    "dtype": b'{"kind":"tensor","name":"x","value":1,"tensors":[[[],[1]]],"sha256":""}\n',
-    "key": b'{"kind":"tensor","name":"x","tensors":[],"sha256":""}\n',
-    "deep": b"[" * 100_000 + b"\n",
-    "binary": b"\xff\0\n",
+    "empty": signed(b"{}"),
+    "shape": signed(b'{"kind":"tensor","name":"x","value":1,"tensors":[["F16",5]],"sha256":""}'),
+    "dtype": signed(b'{"kind":"tensor","name":"x","value":1,"tensors":[[[],[1]]],"sha256":""}'),
+    "key": signed(b'{"kind":"tensor","name":"x","tensors":[],"sha256":""}'),
+    "deep": signed(b"[" * 100_000),
+    "binary": signed(b"\xff\0"),
+    "unsigned": b'{"kind":"tensor","name":"x","value":1,"tensors":[],"sha256":""}\n',
 }
 
 
@@ -440,8 +690,9 @@ def test_a_journal_removes_nothing_outside(source, tmp_path, force):
         convert(source, tmp_path / "out", outliers="none", progress=interrupt_after(5))
     (tmp_path / "victim").write_text("x")
     with (tmp_path / "out" / JOURNAL_NAME).open("ab") as file:
-        file.write(b'{"kind":"commit","name":"","value":{"files":["../victim"],"shards":{}},"tensors":[],"sha256":"')
-        file.write(b'e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}\n')
+        value = b'{"files":["../victim"],"shards":{}}'
+        nothing = hashlib.sha256(b"").hexdigest().encode()
+        file.write(signed(b'{"kind":"commit","name":"","value":%b,"tensors":[],"sha256":"%b"}' % (value, nothing)))
     with pytest.raises(formats.OutputError, match="names files outside"):
         convert(source, tmp_path / "out", outliers="none", force=force)
     assert (tmp_path / "victim").exists()
@@ -466,17 +717,11 @@ def test_an_empty_file_with_the_journals_name_makes_no_directory_ours(source, tm
 
 
 def test_an_io_error_names_the_source(source, tmp_path, monkeypatch):
-    from llmint8.formats.containers import tensors
+    from llmint8.formats.sources import weight_files as source_module
 
     class Broken:
         def __init__(self, file):
             self._file = file
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            self._file.close()
 
         def __getattr__(self, name):
             return getattr(self._file, name)
@@ -484,8 +729,8 @@ def test_an_io_error_names_the_source(source, tmp_path, monkeypatch):
         def readinto(self, view):
             raise OSError(5, "Input/output error")
 
+    opened = source_module.open_regular
+    monkeypatch.setattr(source_module, "open_regular", lambda path: Broken(opened(path)))
     plan = converter.make_plan(converter.resolve(source), tmp_path / "out", converter.Options(outliers="none"))
-    opened = tensors.open_regular
-    monkeypatch.setattr(tensors, "open_regular", lambda path: Broken(opened(path)))
     with pytest.raises(formats.CorruptFileError, match=r"model\.safetensors: .*: cannot be read: Input/output error"):
         converter.execute(plan)

@@ -137,6 +137,57 @@ def test_the_disk_has_the_shards_before_they_get_their_names(tmp_path: Path, mon
     assert folder in events[config:]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="directories are flushed on POSIX only")
+def test_every_directory_that_was_written_to_is_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that was there already too: without its entry a new OUT is lost, with all that is in it."""
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append(os.fstat(descriptor).st_ino))
+    monkeypatch.chdir(tmp_path)
+    out = Path("new/below/out")
+    write(out, two_layers())
+    folders = [tmp_path, *(path for path in tmp_path.rglob("*") if path.is_dir())]
+    assert len(folders) == 5
+    assert {folder.stat().st_ino for folder in folders} <= set(flushed)
+    config = flushed.index((out / "config.json").stat().st_ino)
+    assert (out / "additional_chat_templates").stat().st_ino in flushed[:config]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_that_flushes_no_directories(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write(tmp_path / "out", two_layers(), 200)
+    assert_holds(tmp_path / "out", two_layers())
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="nothing to advise")
+def test_a_file_system_that_takes_no_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(*arguments: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "posix_fadvise", refusing)
+    write(tmp_path / "out", two_layers(), 200)
+    assert_holds(tmp_path / "out", two_layers())
+
+
+def test_a_parent_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = os.open
+
+    def refusing(path: Path, *arguments: int, **named: int) -> int:
+        if Path(path) == tmp_path:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return opened(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", refusing)
+    write(tmp_path / "out", two_layers(), 200)
+    assert_holds(tmp_path / "out", two_layers())
+
+
 def test_one_file(tmp_path: Path) -> None:
     model = two_layers()
     write(tmp_path / "out", model)
@@ -303,15 +354,12 @@ def test_mistakes_of_the_caller(tmp_path: Path, action: Callable[[CheckpointWrit
 
 
 def interrupted(writer: CheckpointWriter) -> None:
-    model = two_layers()
-    writer.plan(groups_of(model))
-    writer.write("m.a.SCB", model["m.a"]["m.a.SCB"])
-    writer.give_up()
+    writer.plan(groups_of(two_layers()))
     raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("existed", [True, False])
-def test_giving_up_removes_what_was_written(tmp_path: Path, existed: bool) -> None:
+def test_before_the_first_tensor_what_was_written_is_removed(tmp_path: Path, existed: bool) -> None:
     if existed:
         (tmp_path / "out").mkdir()
     with pytest.raises(KeyboardInterrupt):
@@ -319,7 +367,7 @@ def test_giving_up_removes_what_was_written(tmp_path: Path, existed: bool) -> No
     assert everything_in(tmp_path) == ({"out": None} if existed else {})
 
 
-def test_giving_up_leaves_files_of_others(tmp_path: Path) -> None:
+def test_files_of_others_are_left(tmp_path: Path) -> None:
     def action(writer: CheckpointWriter) -> None:
         (tmp_path / "out" / "notes").write_text("x")
         interrupted(writer)
@@ -327,6 +375,23 @@ def test_giving_up_leaves_files_of_others(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         in_a_writer(tmp_path / "out", action)
     assert everything_in(tmp_path) == {"out": None, "out/notes": b"x"}
+
+
+def test_shards_that_are_not_needed_any_more_are_removed_at_commit(tmp_path: Path) -> None:
+    """The run before laid out more of them: another machine chooses other columns."""
+    model = two_layers()
+
+    def interrupted_later(writer: CheckpointWriter) -> None:
+        extra = [[TensorSpec(f"extra.{number}", "F32", (20,))] for number in range(3)]
+        writer.plan([*groups_of(model), *extra])
+        writer.write("m.a.SCB", model["m.a"]["m.a.SCB"])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        in_a_writer(tmp_path / "out", interrupted_later)
+    write(tmp_path / "out", model, 200)
+    write(tmp_path / "fresh", model, 200)
+    assert everything_in(tmp_path / "out") == everything_in(tmp_path / "fresh")
 
 
 def test_until_the_commit_every_name_is_partial(tmp_path: Path) -> None:

@@ -153,8 +153,8 @@ class Calibrator:
             tensors.append(out)
         self._journal.put("layer", layer.name, dims.tolist(), [tensor.cpu().contiguous() for tensor in tensors])
 
-    def _remember_curve(self, layer: str, measure: Callable[[], Curve]) -> Curve:
-        return self._journal.remember("curve", layer, measure)  # type: ignore[no-any-return]
+    def _remember_curve(self, layers: str, measure: Callable[[], Curve]) -> Curve:
+        return self._journal.remember("curve", layers, measure)  # type: ignore[no-any-return]
 
     def _columns(self, layer: SelectedLayer, dims: Tensor) -> Tensor:
         """Return the columns [N, k] of a weight; those that were put aside, or of the weight itself."""

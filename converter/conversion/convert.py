@@ -8,6 +8,7 @@ from typing import Any
 
 from llmint8.formats import CheckpointWriter, Manifest, OutputError, SourceError, open_source
 from llmint8.formats.disk.names import CARD_NAME
+from llmint8.formats.writing.journal import Journal
 
 from ..calibration.calibrator import Calibrator, Outliers
 from ..calibration.text import load_calibration
@@ -58,9 +59,9 @@ def convert(
     The weights are never in memory together: a forward pass over a few hundred tokens goes through the model layer by
     layer, and each layer is read, measured, quantized and written when the pass reaches it. OUT has a config.json only
     when it is complete. What an error or a kill interrupts goes on when `convert` is called again with the same
-    arguments, and has the same result; what is finished is left as it is, and reported once more. After an error that
-    would come again what was written is removed. Of a Hub repo the weights are fetched when everything else has been
-    checked.
+    arguments, and has the same result; or with others, but for `outliers`, the calibration and `trust_remote_code`, and
+    has the result of those. What is finished is left as it is, and reported once more. Of a Hub repo the weights are
+    fetched when everything else has been checked.
 
     Args:
         source: a directory, or a Hub repo id.
@@ -95,7 +96,7 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
     with CheckpointWriter(plan.out, plan.max_shard_bytes, fingerprint(plan), force) as writer:
         plan = _with_weights(plan)
         if options.on_nonfinite == "keep":
-            plan = _without_nonfinite(plan)
+            plan = _without_nonfinite(plan, writer.journal)
         writer.plan(plan.groups)
         transfer = Transfer(plan, writer, device, progress)
         calibrator = Calibrator(plan, batch.tokens, device, writer.journal) if batch else None
@@ -184,10 +185,12 @@ def _commit(
     return writer.commit(config, quantization, identity, outliers.statistics, small_files)
 
 
-def _without_nonfinite(plan: ConversionPlan) -> ConversionPlan:
+def _without_nonfinite(plan: ConversionPlan, journal: Journal) -> ConversionPlan:
     """Return the plan with every layer whose weight is not finite left in 16 bit."""
     reasons = {}
     for name, layer in plan.selection.layers.items():
+        if journal.get("tensor", f"{name}.SCB"):  # what has been quantized was finite
+            continue
         if not all(bool(rows.isfinite().all()) for rows in plan.source.read_rows(layer.weight.name)):
             reasons[name] = "holds NaN or infinity"
     selection = plan.selection.without(reasons)

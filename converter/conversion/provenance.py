@@ -73,7 +73,7 @@ def _options(plan: ConversionPlan) -> dict[str, str]:
 
 
 def fingerprint(plan: ConversionPlan) -> dict[str, str]:
-    """Return what a conversion is made of, in words: with the same fingerprint it has the same result."""
+    """Return what the work of a conversion depends on, in words: with the same fingerprint it can be used again."""
     source = plan.source
     found = {"the source": plan.origin.name, "its commit": str(plan.origin.commit), **plan.options.spelled()}
     found["the calibration text"] = _calibration(plan)

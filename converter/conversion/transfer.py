@@ -109,8 +109,10 @@ class Transfer:
         values, absmax = quantize_weight(weight)
         if not bool(absmax.isfinite().all()):
             row = first_row + int((~absmax.isfinite()).nonzero()[0])
-            what = f"output row {row} holds NaN or infinity; --on-nonfinite keep leaves such tensors in 16 bit"
-            raise self._refused(layer.weight, what)
+            raise self._refused(
+                layer.weight,
+                f"output row {row} holds NaN or infinity; go on with --on-nonfinite keep, which leaves it in 16 bit",
+            )
         return values, absmax
 
     def _write_scales(self, layer: SelectedLayer, absmax: Tensor) -> None:
@@ -127,8 +129,6 @@ class Transfer:
         if self._plan.criterion.kind != "none":
             self._writer.plan(specs.values())
         for name, (dims_spec, columns_spec) in specs.items():
-            if self._writer.has(dims_spec.name, columns_spec.name):
-                continue
             layer = self._plan.selection.layers[name]
             if outliers.counts.get(name):
                 dims, columns = outliers.load(name)
@@ -146,7 +146,8 @@ class Transfer:
         if overflow is not None and bool(overflow.any()):
             value = float(tensor[overflow].abs().max())
             dtype = str(stored).removeprefix("torch.")
-            raise self._refused(info, f"{value:g} does not fit {dtype}; use --dtype bfloat16 or leave --dtype out")
+            other = "with --dtype bfloat16 or without --dtype" if dtype == "float16" else "without --dtype"
+            raise self._refused(info, f"{value:g} does not fit {dtype}; go on {other}")
         return result
 
     def _finish(self, name: str, to_do: set[str]) -> None:
@@ -159,8 +160,6 @@ class Transfer:
                 self._progress(name, self._plan.source.tensors[name].nbytes)
 
     def _refused(self, info: TensorInfo, what: str) -> SourceError:
-        """Return an error that another run would meet again: nothing of this one is kept."""
-        self._writer.give_up()
         return SourceError(f"{self._plan.source.path / info.file}: {info.name}: {what}")
 
 

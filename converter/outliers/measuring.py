@@ -78,7 +78,7 @@ class InputStatistics:
     def __init__(self, criterion: Criterion, activation: Activation, remember: Remember = _compute) -> None:
         """Take the criterion, which bounds the candidates, and the way activations will be quantized.
 
-        `remember` gets a group's first layer and a function that measures its error curve, and returns the curve.
+        `remember` gets the names of a group's layers and a function that measures the error curve, which it returns.
         """
         self._criterion, self._activation, self._remember = criterion, activation, remember
         self._open: list[_OpenGroup] = []
@@ -114,7 +114,7 @@ class InputStatistics:
     def _close(self, groups: list["_OpenGroup"]) -> None:
         for group in groups:
             measure = partial(error_curve, group.rows, group.norms, group.energies, group.result.dims, self._activation)
-            group.result.ks, group.result.errors = self._remember(group.result.layers[0], measure)
+            group.result.ks, group.result.errors = self._remember(" ".join(group.result.layers), measure)
             self._open.remove(group)
 
     def _describe(self, rows: Tensor) -> InputGroup:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -11,6 +11,8 @@ import torch
 OnNonfinite = Literal["error", "keep"]
 
 _MAX_JOBS = 8
+# And the calibration text, of which the content counts and not the name.
+_OF_THE_PASS = ("outliers", "calibration_tokens", "trust_remote_code")
 
 
 @dataclass(frozen=True)
@@ -62,12 +64,8 @@ class Options:
         return self.jobs or min(_MAX_JOBS, cores)
 
     def spelled(self) -> dict[str, str]:
-        """Return option -> value as the command line has them, but for `jobs`, and for a file that may have moved."""
-        names = [field.name for field in fields(self) if field.name not in ("jobs", "calibration")]
-        values = {name: getattr(self, name) for name in names}
-        return {
-            f"--{name.replace('_', '-')}": ", ".join(map(repr, value))
-            if isinstance(value, tuple | list)
-            else str(value)
-            for name, value in values.items()
-        }
+        """Return option -> value as the command line has them, of those that decide what the pass finds out.
+
+        With others a conversion goes on: a tensor that is finished is the same with all of them, or is not wanted.
+        """
+        return {f"--{name.replace('_', '-')}": str(getattr(self, name)) for name in _OF_THE_PASS}

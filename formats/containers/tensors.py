@@ -5,7 +5,9 @@ crash, and memory stays what the caller holds.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -101,20 +103,30 @@ def is_sizes(value: Any) -> bool:
 
 def read_tensor(path: Path, info: TensorInfo) -> Tensor:
     """Read one tensor into memory of its own. Raises CorruptFileError where the file ends too early."""
+    with open_regular(path) as file:
+        return read_from(file, path, info)
+
+
+def read_from(file: FileIO, path: Path, info: TensorInfo) -> Tensor:
+    """Read a tensor as `read_tensor` does from a file that is open for unbuffered reading; `path` is for its errors."""
     tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
     view = as_bytes(tensor)
-    with open_regular(path) as file:
-        try:
-            file.seek(info.offset)
-            done = 0
-            while done < len(view):
-                count = file.readinto(view[done:])
-                if not count:
-                    raise CorruptFileError(f"{path}: {info.name}: the file ends {len(view) - done} bytes too early")
-                done += count
-        except OSError as error:
-            raise CorruptFileError(f"{path}: {info.name}: cannot be read: {error.strerror}") from None
+    try:
+        file.seek(info.offset)
+        done = 0
+        while done < len(view):
+            count = file.readinto(view[done:])
+            if not count:
+                raise CorruptFileError(f"{path}: {info.name}: the file ends {len(view) - done} bytes too early")
+            done += count
+    except OSError as error:
+        raise CorruptFileError(f"{path}: {info.name}: cannot be read: {error.strerror}") from None
     return tensor
+
+
+def read_blocks(file: FileIO, path: Path, info: TensorInfo) -> Iterator[Tensor]:
+    """Yield a tensor in blocks of its rows, each as `read_from` returns it; a scalar as it is."""
+    return (read_from(file, path, block) for block in info.blocks())
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def require_inside(path: Path, directory: Path) -> None:
         raise SourceError(f"{path}: a link to {target}, outside of the checkpoint; copy the file itself instead")
 
 
-def open_regular(path: Path) -> Any:
+def open_regular(path: Path) -> FileIO:
     """Open a regular file for unbuffered reading. FIFOs and devices, which could block or never end, are refused."""
     try:
         # Without O_NONBLOCK, opening a FIFO waits for somebody to write to it.

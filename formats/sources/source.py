@@ -7,6 +7,7 @@ transformers; nothing outside this folder asks what the files were.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,15 @@ class Source:
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, contiguous on the CPU."""
-        return self._file(name).read(name)
+        return self._file_of[self.tensors[name].file].read(name)
 
     def read_rows(self, name: str) -> Iterator[Tensor]:
         """Yield one tensor in blocks of its rows, contiguous on the CPU."""
-        return self._file(name).read_rows(name)
+        return self._file_of[self.tensors[name].file].read_rows(name)
 
-    def _file(self, name: str) -> TensorFile:
-        info = self.tensors[name]
-        return next(file for file in self.files if file.path.name == info.file)
+    @cached_property
+    def _file_of(self) -> dict[str, TensorFile]:
+        return {file.path.name: file for file in self.files}
 
 
 def open_source(path: Path, folder: WeightFolder | None = None) -> Source:

@@ -9,9 +9,10 @@ from torch import Tensor
 from ..containers.index import read_weight_map
 from ..containers.pytorch.file import TorchFile
 from ..containers.safetensors import read_header
-from ..containers.tensors import TensorInfo, read_tensor
+from ..containers.tensors import TensorInfo, read_blocks, read_from
+from ..disk.lending import OpenFiles
 from ..disk.names import SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME, TORCH_INDEX_NAME, TORCH_NAME
-from ..disk.reading import require_inside
+from ..disk.reading import open_regular, require_inside
 from ..errors import SourceError
 
 
@@ -48,7 +49,7 @@ class LocalFolder:
 
     def __init__(self, path: Path) -> None:
         """Take the directory."""
-        self._path = path
+        self._path, self._opened = path, OpenFiles(open_regular)
 
     def has(self, name: str) -> bool:
         """Tell whether there is a file of that name."""
@@ -56,25 +57,27 @@ class LocalFolder:
 
     def open(self, names: Sequence[str]) -> list[TensorFile]:
         """Open files without reading a tensor. Raises SourceError and CorruptFileError."""
-        return [_open_file(self._path, name) for name in names]
+        return [_open_file(self._path, name, self._opened) for name in names]
 
 
 class SafetensorsFile:
     """A safetensors file; only its header is held."""
 
-    def __init__(self, path: Path) -> None:
-        """Read the header. Raises CorruptFileError."""
-        self.path = path
+    def __init__(self, path: Path, opened: OpenFiles) -> None:
+        """Read the header; `opened` lends the file for all that follows. Raises CorruptFileError."""
+        self.path, self._opened = path, opened
         self.tensors = read_header(path)
         self.size = path.stat().st_size
 
     def read(self, name: str) -> Tensor:
         """Read one tensor."""
-        return read_tensor(self.path, self.tensors[name])
+        with self._opened.lend(self.path) as file:
+            return read_from(file, self.path, self.tensors[name])
 
     def read_rows(self, name: str) -> Iterator[Tensor]:
         """Read one tensor in blocks of rows."""
-        return (read_tensor(self.path, block) for block in self.tensors[name].blocks())
+        with self._opened.lend(self.path) as file:
+            yield from read_blocks(file, self.path, self.tensors[name])
 
 
 def weight_files(path: Path, has: Callable[[str], bool]) -> tuple[list[str], str, dict[str, str]]:
@@ -101,8 +104,8 @@ def weight_files(path: Path, has: Callable[[str], bool]) -> tuple[list[str], str
     raise SourceError(f"{path}: no weights; expected {SAFETENSORS_NAME} or {TORCH_NAME}, or an index of shards")
 
 
-def _open_file(path: Path, name: str) -> TensorFile:
+def _open_file(path: Path, name: str, opened: OpenFiles) -> TensorFile:
     if not (path / name).exists():
         raise SourceError(f"{path / name}: missing, but the index names it; is the download complete?")
     require_inside(path / name, path)
-    return TorchFile(path / name) if name.endswith(".bin") else SafetensorsFile(path / name)
+    return (TorchFile if name.endswith(".bin") else SafetensorsFile)(path / name, opened)

@@ -6,10 +6,11 @@ done again. The journal itself goes when config.json is there.
 
 from pathlib import Path
 
-from ..disk.durable import named_errors, sync_directory, sync_file, temporary_name, write_durably
+from ..disk.durable import named_errors, sync_directory, sync_with_parents, temporary_name, write_durably
 from ..disk.names import CONFIG_NAME
 from ..errors import OutputError
 from .journal import Journal
+from .shards import partial_shards
 
 
 def publish(out: Path, journal: Journal, shards: dict[str, str], files: dict[str, bytes], config: bytes) -> None:
@@ -28,12 +29,16 @@ def publish(out: Path, journal: Journal, shards: dict[str, str], files: dict[str
     """
     journal.put("commit", "", {"shards": shards, "files": [*files, CONFIG_NAME]})
     with named_errors(out):
-        sync_file(journal.path)
+        journal.sync()
         for partial, final in shards.items():
             (out / partial).replace(out / final)
+        for stale in partial_shards(out):  # an earlier run needed more of them, or others
+            stale.unlink()
         for name, data in files.items():
             _write_small(out / name, data)
-        sync_directory(out)
+        for folder in sorted({(out / name).parent for name in files} - {out}):
+            sync_directory(folder)
+        sync_with_parents(out)
         _write_small(out / CONFIG_NAME, config)
         sync_directory(out)
         journal.path.unlink()  # should a power failure bring it back, the commit is made once more

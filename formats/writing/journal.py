@@ -2,16 +2,20 @@
 
 The first line holds a fingerprint: what the conversion is made of. Every record is a line of JSON and then the bytes of
 its tensors. Nothing here waits for the disk; after a power failure a record may be cut short, or damaged, or vouch for
-data that was lost. So everything comes with a SHA-256, and what does not match it is done again.
+data that was lost. So everything comes with a SHA-256, a line with its own before it and the hash of its tensors in it,
+and what does not match is done again. Behind a damaged line nothing is believed: it says where the next one begins.
 
-The file is locked while it is open, where the system has `flock`: two conversions cannot write to one directory.
+The file is locked while it is open, where the file system has locks: two conversions cannot write to one directory. It
+is opened once and read through what holds the lock: on some systems that shuts out whoever opens the file again.
 """
 
 import contextlib
+import errno
 import hashlib
+import io
 import json
+import logging
 import os
-import stat
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,18 +24,17 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from ..containers.tensors import DTYPE_NAMES, DTYPES, TensorInfo, as_bytes, is_shape, read_tensor
+from ..containers.tensors import DTYPE_NAMES, DTYPES, TensorInfo, as_bytes, is_shape, read_from
+from ..disk.durable import named_errors, open_output, write_all
 from ..disk.names import JOURNAL_NAME
 from ..errors import CorruptFileError, OutputError
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
 _MAX_LINE_BYTES = 64 << 20
-# Whatever a link leads to is not ours to write.
-_FLAGS = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+# A lock that somebody else has; CIFS and some kinds of NFS say EACCES.
+_TAKEN = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
+
+log = logging.getLogger("llmint8")
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ class Journal:
         with self._lock:
             # After a failed write the next one begins where that one did.
             self._file.seek(self._end)
-            start = self._end + self._write(json.dumps(entry, separators=(",", ":")).encode() + b"\n")
+            start = self._end + self._write(_line(entry))
             end = start + sum(self._write(as_bytes(tensor)) for tensor in tensors)
             self._end = end
             self._records[kind, name] = self._record(entry, start)
@@ -96,7 +99,7 @@ class Journal:
             digest = hashlib.sha256()
             with contextlib.suppress(CorruptFileError):
                 for info in record.tensors:
-                    digest.update(as_bytes(read_tensor(self.path, info)))
+                    digest.update(as_bytes(self.load(info)))
             if digest.hexdigest() != record.sha256:
                 return None
             self._unchecked.discard((kind, name))
@@ -113,40 +116,43 @@ class Journal:
 
     def load(self, info: TensorInfo) -> Tensor:
         """Read a record's tensor, or some of its rows."""
-        return read_tensor(self.path, info)
+        with self._lock:
+            return read_from(self._file, self.path, info)
+
+    def sync(self) -> None:
+        """Flush the file to the disk. Raises OSError."""
+        os.fsync(self._file.fileno())
 
     def _write(self, data: bytes | memoryview) -> int:
-        view, done = memoryview(data), 0
-        try:
-            while done < len(view):
-                done += self._file.write(view[done:])
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written: {error.strerror}") from None
-        return done
+        with named_errors(self.path):
+            return write_all(self._file, data)
 
     def _read(self, fingerprint: dict[str, str] | None) -> int:
         """Read all records; return where the whole ones end, which is where the next one goes."""
         size = os.fstat(self._file.fileno()).st_size
-        with self.path.open("rb") as file:
-            first = _parse(file)
-            begun = first.get("fingerprint") if first else None
-            if not isinstance(begun, dict):
-                if any(path.suffix != ".partial" for path in self.path.parent.iterdir()):
-                    raise OutputError(f"{self.path}: not the journal of a conversion; remove it")
-                self._file.truncate(0)
-                return self._write(json.dumps({"fingerprint": fingerprint or {}}).encode() + b"\n")
-            if fingerprint is not None:
-                _compare(self.path.parent, begun, fingerprint)
-            end = file.tell()
-            while (entry := _parse(file)) is not None and _is_record(entry):
-                record = self._record(entry, file.tell())
-                following = file.tell() + sum(info.nbytes for info in record.tensors)
-                if following > size:
-                    break
-                self._records[entry["kind"], entry["name"]] = record
-                self._unchecked.add((entry["kind"], entry["name"]))
-                end = following
-                file.seek(end)
+        buffered = io.BufferedReader(self._file)
+        first = _parse(buffered)
+        begun = first.get("fingerprint") if first else None
+        if not isinstance(begun, dict):
+            if any(path.suffix != ".partial" for path in self.path.parent.iterdir()):
+                raise OutputError(f"{self.path}: not the journal of a conversion; remove it")
+            buffered.detach()
+            self._file.truncate(0)
+            self._file.seek(0)
+            return self._write(_line({"fingerprint": fingerprint or {}}))
+        if fingerprint is not None:
+            _compare(self.path.parent, begun, fingerprint)
+        end = buffered.tell()
+        while (entry := _parse(buffered)) is not None and _is_record(entry):
+            record = self._record(entry, buffered.tell())
+            following = buffered.tell() + sum(info.nbytes for info in record.tensors)
+            if following > size:
+                break
+            self._records[entry["kind"], entry["name"]] = record
+            self._unchecked.add((entry["kind"], entry["name"]))
+            end = following
+            buffered.seek(end)
+        buffered.detach()
         self._file.truncate(end)
         return end
 
@@ -158,34 +164,48 @@ class Journal:
         return Record(entry["value"], tuple(infos), entry["sha256"])
 
 
-def _open_locked(path: Path) -> BinaryIO:
+def _open_locked(path: Path) -> io.FileIO:
+    with named_errors(path):
+        file = open_output(path)
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _FLAGS, 0o666)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from None
-    file = os.fdopen(descriptor, "r+b", buffering=0)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OutputError(f"{path}: not a regular file; remove it")
-        if fcntl is not None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever held the lock until now may have finished, and removed the file with it.
-            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(descriptor)):
-                raise BlockingIOError
-    except BlockingIOError:
-        file.close()
-        raise OutputError(f"{path.parent}: another conversion is writing to it; wait for its end") from None
+        _lock(file, path)
     except BaseException:
         file.close()
         raise
     return file
 
 
+def _lock(file: io.FileIO, path: Path) -> None:
+    import fcntl  # Windows has none, and no conversions
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            log.warning("%s: no locks there (%s): begin no second conversion into it", path.parent, error.strerror)
+            return
+        if error.errno not in _TAKEN:
+            raise OutputError(f"{path}: cannot be locked: {error.strerror}") from None
+    else:
+        # Whoever held the lock until now may have finished, and removed the file with it.
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            return
+    raise OutputError(f"{path.parent}: another conversion is writing to it; wait for its end")
+
+
+def _line(entry: dict[str, Any]) -> bytes:
+    raw = json.dumps(entry, separators=(",", ":")).encode()
+    return f"{hashlib.sha256(raw).hexdigest()} ".encode() + raw + b"\n"
+
+
 def _parse(file: BinaryIO) -> dict[str, Any] | None:
     """Return the next line's object; None at the end, or where a line is cut short or damaged."""
     line = file.readline(_MAX_LINE_BYTES)
+    digest, _, raw = line[:-1].partition(b" ")
+    if not line.endswith(b"\n") or digest != hashlib.sha256(raw).hexdigest().encode():
+        return None
     try:
-        entry = json.loads(line) if line.endswith(b"\n") else None
+        entry = json.loads(raw)
     except (ValueError, RecursionError):
         return None
     return entry if isinstance(entry, dict) else None

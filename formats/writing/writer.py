@@ -6,17 +6,20 @@ that a directory that has a config.json is complete.
 
 A journal keeps what is done. Until the commit has ended, a writer with the same fingerprint goes on where the last one
 stopped, whatever stopped it: it takes back what a commit had begun, and trusts no tensor whose hash does not match.
+Its plan may be another: tensors that are the same in both move to their new places.
 """
 
+import contextlib
 import hashlib
 import shutil
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..containers.tensors import TensorSpec
+from ..containers.tensors import TensorInfo, TensorSpec, read_blocks
 from ..disk.durable import encode_json, named_errors
 from ..disk.names import (
     CARD_NAME,
@@ -26,6 +29,7 @@ from ..disk.names import (
     WORKING_NAME,
     is_unfinished,
 )
+from ..disk.reading import open_regular
 from ..errors import CorruptFileError, OutputError
 from ..int8.manifest import Manifest, ManifestEntry, tensor_sha256
 from ..int8.quantization import Quantization
@@ -37,8 +41,8 @@ from .shards import Shards, partial_shards
 class CheckpointWriter:
     """A checkpoint being written: a context manager that leaves a directory which is complete, unfinished or as it was.
 
-    When it is left by an error it keeps what is done, for another writer to go on; with `give_up`, or when nothing is
-    done yet, it removes what it wrote.
+    When it is left by an error it keeps what is done, for another writer to go on; when nothing is done yet, it removes
+    what it wrote.
     """
 
     def __init__(
@@ -60,7 +64,6 @@ class CheckpointWriter:
         self._created = not out.exists()
         self._shards = Shards(out, max_shard_bytes)
         self._hashes: dict[str, str] = {}
-        self._given_up = False
         require_writable(out)
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -79,12 +82,13 @@ class CheckpointWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         """Close the journal; see the class for what an error leaves. A note on the error says it too."""
-        if error is not None and (self._given_up or self.journal.empty):
+        if error is not None and self.journal.empty:
             self._remove()
             if self._created and not any(self._out.iterdir()):
                 self._out.rmdir()
         elif error is not None and is_unfinished(self._out):
             error.add_note(f"{self._out} keeps what is done so far; the same command goes on, --force starts over")
+        self._shards.close()
         self.journal.close()
 
     def _remove(self) -> None:
@@ -96,10 +100,6 @@ class CheckpointWriter:
                 path.unlink()
             self.journal.path.unlink()
 
-    def give_up(self) -> None:
-        """Keep nothing when the writer is left by an error: the same command would meet it again."""
-        self._given_up = True
-
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors planned so far."""
@@ -108,6 +108,23 @@ class CheckpointWriter:
     def plan(self, groups: Iterable[Sequence[TensorSpec]]) -> None:
         """Give every tensor a place. The tensors of a group stay in one shard where the shard size allows it."""
         self._shards.plan(groups)
+        for path, tensors in self._shards.earlier():
+            for place in tensors.values():
+                self._take_over(path, place)
+            if tensors.keys() <= self._shards.places.keys():  # nothing in it is of use any more
+                with named_errors(path):
+                    path.unlink()
+
+    def _take_over(self, path: Path, earlier: TensorInfo) -> None:
+        """Copy what an earlier run has written to the place that the tensor has now, where it is the same."""
+        record, place = self.journal.get("tensor", earlier.name), self._shards.places.get(earlier.name)
+        if record is None or place is None or (place.dtype, place.shape) != (earlier.dtype, earlier.shape):
+            return
+        with contextlib.suppress(CorruptFileError), open_regular(path) as file:
+            if not self.has(earlier.name):
+                copied = self._shards.write(earlier.name, read_blocks(file, path, earlier))
+                if copied == record.value:
+                    self._hashes[earlier.name] = copied
 
     def has(self, *names: str) -> bool:
         """Tell whether these tensors are in their places, whole; those of an earlier run are read and compared."""
@@ -185,6 +202,17 @@ class CheckpointWriter:
 
 
 def require_writable(out: Path) -> None:
-    """Refuse a directory that holds something else than an unfinished conversion. Raises OutputError."""
-    if out.exists() and not is_unfinished(out) and (not out.is_dir() or any(out.iterdir())):
+    """Refuse what no conversion can be written to. Raises OutputError.
+
+    That is a directory that holds something else than an unfinished conversion, or one with links in it, which would
+    lead elsewhere what is written; and any on Windows, where directories can be neither locked nor flushed.
+    """
+    if sys.platform == "win32":
+        raise OutputError(f"{out}: conversions are written on Linux and macOS; on Windows convert in WSL")
+    if not out.exists():
+        return
+    if not is_unfinished(out) and (not out.is_dir() or any(out.iterdir())):
         raise OutputError(f"{out}: is not an empty directory; name a new one or remove what is in it")
+    for path in out.iterdir():
+        if path.is_symlink():
+            raise OutputError(f"{path}: is a link, and an unfinished conversion has none; remove it")

@@ -14,9 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ...disk.lending import OpenFiles
 from ...disk.reading import open_regular
 from ...errors import CorruptFileError, LLMInt8Error
-from ..tensors import DTYPE_NAMES, DTYPES, TensorInfo, is_shape, is_tensor_name, read_tensor
+from ..tensors import DTYPE_NAMES, DTYPES, TensorInfo, is_shape, is_tensor_name, read_blocks, read_from
 from .pickles import Call, Label
 from .storages import Place, read_container, storage_of
 
@@ -53,9 +54,9 @@ class _View:
 class TorchFile:
     """One `torch.save` file. Nothing in it is executed and none of its numbers trusted."""
 
-    def __init__(self, path: Path) -> None:
-        """List the tensors. Raises CorruptFileError."""
-        self.path, self.size = path, path.stat().st_size
+    def __init__(self, path: Path, opened: OpenFiles) -> None:
+        """List the tensors; `opened` lends the file for all that follows. Raises CorruptFileError."""
+        self.path, self.size, self._opened = path, path.stat().st_size, opened
         with open_regular(path) as file:
             self._views = _views(path, file, self.size)
         self.tensors = {name: view.info for name, view in self._views.items()}
@@ -63,17 +64,20 @@ class TorchFile:
     def read(self, name: str) -> Tensor:
         """Read one tensor; of one that is not contiguous, what lies between its elements too."""
         view = self._views[name]
-        if view.contiguous:
-            return read_tensor(self.path, view.info)
-        flat = TensorInfo(name, view.info.dtype, (view.span,), view.info.file, view.info.offset)
-        return read_tensor(self.path, flat).as_strided(view.info.shape, view.stride).contiguous().clone()
+        with self._opened.lend(self.path) as file:
+            if view.contiguous:
+                return read_from(file, self.path, view.info)
+            flat = TensorInfo(name, view.info.dtype, (view.span,), view.info.file, view.info.offset)
+            return read_from(file, self.path, flat).as_strided(view.info.shape, view.stride).contiguous().clone()
 
     def read_rows(self, name: str) -> Iterator[Tensor]:
         """Read one tensor in blocks of rows; one that is not contiguous, as a whole."""
         view = self._views[name]
         if not view.contiguous:
-            return iter([self.read(name)])
-        return (read_tensor(self.path, block) for block in view.info.blocks())
+            yield self.read(name)
+            return
+        with self._opened.lend(self.path) as file:
+            yield from read_blocks(file, self.path, view.info)
 
 
 def parse_torch_header(path: Path, file: Any, size: int) -> dict[str, TensorInfo]:
