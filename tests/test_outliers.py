@@ -297,6 +297,25 @@ def test_systematic_passes_over_dims_that_are_large_only_once():
     assert groups[0].dims[groups[0].order[:count]].tolist() == [9]
 
 
+def test_a_magnitude_that_only_rounds_to_the_threshold_is_none():
+    x = torch.randn(100, 32).clamp(-3, 3)
+    x[7, 4], x[7, 9] = 5.9999, 6.0
+    criterion = Criterion("threshold", 6.0)
+    groups = _statistics(criterion, x, [torch.randn(8, 32)])
+    assert groups[0].statistics["absmax"][:2] == [6.0, 6.0]
+    (count,) = select(groups, criterion)
+    assert groups[0].dims[groups[0].order[:count]].tolist() == [9]
+
+
+def test_a_share_that_only_rounds_to_six_percent_is_not_systematic():
+    x = torch.zeros(50001, 8)
+    x[:3000, 2], x[:3001, 5] = 8.0, 7.0
+    groups = _statistics(Criterion("systematic", None), x, [torch.randn(4, 8)])
+    assert groups[0].statistics["positions"][:2] == [0.06, 0.06002]
+    (count,) = select(groups, Criterion("systematic", None))
+    assert groups[0].dims[groups[0].order[:count]].tolist() == [5]
+
+
 @torch.inference_mode()  # as the pass runs; elsewhere a view keeps the tensor that it is a view of
 def test_an_input_is_not_held_longer_than_the_model_does():
     import gc

@@ -82,7 +82,7 @@ class Calibrator:
         layers = {module_of[name]: layer for name, layer in selection.layers.items()}
         order = [name for name, _ in model.named_modules() if name in layers]
         done = {name: record for name in order if (record := self._earlier(layers[name], has)) is not None}
-        not_finite: list[str] = []
+        not_finite: dict[str, None] = {}
 
         failed: list[bool] = []
 
@@ -98,20 +98,23 @@ class Calibrator:
         def on_linear(call: LinearCall) -> None:
             return_freed_memory()
             layer = layers[call.name]
-            record = done.get(call.name)
             finite = bool(call.rows.isfinite().all())
             if not finite:
-                not_finite.append(layer.name)
+                not_finite[layer.name] = None
+            # Of an earlier run, or of an earlier call.
+            record = self._earlier(layer, has)
             if record is not None:
-                norms = self._journal.load(record.tensors[1]).to(self._device)
-                self._statistics.see(layer.name, call.x, call.rows, (norms[0], norms[1]), call.out)
+                if finite:
+                    norms = self._journal.load(record.tensors[1]).to(self._device)
+                    self._statistics.see(layer.name, call.x, call.rows, (norms[0], norms[1]), call.out)
                 return
             assert call.weight is not None
             values, absmax = quantize(layer, call.weight)
             if finite:
                 norms = torch.stack(column_norms(call.weight, values, absmax))
                 dims = self._statistics.see(layer.name, call.x, call.rows, (norms[0], norms[1]), call.out)
-                self._put_aside(layer, call.weight, dims, norms, call.out)
+                # What is put aside stands for the first call.
+                self._put_aside(layer, call.weight, dims, norms, None if layer.name in not_finite else call.out)
 
         try:
             stream_forward(
@@ -137,19 +140,19 @@ class Calibrator:
             )
         if not_finite:
             self._notices.append(
-                f"the input of {not_finite[0]} and {len(not_finite) - 1} more holds NaN or infinity, so they are not "
-                "calibrated; is the source whole?"
+                f"the input of {next(iter(not_finite))} and {len(not_finite) - 1} more holds NaN or infinity and was "
+                "not measured; is the source whole?"
             )
 
     def _earlier(self, layer: SelectedLayer, has: Callable[[SelectedLayer], bool]) -> Record | None:
-        """Return what an earlier run put aside of a layer that it wrote."""
+        """Return what was put aside of a layer that is written."""
         record = self._journal.get("layer", layer.name)
         return record if record is not None and has(layer) else None
 
-    def _put_aside(self, layer: SelectedLayer, weight: Tensor, dims: Tensor, norms: Tensor, out: Tensor) -> None:
+    def _put_aside(self, layer: SelectedLayer, weight: Tensor, dims: Tensor, norms: Tensor, out: Tensor | None) -> None:
         """Record the columns of a weight [N, K] at `dims`, as rows; the norms [2, K]; and maybe the output [M, N]."""
         tensors = [weight[:, dims.to(weight.device)].t(), norms]
-        if kept_output_bytes(layer, len(out)):
+        if out is not None and kept_output_bytes(layer, len(out)):
             tensors.append(out)
         self._journal.put("layer", layer.name, dims.tolist(), [tensor.cpu().contiguous() for tensor in tensors])
 

@@ -27,7 +27,7 @@ Read = Callable[[str], Tensor]
 
 
 class LinearCall(NamedTuple):
-    """What a linear layer does when it is first reached; tensors are on the device of the pass."""
+    """What a linear layer does when it is reached; tensors are on the device of the pass."""
 
     name: str
     x: Tensor  # its input [..., K], the object that the model passes around
@@ -55,7 +55,7 @@ def stream_forward(
     on_linear: OnLinear,
     device: torch.device,
 ) -> None:
-    """Run `model(**inputs)` and call `on_linear` for every layer of `layers` when it is first reached.
+    """Run `model(**inputs)` and call `on_linear` for every layer of `layers` each time it is reached with any rows.
 
     Args:
         model: a transformers model on the meta device; used up by the pass.
@@ -63,10 +63,10 @@ def stream_forward(
         tensor_of: parameter or buffer name in the model -> tensor name in the source.
         fused: parameter name in the model -> how it is made of several tensors.
         layers: module name in the model -> tensor name of its weight, in the order expected.
-        outputs: module name in the model -> what loads its output of an earlier run, float32 [M, N] without bias; the
-            weight is then not read.
+        outputs: module name in the model -> what loads the output of its first call in an earlier run, float32 [M, N]
+            without bias; the weight is then not read for it.
         read: returns a tensor of the source, on the CPU; for the weights of `layers` it is called in a thread.
-        on_linear: takes what each layer saw.
+        on_linear: takes what each layer saw, call by call.
         device: where the pass runs.
 
     Raises:
@@ -114,8 +114,8 @@ class _StreamedLinear:
     ) -> None:
         self._name, self._weight, self._bias, self._known = name, weight, bias, known
         self._transposed = isinstance(module, Conv1D)
+        self._out_features: Any = module.nf if isinstance(module, Conv1D) else module.out_features
         self._read, self._on_linear, self._device = read, on_linear, device
-        self._reached = False
 
     def __call__(self, x: Tensor) -> Tensor:
         # Everything below has real tensors; the mode would only slow it down.
@@ -124,15 +124,16 @@ class _StreamedLinear:
 
     def _run(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()
-        if self._known is not None and not self._reached:
+        if not len(rows):  # an expert without a token: nothing to learn, and no reason to read its weight
+            return rows.new_empty(*x.shape[:-1], self._out_features)
+        if self._known is not None:
             weight, out = None, self._known().to(self._device)
+            self._known = None  # of the first call only
         else:
             weight = self._read(self._weight).to(self._device)
             weight = weight.t() if self._transposed else weight
             out = blockwise_linear(rows, weight)
-        if not self._reached:
-            self._reached = True
-            self._on_linear(LinearCall(self._name, x, rows, weight, out))
+        self._on_linear(LinearCall(self._name, x, rows, weight, out))
         if self._bias is not None:
             out += self._read(self._bias).to(self._device)
         return out.reshape(*x.shape[:-1], out.shape[-1])

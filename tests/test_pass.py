@@ -1,0 +1,196 @@
+"""The calibrated pass through models of any build: experts without tokens, blocks that run again, and what is said."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch.nn import functional
+from transformers import dynamic_module_utils
+
+from llmint8 import converter, formats
+from llmint8.converter.outliers.choosing import select
+from llmint8.converter.outliers.criterion import Criterion
+from llmint8.converter.outliers.measuring import InputStatistics, column_norms
+from llmint8.kernels.reference import quantize_weight
+
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
+
+# The experts of Mixtral as many have written them: each is called, whether it has tokens or not.
+CODE = """
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+
+class OwnConfig(PreTrainedConfig):
+    model_type = "somebodys-own"
+
+    def __init__(self, width=64, vocab_size=32, loops=1, **kwargs):
+        super().__init__(**kwargs)
+        self.width, self.vocab_size, self.loops = width, vocab_size, loops
+
+
+class Expert(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.up = nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width, bias=False)
+
+    def forward(self, x):
+        return self.down(torch.relu(self.up(x)))
+
+
+class OwnModel(PreTrainedModel):
+    config_class = OwnConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.experts = nn.ModuleList(Expert(config.width) for _ in range(3))
+        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def get_output_embeddings(self):
+        return self.lm_head
+
+    def forward(self, input_ids, **kwargs):
+        x = self.embed(input_ids).flatten(0, 1)
+        for loop in range(self.config.loops):
+            chosen = input_ids.flatten() % 2 + loop
+            for number, expert in enumerate(self.experts):
+                rows = (chosen == number).nonzero()[:, 0]
+                x = x.index_add(0, rows, expert(x[rows]))
+        return CausalLMOutput(logits=self.lm_head(x))
+"""
+
+
+@pytest.fixture
+def own_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Writes a checkpoint with model code of its own, random weights and so many loops; returns its directory."""
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
+
+    def write(code: str = CODE, **config: Any) -> Path:
+        path = tmp_path / "source"
+        path.mkdir()
+        (path / "own.py").write_text(code)
+        auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+        names = {"model_type": "somebodys-own", "architectures": ["OwnModel"], "auto_map": auto_map}
+        (path / "config.json").write_text(json.dumps(names | {"dtype": "float32"} | config))
+        torch.manual_seed(0)
+        tensors = {"embed.weight": torch.randn(32, 64), "lm_head.weight": torch.randn(32, 64)}
+        for number in range(3):
+            tensors[f"experts.{number}.up.weight"] = torch.randn(128, 64) / 8
+            tensors[f"experts.{number}.up.bias"] = torch.randn(128)
+            tensors[f"experts.{number}.down.weight"] = torch.randn(64, 128) / 8
+        save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+        return path
+
+    return write
+
+
+def convert(source: Path, out: Path, **options: Any) -> converter.ConversionReport:
+    return converter.convert(source, out, trust_remote_code=True, **options)
+
+
+def test_an_expert_without_a_token_is_converted_and_listed(own_model: Any, tmp_path: Path) -> None:
+    report = convert(own_model(), tmp_path / "out")
+    assert not any("ended early" in notice for notice in report.notices)
+    assert report.uncalibrated == ["experts.2.up", "experts.2.down"]
+    checkpoint = formats.open_checkpoint(tmp_path / "out")
+    assert formats.check_values(checkpoint) == []
+    assert checkpoint.quantization.outliers["experts.2.up"] == 0
+    assert checkpoint.quantization.outliers["experts.1.up"] > 0
+
+
+def test_an_expert_whose_tokens_come_later_is_measured_then(own_model: Any, tmp_path: Path) -> None:
+    report = convert(own_model(loops=2), tmp_path / "out")
+    assert report.uncalibrated == []
+    modules = formats.read_manifest(tmp_path / "out").modules
+    tokens = [modules[f"experts.{number}.up"]["tokens"] for number in range(3)]
+    assert tokens[0] + tokens[2] == tokens[1] == 512  # all tokens pass through the second, in one loop or the other
+
+
+def test_the_calls_of_a_shared_block_add_up(tmp_path: Path) -> None:
+    """ALBERT has one block, which runs as often as its config says."""
+    config = transformers.AlbertConfig(
+        vocab_size=256,
+        embedding_size=32,
+        hidden_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=96,
+        max_position_embeddings=64,
+    )
+    transformers.AlbertForMaskedLM(config).half().save_pretrained(tmp_path / "source")
+    report = converter.convert(tmp_path / "source", tmp_path / "out")
+    modules = formats.read_manifest(tmp_path / "out").modules
+    block = "albert.encoder.albert_layer_groups.0.albert_layers.0"
+    assert {modules[f"{block}.{name}"]["tokens"] for name in ("attention.query", "ffn", "ffn_output")} == {3 * 512}
+    assert modules["albert.encoder.embedding_hidden_mapping_in"]["tokens"] == 512
+    assert modules[f"{block}.attention.key"]["shares_input_with"] == f"{block}.attention.query"
+    assert report.uncalibrated == []
+
+
+def test_a_conversion_of_a_shared_block_goes_on_with_the_same_bytes(own_model: Any, tmp_path: Path) -> None:
+    source = own_model(loops=2)
+    convert(source, tmp_path / "whole")
+    for count in range(1, 11, 2):
+        left = iter(range(count))
+
+        def progress(name: str, nbytes: int, left: Any = left) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+
+        out = tmp_path / str(count)
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, out, progress=progress, jobs=1)
+        convert(source, out)
+        for file in (tmp_path / "whole").iterdir():
+            assert file.read_bytes() == (out / file.name).read_bytes(), (count, file.name)
+
+
+CRITERIA = [Criterion("top-k", 8), Criterion("threshold", 4.0), Criterion("systematic", None)]
+
+
+@pytest.mark.parametrize("criterion", CRITERIA, ids=str)
+def test_two_calls_show_what_one_with_the_rows_of_both_does(criterion: Criterion) -> None:
+    torch.manual_seed(0)
+    first, second = torch.randn(96, 64), torch.randn(32, 64)
+    first[:, 5] *= 20
+    second[:, 40] *= 60  # seen in the second call only
+    weight = torch.randn(24, 64)
+    norms = column_norms(weight, *quantize_weight(weight))
+
+    def measured(*inputs: torch.Tensor) -> Any:
+        statistics = InputStatistics(criterion, "zeropoint")
+        for x in inputs:
+            for layer in ("q", "k"):
+                dims = statistics.see(layer, x, x.view_as(x), norms, functional.linear(x, weight))
+        (group,) = statistics.finish()
+        assert group.dims.equal(dims)
+        return group
+
+    apart, together = measured(first, second), measured(torch.cat([first, second]))
+    assert apart.layers == together.layers == ["q", "k"]
+    assert apart.dims.equal(together.dims)
+    assert apart.dims[:2].tolist() == [40, 5]
+    assert apart.absmax.equal(together.absmax)
+    for key in ("tokens", "absmax_median", "outlier_features", "dims", "absmax", "positions"):
+        assert apart.statistics[key] == together.statistics[key], key
+    if criterion.kind != "top-k":  # for a budget the errors count, and those of a call are relative to its own output
+        assert select([apart], criterion) == select([together], criterion)
+        assert apart.order.equal(together.order)
+    assert apart.ks == together.ks
+    assert apart.errors == pytest.approx(together.errors, rel=0.3)
