@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from safetensors.torch import save_file
 from torch.nn import functional
 from transformers import dynamic_module_utils
 
 from llmint8 import converter, formats
+from llmint8.converter.commands.convert import convert_command
 from llmint8.converter.outliers.choosing import select
 from llmint8.converter.outliers.criterion import Criterion
 from llmint8.converter.outliers.measuring import InputStatistics, column_norms
@@ -194,3 +196,74 @@ def test_two_calls_show_what_one_with_the_rows_of_both_does(criterion: Criterion
         assert apart.order.equal(together.order)
     assert apart.ks == together.ks
     assert apart.errors == pytest.approx(together.errors, rel=0.3)
+
+
+def whisper(path: Path) -> None:
+    config = transformers.WhisperConfig(
+        vocab_size=96,
+        d_model=32,
+        num_mel_bins=8,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_source_positions=16,
+        max_target_positions=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+    transformers.WhisperForConditionalGeneration(config).half().save_pretrained(path)
+
+
+def test_a_model_that_takes_no_text_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    whisper(tmp_path / "source")
+    result = CliRunner().invoke(convert_command, [str(tmp_path / "source"), str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert result.stderr.count("\n") == 1
+    assert f"{tmp_path / 'source'}: no layer could be calibrated: the calibration pass ended early (" in result.stderr
+    assert "; convert it with --outliers none" in result.stderr
+    assert not (tmp_path / "out").exists()
+    report = converter.convert(tmp_path / "source", tmp_path / "out", outliers="none")
+    assert report.layers > 0
+    assert formats.open_checkpoint(tmp_path / "out").quantization.calibration is None
+
+
+@pytest.mark.parametrize(
+    "forward", ["return CausalLMOutput()", "x = self.embed(input_ids) / 0; return self.experts[0](x)"]
+)
+def test_a_pass_that_measures_nothing_is_no_success(own_model: Any, tmp_path: Path, forward: str) -> None:
+    code = CODE.replace("x = self.embed(input_ids).flatten(0, 1)", forward)
+    with pytest.raises(formats.SourceError, match=r"no layer could be calibrated: .*--outliers none"):
+        convert(own_model(code), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_how_many_layers_are_calibrated_is_recorded_and_said(own_model: Any, tmp_path: Path, quiet: bool) -> None:
+    source = own_model(CODE.replace("return CausalLMOutput(logits=self.lm_head(x))", "raise ValueError('no, thanks')"))
+    options = ["--trust-remote-code", *["--quiet"] * quiet]
+    result = CliRunner().invoke(convert_command, [str(source), str(tmp_path / "out"), *options])
+    assert result.exit_code == 0, result.output
+    said = (
+        "Note: 4 of 6 layers are calibrated; the others have no outlier columns: 2 in experts.2; --verbose names them\n"
+    )
+    assert result.stderr == said if quiet else result.stderr.endswith(said)
+    assert ("ended early (ValueError: no, thanks)" in result.stderr) is not quiet
+    calibration = formats.open_checkpoint(tmp_path / "out").quantization.calibration
+    assert calibration is not None
+    assert (calibration["tokens"], calibration["layers"]) == (512, 4)
+    assert "| Calibration | 512 tokens: `random ids`; 4 of 6 layers |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_is_calibrated_whole_says_no_number(own_model: Any, tmp_path: Path) -> None:
+    convert(own_model(loops=2), tmp_path / "out")
+    calibration = formats.open_checkpoint(tmp_path / "out").quantization.calibration
+    assert calibration is not None
+    assert calibration["layers"] == 6
+    assert "| Calibration | 512 tokens: `random ids` |" in (tmp_path / "out" / "README.md").read_text()

@@ -66,9 +66,12 @@ class Calibrator:
         self._plan, self._tokens, self._device, self._journal = plan, tokens, device, journal
         self._statistics = InputStatistics(plan.criterion, ACTIVATION, self._remember_curve)
         self._notices: list[str] = []
+        self.failure: str | None = None
 
     def run(self, read: Callable[[str], Tensor], quantize: Quantize, has: Callable[[SelectedLayer], bool]) -> None:
         """Run the forward pass. What the model's code raises ends it early, and is noted, not raised.
+
+        Where no layer at all could be measured, `failure` then says so, with the reason and what to do.
 
         Args:
             read: returns a tensor of the source.
@@ -83,6 +86,8 @@ class Calibrator:
         order = [name for name, _ in model.named_modules() if name in layers]
         done = {name: record for name in order if (record := self._earlier(layers[name], has)) is not None}
         not_finite: dict[str, None] = {}
+        measured: set[str] = set()
+        why = "the model runs none of them for text"
 
         failed: list[bool] = []
 
@@ -99,7 +104,9 @@ class Calibrator:
             return_freed_memory()
             layer = layers[call.name]
             finite = bool(call.rows.isfinite().all())
-            if not finite:
+            if finite:
+                measured.add(layer.name)
+            else:
                 not_finite[layer.name] = None
             # Of an earlier run, or of an earlier call.
             record = self._earlier(layer, has)
@@ -134,15 +141,15 @@ class Calibrator:
             if failed or "DefaultCPUAllocator" in str(error):  # out of memory has no type of its own there
                 raise
             log.debug("calibration pass", exc_info=True)
-            self._notices.append(
-                f"the calibration pass ended early ({first_line(error)}); "
-                "layers it did not reach have no outlier columns"
-            )
+            why = f"the calibration pass ended early ({first_line(error)})"
+            self._notices.append(f"{why}; layers it did not reach have no outlier columns")
         if not_finite:
-            self._notices.append(
-                f"the input of {next(iter(not_finite))} and {len(not_finite) - 1} more holds NaN or infinity and was "
-                "not measured; is the source whole?"
-            )
+            more = f" and {len(not_finite) - 1} more" if len(not_finite) > 1 else ""
+            why = f"the input of {next(iter(not_finite))}{more} holds NaN or infinity and was not measured"
+            self._notices.append(f"{why}; is the source whole?")
+        if not measured:
+            source = self._plan.source.path
+            self.failure = f"{source}: no layer could be calibrated: {why}; convert it with --outliers none"
 
     def _earlier(self, layer: SelectedLayer, has: Callable[[SelectedLayer], bool]) -> Record | None:
         """Return what was put aside of a layer that is written."""
