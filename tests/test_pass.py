@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch.nn import functional
 from transformers import dynamic_module_utils
 
-from llmint8 import converter, formats
+from llmint8 import converter, formats, runtime
 from llmint8.converter.commands.convert import convert_command
 from llmint8.converter.outliers.choosing import select
 from llmint8.converter.outliers.criterion import Criterion
@@ -198,6 +198,95 @@ def test_two_calls_show_what_one_with_the_rows_of_both_does(criterion: Criterion
     assert apart.errors == pytest.approx(together.errors, rel=0.3)
 
 
+# Computed when the model is built, in no file, and unknown to transformers, as in much code on the Hub.
+COMPUTED = CODE.replace(
+    "        self.lm_head =",
+    """        gain = torch.ones(config.width).index_fill(0, torch.tensor([9]), 50.0)
+        self.register_buffer("gain", gain, persistent=False)
+        self.register_buffer("even", torch.arange(config.width) % 2 == 0, persistent=False)
+        self.register_buffer("order", torch.empty(config.width, dtype=torch.int64), persistent=False)
+        self.order[:] = torch.arange(config.width).flip(0)
+        self.shift = torch.full((config.width,), 3.0)
+        self.lm_head =""",
+).replace(
+    "x = self.embed(input_ids).flatten(0, 1)",
+    "x = (self.embed(input_ids)[..., self.order] * self.gain * self.even + self.shift).flatten(0, 1)",
+)
+
+
+@pytest.mark.usefixtures("poisoned_memory")  # memory that nobody wrote to looked like values
+def test_what_a_model_computes_when_it_is_built_is_there_in_the_pass_and_after_loading(
+    own_model: Any, tmp_path: Path
+) -> None:
+    source = own_model(COMPUTED)
+    report = convert(source, tmp_path / "out")
+    assert len(report.notices) == 1  # of the tokenizer
+    embedding = formats.open_source(source).read("embed.weight").flip(1)
+    embedding[:, 9] *= 50
+    embedding[:, 1::2] = 0
+    expected = embedding[::2].add(3).abs().amax(0)  # the first expert has the even ids
+    found = formats.read_manifest(tmp_path / "out").modules["experts.0.up"]
+    assert found["dims"][:4] == expected.argsort(descending=True)[:4].tolist()
+    assert found["absmax"][:4] == pytest.approx(expected.sort(descending=True).values[:4].tolist(), rel=1e-3)
+
+    model: Any = runtime.load(tmp_path / "out", trust_remote_code=True)
+    assert model.gain.tolist() == [50.0 if number == 9 else 1.0 for number in range(64)]
+    assert model.even.tolist() == [True, False] * 32
+    assert model.order.tolist() == list(range(63, -1, -1))
+    assert model.shift.tolist() == [3.0] * 64
+    with torch.no_grad():
+        assert model(torch.arange(8)[None]).logits.isfinite().all()
+
+
+def test_what_is_computed_at_random_is_the_same_in_every_run(own_model: Any, tmp_path: Path) -> None:
+    source = own_model(COMPUTED.replace("torch.ones(config.width)", "torch.randn(config.width)"))
+    state = torch.random.get_rng_state()
+    for out in ("a", "b"):
+        convert(source, tmp_path / out)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+    assert torch.random.get_rng_state().equal(state)
+
+
+NOBODYS = COMPUTED.replace("torch.full((config.width,), 3.0)", "0").replace(
+    "self.lm_head =",
+    """self.register_buffer("nobodys", (torch.empty(config.width)).detach(), persistent=False)
+        self.lm_head =""",
+    1,
+)
+
+
+@pytest.mark.parametrize(
+    "made", ["torch.empty(64)", "torch.Tensor(64)", "self.embed.weight[0]", "torch.empty(64).long()"]
+)
+def test_a_buffer_that_nobody_wrote_to_is_named(
+    own_model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, made: str
+) -> None:
+    made = made.replace("torch.empty(64).long()", "torch.empty(64, dtype=torch.int64)")
+    report = convert(
+        own_model(NOBODYS.replace("torch.empty(config.width)).detach", f"{made}).detach")), tmp_path / "out"
+    )
+    assert "1 buffers of the model have no values, nobodys among them" in report.notices[0]
+    model: Any = runtime.load(tmp_path / "out", trust_remote_code=True)
+    assert "1 buffers of the model have no values, nobodys among them" in caplog.text
+    assert model.nobodys.isnan().all() or (model.nobodys == torch.iinfo(torch.int64).max).all()
+
+
+def test_a_buffer_that_nobody_wrote_to_is_believed_by_nobody(own_model: Any, tmp_path: Path) -> None:
+    source = own_model(NOBODYS.replace("self.even + ", "self.even + 0 * self.nobodys + "))
+    with pytest.raises(formats.SourceError, match=r"nobodys among them.* experts\.0\.up and 3 more holds NaN"):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("made", ["torch.arange(10**12)", "torch.ones(10**6, 10**6)[:1]"])
+def test_what_would_fill_the_memory_is_not_computed(own_model: Any, tmp_path: Path, made: str) -> None:
+    source = own_model(COMPUTED.replace("torch.full((config.width,), 3.0)", f"float(({made}).shape[0])"))
+    with pytest.raises(formats.SourceError, match=r"a tensor of \d+\.\d GB would be computed"):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def whisper(path: Path) -> None:
     config = transformers.WhisperConfig(
         vocab_size=96,
@@ -226,8 +315,8 @@ def test_a_model_that_takes_no_text_is_refused_with_what_to_do(tmp_path: Path) -
     result = CliRunner().invoke(convert_command, [str(tmp_path / "source"), str(tmp_path / "out")])
     assert result.exit_code == 1
     assert result.stderr.count("\n") == 1
-    assert f"{tmp_path / 'source'}: no layer could be calibrated: the calibration pass ended early (" in result.stderr
-    assert "; convert it with --outliers none" in result.stderr
+    assert f"{tmp_path / 'source'}: no layer could be calibrated; convert it with --outliers none (" in result.stderr
+    assert "(the calibration pass ended early (" in result.stderr
     assert not (tmp_path / "out").exists()
     report = converter.convert(tmp_path / "source", tmp_path / "out", outliers="none")
     assert report.layers > 0
@@ -239,7 +328,7 @@ def test_a_model_that_takes_no_text_is_refused_with_what_to_do(tmp_path: Path) -
 )
 def test_a_pass_that_measures_nothing_is_no_success(own_model: Any, tmp_path: Path, forward: str) -> None:
     code = CODE.replace("x = self.embed(input_ids).flatten(0, 1)", forward)
-    with pytest.raises(formats.SourceError, match=r"no layer could be calibrated: .*--outliers none"):
+    with pytest.raises(formats.SourceError, match=r"no layer could be calibrated; .*--outliers none"):
         convert(own_model(code), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

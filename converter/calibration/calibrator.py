@@ -21,7 +21,8 @@ from llmint8.formats.writing.journal import Journal, Record
 from llmint8.kernels.reference import Activation
 
 from ..machine import return_freed_memory
-from ..model.build import meta_model, text_inputs
+from ..model.buffers import model_with_buffers, nobodys_buffers
+from ..model.build import text_inputs
 from ..model.errors import first_line
 from ..model.names import fused_parameters, parameter_tensors
 from ..outliers.choosing import select
@@ -80,14 +81,20 @@ class Calibrator:
 
         """
         selection = self._plan.selection
-        model: Any = meta_model(self._plan.config)
+        model: Any = model_with_buffers(self._plan.config)
         module_of = selection.module_of
         layers = {module_of[name]: layer for name, layer in selection.layers.items()}
         order = [name for name, _ in model.named_modules() if name in layers]
         done = {name: record for name in order if (record := self._earlier(layers[name], has)) is not None}
         not_finite: dict[str, None] = {}
         measured: set[str] = set()
-        why = "the model runs none of them for text"
+
+        tensor_of = parameter_tensors(model, self._plan.source.tensors)
+        if nobodys := [name for name in nobodys_buffers(model) if name not in tensor_of]:
+            self._notices.append(
+                f"{len(nobodys)} buffers of the model have no values, {nobodys[0]} among them: they are in no file and "
+                "its code computes none; in the calibration they are full of NaN"
+            )
 
         failed: list[bool] = []
 
@@ -127,7 +134,7 @@ class Calibrator:
             stream_forward(
                 model,
                 text_inputs(model, self._tokens.to(self._device)),
-                parameter_tensors(model, self._plan.source.tensors),
+                tensor_of,
                 fused_parameters(model, self._plan.source.tensors),
                 {name: layers[name].weight.name for name in order},
                 {n: partial(self._journal.load, r.tensors[2]) for n, r in done.items() if len(r.tensors) > 2},
@@ -141,15 +148,20 @@ class Calibrator:
             if failed or "DefaultCPUAllocator" in str(error):  # out of memory has no type of its own there
                 raise
             log.debug("calibration pass", exc_info=True)
-            why = f"the calibration pass ended early ({first_line(error)})"
-            self._notices.append(f"{why}; layers it did not reach have no outlier columns")
+            self._notices.append(
+                f"the calibration pass ended early ({first_line(error)}); "
+                "layers it did not reach have no outlier columns"
+            )
         if not_finite:
             more = f" and {len(not_finite) - 1} more" if len(not_finite) > 1 else ""
-            why = f"the input of {next(iter(not_finite))}{more} holds NaN or infinity and was not measured"
-            self._notices.append(f"{why}; is the source whole?")
+            self._notices.append(
+                f"the input of {next(iter(not_finite))}{more} holds NaN or infinity and was not measured; "
+                "is the source whole?"
+            )
         if not measured:
+            why = "; ".join(self._notices) or "the model runs none of them for text"
             source = self._plan.source.path
-            self.failure = f"{source}: no layer could be calibrated: {why}; convert it with --outliers none"
+            self.failure = f"{source}: no layer could be calibrated; convert it with --outliers none ({why})"
 
     def _earlier(self, layer: SelectedLayer, has: Callable[[SelectedLayer], bool]) -> Record | None:
         """Return what was put aside of a layer that is written."""

@@ -58,7 +58,7 @@ def stream_forward(
     """Run `model(**inputs)` and call `on_linear` for every layer of `layers` each time it is reached with any rows.
 
     Args:
-        model: a transformers model on the meta device; used up by the pass.
+        model: a transformers model with parameters on the meta device and real buffers; used up by the pass.
         inputs: token ids and what else the model takes.
         tensor_of: parameter or buffer name in the model -> tensor name in the source.
         fused: parameter name in the model -> how it is made of several tensors.
@@ -222,20 +222,10 @@ class _ReadAhead:
 
 
 def _fill_buffers(model: Any, tensor_of: Mapping[str, str], read: Read, device: torch.device) -> None:
-    """Give every buffer its values: those in the source from there, the others computed by the model's own code."""
-    computed = False
-    for name, buffer in list(model.named_buffers()):
-        if not buffer.is_meta:
-            continue
-        owner = model.get_submodule(name.rpartition(".")[0])
-        if name in tensor_of:
-            value = read(tensor_of[name]).to(device)
-        else:
-            value = torch.empty_like(buffer, device=device)
-            owner._is_hf_initialized = False
-            computed = True
-        owner._buffers[name.rpartition(".")[2]] = value
-    if computed:
-        for parameter in model.parameters():
-            parameter._is_hf_initialized = True
-        model.initialize_weights()
+    """Bring every buffer to the device; those in the source with the values there."""
+    moved: dict[int, Tensor] = {}
+    for name, buffer in list(model.named_buffers(remove_duplicate=False)):
+        if id(buffer) not in moved:
+            moved[id(buffer)] = (read(tensor_of[name]) if name in tensor_of else buffer).to(device)
+        owner, _, own = name.rpartition(".")
+        model.get_submodule(owner)._buffers[own] = moved[id(buffer)]

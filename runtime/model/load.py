@@ -31,6 +31,7 @@ from llmint8.kernels.reference import Activation
 
 from .arguments import Outliers, check_choice, outlier_mode, settled_dtype
 from .compiled import compile_decode
+from .computed import fill_computed
 from .layer import Int8Linear
 from .misses import kept_limits
 from .quantizer import QUANT_METHOD
@@ -105,6 +106,7 @@ def load(
         device_map = {"": torch.device(device)}
     with bounded_modules(len(checkpoint.tensors)):
         model = _from_pretrained(cls, checkpoint.path, config, settled_dtype(dtype, checkpoint, config), device_map)
+        fill_computed(model, set(module_names(model, checkpoint.tensors).values()))
     _prepare(model, checkpoint, limits)
     _log_summary(model)
     if compile:
