@@ -287,6 +287,48 @@ def test_what_would_fill_the_memory_is_not_computed(own_model: Any, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
+_LLAMA = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+_VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def llama() -> Any:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_LLAMA))
+
+
+def t5() -> Any:
+    config = transformers.T5Config(vocab_size=256, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def llava() -> Any:
+    vision = transformers.CLIPVisionConfig(**_VISION, image_size=16, patch_size=8)
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=transformers.LlamaConfig(**_LLAMA), image_token_index=255
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("model", [llama, t5, llava])
+def test_no_layers_keys_and_values_outlive_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Any) -> None:
+    model().half().save_pretrained(tmp_path / "source")
+    kept, original = [], transformers.Cache.update
+
+    def update(cache: Any, keys: torch.Tensor, *arguments: Any, **named: Any) -> Any:
+        kept.extend([] if keys.is_meta else [keys])  # the plan runs the model without data
+        return original(cache, keys, *arguments, **named)
+
+    monkeypatch.setattr(transformers.Cache, "update", update)
+    report = converter.convert(tmp_path / "source", tmp_path / "out")
+    assert not kept
+    assert not any("ended early" in notice for notice in report.notices)
+
+
 def whisper(path: Path) -> None:
     config = transformers.WhisperConfig(
         vocab_size=96,

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..model.names import FusedParameter
@@ -75,7 +76,9 @@ def stream_forward(
 
     """
     model.eval()
-    model.config.use_cache = False  # keys and values of all layers would outlive them
+    for module in model.modules():
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):  # parts of a model may have one of their own
+            module.config.use_cache = False  # keys and values of all layers would outlive them
     _fill_buffers(model, tensor_of, read, device)
     with _ReadAhead(read, [weight for name, weight in layers.items() if name not in outputs]) as ahead:
         for name, weight in layers.items():
