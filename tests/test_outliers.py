@@ -10,6 +10,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from llmint8 import converter, formats, runtime
+from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.outliers.choosing import select
 from llmint8.converter.outliers.criterion import Criterion, parse_criterion
 from llmint8.converter.outliers.measuring import InputGroup, InputStatistics, column_norms, error_curve
@@ -212,6 +213,17 @@ def test_statistics_stand_in_the_manifest(planted, tmp_path):
 def test_bad_criteria(text):
     with pytest.raises(ValueError, match="expected none, systematic, top-k=16 or threshold"):
         parse_criterion(text)
+
+
+@pytest.mark.parametrize(("outliers", "said"), [("top-k=1000", True), ("top-k=18", True), ("top-k=17", False)])
+def test_a_budget_that_no_layer_can_spend_is_said(outliers, said, tmp_path):
+    _llama().half().save_pretrained(tmp_path / "source")
+    options = converter.Options(outliers=outliers)
+    plan = converter.make_plan(resolve(str(tmp_path / "source"), None, "source"), tmp_path / "out", options)
+    # Six layers of a block have 64 columns, one has 96.
+    expected = f"--outliers {outliers} is more than there can be: a layer keeps 512 columns at most, and no more than "
+    expected += "one in 4, which is 17.1429 on average here"
+    assert (expected in plan.selection.notices) is said
 
 
 def test_criteria_are_written_as_they_are_read():
