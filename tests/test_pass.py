@@ -238,6 +238,18 @@ def test_what_a_model_computes_when_it_is_built_is_there_in_the_pass_and_after_l
         assert model(torch.arange(8)[None]).logits.isfinite().all()
 
 
+def test_initialisation_that_looks_at_weights_takes_nothing_away(own_model: Any, tmp_path: Path) -> None:
+    looks = """    def _init_weights(self, module):
+        if hasattr(module, "bias"):
+            assert module.bias.sum().item() > -1e9
+
+    def get_input_embeddings"""
+    source = own_model(COMPUTED.replace("    def get_input_embeddings", looks))
+    assert convert(source, tmp_path / "out").uncalibrated == ["experts.2.up", "experts.2.down"]
+    model: Any = runtime.load(tmp_path / "out", trust_remote_code=True)
+    assert model.order.tolist() == list(range(63, -1, -1))
+
+
 def test_what_is_computed_at_random_is_the_same_in_every_run(own_model: Any, tmp_path: Path) -> None:
     source = own_model(COMPUTED.replace("torch.ones(config.width)", "torch.randn(config.width)"))
     state = torch.random.get_rng_state()

@@ -10,9 +10,11 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmint8.converter.model.buffers import model_with_buffers, nobodys_buffers
+
+from .layer import Int8Linear
 
 log = logging.getLogger("llmint8")
 
@@ -32,17 +34,11 @@ def fill_computed(model: Any, stored: AbstractSet[str]) -> None:
     modules = dict(built.named_modules())
     with torch.no_grad():
         for name, module in model.named_modules():
-            twin = modules.get(name)
-            if twin is None:
-                continue
-            prefix = f"{name}." if name else ""
-            for key, value in twin._buffers.items():
-                buffer = module._buffers.get(key)
-                if value is not None and buffer is not None and not buffer.is_meta and prefix + key not in stored:
-                    buffer.copy_(value)
-            for key, value in vars(module).items():
-                if isinstance(value, Tensor) and value.is_meta:
-                    setattr(module, key, vars(twin)[key])
+            # What became int8 has buffers of its own, which are all stored.
+            if name in modules and not isinstance(module, Int8Linear):
+                _fill(
+                    module, modules[name], {key for key in module._buffers if f"{name}.{key}".lstrip(".") not in stored}
+                )
     if nobodys := [name for name in nobodys_buffers(built) if name not in stored]:
         log.warning(
             "%d buffers of the model have no values, %s among them: they are in no file and its code computes none; "
@@ -50,3 +46,13 @@ def fill_computed(model: Any, stored: AbstractSet[str]) -> None:
             len(nobodys),
             nobodys[0],
         )
+
+
+def _fill(module: nn.Module, built: nn.Module, missing: set[str]) -> None:
+    for name in missing & built._buffers.keys():
+        buffer, value = module._buffers[name], built._buffers[name]
+        if buffer is not None and value is not None and not buffer.is_meta:
+            buffer.copy_(value)
+    for name, attribute in vars(module).items():
+        if isinstance(attribute, Tensor) and attribute.is_meta:
+            setattr(module, name, vars(built)[name])

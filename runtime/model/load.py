@@ -106,8 +106,9 @@ def load(
         device_map = {"": torch.device(device)}
     with bounded_modules(len(checkpoint.tensors)):
         model = _from_pretrained(cls, checkpoint.path, config, settled_dtype(dtype, checkpoint, config), device_map)
-        fill_computed(model, set(module_names(model, checkpoint.tensors).values()))
-    _prepare(model, checkpoint, limits)
+        names = module_names(model, checkpoint.tensors)
+        fill_computed(model, set(names.values()))
+    _prepare(model, checkpoint, names, limits)
     _log_summary(model)
     if compile:
         compile_decode(model)
@@ -177,12 +178,11 @@ def no_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _prepare(model: Any, checkpoint: Checkpoint, limits: dict[str, float]) -> None:
+def _prepare(model: Any, checkpoint: Checkpoint, names: dict[str, str], limits: dict[str, float]) -> None:
     """Let every layer prepare its weight, on the CPU in memory of its own, and give it its limit.
 
     Pages of a mapped file stay in memory once read, beside the packed weight. What accelerate moves stays as it is.
     """
-    names = module_names(model, checkpoint.tensors)
     layers = {
         record: model.get_submodule(names[f"{record}.weight"].removesuffix(".weight")) for record in checkpoint.records
     }
