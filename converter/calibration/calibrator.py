@@ -7,7 +7,7 @@ the pass again, but reads and multiplies by few of the weights that it had reach
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -90,12 +90,7 @@ class Calibrator:
         measured: set[str] = set()
 
         tensor_of = parameter_tensors(model, self._plan.source.tensors)
-        if nobodys := [name for name in nobodys_buffers(model) if name not in tensor_of]:
-            self._notices.append(
-                f"{len(nobodys)} buffers of the model have no values, {nobodys[0]} among them: they are in no file and "
-                "its code computes none; in the calibration they are full of NaN"
-            )
-
+        self._name_nobodys(model, tensor_of)
         failed: list[bool] = []
 
         @contextmanager
@@ -148,15 +143,21 @@ class Calibrator:
             if failed or "DefaultCPUAllocator" in str(error):  # out of memory has no type of its own there
                 raise
             log.debug("calibration pass", exc_info=True)
+            self._notices.append(f"the calibration pass ended early ({first_line(error)})")
+        self._conclude(len(measured), list(not_finite))
+
+    def _name_nobodys(self, model: Any, tensor_of: Mapping[str, str]) -> None:
+        if nobodys := [name for name in nobodys_buffers(model) if name not in tensor_of]:
             self._notices.append(
-                f"the calibration pass ended early ({first_line(error)}); "
-                "layers it did not reach have no outlier columns"
+                f"{len(nobodys)} buffers of the model have no values, {nobodys[0]} among them: they are in no file and "
+                "its code computes none; in the calibration they are full of NaN"
             )
+
+    def _conclude(self, measured: int, not_finite: Sequence[str]) -> None:
         if not_finite:
             more = f" and {len(not_finite) - 1} more" if len(not_finite) > 1 else ""
             self._notices.append(
-                f"the input of {next(iter(not_finite))}{more} holds NaN or infinity and was not measured; "
-                "is the source whole?"
+                f"the input of {not_finite[0]}{more} holds NaN or infinity and was not measured; is the source whole?"
             )
         if not measured:
             why = "; ".join(self._notices) or "the model runs none of them for text"

@@ -1,6 +1,6 @@
 """One forward pass through a model whose weights are never in memory together.
 
-The model stands on the meta device. A linear layer that is to be converted hands its input and its weight to the
+The parameters stand on the meta device. A linear layer that is to be converted hands its input and its weight to the
 caller and computes its output in blocks of rows. Every other operation that takes a parameter gets the tensor read
 from the source in its place, for that one operation: a torch function mode sees them all, so it does not matter how a
 model's code comes by its weights. The next linear weight is read ahead in a thread.
