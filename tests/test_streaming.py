@@ -10,7 +10,6 @@ from transformers.pytorch_utils import Conv1D
 
 from llmint8 import formats
 from llmint8.converter.calibration.streaming import stream_forward
-from llmint8.converter.model.buffers import model_with_buffers
 from llmint8.converter.model.build import meta_model, model_class
 from llmint8.converter.model.config import load_config
 from llmint8.converter.model.names import fused_parameters, parameter_tensors
@@ -52,7 +51,7 @@ def _inputs(config):
 
 def _stream(source, read, on_linear):
     config = load_config(source.path)
-    model = model_with_buffers(config)
+    model = meta_model(config)
     tensor_of = parameter_tensors(model, source.tensors)
     selection = select_layers(source, model, (), ())
     layers = {selection.module_of[name]: layer.weight.name for name, layer in selection.layers.items()}

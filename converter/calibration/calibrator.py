@@ -21,8 +21,8 @@ from llmint8.formats.writing.journal import Journal, Record
 from llmint8.kernels.reference import Activation
 
 from ..machine import return_freed_memory
-from ..model.buffers import model_with_buffers, nobodys_buffers
-from ..model.build import text_inputs
+from ..model.buffers import nobodys_buffers
+from ..model.build import meta_model, text_inputs
 from ..model.errors import first_line
 from ..model.names import fused_parameters, parameter_tensors
 from ..outliers.choosing import select
@@ -72,7 +72,7 @@ class Calibrator:
     def run(self, read: Callable[[str], Tensor], quantize: Quantize, has: Callable[[SelectedLayer], bool]) -> None:
         """Run the forward pass. What the model's code raises ends it early, and is noted, not raised.
 
-        Where no layer at all could be measured, `failure` then says so, with the reason and what to do.
+        Where no layer at all was reached, `failure` then says so, with the reason and what to do.
 
         Args:
             read: returns a tensor of the source.
@@ -81,16 +81,14 @@ class Calibrator:
 
         """
         selection = self._plan.selection
-        model: Any = model_with_buffers(self._plan.config)
+        model: Any = meta_model(self._plan.config)
         module_of = selection.module_of
         layers = {module_of[name]: layer for name, layer in selection.layers.items()}
         order = [name for name, _ in model.named_modules() if name in layers]
         done = {name: record for name in order if (record := self._earlier(layers[name], has)) is not None}
         not_finite: dict[str, None] = {}
-        measured: set[str] = set()
-
         tensor_of = parameter_tensors(model, self._plan.source.tensors)
-        self._name_nobodys(model, tensor_of)
+        reached: set[str] = set()
         failed: list[bool] = []
 
         @contextmanager
@@ -106,9 +104,8 @@ class Calibrator:
             return_freed_memory()
             layer = layers[call.name]
             finite = bool(call.rows.isfinite().all())
-            if finite:
-                measured.add(layer.name)
-            else:
+            reached.add(layer.name)
+            if not finite:
                 not_finite[layer.name] = None
             # Of an earlier run, or of an earlier call.
             record = self._earlier(layer, has)
@@ -144,7 +141,8 @@ class Calibrator:
                 raise
             log.debug("calibration pass", exc_info=True)
             self._notices.append(f"the calibration pass ended early ({first_line(error)})")
-        self._conclude(len(measured), list(not_finite))
+        self._name_nobodys(model, tensor_of)
+        self._conclude(len(reached), list(not_finite))
 
     def _name_nobodys(self, model: Any, tensor_of: Mapping[str, str]) -> None:
         if nobodys := [name for name in nobodys_buffers(model) if name not in tensor_of]:
@@ -153,13 +151,13 @@ class Calibrator:
                 "its code computes none; in the calibration they are full of NaN"
             )
 
-    def _conclude(self, measured: int, not_finite: Sequence[str]) -> None:
+    def _conclude(self, reached: int, not_finite: Sequence[str]) -> None:
         if not_finite:
             more = f" and {len(not_finite) - 1} more" if len(not_finite) > 1 else ""
             self._notices.append(
                 f"the input of {not_finite[0]}{more} holds NaN or infinity and was not measured; is the source whole?"
             )
-        if not measured:
+        if not reached:
             why = "; ".join(self._notices) or "the model runs none of them for text"
             source = self._plan.source.path
             self.failure = f"{source}: no layer could be calibrated; convert it with --outliers none ({why})"

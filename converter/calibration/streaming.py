@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from ..model.buffers import fill_computed
 from ..model.names import FusedParameter
 
 Read = Callable[[str], Tensor]
@@ -59,7 +60,7 @@ def stream_forward(
     """Run `model(**inputs)` and call `on_linear` for every layer of `layers` each time it is reached with any rows.
 
     Args:
-        model: a transformers model with parameters on the meta device and real buffers; used up by the pass.
+        model: a transformers model on the meta device; used up by the pass, but its buffers have their values then.
         inputs: token ids and what else the model takes.
         tensor_of: parameter or buffer name in the model -> tensor name in the source.
         fused: parameter name in the model -> how it is made of several tensors.
@@ -225,7 +226,8 @@ class _ReadAhead:
 
 
 def _fill_buffers(model: Any, tensor_of: Mapping[str, str], read: Read, device: torch.device) -> None:
-    """Bring every buffer to the device; those in the source with the values there."""
+    """Give every buffer its values: those in the source from there, the others computed by the model's own code."""
+    fill_computed(model, tensor_of.keys())
     moved: dict[int, Tensor] = {}
     for name, buffer in list(model.named_buffers(remove_duplicate=False)):
         if id(buffer) not in moved:

@@ -6,8 +6,10 @@ the model is built a second time: what became a parameter is made on the meta de
 real. Memory that nobody writes to is full of NaN, or of the largest integer: it must not pass for values.
 """
 
+import copy
 import logging
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
@@ -54,9 +56,45 @@ def model_with_buffers(config: Any) -> Any:
     return model
 
 
+def fill_computed(model: Any, stored: AbstractSet[str]) -> None:
+    """Give a model its computed buffers, and what else it has on the meta device that is no parameter.
+
+    transformers builds on the meta device. When it loads a model it gives buffers that are in no file memory that
+    nobody wrote to, and its own models write there what belongs there; the code of others counts on what it computed.
+
+    Args:
+        model: a transformers model, loaded or on the meta device.
+        stored: names of the parameters and buffers that come from a file.
+
+    Raises:
+        SourceError: as of `model_with_buffers`.
+
+    """
+    built = dict(model_with_buffers(copy.deepcopy(model.config)).named_modules())
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            # What became an int8 layer has buffers of its own.
+            if name in built and module._buffers.keys() <= built[name]._buffers.keys():
+                missing = {key for key in module._buffers if f"{name}.{key}".lstrip(".") not in stored}
+                _fill(module, built[name], missing)
+
+
+def _fill(module: nn.Module, built: nn.Module, missing: set[str]) -> None:
+    for name in missing:
+        buffer, value = module._buffers[name], built._buffers[name]
+        if buffer is None or value is None or buffer.is_meta:
+            module._buffers[name] = value
+        else:
+            buffer.copy_(value)
+    for name, attribute in vars(module).items():
+        if isinstance(attribute, Tensor) and attribute.is_meta:
+            setattr(module, name, vars(built)[name])
+
+
 def nobodys_buffers(model: nn.Module) -> list[str]:
     """Return the names of buffers of which no value was ever written."""
-    return [name for name, buffer in model.named_buffers() if buffer.numel() and bool(_is_poison(buffer).all())]
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if buffer.numel() and not buffer.is_meta]
+    return [name for name, buffer in buffers if bool(_is_poison(buffer).all())]
 
 
 def _is_poison(buffer: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.machine import return_freed_memory
+from llmint8.converter.model.buffers import fill_computed, nobodys_buffers
 from llmint8.converter.model.build import model_class
 from llmint8.converter.model.config import is_trusted, load_config
 from llmint8.converter.model.errors import first_line
@@ -31,7 +32,6 @@ from llmint8.kernels.reference import Activation
 
 from .arguments import Outliers, check_choice, outlier_mode, settled_dtype
 from .compiled import compile_decode
-from .computed import fill_computed
 from .layer import Int8Linear
 from .misses import kept_limits
 from .quantizer import QUANT_METHOD
@@ -108,6 +108,13 @@ def load(
         model = _from_pretrained(cls, checkpoint.path, config, settled_dtype(dtype, checkpoint, config), device_map)
         names = module_names(model, checkpoint.tensors)
         fill_computed(model, set(names.values()))
+    if nobodys := sorted(set(nobodys_buffers(model)) - set(names.values())):
+        log.warning(
+            "%d buffers of the model have no values, %s among them: they are in no file and its code computes none; "
+            "they are full of NaN",
+            len(nobodys),
+            nobodys[0],
+        )
     _prepare(model, checkpoint, names, limits)
     _log_summary(model)
     if compile:
