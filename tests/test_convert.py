@@ -148,6 +148,9 @@ def test_skip_and_only(source, tmp_path):
     assert converter.convert(source, tmp_path / "b", only=["down_proj", "up_proj"], skip=["1.mlp.up"]).layers == 3
     with pytest.raises(formats.SourceError, match="no linear layer is left"):
         converter.convert(source, tmp_path / "c", only=["nothing of the kind"])
+    for option in ("only", "skip"):
+        with pytest.raises(ValueError, match=rf"--{option} is the string 'q_proj', expected a list: \['q_proj'\]"):
+            converter.convert(source, tmp_path / "d", **{option: "q_proj"})
 
 
 def test_subclasses_of_linear_are_left_alone_and_named(tmp_path):

@@ -7,6 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llmint8 import converter, formats, runtime
+from llmint8.converter.planning import selection
 
 _SMALL = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LLAMA = {**_SMALL, "intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -124,3 +125,48 @@ def test_mixture_of_experts_leaves_router_and_experts_alone(tmp_path):
     model = runtime.load(tmp_path / "out", dtype=torch.float32)
     source = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32)
     assert torch.allclose(_logits(model), _logits(source), atol=0.05)
+
+
+_MOE = {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2}
+STACKED = {  # config, matrices of experts in each block, one of the tensors
+    "gpt-oss": (transformers.GptOssConfig(**_MOE, head_dim=16), 8, "mlp.experts.down_proj"),
+    "granite-moe": (transformers.GraniteMoeConfig(**_MOE), 8, "block_sparse_moe.input_linear.weight"),
+    "llama4": (transformers.Llama4TextConfig(**_MOE, head_dim=16), 8, "feed_forward.experts.down_proj"),
+    "jetmoe": (transformers.JetMoeConfig(**_MOE, kv_channels=32), 16, "mlp.input_linear.weight"),
+}
+
+
+@pytest.mark.parametrize("family", STACKED)
+def test_stacks_of_experts_stay_as_they_are_and_the_converter_says_so(family, tmp_path):
+    config, count, name = STACKED[family]
+    transformers.AutoModelForCausalLM.from_config(config).half().save_pretrained(tmp_path / "source")
+    source = formats.open_source(tmp_path / "source")
+    report = converter.convert(tmp_path / "source", tmp_path / "out")
+    stacks = [info for info in source.tensors.values() if len(info.shape) == 3]
+    size = sum(info.nbytes for info in stacks) / 1e9
+    (notice,) = [notice for notice in report.notices if "matrices" in notice]
+    assert notice.startswith(f"{2 * count} matrices ({size:.2f} GB, model.layers.0.{name} among them) stay as they are")
+    assert not any("in no file" in notice for notice in report.notices)
+
+
+def test_a_model_without_experts_has_no_notice_of_them(tmp_path):
+    for family in ("opt-350m", "gpt2", "t5", "bert"):
+        _make(family, tmp_path / family, torch.float16)
+        report = converter.convert(tmp_path / family, tmp_path / f"{family}-out", outliers="none")
+        assert report.notices == []
+
+
+def test_every_router_stays_in_16_bit(tmp_path):
+    config = transformers.DogeConfig(**_LLAMA, is_moe=True, num_experts=16, num_experts_per_tok=2)
+    transformers.DogeForCausalLM(config).half().save_pretrained(tmp_path / "source")
+    report = converter.convert(tmp_path / "source", tmp_path / "out", outliers="none")
+    assert report.kept["model.layers.0.mlp.router_gate"] == "router"
+
+
+ROUTERS = ["mlp.router_gate", "moe.router.layer", "mlp.gate", "mlp.shared_expert_gate", "altup.modality_router"]
+ROUTERS += ["mlp.moe_gate", "mlp.expert_gate", "router_proj", "block.gating"]
+NO_ROUTERS = ["mlp.gate_proj", "self_attn.output_gate", "per_layer_input_gate", "outrouter", "mlp.experts.0.up_proj"]
+
+
+def test_what_is_a_router_by_its_name():
+    assert [name for name in ROUTERS + NO_ROUTERS if selection._ROUTER.search(name)] == ROUTERS

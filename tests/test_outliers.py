@@ -10,6 +10,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from llmint8 import converter, formats, runtime
+from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.outliers.choosing import select
 from llmint8.converter.outliers.criterion import Criterion, parse_criterion
 from llmint8.converter.outliers.measuring import InputGroup, InputStatistics, column_norms, error_curve
@@ -214,6 +215,17 @@ def test_bad_criteria(text):
         parse_criterion(text)
 
 
+@pytest.mark.parametrize(("outliers", "said"), [("top-k=1000", True), ("top-k=18", True), ("top-k=17", False)])
+def test_a_budget_that_no_layer_can_spend_is_said(outliers, said, tmp_path):
+    _llama().half().save_pretrained(tmp_path / "source")
+    options = converter.Options(outliers=outliers)
+    plan = converter.make_plan(resolve(str(tmp_path / "source"), None, "source"), tmp_path / "out", options)
+    # Six layers of a block have 64 columns, one has 96.
+    expected = f"--outliers {outliers} is more than there can be: a layer keeps 512 columns at most, and no more than "
+    expected += "one in 4, which is 17.1429 on average here"
+    assert (expected in plan.selection.notices) is said
+
+
 def test_criteria_are_written_as_they_are_read():
     for text in ("none", "systematic", "top-k=16", "threshold=6", "threshold=3.5"):
         assert str(parse_criterion(text)) == text
@@ -295,6 +307,25 @@ def test_systematic_passes_over_dims_that_are_large_only_once():
     groups = _statistics(Criterion("systematic", None), x, [torch.randn(8, 32)])
     (count,) = select(groups, Criterion("systematic", None))
     assert groups[0].dims[groups[0].order[:count]].tolist() == [9]
+
+
+def test_a_magnitude_that_only_rounds_to_the_threshold_is_none():
+    x = torch.randn(100, 32).clamp(-3, 3)
+    x[7, 4], x[7, 9] = 5.9999, 6.0
+    criterion = Criterion("threshold", 6.0)
+    groups = _statistics(criterion, x, [torch.randn(8, 32)])
+    assert groups[0].statistics["absmax"][:2] == [6.0, 6.0]
+    (count,) = select(groups, criterion)
+    assert groups[0].dims[groups[0].order[:count]].tolist() == [9]
+
+
+def test_a_share_that_only_rounds_to_six_percent_is_not_systematic():
+    x = torch.zeros(50001, 8)
+    x[:3000, 2], x[:3001, 5] = 8.0, 7.0
+    groups = _statistics(Criterion("systematic", None), x, [torch.randn(4, 8)])
+    assert groups[0].statistics["positions"][:2] == [0.06, 0.06002]
+    (count,) = select(groups, Criterion("systematic", None))
+    assert groups[0].dims[groups[0].order[:count]].tolist() == [5]
 
 
 @torch.inference_mode()  # as the pass runs; elsewhere a view keeps the tensor that it is a view of

@@ -7,7 +7,7 @@ the pass again, but reads and multiplies by few of the weights that it had reach
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +21,7 @@ from llmint8.formats.writing.journal import Journal, Record
 from llmint8.kernels.reference import Activation
 
 from ..machine import return_freed_memory
+from ..model.buffers import nobodys_buffers
 from ..model.build import meta_model, text_inputs
 from ..model.errors import first_line
 from ..model.names import fused_parameters, parameter_tensors
@@ -66,9 +67,12 @@ class Calibrator:
         self._plan, self._tokens, self._device, self._journal = plan, tokens, device, journal
         self._statistics = InputStatistics(plan.criterion, ACTIVATION, self._remember_curve)
         self._notices: list[str] = []
+        self.failure: str | None = None
 
     def run(self, read: Callable[[str], Tensor], quantize: Quantize, has: Callable[[SelectedLayer], bool]) -> None:
         """Run the forward pass. What the model's code raises ends it early, and is noted, not raised.
+
+        Where no layer at all was reached, `failure` then says so, with the reason and what to do.
 
         Args:
             read: returns a tensor of the source.
@@ -82,8 +86,9 @@ class Calibrator:
         layers = {module_of[name]: layer for name, layer in selection.layers.items()}
         order = [name for name, _ in model.named_modules() if name in layers]
         done = {name: record for name in order if (record := self._earlier(layers[name], has)) is not None}
-        not_finite: list[str] = []
-
+        not_finite: dict[str, None] = {}
+        tensor_of = parameter_tensors(model, self._plan.source.tensors)
+        reached: set[str] = set()
         failed: list[bool] = []
 
         @contextmanager
@@ -98,26 +103,30 @@ class Calibrator:
         def on_linear(call: LinearCall) -> None:
             return_freed_memory()
             layer = layers[call.name]
-            record = done.get(call.name)
             finite = bool(call.rows.isfinite().all())
+            reached.add(layer.name)
             if not finite:
-                not_finite.append(layer.name)
+                not_finite[layer.name] = None
+            # Of an earlier run, or of an earlier call.
+            record = self._earlier(layer, has)
             if record is not None:
-                norms = self._journal.load(record.tensors[1]).to(self._device)
-                self._statistics.see(layer.name, call.x, call.rows, (norms[0], norms[1]), call.out)
+                if finite:
+                    norms = self._journal.load(record.tensors[1]).to(self._device)
+                    self._statistics.see(layer.name, call.x, call.rows, (norms[0], norms[1]), call.out)
                 return
             assert call.weight is not None
             values, absmax = quantize(layer, call.weight)
             if finite:
                 norms = torch.stack(column_norms(call.weight, values, absmax))
                 dims = self._statistics.see(layer.name, call.x, call.rows, (norms[0], norms[1]), call.out)
-                self._put_aside(layer, call.weight, dims, norms, call.out)
+                # What is put aside stands for the first call.
+                self._put_aside(layer, call.weight, dims, norms, None if layer.name in not_finite else call.out)
 
         try:
             stream_forward(
                 model,
                 text_inputs(model, self._tokens.to(self._device)),
-                parameter_tensors(model, self._plan.source.tensors),
+                tensor_of,
                 fused_parameters(model, self._plan.source.tensors),
                 {name: layers[name].weight.name for name in order},
                 {n: partial(self._journal.load, r.tensors[2]) for n, r in done.items() if len(r.tensors) > 2},
@@ -131,25 +140,37 @@ class Calibrator:
             if failed or "DefaultCPUAllocator" in str(error):  # out of memory has no type of its own there
                 raise
             log.debug("calibration pass", exc_info=True)
+            self._notices.append(f"the calibration pass ended early ({first_line(error)})")
+        self._name_nobodys(model, tensor_of)
+        self._conclude(len(reached), list(not_finite))
+
+    def _name_nobodys(self, model: Any, tensor_of: Mapping[str, str]) -> None:
+        if nobodys := [name for name in nobodys_buffers(model) if name not in tensor_of]:
             self._notices.append(
-                f"the calibration pass ended early ({first_line(error)}); "
-                "layers it did not reach have no outlier columns"
-            )
-        if not_finite:
-            self._notices.append(
-                f"the input of {not_finite[0]} and {len(not_finite) - 1} more holds NaN or infinity, so they are not "
-                "calibrated; is the source whole?"
+                f"{len(nobodys)} buffers of the model have no values, {nobodys[0]} among them: they are in no file and "
+                "its code computes none; in the calibration they are full of NaN"
             )
 
+    def _conclude(self, reached: int, not_finite: Sequence[str]) -> None:
+        if not_finite:
+            more = f" and {len(not_finite) - 1} more" if len(not_finite) > 1 else ""
+            self._notices.append(
+                f"the input of {not_finite[0]}{more} holds NaN or infinity and was not measured; is the source whole?"
+            )
+        if not reached:
+            why = "; ".join(self._notices) or "the model runs none of them for text"
+            source = self._plan.source.path
+            self.failure = f"{source}: no layer could be calibrated; convert it with --outliers none ({why})"
+
     def _earlier(self, layer: SelectedLayer, has: Callable[[SelectedLayer], bool]) -> Record | None:
-        """Return what an earlier run put aside of a layer that it wrote."""
+        """Return what was put aside of a layer that is written."""
         record = self._journal.get("layer", layer.name)
         return record if record is not None and has(layer) else None
 
-    def _put_aside(self, layer: SelectedLayer, weight: Tensor, dims: Tensor, norms: Tensor, out: Tensor) -> None:
+    def _put_aside(self, layer: SelectedLayer, weight: Tensor, dims: Tensor, norms: Tensor, out: Tensor | None) -> None:
         """Record the columns of a weight [N, K] at `dims`, as rows; the norms [2, K]; and maybe the output [M, N]."""
         tensors = [weight[:, dims.to(weight.device)].t(), norms]
-        if kept_output_bytes(layer, len(out)):
+        if out is not None and kept_output_bytes(layer, len(out)):
             tensors.append(out)
         self._journal.put("layer", layer.name, dims.tolist(), [tensor.cpu().contiguous() for tensor in tensors])
 

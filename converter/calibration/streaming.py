@@ -1,6 +1,6 @@
 """One forward pass through a model whose weights are never in memory together.
 
-The model stands on the meta device. A linear layer that is to be converted hands its input and its weight to the
+The parameters stand on the meta device. A linear layer that is to be converted hands its input and its weight to the
 caller and computes its output in blocks of rows. Every other operation that takes a parameter gets the tensor read
 from the source in its place, for that one operation: a torch function mode sees them all, so it does not matter how a
 model's code comes by its weights. The next linear weight is read ahead in a thread.
@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from ..model.buffers import fill_computed
 from ..model.names import FusedParameter
 
 Read = Callable[[str], Tensor]
 
 
 class LinearCall(NamedTuple):
-    """What a linear layer does when it is first reached; tensors are on the device of the pass."""
+    """What a linear layer does when it is reached; tensors are on the device of the pass."""
 
     name: str
     x: Tensor  # its input [..., K], the object that the model passes around
@@ -55,18 +57,18 @@ def stream_forward(
     on_linear: OnLinear,
     device: torch.device,
 ) -> None:
-    """Run `model(**inputs)` and call `on_linear` for every layer of `layers` when it is first reached.
+    """Run `model(**inputs)` and call `on_linear` for every layer of `layers` each time it is reached with any rows.
 
     Args:
-        model: a transformers model on the meta device; used up by the pass.
+        model: a transformers model on the meta device; used up by the pass, but its buffers have their values then.
         inputs: token ids and what else the model takes.
         tensor_of: parameter or buffer name in the model -> tensor name in the source.
         fused: parameter name in the model -> how it is made of several tensors.
         layers: module name in the model -> tensor name of its weight, in the order expected.
-        outputs: module name in the model -> what loads its output of an earlier run, float32 [M, N] without bias; the
-            weight is then not read.
+        outputs: module name in the model -> what loads the output of its first call in an earlier run, float32 [M, N]
+            without bias; the weight is then not read for it.
         read: returns a tensor of the source, on the CPU; for the weights of `layers` it is called in a thread.
-        on_linear: takes what each layer saw.
+        on_linear: takes what each layer saw, call by call.
         device: where the pass runs.
 
     Raises:
@@ -75,7 +77,9 @@ def stream_forward(
 
     """
     model.eval()
-    model.config.use_cache = False  # keys and values of all layers would outlive them
+    for module in model.modules():
+        if isinstance(getattr(module, "config", None), PreTrainedConfig):  # parts of a model may have one of their own
+            module.config.use_cache = False  # keys and values of all layers would outlive them
     _fill_buffers(model, tensor_of, read, device)
     with _ReadAhead(read, [weight for name, weight in layers.items() if name not in outputs]) as ahead:
         for name, weight in layers.items():
@@ -114,8 +118,8 @@ class _StreamedLinear:
     ) -> None:
         self._name, self._weight, self._bias, self._known = name, weight, bias, known
         self._transposed = isinstance(module, Conv1D)
+        self._out_features: Any = module.nf if isinstance(module, Conv1D) else module.out_features
         self._read, self._on_linear, self._device = read, on_linear, device
-        self._reached = False
 
     def __call__(self, x: Tensor) -> Tensor:
         # Everything below has real tensors; the mode would only slow it down.
@@ -124,15 +128,16 @@ class _StreamedLinear:
 
     def _run(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1]).float()
-        if self._known is not None and not self._reached:
+        if not len(rows):  # an expert without a token: nothing to learn, and no reason to read its weight
+            return rows.new_empty(*x.shape[:-1], self._out_features)
+        if self._known is not None:
             weight, out = None, self._known().to(self._device)
+            self._known = None  # of the first call only
         else:
             weight = self._read(self._weight).to(self._device)
             weight = weight.t() if self._transposed else weight
             out = blockwise_linear(rows, weight)
-        if not self._reached:
-            self._reached = True
-            self._on_linear(LinearCall(self._name, x, rows, weight, out))
+        self._on_linear(LinearCall(self._name, x, rows, weight, out))
         if self._bias is not None:
             out += self._read(self._bias).to(self._device)
         return out.reshape(*x.shape[:-1], out.shape[-1])
@@ -222,19 +227,10 @@ class _ReadAhead:
 
 def _fill_buffers(model: Any, tensor_of: Mapping[str, str], read: Read, device: torch.device) -> None:
     """Give every buffer its values: those in the source from there, the others computed by the model's own code."""
-    computed = False
-    for name, buffer in list(model.named_buffers()):
-        if not buffer.is_meta:
-            continue
-        owner = model.get_submodule(name.rpartition(".")[0])
-        if name in tensor_of:
-            value = read(tensor_of[name]).to(device)
-        else:
-            value = torch.empty_like(buffer, device=device)
-            owner._is_hf_initialized = False
-            computed = True
-        owner._buffers[name.rpartition(".")[2]] = value
-    if computed:
-        for parameter in model.parameters():
-            parameter._is_hf_initialized = True
-        model.initialize_weights()
+    fill_computed(model, tensor_of.keys())
+    moved: dict[int, Tensor] = {}
+    for name, buffer in list(model.named_buffers(remove_duplicate=False)):
+        if id(buffer) not in moved:
+            moved[id(buffer)] = (read(tensor_of[name]) if name in tensor_of else buffer).to(device)
+        owner, _, own = name.rpartition(".")
+        model.get_submodule(owner)._buffers[own] = moved[id(buffer)]

@@ -68,7 +68,7 @@ from .terminal import gigabytes, printable
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--push-to-hub", metavar="REPO", help="Publish OUT on the Hub then, as `llmint8 push` does.")
 @click.option("--private", is_flag=True, help="Make that repo private, where it is a new one.")
-@click.option("--quiet", is_flag=True, help="Print errors only.")
+@click.option("--quiet", is_flag=True, help="Print errors only, and whether layers are not calibrated.")
 @click.option("--verbose", is_flag=True, help="Name every layer that stays in 16 bit; log details.")
 @click.version_option(package_name="llmint8")
 def convert_command(
@@ -114,6 +114,10 @@ def convert_command(
         with progress_bar(plan.bytes_before, "Converting", quiet) as progress:
             report = execute(plan, force, progress)
         if not quiet:
+            _echo_notices(report.notices)
+        # Said even when quiet: config.json and the card would have it, and nobody looks there.
+        _echo_uncalibrated(report, verbose)
+        if not quiet:
             _echo_report(report, plan.config is not None, verbose)
     if push_to_hub is not None:
         from ..hub.push import prepare
@@ -130,15 +134,19 @@ def _destination(plan: Any, repo: str, private: bool) -> Any:
     return destination(repo, plan.origin.repo, private=private)
 
 
+def _echo_uncalibrated(report: Any, verbose: bool) -> None:
+    if not report.uncalibrated:
+        return
+    where = Counter(".".join(name.split(".")[:2]) for name in report.uncalibrated)
+    parts = ", ".join(f"{count} in {part}" for part, count in where.most_common(5))
+    more = "" if verbose else "; --verbose names them"
+    calibrated = report.layers - len(report.uncalibrated)
+    _echo_notices(
+        [f"{calibrated} of {report.layers} layers are calibrated; the others have no outlier columns: {parts}{more}"]
+    )
+
+
 def _echo_report(report: Any, known: bool, verbose: bool) -> None:
-    _echo_notices(report.notices)
-    if report.uncalibrated:
-        where = Counter(".".join(name.split(".")[:2]) for name in report.uncalibrated)
-        parts = ", ".join(f"{count} in {part}" for part, count in where.most_common(5))
-        more = "" if verbose else "; --verbose names them"
-        _echo_notices(
-            [f"{len(report.uncalibrated)} layers are not calibrated and have no outlier columns: {parts}{more}"]
-        )
     if verbose:
         click.echo(_kept_text(report.kept))
         for name in report.uncalibrated:

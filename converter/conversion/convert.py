@@ -102,10 +102,14 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
         calibrator = Calibrator(plan, batch.tokens, device, writer.journal) if batch else None
         if calibrator:
             calibrator.run(transfer.read, transfer.quantize, transfer.has)
+            if calibrator.failure is not None:
+                writer.give_up()  # another pass does not go on from here, and this one would end here again
+                raise SourceError(calibrator.failure)
         transfer.convert_rest()
         outliers = calibrator.choose() if calibrator else Outliers()
         transfer.write_outliers(outliers)
-        manifest = _commit(plan, writer, outliers, batch.provenance if batch else None)
+        calibration = {**batch.provenance, "layers": len(outliers.counts)} if batch else None
+        manifest = _commit(plan, writer, outliers, calibration)
     notices = [*plan.selection.notices, *outliers.notices, *([batch.notice] if batch and batch.notice else [])]
     columns = sum(layer.in_features for layer in plan.selection.layers.values())
     return ConversionReport(

@@ -132,7 +132,7 @@ def _conversion(subject: Subject) -> list[str]:
             f"{kept / max(1, columns):.2%} of the input columns also stored unquantized, {counts[0]} to {counts[-1]} "
             f"in a layer; criterion `{_text(quantization.criterion)}`"
         )
-        rows["Calibration"] = _calibration(quantization.calibration)
+        rows["Calibration"] = _calibration(quantization.calibration, len(quantization.outliers))
         rows["Activations"] = f"int8 when the model runs, one scale per token ({quantization.activation})"
         rows["Format"] = f"llmint8 {_text(quantization.format_version)}, which bitsandbytes reads too"
     files = subject.source.get("files")
@@ -153,13 +153,13 @@ def _skipped(names: Sequence[str]) -> list[str]:
     return [*shown, f"{len(names) - _NAMES_SHOWN} layers more"] if names[_NAMES_SHOWN:] else shown
 
 
-def _calibration(calibration: Mapping[str, Any] | None) -> str:
+def _calibration(calibration: Mapping[str, Any] | None, layers: int) -> str:
     if not calibration:
         return "none"
     tokens, text = _text(str(calibration.get("tokens"))), str(calibration.get("text"))
-    if text == "packaged":
-        return f"{tokens} tokens of llmint8's own text"
-    return f"{tokens} tokens: `{_text(text)}`"
+    calibrated = calibration.get("layers", layers)
+    reached = "" if calibrated == layers else f"; {_text(str(calibrated))} of {layers} layers"
+    return f"{tokens} tokens" + (" of llmint8's own text" if text == "packaged" else f": `{_text(text)}`") + reached
 
 
 def _accuracy(evaluation: Mapping[str, Any] | None) -> list[str]:

@@ -7,8 +7,6 @@ name, kind or depth has a say. docs/accuracy.md has what this was compared with.
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch
-
 from .criterion import OUTLIER_POSITIONS, Criterion
 from .measuring import InputGroup
 
@@ -19,13 +17,13 @@ def select(groups: Sequence[InputGroup], criterion: Criterion) -> list[int]:
         return _split(groups, criterion.value or 0)
     if criterion.kind == "threshold":
         limit = criterion.value or 0
-        return [sum(value >= limit for value in group.statistics["absmax"]) for group in groups]
+        return [int((group.absmax[: len(group.dims)] >= limit).sum()) for group in groups]
     counts = []
     for group in groups:
         # `positions` does not fall with the magnitude: what is not systematic is passed over.
-        chosen = [share >= OUTLIER_POSITIONS for share in group.statistics["positions"]]
-        group.order = torch.tensor(chosen).logical_not().int().argsort(stable=True)
-        counts.append(sum(chosen))
+        chosen = group.positions >= OUTLIER_POSITIONS
+        group.order = chosen.logical_not().int().argsort(stable=True)
+        counts.append(int(chosen.sum()))
     return counts
 
 

@@ -1,6 +1,7 @@
 """What the user may ask for: the criteria, and the numbers that bound them."""
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 # Where the error is measured, and so what k can be; the largest is what kernels are made for.
@@ -35,6 +36,17 @@ def parse_criterion(text: str) -> Criterion:
     if not match or float(match[2]) <= 0:
         raise ValueError(f"outliers {text!r}, expected none, systematic, top-k=16 or threshold=6.0 (any number > 0)")
     return Criterion(match[1], float(match[2]))
+
+
+def budget_notices(criterion: Criterion, in_features: Iterable[int]) -> list[str]:
+    """Say it where layers of these widths cannot keep as many columns as a budget has."""
+    most = [max_candidates(width) for width in in_features]
+    if criterion.kind != "top-k" or (criterion.value or 0) * len(most) <= sum(most):
+        return []
+    return [
+        f"--outliers {criterion} is more than there can be: a layer keeps {GRID[-1]} columns at most, and no more than "
+        f"one in {_MAX_SHARE}, which is {sum(most) / len(most):g} on average here"
+    ]
 
 
 def max_candidates(in_features: int) -> int:

@@ -10,7 +10,8 @@ of token t is, by expectation over independent rounding errors,
 which needs neither another product nor the weight itself once a and e are known. Relative to the output it is averaged
 in two ways, per token and over all tokens, because single huge tokens must count, but not alone.
 
-Layers that share an input share its ranking, their errors add up, and they get the same dimensions.
+Layers that share an input share its ranking, their errors add up, and they get the same dimensions. Of layers that run
+several times, as shared blocks do, all calls count.
 """
 
 import weakref
@@ -48,7 +49,8 @@ class InputGroup:
 
     `dims` are the candidates, by falling magnitude; `errors[i]` is the relative output error, summed over the layers,
     when the first `ks[i]` of them stay in 16 bit. What is chosen are the candidates at the first positions of `order`.
-    `absmax` is the largest magnitude of each candidate, and then that of all other dimensions, where there are any.
+    `absmax` is the largest magnitude of each candidate, and then that of all other dimensions, where there are any;
+    `positions` the share of tokens in which a candidate reaches the paper's magnitude.
     """
 
     layers: list[str]
@@ -58,6 +60,7 @@ class InputGroup:
     statistics: dict[str, Any]
     ks: list[int] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
+    positions: Tensor = field(default_factory=lambda: torch.empty(0))  # float32 [C], on the CPU
 
     def kept_absmax(self, count: int) -> float:
         """Return the largest magnitude that was quantized, with `count` candidates in 16 bit; exactly, unrounded."""
@@ -73,69 +76,93 @@ def _compute(layer: str, measure: Callable[[], Curve]) -> Curve:
 
 
 class InputStatistics:
-    """Collects what a streamed forward pass shows, layer by layer; holds an input as long as the model does."""
+    """Collects what a streamed forward pass shows, call by call; holds an input as long as the model does."""
 
     def __init__(self, criterion: Criterion, activation: Activation, remember: Remember = _compute) -> None:
         """Take the criterion, which bounds the candidates, and the way activations will be quantized.
 
-        `remember` gets the names of a group's layers and a function that measures the error curve, which it returns.
+        `remember` gets the names of the layers that share an input, with the number of the call after the first, and a
+        function that measures the error curve there, and returns the curve.
         """
         self._criterion, self._activation, self._remember = criterion, activation, remember
-        self._open: list[_OpenGroup] = []
-        self.groups: list[InputGroup] = []
+        self._open: list[_Call] = []
+        self._group_of: dict[str, _Group] = {}
 
     def see(self, layer: str, x: Tensor, rows: Tensor, norms: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
         """Take one layer's input and output, and return the candidate dimensions, int64 [C].
 
+        A layer may be seen many times. It stays with the layers that shared its first input, and all that they see
+        adds up.
+
         Args:
             layer: its name.
             x: the input as the model holds it; layers share an input when this is the same object.
-            rows: the input, float32 [T, K].
+            rows: the input, float32 [T, K], T > 0.
             norms: from `column_norms`.
             out: the layer's output without bias, float32 [T, N].
 
         """
-        group = next((group for group in self._open if group.source() is x), None)
+        group = self._group_of.get(layer)
+        call = next((call for call in self._open if call.source() is x and group in (None, call.group)), None)
+        if call is None:
+            self._close([call for call in self._open if call.source() is None])
+            call = _Call(weakref.ref(x), rows, group or _Group(self._criterion, rows.shape[1]))
+            call.group.add(rows)
+            self._open.append(call)
         if group is None:
-            self._close([group for group in self._open if group.source() is None])
-            group = _OpenGroup(weakref.ref(x), rows, self._describe(rows))
-            self._open.append(group)
-            self.groups.append(group.result)
-        group.result.layers.append(layer)
-        group.norms.append(norms)
-        group.energies.append(out.square().sum(1))
-        return group.result.dims
+            self._group_of[layer] = call.group
+            call.group.layers.append(layer)
+        call.norms.append(norms)
+        call.energies.append(out.square().sum(1))
+        return call.group.dims
 
     def finish(self) -> list[InputGroup]:
         """Measure what is still open and return all groups, in the order in which they were reached."""
         self._close(list(self._open))
-        return self.groups
+        return [group.result() for group in dict.fromkeys(self._group_of.values())]
 
-    def _close(self, groups: list["_OpenGroup"]) -> None:
-        for group in groups:
-            measure = partial(error_curve, group.rows, group.norms, group.energies, group.result.dims, self._activation)
-            group.result.ks, group.result.errors = self._remember(" ".join(group.result.layers), measure)
-            self._open.remove(group)
+    def _close(self, calls: list["_Call"]) -> None:
+        for call in calls:
+            group = call.group
+            measure = partial(error_curve, call.rows, call.norms, call.energies, group.dims, self._activation)
+            names, number = " ".join(group.layers), len(group.curves) + 1
+            curve = self._remember(names if number == 1 else f"{names}, call {number}", measure)
+            group.curves.append((len(call.rows), len(call.norms), curve))
+            self._open.remove(call)
 
-    def _describe(self, rows: Tensor) -> InputGroup:
-        absmax = rows.abs().amax(0)
-        positions = (rows.abs() >= OUTLIER_MAGNITUDE).float().mean(0)
-        ranking = absmax.argsort(descending=True, stable=True).cpu()
-        count = self._candidates(absmax, positions)
-        dims = ranking[:count]
-        quartiles = torch.quantile(rows[:, dims], torch.tensor([0.25, 0.5, 0.75], device=rows.device), dim=0)
-        statistics = {
-            "tokens": rows.shape[0],
-            "absmax_median": rounded([float(absmax.median())])[0],
-            "outlier_features": int((positions >= OUTLIER_POSITIONS).sum()),
-            "dims": dims.tolist(),
-            "absmax": rounded(absmax[dims].tolist()),
-            "positions": rounded(positions[dims].tolist()),
-            "quartiles": [rounded(column) for column in quartiles.t().tolist()],
-        }
-        return InputGroup([], dims, absmax.cpu()[ranking[: count + 1]], torch.arange(len(dims)), statistics)
 
-    def _candidates(self, absmax: Tensor, positions: Tensor) -> int:
+class _Group:
+    """The layers that share an input, and what all their calls have shown so far."""
+
+    def __init__(self, criterion: Criterion, in_features: int) -> None:
+        self._criterion = criterion
+        self.layers: list[str] = []
+        self.curves: list[tuple[int, int, Curve]] = []  # of each call, with its number of tokens and of layers
+        self.dims = torch.empty(0, dtype=torch.int64)
+        self._quartiles = torch.empty(3, 0)
+        self._tokens = 0
+        self._absmax = torch.zeros(in_features)
+        self._large = torch.zeros(in_features)  # tokens in which a dimension reaches the paper's magnitude
+
+    @property
+    def _positions(self) -> Tensor:
+        return self._large / self._tokens
+
+    def add(self, rows: Tensor) -> None:
+        """Take the input [T, K] of one more call, and rank the dimensions anew."""
+        magnitudes = rows.abs()
+        self._tokens += len(rows)
+        self._absmax = self._absmax.maximum(magnitudes.amax(0).cpu())
+        self._large += (magnitudes >= OUTLIER_MAGNITUDE).sum(0).cpu()
+        earlier = torch.full((3, rows.shape[1]), torch.nan).index_copy_(1, self.dims, self._quartiles)
+        self.dims = self._absmax.argsort(descending=True, stable=True)[: self._candidates()]
+        quartiles = torch.quantile(rows[:, self.dims], torch.tensor([0.25, 0.5, 0.75], device=rows.device), dim=0).cpu()
+        # All tokens are not kept for it: of several calls the mean is taken, of those in which it was a candidate.
+        earlier = earlier[:, self.dims]
+        self._quartiles = earlier.lerp(quartiles, len(rows) / self._tokens).where(earlier.isfinite(), quartiles)
+
+    def _candidates(self) -> int:
+        absmax, positions = self._absmax, self._positions
         budget = max_candidates(len(absmax))
         if self._criterion.kind == "threshold":
             return max(budget, int((absmax >= (self._criterion.value or 0)).sum()))
@@ -144,12 +171,41 @@ class InputStatistics:
             return max(budget, int((absmax >= largest.min()).sum())) if len(largest) else budget
         return budget
 
+    def result(self) -> InputGroup:
+        """Put together what was measured."""
+        absmax, positions = self._absmax[self.dims], self._positions[self.dims]
+        statistics = {
+            "tokens": self._tokens,
+            "absmax_median": rounded([float(self._absmax.median())])[0],
+            "outlier_features": int((self._positions >= OUTLIER_POSITIONS).sum()),
+            "dims": self.dims.tolist(),
+            "absmax": rounded(absmax.tolist()),
+            "positions": rounded(positions.tolist()),
+            "quartiles": [rounded(column) for column in self._quartiles.t().tolist()],
+        }
+        if len(self.dims) < len(self._absmax):
+            absmax = torch.cat([absmax, self._absmax.index_fill(0, self.dims, 0).amax(0, keepdim=True)])
+        order = torch.arange(len(self.dims))
+        return InputGroup(self.layers, self.dims, absmax, order, statistics, *self._curve(), positions)
+
+    def _curve(self) -> Curve:
+        """Return the mean of a layer's error over all tokens of all calls, times the layers.
+
+        In each call it was measured with the dimensions ranked as they were known to be by then.
+        """
+        ks = min((ks for _, _, (ks, _) in self.curves), key=len)
+        seen = sum(tokens * layers for tokens, layers, _ in self.curves)
+        sums = [sum(tokens * errors[i] for tokens, _, (_, errors) in self.curves) for i in range(len(ks))]
+        return ks, [len(self.layers) * error / seen for error in sums]
+
 
 @dataclass
-class _OpenGroup:
+class _Call:
+    """One input, while the model holds it, and the layers that have seen it."""
+
     source: Callable[[], Tensor | None]
     rows: Tensor
-    result: InputGroup
+    group: _Group
     norms: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     energies: list[Tensor] = field(default_factory=list)
 

@@ -29,7 +29,7 @@ from ..model.build import meta_model
 from ..model.config import load_config
 from ..model.head import Head, own_head
 from ..model.limits import bounded_modules
-from ..outliers.criterion import Criterion, max_candidates, parse_criterion
+from ..outliers.criterion import Criterion, budget_notices, max_candidates, parse_criterion
 from .options import Options
 from .selection import SelectedLayer, Selection, select_layers
 
@@ -179,6 +179,8 @@ def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> Conv
     if model is None and criterion.kind != "none":
         criterion = Criterion("none", None)
         selection.notices.append("without the model there is no calibration: no outlier columns are stored")
+    if options.outliers != _DEFAULTS.outliers:  # of what nobody asked for, as much as there can be
+        selection.notices.extend(budget_notices(criterion, [layer.in_features for layer in selection.layers.values()]))
     dtype = _CAST_DTYPES.get(options.dtype or "")
     plan = ConversionPlan(source, origin, out, config, head, selection, criterion, options, dtype, max_shard_bytes, [])
     return with_selection(plan, selection)

@@ -15,11 +15,9 @@ from ..model.build import is_linear, meta_model
 from ..model.head import Head
 from ..model.names import module_names
 from ..model.own_use import weights_used_directly
+from .leftovers import MIN_FEATURES, NOT_LINEAR, leftover_notices
 
-_ROUTER = re.compile(r"(^|\.)((\w+_)?router|(shared_expert_)?gate|gating)(\.|$)")
-# For models that transformers does not know: what is not a plain linear layer, by the names in use.
-_NOT_LINEAR = re.compile(r"emb|wte|wpe|head|norm|ln_|router|gate$|position|shared$|classifier|score|conv|lora")
-_MIN_FEATURES_BY_NAME = 32
+_ROUTER = re.compile(r"(^|[._])router([._]|$)|(^|\.)(((shared_)?experts?_|moe_)?gate|gating)(\.|$)")
 
 
 @dataclass(frozen=True)
@@ -84,11 +82,13 @@ def select_layers(
         head: the output head, to quantize it too; `model` is the one with a head of its own.
 
     Raises:
-        ValueError: not a regular expression.
+        ValueError: not a regular expression, or a string in place of a list of them.
         SourceError: no layer is left, a linear layer's weight is missing, or is not a 16 or 32-bit float.
 
     """
     for option, patterns in (("--skip", skip), ("--only", only)):
+        if isinstance(patterns, str):  # every letter of it would be one
+            raise ValueError(f"{option} is the string {patterns!r}, expected a list: [{patterns!r}]")
         for pattern in patterns:
             try:
                 re.compile(pattern)
@@ -104,10 +104,9 @@ def select_layers(
         candidates, kept, module_of = _candidates_by_name(source)
     else:
         mapped = module_names(model, source.tensors)
-        unmapped = [info for name, info in source.tensors.items() if name not in mapped]
-        candidates, kept, module_of = _candidates_of_model(source, model, mapped, bool(unmapped), head)
+        candidates, kept, module_of = _candidates_of_model(source, model, mapped, head)
         tied = {f"{head.module}.weight"} if head and head.tied_to else set()
-        notices += _unmapped_notice(unmapped) or _missing_notice(model, {*mapped.values(), *tied})
+        notices += leftover_notices(source, model, mapped, tied)
     layers = {}
     for name, layer in candidates.items():
         if any(re.search(pattern, name) for pattern in skip):
@@ -130,7 +129,7 @@ def select_layers(
 
 
 def _candidates_of_model(
-    source: Source, model: Any, mapped: dict[str, str], any_unmapped: bool, head: Head | None
+    source: Source, model: Any, mapped: dict[str, str], head: Head | None
 ) -> tuple[dict[str, SelectedLayer], dict[str, str], dict[str, str]]:
     """Return the layers to quantize, those to keep with reasons, and checkpoint name -> module name for both."""
     _check_shapes(source, model, mapped)
@@ -155,7 +154,7 @@ def _candidates_of_model(
         module_of[name] = module_name
         if reason or tensor is None:
             # A tensor that transformers splits or fuses may be this weight; if there is none, it is lost.
-            if not reason and not any_unmapped:
+            if not reason and mapped.keys() >= source.tensors.keys():
                 raise SourceError(f"{source.path}: the weight of {module_name} is missing from the checkpoint")
             kept[name] = reason or "not stored as a tensor of its own"
             continue
@@ -200,35 +199,6 @@ def _reason_to_keep(model: Any, name: str) -> str | None:
     return "router" if _ROUTER.search(name) else None
 
 
-def _unmapped_notice(unmapped: list[TensorInfo]) -> list[str]:
-    """Say how much stays in 16 bit because the model fuses it when it loads, as experts are."""
-    fused = [info for info in unmapped if info.name.endswith(".weight") and len(info.shape) == 2]
-    if not fused:
-        return []
-    size = sum(info.nbytes for info in fused) / 1e9
-    return [
-        f"{len(fused)} matrices ({size:.2f} GB, {fused[0].name} among them) stay as they are: the model has "
-        "no linear layer of that name (fused experts, for example)"
-    ]
-
-
-def _missing_notice(model: Any, loaded: set[str]) -> list[str]:
-    """Name parameters that no tensor of the source is loaded into."""
-    tied = {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    missing = [
-        name
-        for name, _ in model.named_parameters()
-        if name not in loaded and name not in tied and not any(pattern.search(name) for pattern in ignored)
-    ]
-    if not missing:
-        return []
-    return [
-        f"{len(missing)} parameters of the model are in no file, {missing[0]} among them; "
-        "is the checkpoint whole? transformers fills them with random numbers"
-    ]
-
-
 def _candidates_by_name(source: Source) -> tuple[dict[str, SelectedLayer], dict[str, str], dict[str, str]]:
     layers: dict[str, SelectedLayer] = {}
     kept: dict[str, str] = {}
@@ -236,7 +206,7 @@ def _candidates_by_name(source: Source) -> tuple[dict[str, SelectedLayer], dict[
         name = tensor.removesuffix(".weight")
         if name == tensor or len(info.shape) != 2:
             continue
-        if _NOT_LINEAR.search(name.lower()) or min(info.shape) < _MIN_FEATURES_BY_NAME:
+        if NOT_LINEAR.search(name.lower()) or min(info.shape) < MIN_FEATURES:
             kept[name] = "by its name or shape"
         else:
             layers[name] = SelectedLayer(name, info, transposed=False)

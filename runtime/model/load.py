@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.machine import return_freed_memory
+from llmint8.converter.model.buffers import fill_computed, nobodys_buffers
 from llmint8.converter.model.build import model_class
 from llmint8.converter.model.config import is_trusted, load_config
 from llmint8.converter.model.errors import first_line
@@ -105,7 +106,16 @@ def load(
         device_map = {"": torch.device(device)}
     with bounded_modules(len(checkpoint.tensors)):
         model = _from_pretrained(cls, checkpoint.path, config, settled_dtype(dtype, checkpoint, config), device_map)
-    _prepare(model, checkpoint, limits)
+        names = module_names(model, checkpoint.tensors)
+        fill_computed(model, set(names.values()))
+    if nobodys := sorted(set(nobodys_buffers(model)) - set(names.values())):
+        log.warning(
+            "%d buffers of the model have no values, %s among them: they are in no file and its code computes none; "
+            "they are full of NaN",
+            len(nobodys),
+            nobodys[0],
+        )
+    _prepare(model, checkpoint, names, limits)
     _log_summary(model)
     if compile:
         compile_decode(model)
@@ -175,12 +185,11 @@ def no_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _prepare(model: Any, checkpoint: Checkpoint, limits: dict[str, float]) -> None:
+def _prepare(model: Any, checkpoint: Checkpoint, names: dict[str, str], limits: dict[str, float]) -> None:
     """Let every layer prepare its weight, on the CPU in memory of its own, and give it its limit.
 
     Pages of a mapped file stay in memory once read, beside the packed weight. What accelerate moves stays as it is.
     """
-    names = module_names(model, checkpoint.tensors)
     layers = {
         record: model.get_submodule(names[f"{record}.weight"].removesuffix(".weight")) for record in checkpoint.records
     }

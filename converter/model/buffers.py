@@ -1,0 +1,206 @@
+"""A model without its weights, but with all that its own code computes when it is built.
+
+Rotary frequencies, masks and tables need not be in a checkpoint. On the meta device they have no values, and
+transformers computes only those again that a model's `_init_weights` knows of; the code of others seldom has one. So
+the model is built a second time: what became a parameter is made on the meta device again, all else on the CPU and for
+real. Memory that nobody writes to is full of NaN, or of the largest integer: it must not pass for values.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils import deterministic
+from torch.utils._device import _device_constructors
+
+from llmint8.formats import SourceError
+
+from .build import model_class
+from .errors import first_line
+from .limits import MAX_BUFFER_BYTES
+
+log = logging.getLogger("llmint8")
+
+
+def model_with_buffers(config: Any) -> Any:
+    """Build the model of a config: parameters on the meta device, buffers and what else it computes on the CPU.
+
+    Raises:
+        SourceError: the class cannot be built from these values, or computes more than memory should hold.
+
+    """
+    cls = model_class(config)
+    assert cls is not None
+    try:
+        with torch.random.fork_rng(devices=[]), _poisoned_memory(), torch.device("meta"):
+            torch.default_generator.manual_seed(0)  # what is random differs from run to run otherwise
+            census = _Census()
+            with census, _registered(census.see):
+                cls._from_config(config)
+            materials = _Materials(census.parameters())
+            with materials, _registered(materials.to_meta):
+                model = cls._from_config(config)
+            _initialize(model)
+    except SourceError:
+        raise
+    except Exception as error:  # the model's code may raise anything
+        raise SourceError(f"config.json: {config.architectures} cannot be built from it: {first_line(error)}") from None
+    return model
+
+
+def fill_computed(model: Any, stored: AbstractSet[str]) -> None:
+    """Give a model its computed buffers, and what else it has on the meta device that is no parameter.
+
+    transformers builds on the meta device. When it loads a model it gives buffers that are in no file memory that
+    nobody wrote to, and its own models write there what belongs there; the code of others counts on what it computed.
+
+    Args:
+        model: a transformers model, loaded or on the meta device.
+        stored: names of the parameters and buffers that come from a file.
+
+    Raises:
+        SourceError: as of `model_with_buffers`.
+
+    """
+    built = dict(model_with_buffers(copy.deepcopy(model.config)).named_modules())
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            # What became an int8 layer has buffers of its own.
+            if name in built and module._buffers.keys() <= built[name]._buffers.keys():
+                missing = {key for key in module._buffers if f"{name}.{key}".lstrip(".") not in stored}
+                _fill(module, built[name], missing)
+
+
+def _fill(module: nn.Module, built: nn.Module, missing: set[str]) -> None:
+    for name in missing:
+        buffer, value = module._buffers[name], built._buffers[name]
+        if buffer is None or value is None or buffer.is_meta:
+            module._buffers[name] = value
+        else:
+            buffer.copy_(value)
+    for name, attribute in vars(module).items():
+        if isinstance(attribute, Tensor) and attribute.is_meta:
+            setattr(module, name, vars(built)[name])
+
+
+def nobodys_buffers(model: nn.Module) -> list[str]:
+    """Return the names of buffers of which no value was ever written."""
+    buffers = [(name, buffer) for name, buffer in model.named_buffers() if buffer.numel() and not buffer.is_meta]
+    return [name for name, buffer in buffers if bool(_is_poison(buffer).all())]
+
+
+def _is_poison(buffer: Tensor) -> Tensor:
+    if buffer.is_floating_point() or buffer.is_complex():
+        return buffer.isnan()
+    # Of two values none can be spared for it.
+    return torch.zeros(()).bool() if buffer.dtype == torch.bool else buffer == torch.iinfo(buffer.dtype).max
+
+
+class _Census(TorchFunctionMode):
+    """Lists the tensors that a model makes while it is built, and finds those of parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: list[Tensor] = []
+        self._large: list[Tensor] = []
+        self._parameters: list[nn.Parameter] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in _device_constructors():
+            self._made.append(result)
+        if isinstance(result, Tensor) and result.is_meta and result.untyped_storage().nbytes() > MAX_BUFFER_BYTES:
+            self._large.append(result)
+        return result
+
+    def see(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            self._parameters.append(parameter)
+
+    def parameters(self) -> set[int]:
+        """Return which of the tensors made became parameters. Raises SourceError where another is too large."""
+        storages = {_storage(parameter) for parameter in self._parameters}
+        for tensor in self._large:
+            if _storage(tensor) not in storages:
+                size = tensor.untyped_storage().nbytes() / 1e9
+                raise SourceError(f"config.json: a tensor of {size:.1f} GB would be computed for it; check its values")
+        return {number for number, tensor in enumerate(self._made) if _storage(tensor) in storages}
+
+
+def _storage(tensor: Tensor) -> int | None:
+    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else None
+
+
+class _Materials(TorchFunctionMode):
+    """Makes what does not become a parameter for real, where the meta device is the default."""
+
+    def __init__(self, parameters: set[int]) -> None:
+        super().__init__()
+        self._parameters = parameters
+        self._numbers = count()
+        self._replaced: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _device_constructors() and next(self._numbers) not in self._parameters:
+            # With an empty tensor transformers asks for the default device; elsewhere it would fill parameters.
+            asks = func is torch.tensor and args == ([],)
+            if not asks and kwargs.get("device") is None:
+                kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+    def to_meta(self, module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        """Take a parameter that was computed from other tensors to the meta device, the same one every time."""
+        if parameter is None or parameter.is_meta:
+            return None
+        _, replacement = self._replaced.setdefault(
+            id(parameter), (parameter, nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad))
+        )
+        return replacement
+
+
+@contextmanager
+def _registered(hook: Any) -> Iterator[None]:
+    """Call a hook for every parameter that any module is given."""
+    handle = register_module_parameter_registration_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _poisoned_memory() -> Iterator[None]:
+    """Have torch fill new memory with NaN or the largest integer, as it does in its deterministic mode."""
+    settings: Any = deterministic
+    mode, fill = torch.get_deterministic_debug_mode(), settings.fill_uninitialized_memory
+    torch.set_deterministic_debug_mode(max(mode, 1))
+    settings.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        settings.fill_uninitialized_memory = fill
+
+
+def _initialize(model: Any) -> None:
+    """Let transformers write its own values, as it does after loading, and leave no buffer without any."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:  # computed from a parameter
+                module._buffers[name] = torch.empty_like(buffer, device="cpu")
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    try:
+        with torch.device("cpu"):
+            model.initialize_weights()
+    except Exception:  # code that looks at parameters, which have no values; what was computed before stands
+        log.debug("initialize_weights", exc_info=True)
