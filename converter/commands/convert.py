@@ -69,7 +69,7 @@ from .terminal import gigabytes, printable
 @click.option("--push-to-hub", metavar="REPO", help="Publish OUT on the Hub then, as `llmint8 push` does.")
 @click.option("--private", is_flag=True, help="Make that repo private, where it is a new one.")
 @click.option("--quiet", is_flag=True, help="Print errors only, and whether layers are not calibrated.")
-@click.option("--verbose", is_flag=True, help="Name every layer that stays in 16 bit; log details.")
+@click.option("--verbose", is_flag=True, help="Name every tensor, and every layer that stays in 16 bit; log details.")
 @click.version_option(package_name="llmint8")
 def convert_command(
     source: str,
@@ -111,7 +111,7 @@ def convert_command(
     if not done:
         if to is not None:
             to.create()
-        with progress_bar(plan.bytes_before, "Converting", quiet) as progress:
+        with progress_bar(plan.bytes_before, "Converting", quiet, verbose) as progress:
             report = execute(plan, force, progress)
         if not quiet:
             _echo_notices(report.notices)

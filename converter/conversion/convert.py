@@ -96,7 +96,7 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
     with CheckpointWriter(plan.out, plan.max_shard_bytes, fingerprint(plan), force) as writer:
         plan = _with_weights(plan)
         if options.on_nonfinite == "keep":
-            plan = _without_nonfinite(plan, writer.journal)
+            plan = _without_nonfinite(plan, writer.journal, progress)
         writer.plan(plan.groups)
         transfer = Transfer(plan, writer, device, progress)
         calibrator = Calibrator(plan, batch.tokens, device, writer.journal) if batch else None
@@ -107,7 +107,9 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
                 raise SourceError(calibrator.failure)
         transfer.convert_rest()
         outliers = calibrator.choose() if calibrator else Outliers()
+        progress("outlier columns", 0)
         transfer.write_outliers(outliers)
+        progress("everything to the disk", 0)
         calibration = {**batch.provenance, "layers": len(outliers.counts)} if batch else None
         manifest = _commit(plan, writer, outliers, calibration)
     notices = [*plan.selection.notices, *outliers.notices, *([batch.notice] if batch and batch.notice else [])]
@@ -189,12 +191,13 @@ def _commit(
     return writer.commit(config, quantization, identity, outliers.statistics, small_files)
 
 
-def _without_nonfinite(plan: ConversionPlan, journal: Journal) -> ConversionPlan:
+def _without_nonfinite(plan: ConversionPlan, journal: Journal, progress: Progress) -> ConversionPlan:
     """Return the plan with every layer whose weight is not finite left in 16 bit."""
     reasons = {}
     for name, layer in plan.selection.layers.items():
         if journal.get("tensor", f"{name}.SCB"):  # what has been quantized was finite
             continue
+        progress(f"looking for NaN in {name}", 0)
         if not all(bool(rows.isfinite().all()) for rows in plan.source.read_rows(layer.weight.name)):
             reasons[name] = "holds NaN or infinity"
     selection = plan.selection.without(reasons)

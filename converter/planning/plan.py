@@ -12,6 +12,7 @@ from llmint8.formats import (
     FLOAT_DTYPES,
     OutputError,
     Source,
+    SourceError,
     TensorInfo,
     TensorSpec,
     int8_specs,
@@ -22,6 +23,7 @@ from llmint8.formats import (
 )
 from llmint8.formats.containers.tensors import BLOCK_BYTES
 from llmint8.formats.disk.names import CONFIG_NAME, MANIFEST_NAME, WORKING_NAME
+from llmint8.formats.disk.small_files import large_files
 
 from ..hub.low_disk import MOST_SHARDS, open_remote
 from ..hub.origin import Resolved
@@ -169,6 +171,8 @@ def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> Conv
         raise ValueError(f"dtype {options.dtype!r}, expected one of {', '.join(_CAST_DTYPES)}")
     max_shard_bytes = _parse_size(options.max_shard_size)
     _check_out(origin.path, out)
+    if not origin.name.isprintable():  # it is written into config.json
+        raise SourceError(f"{origin.path}: has a name that cannot be printed; rename the directory")
     source = open_remote(origin, out / WORKING_NAME) if origin.remote else open_source(origin.path)
     config, head = load_config(origin.path, options.trust_remote_code), None
     with bounded_modules(len(source.tensors)):
@@ -181,6 +185,9 @@ def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> Conv
         selection.notices.append("without the model there is no calibration: no outlier columns are stored")
     if options.outliers != _DEFAULTS.outliers:  # of what nobody asked for, as much as there can be
         selection.notices.extend(budget_notices(criterion, [layer.in_features for layer in selection.layers.values()]))
+    for file in large_files(origin.path):
+        size = file.stat().st_size / 1e6
+        selection.notices.append(f"{file.name} ({size:.0f} MB) stays behind: only files of up to 64 MiB are copied")
     dtype = _CAST_DTYPES.get(options.dtype or "")
     plan = ConversionPlan(source, origin, out, config, head, selection, criterion, options, dtype, max_shard_bytes, [])
     return with_selection(plan, selection)

@@ -29,14 +29,25 @@ def small_files(path: Path) -> list[Path]:
     return found
 
 
-def _is_small_file(file: Path, directory: Path) -> bool:
+def large_files(path: Path) -> list[Path]:
+    """Return what lies beside the weights, is none of them, and is too large to go along."""
+    return [file for file in sorted(path.iterdir()) if _is_beside(file) and file.stat().st_size > MAX_SMALL_FILE_BYTES]
+
+
+def _is_beside(file: Path) -> bool:
     name = file.name
     not_copied = (CONFIG_NAME, "adapter_config.json")  # adapters stay behind: their weights are not converted
     if name in not_copied or name.endswith(".index.json") or name.startswith((".", "llmint8_")) or not file.is_file():
         return False
-    if file.suffix.lower() in WEIGHT_SUFFIXES or file.stat().st_size > MAX_SMALL_FILE_BYTES:
+    return file.suffix.lower() not in WEIGHT_SUFFIXES
+
+
+def _is_small_file(file: Path, directory: Path) -> bool:
+    if not _is_beside(file) or file.stat().st_size > MAX_SMALL_FILE_BYTES:
         return False
-    if not name.isprintable():
-        raise SourceError(f"{directory}: {name[:80]!r} is not a name that can be printed; rename or remove the file")
+    if not file.name.isprintable():
+        raise SourceError(
+            f"{directory}: {file.name[:80]!r} is not a name that can be printed; rename or remove the file"
+        )
     require_inside(file, directory)
     return True
