@@ -63,7 +63,9 @@ def test_a_bad_tile_is_found_out(tmp_path: Path) -> None:
         "from llmint8.kernels.gpu.tiles import MatmulTile\n"
         f"print(json.dumps([k.layer_resources(a, t).problems for a, t in {list(BAD.values())}]))"
     )
-    assert run(["-c", code], tmp_path) == [[problem] for problem in BAD]
+    # Before 3.7 Triton spills registers for the second, too.
+    for problem, found in zip(BAD, run(["-c", code], tmp_path), strict=True):
+        assert problem in found
 
 
 def test_layers_of_other_kinds_compile(tmp_path: Path) -> None:
