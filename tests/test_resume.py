@@ -18,6 +18,7 @@ import pytest
 import torch
 import transformers
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from llmint8 import converter, formats
 from llmint8.converter.commands.convert import convert_command
@@ -375,9 +376,83 @@ def test_what_is_finished_is_not_that_of_a_changed_source(source, tmp_path, name
     (copy / name).write_bytes(data[:-1] + b" " if name.endswith(".json") else data[:-1] + b"\0")
     later = (tmp_path / "out" / "config.json").stat().st_mtime + 10
     os.utime(copy / name, (later, later))
-    named = "config_sha256" if name == "config.json" else name
-    with pytest.raises(formats.OutputError, match=rf"the source's {named} was"):
+    named = {"config.json": "the source's config_sha256 was", "generation_config.json": rf"the source's {name} was"}
+    with pytest.raises(formats.OutputError, match=named.get(name, "not what quantizing the source gives|differs")):
         convert(copy, tmp_path / "out")
+
+
+def test_other_weights_under_the_same_name_are_not_what_is_finished(source, tmp_path):
+    """As of two fine-tunes of one model, each in a directory called `final`, older than the result."""
+    one, other = (shutil.copytree(source, tmp_path / name / "final") for name in ("one", "other"))
+    name = max(load_file(other / "model.safetensors"), key=lambda name: "down_proj" in name)
+    tensors = load_file(other / "model.safetensors")
+    tensors[name] = tensors[name].flip(0).contiguous()
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    os.utime(other / "model.safetensors", (1, 1))
+    convert(one, tmp_path / "out")
+    assert convert(one, tmp_path / "out").already
+    with pytest.raises(formats.OutputError, match=f"something else: {name}: not what quantizing the source gives"):
+        convert(other, tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", ["missing", "other"])
+def test_a_result_without_its_small_files_is_a_damaged_one(source, tmp_path, change):
+    convert(source, tmp_path / "out")
+    file = tmp_path / "out" / "generation_config.json"
+    file.unlink() if change == "missing" else file.write_text("{}")
+    with pytest.raises(
+        formats.OutputError, match=r"a damaged conversion: generation_config\.json is missing or another"
+    ):
+        convert(source, tmp_path / "out")
+
+
+def fail(out, name, give_up):
+    """Write one tensor, and stop."""
+    with formats.CheckpointWriter(out, 1 << 20, {"the source": "s"}) as writer:
+        writer.plan([[formats.TensorSpec(each, "F32", (4,)) for each in ("a", "b")]])
+        writer.write(name, torch.ones(4))
+        if give_up:
+            writer.give_up()
+        raise ZeroDivisionError
+
+
+def test_giving_up_keeps_what_an_earlier_run_did(tmp_path):
+    for name in ("a", "b"):
+        with pytest.raises(ZeroDivisionError):
+            fail(tmp_path / "out", name, give_up=name == "b")
+    assert formats.is_unfinished(tmp_path / "out")
+    with formats.CheckpointWriter(tmp_path / "out", 1 << 20, {"the source": "s"}) as writer:
+        writer.plan([[formats.TensorSpec(each, "F32", (4,)) for each in ("a", "b")]])
+        assert writer.has("a")
+        assert writer.has("b")
+    with pytest.raises(ZeroDivisionError):
+        fail(tmp_path / "new", "a", give_up=True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_journal_whose_beginning_is_damaged_is_not_thrown_away(source, tmp_path, caplog):
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", progress=interrupt_after(14))
+    path = tmp_path / "out" / JOURNAL_NAME
+    whole = path.read_bytes()
+    path.write_bytes(b"x" + whole[1:])
+    with pytest.raises(formats.OutputError, match=r"its beginning is damaged, or of another version.*--force"):
+        convert(source, tmp_path / "out")
+    assert path.read_bytes()[1:] == whole[1:]
+    place = whole.index(b'"kind"', len(whole) // 2)
+    path.write_bytes(whole[:place] + b"x" + whole[place + 1 :])
+    convert(source, tmp_path / "out")
+    assert "bytes are cut short or damaged; that is done again" in caplog.text
+
+
+def test_layers_that_are_all_nan_are_refused_in_one_line(source, tmp_path):
+    copy = shutil.copytree(source, tmp_path / "source")
+    tensors = {n: t.fill_(float("nan")) if "proj" in n else t for n, t in load_file(copy / "model.safetensors").items()}
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    for outliers in ("none", "top-k=4"):
+        with pytest.raises(formats.SourceError, match=r"no layer is left to quantize: .* and all others hold NaN"):
+            convert(copy, tmp_path / "out", outliers=outliers, on_nonfinite="keep")
+        assert not (tmp_path / "out" / "config.json").exists()
 
 
 def test_a_damaged_result_is_not_taken_for_a_finished_one(source, tmp_path):
@@ -413,7 +488,11 @@ def test_every_byte_of_the_journal_counts(tmp_path):
     path = tmp_path / JOURNAL_NAME
     whole = path.read_bytes()
     found = 0
-    for place in range(len(whole)):
+    for place in range(whole.index(b"\n") + 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(formats.OutputError, match="its beginning is damaged"):
+            Journal(tmp_path, {"the source": "s"})
+    for place in range(whole.index(b"\n") + 1, len(whole)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
         journal = Journal(tmp_path, {"the source": "s"})
         for key, (value, of_it) in records.items():

@@ -147,8 +147,8 @@ class Calibrator:
     def _name_nobodys(self, model: Any, tensor_of: Mapping[str, str]) -> None:
         if nobodys := [name for name in nobodys_buffers(model) if name not in tensor_of]:
             self._notices.append(
-                f"{len(nobodys)} buffers of the model have no values, {nobodys[0]} among them: they are in no file and "
-                "its code computes none; in the calibration they are full of NaN"
+                f"{len(nobodys)} buffers of the model seem to have no values, {nobodys[0]} among them: they are in no "
+                "file, and its code writes nothing into them"
             )
 
     def _conclude(self, reached: int, not_finite: Sequence[str]) -> None:

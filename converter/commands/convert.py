@@ -99,7 +99,8 @@ def convert_command(
 
     chosen = Options(**options)
     plan = make_plan(resolve(source, revision, "source", low_disk, weights=False), out, chosen)
-    done = already_done(plan)
+    with progress_bar(plan.bytes_before, "Comparing", quiet) as progress:
+        done = already_done(plan, progress)
     # Before the hours of a conversion, and not after them.
     to = None if push_to_hub is None else _destination(plan, push_to_hub, private)
     if done and not quiet:

@@ -103,7 +103,7 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
         if calibrator:
             calibrator.run(transfer.read, transfer.quantize, transfer.has)
             if calibrator.failure is not None:
-                writer.give_up()  # another pass does not go on from here, and this one would end here again
+                writer.give_up()  # this pass would end here again, and no other goes on from here
                 raise SourceError(calibrator.failure)
         transfer.convert_rest()
         outliers = calibrator.choose() if calibrator else Outliers()
@@ -127,14 +127,16 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
     )
 
 
-def already_done(plan: ConversionPlan) -> ConversionReport | None:
+def already_done(plan: ConversionPlan, progress: Progress = _no_progress) -> ConversionReport | None:
     """Report a conversion that has been finished before; None where there is something to do. Writes nothing.
+
+    Weights of a directory are all read for it, and compared; `progress` is told.
 
     Raises:
         OutputError: OUT holds a finished conversion of something else.
 
     """
-    found = finished(plan)
+    found = finished(plan, progress)
     if found is None:
         return None
     checkpoint, manifest = found
@@ -200,5 +202,8 @@ def _without_nonfinite(plan: ConversionPlan, journal: Journal, progress: Progres
         progress(f"looking for NaN in {name}", 0)
         if not all(bool(rows.isfinite().all()) for rows in plan.source.read_rows(layer.weight.name)):
             reasons[name] = "holds NaN or infinity"
+    if reasons.keys() == plan.selection.layers.keys():
+        name = next(iter(reasons))
+        raise SourceError(f"{plan.source.path}: no layer is left to quantize: {name} and all others hold NaN")
     selection = plan.selection.without(reasons)
     return with_selection(plan, selection)

@@ -2,19 +2,23 @@
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from llmint8.formats import Checkpoint, CheckpointError, Manifest, OutputError, open_checkpoint, read_manifest
-from llmint8.formats.disk.names import CARD_NAME, CONFIG_NAME
+from llmint8.formats.disk.names import CARD_NAME
 
 from ..planning.plan import ConversionPlan, is_finished
+from .comparison import compare_with_source
 from .provenance import identify
+from .transfer import Progress
 
 
-def finished(plan: ConversionPlan) -> tuple[Checkpoint, Manifest] | None:
+def finished(plan: ConversionPlan, progress: Progress) -> tuple[Checkpoint, Manifest] | None:
     """Return what OUT holds where this plan has been carried out, None where nothing has come to its end.
 
-    The structure is checked, no value is: that is for `llmint8 verify`.
+    A commit on the Hub says what its weights are. A directory may hold others by now, under the same name and of the
+    same sizes, so all of them are compared with what was made of them; `progress` is told.
 
     Raises:
         OutputError: OUT holds a finished conversion of something else, or one that is damaged.
@@ -26,6 +30,10 @@ def finished(plan: ConversionPlan) -> tuple[Checkpoint, Manifest] | None:
         checkpoint, manifest = open_checkpoint(plan.out), read_manifest(plan.out)
     except CheckpointError as error:
         raise OutputError(f"{plan.out}: holds a damaged conversion: {error}; remove it to convert again") from None
+    if damaged := sorted(name for name, sha256 in manifest.files.items() if _sha256(plan.out / name) != sha256):
+        raise OutputError(
+            f"{plan.out}: holds a damaged conversion: {damaged[0]} is missing or another; remove it to convert again"
+        )
     beside = _small_files(plan)
     now = _in_words({**identify(plan), "files beside": beside})
     then = _in_words({**manifest.source, "files beside": {name: manifest.files.get(name) for name in beside}})
@@ -34,7 +42,8 @@ def finished(plan: ConversionPlan) -> tuple[Checkpoint, Manifest] | None:
         for key in sorted(then.keys() | now.keys())
         if then.get(key) != now.get(key)
     ]
-    changes += [f"the source's {name} was modified since" for name in _newer(plan)]
+    if not changes and plan.origin.commit is None:
+        changes = compare_with_source(checkpoint, plan.source, progress).problems[:1]
     if changes:
         raise OutputError(
             f"{plan.out}: holds a finished conversion of something else: {'; '.join(changes)}. "
@@ -47,15 +56,12 @@ def _small_files(plan: ConversionPlan) -> dict[str, str]:
     """Return what lies beside the source's weights and is copied, by its name -> the SHA-256 of its content."""
     files = {file.relative_to(plan.source.path).as_posix(): file for file in plan.source.small_files}
     files.pop(CARD_NAME, None)
-    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
+    return {name: _sha256(file) for name, file in files.items()}
 
 
-def _newer(plan: ConversionPlan) -> list[str]:
-    """Return the source's weight files that are newer than the result; of a commit they are always the same."""
-    if plan.origin.commit is not None:
-        return []
-    end = (plan.out / CONFIG_NAME).stat().st_mtime
-    return [file.path.name for file in plan.source.files if file.path.stat().st_mtime > end]
+def _sha256(file: Path) -> str:
+    """Return the SHA-256 of a small file; nothing of one that is not there."""
+    return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
 
 
 def _in_words(source: Mapping[str, Any]) -> dict[str, str]:

@@ -136,6 +136,11 @@ class Journal:
         if not isinstance(begun, dict):
             if any(path.suffix != ".partial" for path in self.path.parent.iterdir()):
                 raise OutputError(f"{self.path}: not the journal of a conversion; remove it")
+            buffered.seek(0)
+            if fingerprint is not None and buffered.readline(_MAX_LINE_BYTES).endswith(b"\n"):
+                raise OutputError(
+                    f"{self.path}: its beginning is damaged, or of another version of llmint8; --force starts over"
+                )
             buffered.detach()
             self._file.truncate(0)
             self._file.seek(0)
@@ -153,6 +158,8 @@ class Journal:
             end = following
             buffered.seek(end)
         buffered.detach()
+        if end < size:
+            log.warning("%s: %d of %d bytes are cut short or damaged; that is done again", self.path, size - end, size)
         self._file.truncate(end)
         return end
 

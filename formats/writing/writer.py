@@ -75,6 +75,7 @@ class CheckpointWriter:
             self._remove()
             self.journal.close()
         self.journal = Journal(out, fingerprint or {})
+        self._goes_on = not self.journal.empty
         take_back(self._out, self.journal)
 
     def __enter__(self) -> "CheckpointWriter":
@@ -93,8 +94,8 @@ class CheckpointWriter:
         self.journal.close()
 
     def give_up(self) -> None:
-        """Keep nothing when an error leaves the writer: what was done is of no use to any other run."""
-        self._given_up = True
+        """Keep nothing when an error leaves the writer, but for what earlier runs did: theirs may be of use yet."""
+        self._given_up = not self._goes_on
 
     def _remove(self) -> None:
         """Remove what was written, the journal last."""

@@ -110,8 +110,8 @@ def load(
         fill_computed(model, set(names.values()))
     if nobodys := sorted(set(nobodys_buffers(model)) - set(names.values())):
         log.warning(
-            "%d buffers of the model have no values, %s among them: they are in no file and its code computes none; "
-            "they are full of NaN",
+            "%d buffers of the model seem to have no values, %s among them: they are in no file, and its code writes "
+            "nothing into them",
             len(nobodys),
             nobodys[0],
         )
