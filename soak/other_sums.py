@@ -42,6 +42,10 @@ def _mm(a: Tensor, b: Tensor) -> Tensor:
     return _product(a, b).to(a.dtype)
 
 
+def _mm_into(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+    return out.copy_(_mm(a, b))
+
+
 def _addmm(start: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     if alpha == beta == 1:
         return _product(a, b, start).to(a.dtype)
@@ -59,5 +63,11 @@ def _bmm(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([_mm(one, other) for one, other in zip(a, b, strict=True)])
 
 
-for _name, _implementation in {"mm": _mm, "addmm": _addmm, "addmm_": _addmm_in_place, "bmm": _bmm}.items():
+for _name, _implementation in {
+    "mm": _mm,
+    "mm.out": _mm_into,
+    "addmm": _addmm,
+    "addmm_": _addmm_in_place,
+    "bmm": _bmm,
+}.items():
     _LIBRARY.impl(_name, _implementation, "CPU")

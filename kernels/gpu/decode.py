@@ -93,7 +93,7 @@ def int8_decode_kernel(
     word = (4 * tl.arange(0, BLOCK_K // 16)[:, None] + tl.arange(0, 4)[None, :])[None, None, :, :]
     w_rows = w_ptr + first_n.to(tl.int64) * (4 * K16)
     w_pointers = w_rows + ((column - first_n)[None, :, None, None] * (4 * K16) + word)
-    w_next = tl.load(w_pointers, mask=word < 4 * K16, other=0)
+    w_next = tl.load(w_pointers, mask=word < K // 4, other=0)
 
     x_rows = x_ptr + tl.minimum(tl.arange(0, ROWS), M - 1).to(tl.int64) * stride_xm
     x_first = load_rows(x_rows, 0, K, stride_xk, RANGE_K)
@@ -129,7 +129,7 @@ def int8_decode_kernel(
         x_block = load_rows(x_rows, start, K, stride_xk, BLOCK_K)
         w = w_next
         w_pointers += BLOCK_K // 4
-        w_next = tl.load(w_pointers, mask=word < 4 * (K16 - (start + BLOCK_K) // 16), other=0)
+        w_next = tl.load(w_pointers, mask=word < (K - start - BLOCK_K) // 4, other=0)
         x = kept(x_block, dims_ptr, None, start, K, outliers, PADDED)
         x = _packed(quantized(x, divisor, zero_point, ZEROPOINT), ROWS, BLOCK_K)
         sums += tl.sum(_dot4(tl.reshape(x, [ROWS, 1, BLOCK_K // 16, 4]), w, DP4A), 3)
