@@ -110,65 +110,48 @@ def _run(x: Tensor, operands: Operands, zeropoint: bool) -> Tensor:
     return GpuLinear(operands)(x, zeropoint)
 
 
-def _int8_linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    row_sum: Tensor,
-    outlier_dims: Tensor,
-    outlier_weight: Tensor,
-    bias: Tensor | None,
-    zeropoint: bool,
-) -> Tensor:
-    check_operands(x, weight, scale, row_sum, bias, outlier_dims, outlier_weight)
-    return _run(x, Operands(weight, scale, row_sum, outlier_dims, outlier_weight, bias, None), zeropoint)
+def _shaped(x: Tensor, operands: Operands, zeropoint: bool) -> Tensor:
+    return x.new_empty(x.shape[0], operands.values.shape[0])
 
 
-def _dynamic_int8_linear(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    row_sum: Tensor,
-    bias: Tensor | None,
-    threshold: float,
-    zeropoint: bool,
-) -> Tensor:
-    check_operands(x, weight, scale, row_sum, bias)
-    nothing = weight.new_empty(0, dtype=torch.int32), scale.new_empty(weight.shape[0], 0)
-    return _run(x, Operands(weight, scale, row_sum, *nothing, bias, threshold), zeropoint)
+# An operator and what stands for it while a graph is made differ in what they run, and not in what they check.
+def _int8_linear(run: Callable[[Tensor, Operands, bool], Tensor]) -> Callable[..., Tensor]:
+    def operator(
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        row_sum: Tensor,
+        outlier_dims: Tensor,
+        outlier_weight: Tensor,
+        bias: Tensor | None,
+        zeropoint: bool,
+    ) -> Tensor:
+        check_operands(x, weight, scale, row_sum, bias, outlier_dims, outlier_weight)
+        return run(x, Operands(weight, scale, row_sum, outlier_dims, outlier_weight, bias, None), zeropoint)
+
+    return operator
 
 
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    row_sum: Tensor,
-    outlier_dims: Tensor,
-    outlier_weight: Tensor,
-    bias: Tensor | None,
-    zeropoint: bool,
-) -> Tensor:
-    check_operands(x, weight, scale, row_sum, bias, outlier_dims, outlier_weight)
-    return x.new_empty(x.shape[0], weight.shape[0])
+def _dynamic_int8_linear(run: Callable[[Tensor, Operands, bool], Tensor]) -> Callable[..., Tensor]:
+    def operator(
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor,
+        row_sum: Tensor,
+        bias: Tensor | None,
+        threshold: float,
+        zeropoint: bool,
+    ) -> Tensor:
+        check_operands(x, weight, scale, row_sum, bias)
+        nothing = weight.new_empty(0, dtype=torch.int32), scale.new_empty(weight.shape[0], 0)
+        return run(x, Operands(weight, scale, row_sum, *nothing, bias, threshold), zeropoint)
+
+    return operator
 
 
-def _dynamic_fake(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    row_sum: Tensor,
-    bias: Tensor | None,
-    threshold: float,
-    zeropoint: bool,
-) -> Tensor:
-    check_operands(x, weight, scale, row_sum, bias)
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
-for _key in ("CPU", "CUDA"):  # CUDA is the key of AMD's GPUs, too
-    _LIBRARY.impl("int8_linear", _int8_linear, _key)  # type: ignore[no-untyped-call]
-    _LIBRARY.impl("dynamic_int8_linear", _dynamic_int8_linear, _key)  # type: ignore[no-untyped-call]
-torch.library.register_fake("llmint8::int8_linear", _fake, lib=_LIBRARY)
-torch.library.register_fake("llmint8::dynamic_int8_linear", _dynamic_fake, lib=_LIBRARY)
+for _name, _operator in {"int8_linear": _int8_linear, "dynamic_int8_linear": _dynamic_int8_linear}.items():
+    for _key in ("CPU", "CUDA"):  # CUDA is the key of AMD's GPUs, too
+        _LIBRARY.impl(_name, _operator(_run), _key)  # type: ignore[no-untyped-call]
+    torch.library.register_fake(f"llmint8::{_name}", _operator(_shaped), lib=_LIBRARY)
 int8_linear: Callable[..., Tensor] = torch.ops.llmint8.int8_linear.default
 dynamic_int8_linear: Callable[..., Tensor] = torch.ops.llmint8.dynamic_int8_linear.default

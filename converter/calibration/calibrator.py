@@ -7,7 +7,7 @@ the pass again, but reads and multiplies by few of the weights that it had reach
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +21,7 @@ from llmint8.formats.writing.journal import Journal, Record
 from llmint8.kernels.reference import Activation
 
 from ..machine import return_freed_memory
-from ..model.buffers import nobodys_buffers
+from ..model.buffers import nobodys_notice
 from ..model.build import meta_model, text_inputs
 from ..model.errors import first_line
 from ..model.names import fused_parameters, parameter_tensors
@@ -141,15 +141,9 @@ class Calibrator:
                 raise
             log.debug("calibration pass", exc_info=True)
             self._notices.append(f"the calibration pass ended early ({first_line(error)})")
-        self._name_nobodys(model, tensor_of)
+        if nobodys := nobodys_notice(model, tensor_of.keys()):
+            self._notices.append(nobodys)
         self._conclude(len(reached), list(not_finite))
-
-    def _name_nobodys(self, model: Any, tensor_of: Mapping[str, str]) -> None:
-        if nobodys := [name for name in nobodys_buffers(model) if name not in tensor_of]:
-            self._notices.append(
-                f"{len(nobodys)} buffers of the model seem to have no values, {nobodys[0]} among them: they are in no "
-                "file, and its code writes nothing into them"
-            )
 
     def _conclude(self, reached: int, not_finite: Sequence[str]) -> None:
         if not_finite:

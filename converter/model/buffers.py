@@ -23,8 +23,7 @@ from torch.utils._device import _device_constructors
 
 from llmint8.formats import SourceError
 
-from .build import model_class
-from .errors import first_line
+from .build import building, model_class
 from .limits import MAX_BUFFER_BYTES
 
 log = logging.getLogger("llmint8")
@@ -39,20 +38,15 @@ def model_with_buffers(config: Any) -> Any:
     """
     cls = model_class(config)
     assert cls is not None
-    try:
-        with torch.random.fork_rng(devices=[]), _poisoned_memory(), torch.device("meta"):
-            torch.default_generator.manual_seed(0)  # what is random differs from run to run otherwise
-            census = _Census()
-            with census, _registered(census.see):
-                cls._from_config(config)
-            materials = _Materials(census.parameters())
-            with materials, _registered(materials.to_meta):
-                model = cls._from_config(config)
-            _initialize(model)
-    except SourceError:
-        raise
-    except Exception as error:  # the model's code may raise anything
-        raise SourceError(f"config.json: {config.architectures} cannot be built from it: {first_line(error)}") from None
+    with building(config), torch.random.fork_rng(devices=[]), _poisoned_memory(), torch.device("meta"):
+        torch.default_generator.manual_seed(0)  # what is random differs from run to run otherwise
+        census = _Census()
+        with census, _registered(census.see):
+            cls._from_config(config)
+        materials = _Materials(census.parameters())
+        with materials, _registered(materials.to_meta):
+            model = cls._from_config(config)
+        _initialize(model)
     return model
 
 
@@ -91,10 +85,16 @@ def _fill(module: nn.Module, built: nn.Module, missing: set[str]) -> None:
             setattr(module, name, vars(built)[name])
 
 
-def nobodys_buffers(model: nn.Module) -> list[str]:
-    """Return the names of buffers of which no value was ever written."""
+def nobodys_notice(model: nn.Module, stored: AbstractSet[str]) -> str | None:
+    """Say which buffers, of those whose names are not among the stored ones, nobody ever wrote a value to."""
     buffers = [(name, buffer) for name, buffer in model.named_buffers() if buffer.numel() and not buffer.is_meta]
-    return [name for name, buffer in buffers if bool(_is_poison(buffer).all())]
+    found = [name for name, buffer in buffers if name not in stored and bool(_is_poison(buffer).all())]
+    if not found:
+        return None
+    return (
+        f"{len(found)} buffers of the model seem to have no values, {found[0]} among them: they are in no file, and "
+        "its code writes nothing into them"
+    )
 
 
 def _is_poison(buffer: Tensor) -> Tensor:

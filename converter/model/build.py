@@ -1,5 +1,7 @@
 """The model that a source config describes, without its weights, through transformers."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,18 +39,25 @@ def meta_model(config: Any) -> Any | None:
         SourceError: the class cannot be built from these values.
 
     """
-    try:
+    with building(config):
         cls = model_class(config)
         if cls is None:
             return None
         with torch.device("meta"):
             model = cls._from_config(config)
         check_buffers(model)
+    return model
+
+
+@contextmanager
+def building(config: Any) -> Iterator[None]:
+    """Turn whatever the code of a model raises while it is built into a SourceError."""
+    try:
+        yield
     except SourceError:
         raise
     except Exception as error:  # the model's code may raise anything
         raise SourceError(f"config.json: {config.architectures} cannot be built from it: {first_line(error)}") from None
-    return model
 
 
 def text_inputs(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:

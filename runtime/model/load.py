@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.machine import return_freed_memory
-from llmint8.converter.model.buffers import fill_computed, nobodys_buffers
+from llmint8.converter.model.buffers import fill_computed, nobodys_notice
 from llmint8.converter.model.build import model_class
 from llmint8.converter.model.config import is_trusted, load_config
 from llmint8.converter.model.errors import first_line
@@ -108,13 +108,8 @@ def load(
         model = _from_pretrained(cls, checkpoint.path, config, settled_dtype(dtype, checkpoint, config), device_map)
         names = module_names(model, checkpoint.tensors)
         fill_computed(model, set(names.values()))
-    if nobodys := sorted(set(nobodys_buffers(model)) - set(names.values())):
-        log.warning(
-            "%d buffers of the model seem to have no values, %s among them: they are in no file, and its code writes "
-            "nothing into them",
-            len(nobodys),
-            nobodys[0],
-        )
+    if nobodys := nobodys_notice(model, set(names.values())):
+        log.warning("%s", nobodys)
     _prepare(model, checkpoint, names, limits)
     _log_summary(model)
     if compile:
