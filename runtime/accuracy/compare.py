@@ -182,10 +182,13 @@ def _modes(config: Any, methods: bool) -> list[_Mode]:
 def _switched(model: Any, mode: _Mode) -> Logits:
     """Return the logits of an int8 model in a mode; it stays in that mode until the next call of another."""
     layers, logits = list(_int8_layers(model).values()), logits_of(model)
+    # In the static mode, layers that were not calibrated search: as the model was loaded.
+    searching = {layer for layer in layers if mode.outliers == "static" and layer.outliers == "dynamic"}
 
     def switched(tokens: Tensor) -> Tensor:
         for layer in layers:
-            layer.configure(**mode._asdict())
+            outliers = "dynamic" if layer in searching else mode.outliers
+            layer.configure(outliers=outliers, threshold=mode.threshold, activation=mode.activation)
         return logits(tokens)
 
     return switched

@@ -13,9 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from llmint8.kernels.checks import check_outlier_dims
 from llmint8.kernels.linear import int8_linear
-from llmint8.kernels.reference import Activation, Int8Weight, dequantize_weight, quantize_weight
+from llmint8.kernels.reference import Activation, Int8Weight, quantize_weight
 
 from .arguments import Outliers, check_choice, check_threshold
+from .float_weight import dequantized
 from .gradient import refuse_backward
 from .tensors import QuantizedTensors
 
@@ -150,10 +151,7 @@ class Int8Linear(QuantizedTensors):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight in floating point, [N, K]; stored outlier columns are exact."""
-        weight = dequantize_weight(self.unpacked_weight(), self.SCB).to(dtype)
-        if self.outlier_dims is not None and self.outlier_weight is not None:
-            weight[:, self.outlier_dims.long()] = self.outlier_weight.to(dtype)
-        return weight
+        return dequantized(super().stored(), dtype)
 
     def extra_repr(self) -> str:
         """Return the arguments for `print(model)`."""

@@ -31,9 +31,9 @@ from llmint8.formats.disk.small_files import small_files
 from llmint8.kernels.reference import Activation
 
 from .arguments import Outliers, check_choice, outlier_mode, settled_dtype
+from .calibration import Calibration, read_calibration
 from .compiled import compile_decode
 from .layer import Int8Linear
-from .misses import kept_limits
 from .quantizer import QUANT_METHOD
 
 log = logging.getLogger("llmint8")
@@ -62,7 +62,8 @@ def load(
         device_map: transformers' and accelerate's placement over several devices, instead of `device`.
         outliers: which dimensions of the inputs are multiplied in floating point: `static` those stored in
             the checkpoint, `dynamic` those with any |x| >= `threshold`, searched in every call, `none` none.
-            By default `static`, or for a checkpoint of bitsandbytes what it would do.
+            By default `static`, and `dynamic` in layers that the calibration should have reached and did not; for a
+            checkpoint of bitsandbytes what it would do.
         threshold: for `dynamic`; the checkpoint's `llm_int8_threshold` by default.
         activation: how inputs are quantized, `absmax` or `zeropoint`; what the checkpoint records by default.
         revision: branch, tag or commit on the Hub.
@@ -87,30 +88,33 @@ def load(
     if device is not None and device_map is not None:
         raise ValueError(f"device is {device!r} and device_map is {device_map!r}; give one of them")
     checkpoint = open_checkpoint(resolve(path_or_repo, revision, "int8").path)
-    outliers, threshold = outlier_mode(checkpoint.quantization, outliers, threshold)
+    mode, threshold = outlier_mode(checkpoint.quantization, outliers, threshold)
     if verify and (problems := check_values(checkpoint)):
         more = f"; and {len(problems) - 1} more, which llmint8 verify lists" if problems[1:] else ""
         raise CheckpointError(problems[0].code, str(problems[0]).removeprefix(f"{problems[0].code} ") + more)
     config, cls = _model(checkpoint, trust_remote_code)
+    dtype = settled_dtype(dtype, checkpoint, config)
+    calibration = read_calibration(checkpoint) if mode == "static" or dtype == torch.float16 else Calibration()
     config.quantization_config = {
         "quant_method": QUANT_METHOD,
         "records": list(checkpoint.records.values()),
         "shapes": {name: info.shape for name, info in checkpoint.tensors.items()},
         "stored": _stored_config(checkpoint),
-        "outliers": outliers,
+        "outliers": mode,
         "threshold": threshold,
         "activation": activation or checkpoint.quantization.activation,
+        # What LLM.int8() would do is the least that a layer gets; a threshold of 0 means that nothing is an outlier.
+        "searched": calibration.missed if outliers is None and mode == "static" and threshold else frozenset(),
     }
-    limits = kept_limits(checkpoint) if outliers == "static" else {}
     if device is not None:
         device_map = {"": torch.device(device)}
     with bounded_modules(len(checkpoint.tensors)):
-        model = _from_pretrained(cls, checkpoint.path, config, settled_dtype(dtype, checkpoint, config), device_map)
+        model = _from_pretrained(cls, checkpoint.path, config, dtype, device_map)
         names = module_names(model, checkpoint.tensors)
         fill_computed(model, set(names.values()))
     if nobodys := nobodys_notice(model, set(names.values())):
         log.warning("%s", nobodys)
-    _prepare(model, checkpoint, names, limits)
+    _prepare(model, checkpoint, names, calibration)
     _log_summary(model)
     if compile:
         compile_decode(model)
@@ -180,7 +184,7 @@ def no_progress_bar() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _prepare(model: Any, checkpoint: Checkpoint, names: dict[str, str], limits: dict[str, float]) -> None:
+def _prepare(model: Any, checkpoint: Checkpoint, names: dict[str, str], calibration: Calibration) -> None:
     """Let every layer prepare its weight, on the CPU in memory of its own, and give it its limit.
 
     Pages of a mapped file stay in memory once read, beside the packed weight. What accelerate moves stays as it is.
@@ -188,7 +192,7 @@ def _prepare(model: Any, checkpoint: Checkpoint, names: dict[str, str], limits: 
     layers = {
         record: model.get_submodule(names[f"{record}.weight"].removesuffix(".weight")) for record in checkpoint.records
     }
-    own = {r for r, layer in layers.items() if layer.weight.device.type == "cpu" and not hasattr(layer, "_hf_hook")}
+    own = {r for r, layer in layers.items() if layer.SCB.device.type == "cpu" and not hasattr(layer, "_hf_hook")}
     # First all of them let go of the file: what was cast to another dtype is then no longer there twice either.
     for record in own:
         layers[record].weight = None
@@ -202,7 +206,23 @@ def _prepare(model: Any, checkpoint: Checkpoint, names: dict[str, str], limits: 
             layer.prepare()
         except ValueError as error:
             raise CheckpointError("E14", f"{checkpoint.path}: {record}: {error}") from None
-        layer.kept_limit = limits.get(record)
+        layer.kept_limit = calibration.limits.get(record) if layer.outliers == "static" else None
+    halves = {record for record, layer in layers.items() if layer.dtype == torch.float16}
+    if notice := _overflow_notice({record: calibration.largest.get(record, 0) for record in halves}):
+        log.warning("%s", notice)
+
+
+def _overflow_notice(largest: dict[str, float]) -> str | None:
+    """Say which inputs of layers that run in float16 were too large for it in the calibration, if any."""
+    most = torch.finfo(torch.float16).max
+    beyond = sorted((name for name, value in largest.items() if value > most), key=lambda name: -largest[name])
+    if not beyond:
+        return None
+    more = f", and {len(beyond) - 1} more like it" if beyond[1:] else ""
+    return (
+        f"{beyond[0]}: its input reached {largest[beyond[0]]:g} in the calibration{more}; float16 ends at {most:g}, so "
+        "expect NaN: load with dtype='bfloat16'"
+    )
 
 
 def _int8_layers(model: Any) -> list[Int8Linear]:
@@ -215,4 +235,6 @@ def _log_summary(model: Any) -> None:
     mode = f"dynamic (|x| >= {config.threshold:g})" if config.outliers == "dynamic" else config.outliers
     paths = Counter("offloaded" if layer.prepared is None else layer.prepared.runs_on for layer in layers)
     kernels = "".join(f", {count} x {path}" for path, count in paths.items())
+    if searching := sum(layer.outliers == "dynamic" for layer in layers) if config.outliers == "static" else 0:
+        mode += f" (but in {searching} that were not calibrated: dynamic, |x| >= {config.threshold:g})"
     log.info("%d Int8Linear layers, outliers %s, activation %s%s", len(layers), mode, config.activation, kernels)

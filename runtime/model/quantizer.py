@@ -38,15 +38,20 @@ class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
         outliers: Outliers,
         threshold: float,
         activation: Activation,
+        searched: frozenset[str] = frozenset(),
         quant_method: str = QUANT_METHOD,
     ) -> None:
-        """Take the int8 layers, the shape of every tensor, config.json's `quantization_config`, and how to run."""
+        """Take the int8 layers, the shape of every tensor, config.json's `quantization_config`, and how to run.
+
+        `searched` names the layers that search their outliers whatever the others do.
+        """
         self.records = records
         self.shapes = shapes
         self.stored = stored
         self.outliers = outliers
         self.threshold = threshold
         self.activation = activation
+        self.searched = searched
         self.quant_method = quant_method
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,12 +80,13 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
                 record.out_features,
                 linear.bias is not None,
                 record.outlier_count,
-                outliers=config.outliers,
+                outliers="dynamic" if record.name in config.searched else config.outliers,
                 threshold=config.threshold,
                 activation=config.activation,
                 device="meta",
                 dtype=dtype,
             )
+            layer.name = name
             model.set_submodule(name, layer.train(linear.training))
         _check_shapes(model, config.shapes, names)
         check_buffers(model)
@@ -92,7 +98,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in model.named_modules():
             if not isinstance(module, Int8Linear):
                 continue
-            if module.weight.dtype != torch.int8:
+            if module.unpacked_weight().dtype != torch.int8:
                 raise LLMInt8Error(f"{name}: int8 in the checkpoint, but tied to another weight by the model")
             # The formats room allows no other value, and without the tensor it would be left undefined.
             module.weight_format = torch.zeros_like(module.weight_format)

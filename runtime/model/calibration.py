@@ -1,0 +1,75 @@
+"""What the conversion saw of each layer's input, as far as it matters when the model runs: from the manifest."""
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from llmint8.formats import Checkpoint, LLMInt8Error, read_manifest
+from llmint8.formats.disk.names import MANIFEST_NAME
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What is known of the layers of a checkpoint, by their names in it; nothing without a manifest.
+
+    Attributes:
+        limits: the largest magnitude in a layer's input outside of its outlier dimensions.
+        largest: the largest magnitude in all of it, rounded to four digits; infinite where it was beyond float32.
+        missed: layers that should have been calibrated and were not, because the calibration did not reach them.
+
+    """
+
+    limits: dict[str, float] = field(default_factory=dict)
+    largest: dict[str, float] = field(default_factory=dict)
+    missed: frozenset[str] = frozenset()
+
+
+def read_calibration(checkpoint: Checkpoint) -> Calibration:
+    """Read what the manifest says of the layers.
+
+    Raises:
+        CheckpointError: the manifest cannot be read.
+        LLMInt8Error: a statistic that is needed here is malformed.
+
+    """
+    file = checkpoint.path / MANIFEST_NAME
+    if not file.exists():
+        return Calibration()
+    modules: dict[str, Any] = read_manifest(checkpoint.path).modules
+    sharing: dict[str, list[str]] = defaultdict(list)
+    limits: dict[str, float] = {}
+    largest: dict[str, float] = {}
+    for name in checkpoint.records:
+        try:
+            statistics = modules.get(name, {})
+            sharing[statistics.get("shares_input_with", name)].append(name)
+            if "kept_absmax" in statistics:
+                limits[name] = _magnitude(statistics["kept_absmax"])
+            if found := _numbers(statistics.get("absmax")):
+                largest[name] = max(found)
+        except (TypeError, ValueError) as error:
+            raise LLMInt8Error(f"{file}: {name}: malformed statistics ({error}); convert the source again") from None
+    asked_for = checkpoint.quantization.llmint8 and checkpoint.quantization.criterion != "none"
+    missed = checkpoint.records.keys() - modules.keys() if asked_for else ()
+    return Calibration(_of_all(limits, sharing), _of_all(largest, sharing), frozenset(missed))
+
+
+def _of_all(values: dict[str, float], sharing: dict[str, list[str]]) -> dict[str, float]:
+    """Give what is known of a layer to all that share its input."""
+    return {name: value for first, value in values.items() for name in sharing[first]}
+
+
+def _magnitude(value: Any) -> float:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value <= torch.finfo(torch.float32).max:
+        raise ValueError(f"kept_absmax is {repr(value)[:80]}, expected a magnitude in float32")
+    return float(value)
+
+
+def _numbers(values: Any) -> list[float]:
+    """Return a list of numbers, null for what overflowed; none where somebody else has something else there."""
+    found = [math.inf if value is None else value for value in values] if isinstance(values, list) else []
+    return found if all(type(value) in (int, float) for value in found) else []
