@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from llmint8.formats import Checkpoint, LLMInt8Error, read_manifest
+from llmint8.formats import Checkpoint, LLMInt8Error, Manifest
 from llmint8.formats.disk.names import MANIFEST_NAME
 
 
@@ -27,18 +27,11 @@ class Calibration:
     missed: frozenset[str] = frozenset()
 
 
-def read_calibration(checkpoint: Checkpoint) -> Calibration:
-    """Read what the manifest says of the layers.
-
-    Raises:
-        CheckpointError: the manifest cannot be read.
-        LLMInt8Error: a statistic that is needed here is malformed.
-
-    """
-    file = checkpoint.path / MANIFEST_NAME
-    if not file.exists():
+def read_calibration(checkpoint: Checkpoint, manifest: Manifest | None) -> Calibration:
+    """Take from the manifest what it says of the layers. Raises LLMInt8Error: a statistic is malformed."""
+    if manifest is None:
         return Calibration()
-    modules: dict[str, Any] = read_manifest(checkpoint.path).modules
+    file, modules = checkpoint.path / MANIFEST_NAME, manifest.modules
     sharing: dict[str, list[str]] = defaultdict(list)
     limits: dict[str, float] = {}
     largest: dict[str, float] = {}

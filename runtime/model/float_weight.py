@@ -1,17 +1,17 @@
 """What model code gets that asks an int8 layer for its `weight`: a float tensor that does not exist until it is used.
 
-Some models take the weight of a linear layer in hand instead of calling the layer: they cast their input to its dtype, or
-multiply by it themselves, as PyTorch's own attention does. The int8 values would be taken for the weight. So
+Some models take the weight of a linear layer in hand instead of calling the layer: they cast their input to its dtype,
+or multiply by it themselves, as PyTorch's own attention does. The int8 values would be taken for the weight. So
 `Int8Linear.weight` is a `FloatWeight`: shape, dtype and device are those of the float weight and cost nothing; an
 operator that is given it gets the dequantized weight, stored outlier columns exact, made anew in each call. A warning
-names the layer once, as that is slow, and `--skip` keeps it in 16 bit. What would write into it is refused: the result
-would be thrown away.
+names the layer once, as that is slow, and `--skip` keeps it in 16 bit. What would write into it is refused, as the
+result would be thrown away; what is written into a slice of it, is.
 
 The int8 values stay the module's parameter, so `parameters()`, `state_dict()`, `.to()` and those who move tensors by
-name see them. A tensor that answers below the operators (`__torch_dispatch__`), and no parameter that answers above them
-(`__torch_function__`), because PyTorch's fused attention asks for the latter and would take its slow path. Two
-things are left to accelerate, which moves what it gets by this attribute: moved to another device it stays a `FloatWeight`, and
-on the meta device, where there are no numbers, the int8 tensor itself is returned.
+name see them. It answers below the operators (`__torch_dispatch__`) and not above them (`__torch_function__`): PyTorch
+takes the fused path of its attention only without the latter. Two rules are for accelerate, which moves
+what it gets by this attribute: on another device it is still a `FloatWeight`, and on the meta device, where there are
+no numbers, it is the int8 tensor itself. Compilers see plain operators, and drop them where only the dtype is used.
 """
 
 import functools
@@ -80,14 +80,16 @@ class FloatWeight(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as a float tensor."""
-        return dequantized(self.read(), self.dtype).__reduce_ex__(protocol)
+        return dequantized(self.read(), self.dtype).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         """Say what it is."""
         return f"FloatWeight({self.layer!r}, shape={list(self.shape)}, dtype={self.dtype}, device={self.device})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Run an operator with the dequantized weight in its place."""
         kwargs = kwargs or {}
         if func in _SAME:

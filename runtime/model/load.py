@@ -25,8 +25,8 @@ from llmint8.converter.model.config import is_trusted, load_config
 from llmint8.converter.model.errors import first_line
 from llmint8.converter.model.limits import bounded_modules
 from llmint8.converter.model.names import module_names
-from llmint8.formats import Checkpoint, CheckpointError, LLMInt8Error, check_values, open_checkpoint
-from llmint8.formats.disk.names import CONFIG_NAME
+from llmint8.formats import Checkpoint, CheckpointError, LLMInt8Error, check_values, open_checkpoint, read_manifest
+from llmint8.formats.disk.names import CONFIG_NAME, MANIFEST_NAME
 from llmint8.formats.disk.small_files import small_files
 from llmint8.kernels.reference import Activation
 
@@ -94,7 +94,9 @@ def load(
         raise CheckpointError(problems[0].code, str(problems[0]).removeprefix(f"{problems[0].code} ") + more)
     config, cls = _model(checkpoint, trust_remote_code)
     dtype = settled_dtype(dtype, checkpoint, config)
-    calibration = read_calibration(checkpoint) if mode == "static" or dtype == torch.float16 else Calibration()
+    manifest = read_manifest(checkpoint.path) if (checkpoint.path / MANIFEST_NAME).exists() else None
+    needed = mode == "static" or dtype == torch.float16
+    calibration = read_calibration(checkpoint, manifest if needed else None)
     config.quantization_config = {
         "quant_method": QUANT_METHOD,
         "records": list(checkpoint.records.values()),
@@ -105,6 +107,7 @@ def load(
         "activation": activation or checkpoint.quantization.activation,
         # What LLM.int8() would do is the least that a layer gets; a threshold of 0 means that nothing is an outlier.
         "searched": calibration.missed if outliers is None and mode == "static" and threshold else frozenset(),
+        "manifest": manifest,
     }
     if device is not None:
         device_map = {"": torch.device(device)}
@@ -215,10 +218,10 @@ def _prepare(model: Any, checkpoint: Checkpoint, names: dict[str, str], calibrat
 def _overflow_notice(largest: dict[str, float]) -> str | None:
     """Say which inputs of layers that run in float16 were too large for it in the calibration, if any."""
     most = torch.finfo(torch.float16).max
-    beyond = sorted((name for name, value in largest.items() if value > most), key=lambda name: -largest[name])
+    beyond = sorted((n for n, value in largest.items() if value > most), key=lambda name: (-largest[name], name))
     if not beyond:
         return None
-    more = f", and {len(beyond) - 1} more like it" if beyond[1:] else ""
+    more = f", and so did those of {len(beyond) - 1} more" if beyond[1:] else ""
     return (
         f"{beyond[0]}: its input reached {largest[beyond[0]]:g} in the calibration{more}; float16 ends at {most:g}, so "
         "expect NaN: load with dtype='bfloat16'"

@@ -26,9 +26,9 @@ class QuantizedTensors(nn.Module):
     """The tensors of a quantized layer, and the weight that is prepared from them.
 
     Attributes:
-        weight: what a float weight would be, see `float_weight.py`. The module's parameter of this name, and the tensor of
-            this name in its state, is int8 [N, K], all columns, `W ~ weight * SCB[:, None] / 127`: `unpacked_weight`
-            returns it. Opaque if its layout is a kernel's.
+        weight: what a float weight would be, see `float_weight.py`. The module's parameter of this name is int8 [N, K],
+            all columns, `W ~ weight * SCB[:, None] / 127`, opaque if its layout is a kernel's; `unpacked_weight` gives
+            it as it is in the state.
         SCB: float32 [N], the absmax of each row, under the name it has on disk.
         weight_format: uint8 [], always 0: row-major. bitsandbytes wants it on disk.
         outlier_dims: int32 [k], sorted, or None for a layer that stores no outliers (bitsandbytes wrote it).
@@ -87,8 +87,10 @@ class QuantizedTensors(nn.Module):
             return values
         if torch.compiler.is_compiling():
             return dequantized(QuantizedTensors.stored(self), self.dtype)  # a compiler drops what nobody uses
-        shape = self.out_features, self.in_features
-        return FloatWeight(functools.partial(QuantizedTensors.stored, self), self.name, shape, self.dtype, values.device)
+        shape, read = (self.out_features, self.in_features), functools.partial(QuantizedTensors.stored, self)
+        weight = FloatWeight(read, self.name, shape, self.dtype, values.device)
+        vars(weight).update(vars(values))  # transformers notes there that a parameter needs no random values
+        return weight
 
     @weight.setter
     def weight(self, value: Tensor | None) -> None:
