@@ -25,8 +25,9 @@ from llmint8.kernels.reference import Activation
 
 from ..model.arguments import Outliers
 from ..model.layer import Int8Linear
-from ..model.load import load, no_progress_bar
+from ..model.load import load
 from ..model.misses import outlier_misses
+from ..model.pretrained import no_progress_bar
 from .evaluate import Evaluation, Logits, measure, token_windows
 from .methods import METHODS, THRESHOLD, Method, Simulation
 

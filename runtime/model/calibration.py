@@ -2,6 +2,7 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,19 @@ class Calibration:
     limits: dict[str, float] = field(default_factory=dict)
     largest: dict[str, float] = field(default_factory=dict)
     missed: frozenset[str] = frozenset()
+
+    def overflow(self, names: Iterable[str]) -> str | None:
+        """Say which of these layers, which run in float16, had inputs that it cannot hold, if any."""
+        most = torch.finfo(torch.float16).max
+        seen = {name: self.largest[name] for name in names if self.largest.get(name, 0) > most}
+        if not seen:
+            return None
+        first = min(seen, key=lambda name: (-seen[name], name))
+        more = f", and so did those of {len(seen) - 1} more" if len(seen) > 1 else ""
+        return (
+            f"{first}: its input reached {seen[first]:g} in the calibration{more}; float16 ends at {most:g}, so expect "
+            "NaN: load with dtype='bfloat16'"
+        )
 
 
 def read_calibration(checkpoint: Checkpoint, manifest: Manifest | None) -> Calibration:

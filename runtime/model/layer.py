@@ -17,8 +17,17 @@ from llmint8.kernels.reference import Activation, Int8Weight, quantize_weight
 
 from .arguments import Outliers, check_choice, check_threshold
 from .float_weight import dequantized
-from .gradient import refuse_backward
 from .tensors import QuantizedTensors
+
+
+class _RefuseBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise NotImplementedError("there is no gradient through Int8Linear yet; run the model under torch.no_grad()")
 
 
 def _setting(name: str) -> Any:
@@ -142,7 +151,7 @@ class Int8Linear(QuantizedTensors):
         # The graph through the scales and the outlier columns alone would give gradients that are wrong.
         with torch.no_grad():
             out = self._run(x)
-        return refuse_backward(out, x) if x.requires_grad else out
+        return _RefuseBackward.apply(out, x) if x.requires_grad else out  # type: ignore[no-untyped-call]
 
     def _run(self, x: Tensor) -> Tensor:
         if self.miss_counter is not None:

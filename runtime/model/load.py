@@ -7,34 +7,27 @@ out for the kernels; what is not quantized is mapped from the files, which must 
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.machine import return_freed_memory
 from llmint8.converter.model.buffers import fill_computed, nobodys_notice
-from llmint8.converter.model.build import model_class
-from llmint8.converter.model.config import is_trusted, load_config
-from llmint8.converter.model.errors import first_line
 from llmint8.converter.model.limits import bounded_modules
 from llmint8.converter.model.names import module_names
 from llmint8.formats import Checkpoint, CheckpointError, LLMInt8Error, check_values, open_checkpoint, read_manifest
-from llmint8.formats.disk.names import CONFIG_NAME, MANIFEST_NAME
-from llmint8.formats.disk.small_files import small_files
+from llmint8.formats.disk.names import MANIFEST_NAME
 from llmint8.kernels.reference import Activation
 
 from .arguments import Outliers, check_choice, outlier_mode, settled_dtype
 from .calibration import Calibration, read_calibration
 from .compiled import compile_decode
 from .layer import Int8Linear
-from .quantizer import QUANT_METHOD
+from .pretrained import config_and_class, from_pretrained, int8_config
 
 log = logging.getLogger("llmint8")
 
@@ -92,27 +85,28 @@ def load(
     if verify and (problems := check_values(checkpoint)):
         more = f"; and {len(problems) - 1} more, which llmint8 verify lists" if problems[1:] else ""
         raise CheckpointError(problems[0].code, str(problems[0]).removeprefix(f"{problems[0].code} ") + more)
-    config, cls = _model(checkpoint, trust_remote_code)
+    config, cls = config_and_class(checkpoint, trust_remote_code)
     dtype = settled_dtype(dtype, checkpoint, config)
     manifest = read_manifest(checkpoint.path) if (checkpoint.path / MANIFEST_NAME).exists() else None
     needed = mode == "static" or dtype == torch.float16
     calibration = read_calibration(checkpoint, manifest if needed else None)
+    # What LLM.int8() would do is the least that a layer gets; a threshold of 0 means that nothing is an outlier.
+    searched = calibration.missed if outliers is None and mode == "static" and threshold else frozenset()
     config.quantization_config = {
-        "quant_method": QUANT_METHOD,
-        "records": list(checkpoint.records.values()),
-        "shapes": {name: info.shape for name, info in checkpoint.tensors.items()},
-        "stored": _stored_config(checkpoint),
+        **int8_config(checkpoint),
         "outliers": mode,
         "threshold": threshold,
         "activation": activation or checkpoint.quantization.activation,
-        # What LLM.int8() would do is the least that a layer gets; a threshold of 0 means that nothing is an outlier.
-        "searched": calibration.missed if outliers is None and mode == "static" and threshold else frozenset(),
+        "searched": searched,
         "manifest": manifest,
     }
     if device is not None:
         device_map = {"": torch.device(device)}
     with bounded_modules(len(checkpoint.tensors)):
-        model = _from_pretrained(cls, checkpoint.path, config, dtype, device_map)
+        model, missing = from_pretrained(cls, checkpoint.path, config, dtype=dtype, device_map=device_map)
+        if missing:
+            more = f" and {len(missing) - 1} more" if missing[1:] else ""
+            raise LLMInt8Error(f"{checkpoint.path}: {missing[0]}{more}: missing, {cls.__name__} needs it")
         names = module_names(model, checkpoint.tensors)
         fill_computed(model, set(names.values()))
     if nobodys := nobodys_notice(model, set(names.values())):
@@ -122,69 +116,6 @@ def load(
     if compile:
         compile_decode(model)
     return model
-
-
-def _model(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Return the config and the class of the model. Raises LLMInt8Error where there is none."""
-    file = checkpoint.path / CONFIG_NAME
-    if (checkpoint.path / "adapter_config.json").exists():
-        # With peft installed, transformers would load what it names, from wherever that is.
-        raise LLMInt8Error(f"{checkpoint.path / 'adapter_config.json'}: an adapter; keep it in a directory of its own")
-    small_files(checkpoint.path)  # transformers reads some of them, and follows any link
-    config = load_config(checkpoint.path, trust_remote_code)
-    cls = None if config is None else model_class(config)
-    if config is None or not isinstance(cls, type) or not issubclass(cls, PreTrainedModel):
-        named = {key: checkpoint.config.get(key) for key in ("model_type", "architectures")}
-        own = bool(checkpoint.config.get("auto_map")) and not trust_remote_code
-        how = "; trust_remote_code=True runs the code beside it" if own else ""
-        raise LLMInt8Error(f"{file}: {named} is no model that transformers has{how}")
-    return config, cls
-
-
-def _from_pretrained(cls: Any, path: Path, config: Any, dtype: torch.dtype, device_map: Any) -> Any:
-    """Let transformers load, and take as errors what it would repair with random values."""
-    try:
-        with no_progress_bar():
-            model, info = cls.from_pretrained(
-                path,
-                config=config,
-                dtype=dtype,
-                device_map=device_map,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=is_trusted(config),
-                output_loading_info=True,
-            )
-    except LLMInt8Error as error:
-        raise LLMInt8Error(f"{path}: {error}") from None
-    except (OSError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # transformers and the model's code raise whatever they like
-        raise LLMInt8Error(f"{path}: {cls.__name__} cannot be loaded: {first_line(error)}") from error
-    if missing := sorted(info["missing_keys"]):
-        more = f" and {len(missing) - 1} more" if missing[1:] else ""
-        raise LLMInt8Error(f"{path}: {missing[0]}{more}: missing, {cls.__name__} needs it")
-    return model
-
-
-def _stored_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return config.json's `quantization_config`; the oldest checkpoints have it in a file of its own."""
-    stored = checkpoint.config.get("quantization_config")
-    if isinstance(stored, dict):
-        return stored
-    return {key: value for key, value in checkpoint.quantization.to_dict().items() if key != "llmint8"}
-
-
-@contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """Keep transformers from drawing its progress bar while it loads."""
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()
 
 
 def _prepare(model: Any, checkpoint: Checkpoint, names: dict[str, str], calibration: Calibration) -> None:
@@ -211,21 +142,8 @@ def _prepare(model: Any, checkpoint: Checkpoint, names: dict[str, str], calibrat
             raise CheckpointError("E14", f"{checkpoint.path}: {record}: {error}") from None
         layer.kept_limit = calibration.limits.get(record) if layer.outliers == "static" else None
     halves = {record for record, layer in layers.items() if layer.dtype == torch.float16}
-    if notice := _overflow_notice({record: calibration.largest.get(record, 0) for record in halves}):
+    if notice := calibration.overflow(halves):
         log.warning("%s", notice)
-
-
-def _overflow_notice(largest: dict[str, float]) -> str | None:
-    """Say which inputs of layers that run in float16 were too large for it in the calibration, if any."""
-    most = torch.finfo(torch.float16).max
-    beyond = sorted((n for n, value in largest.items() if value > most), key=lambda name: (-largest[name], name))
-    if not beyond:
-        return None
-    more = f", and so did those of {len(beyond) - 1} more" if beyond[1:] else ""
-    return (
-        f"{beyond[0]}: its input reached {largest[beyond[0]]:g} in the calibration{more}; float16 ends at {most:g}, so "
-        "expect NaN: load with dtype='bfloat16'"
-    )
 
 
 def _int8_layers(model: Any) -> list[Int8Linear]:
