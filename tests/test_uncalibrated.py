@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from torch import Tensor, nn
 
 from llmint8 import converter, runtime
+from llmint8.runtime.commands.main import main
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 MANIFEST = "llmint8_manifest.json"
@@ -66,6 +68,21 @@ def test_a_layer_without_statistics_searches_and_load_says_so(
     layer.configure(outliers="none")
     assert not torch.equal(found, layer(x))
     assert model.config.quantization_config.outliers == "static"
+
+
+def test_inspect_says_how_many_layers_search(checkpoint: Path) -> None:
+    def inspect(*options: str) -> str:
+        result = CliRunner().invoke(main, ["inspect", str(checkpoint), *options])
+        assert result.exit_code == 0
+        return result.stdout
+
+    assert "Searched" not in inspect()
+    assert json.loads(inspect("--json"))["not_calibrated"] == 0
+    edit(checkpoint, MANIFEST, lambda manifest: manifest["modules"].pop("model.layers.0.mlp.down_proj"))
+    assert "Searched      in 1 layers that were not calibrated, |x| >= 6\n" in inspect()
+    assert json.loads(inspect("--json"))["not_calibrated"] == 1
+    (checkpoint / MANIFEST).write_text("{}")
+    assert json.loads(inspect("--json"))["not_calibrated"] == 0
 
 
 @pytest.mark.parametrize("why", ["told so", "none", "threshold", "manifest"])

@@ -59,9 +59,14 @@ def read_calibration(checkpoint: Checkpoint, manifest: Manifest | None) -> Calib
                 largest[name] = max(found)
         except (TypeError, ValueError) as error:
             raise LLMInt8Error(f"{file}: {name}: malformed statistics ({error}); convert the source again") from None
+    missed = missed_layers(checkpoint, manifest)
+    return Calibration(_of_all(limits, sharing), _of_all(largest, sharing), missed)
+
+
+def missed_layers(checkpoint: Checkpoint, manifest: Manifest) -> frozenset[str]:
+    """Return the layers of which there are no statistics, though the conversion was asked to look for outliers."""
     asked_for = checkpoint.quantization.llmint8 and checkpoint.quantization.criterion != "none"
-    missed = checkpoint.records.keys() - modules.keys() if asked_for else ()
-    return Calibration(_of_all(limits, sharing), _of_all(largest, sharing), frozenset(missed))
+    return frozenset(checkpoint.records.keys() - manifest.modules.keys() if asked_for else ())
 
 
 def _of_all(values: dict[str, float], sharing: dict[str, list[str]]) -> dict[str, float]:
