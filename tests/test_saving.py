@@ -14,8 +14,9 @@ import transformers
 from click.testing import CliRunner
 
 from llmint8 import converter, runtime
-from llmint8.formats import LLMInt8Error, check_values, open_checkpoint, read_manifest
+from llmint8.formats import LLMInt8Error, Manifest, check_values, open_checkpoint, read_manifest
 from llmint8.runtime.commands.main import main
+from llmint8.runtime.model.saving import provenance_of
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 MANIFEST = "llmint8_manifest.json"
@@ -92,6 +93,14 @@ def test_statistics_of_layers_that_share_an_input_go_with_their_names(checkpoint
     runtime.load(checkpoint).save_pretrained(tmp_path)
     statistics = read_manifest(tmp_path).modules["model.layers.1.self_attn.v_proj"]
     assert statistics == {"shares_input_with": "model.layers.1.self_attn.q_proj"}
+    modules: dict[str, Any] = {"h.0.q": {"kept_absmax": 2.0}, "h.0.v": {"shares_input_with": "h.0.q"}}
+    manifest = Manifest("somebody", {"name": "x", "options": {}}, {}, modules)
+    kept = json.loads(provenance_of(manifest, {name: f"model.{name}" for name in modules}))
+    assert kept["source"] == {"name": "x"}
+    assert kept["modules"] == {
+        "model.h.0.q": {"kept_absmax": 2.0},
+        "model.h.0.v": {"shares_input_with": "model.h.0.q"},
+    }
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from torch import Tensor, nn
 
 from llmint8 import converter, runtime
+from llmint8.runtime.accuracy import compare
 from llmint8.runtime.commands.main import main
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
@@ -68,6 +69,20 @@ def test_a_layer_without_statistics_searches_and_load_says_so(
     layer.configure(outliers="none")
     assert not torch.equal(found, layer(x))
     assert model.config.quantization_config.outliers == "static"
+
+
+def test_eval_lets_such_layers_search_in_the_mode_of_the_checkpoint_and_all_in_that_of_the_paper(
+    checkpoint: Path,
+) -> None:
+    missed = "model.layers.0.mlp.down_proj"
+    edit(checkpoint, MANIFEST, lambda manifest: manifest["modules"].pop(missed))
+    model, tokens = runtime.load(checkpoint), torch.arange(8)[None]
+    ways = {mode: compare._switched(model, mode) for mode in compare._modes(model.config.quantization_config, True)}
+    for mode in [*ways, *ways]:
+        ways[mode](tokens)
+        searching = {name for name, outliers in modes(model).items() if outliers == "dynamic"}
+        assert searching == ({missed} if mode.outliers == "static" else set(modes(model)))
+        assert {model.get_submodule(name).activation for name in modes(model)} == {mode.activation}
 
 
 def test_inspect_says_how_many_layers_search(checkpoint: Path) -> None:
