@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .checks import check_input, check_weight
+from .checks import FLOATS, check_input, check_weight
 from .cpu import product
 from .cpu.linear import CpuWeight
 from .operators import GpuWeight, has_triton
@@ -40,23 +40,34 @@ def int8_linear(x: Tensor, weight: PreparedWeight, activation: Activation = "abs
     """Compute `x @ dequantized(weight).T + bias`; see `reference.int8_linear`.
 
     Args:
-        x: float16, bfloat16 or float32 [..., K], on the weight's device; float64 is computed as float32.
+        x: float16, bfloat16 or float32 [..., K], on the weight's device; float64 is computed as float32. Under
+            autocast it is cast first, as that of `nn.Linear`, but for float64.
         weight: from `prepare`.
         activation: how the rows of x are quantized.
 
     Returns:
-        [..., N] in the dtype of x.
+        [..., N] in the dtype of x, or of autocast.
 
     Raises:
         ValueError: x does not fit the weight.
 
     """
+    # Asked of any device first, which takes a tenth of the time.
+    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
+        return _under_autocast(x, weight, activation)
     if x.dtype == torch.float64:
         return int8_linear(x.float(), weight, activation).double()
     check_input(x, weight.in_features, weight.device)
     if x.ndim == 2:
         return weight.linear(x, activation)
     return weight.linear(x.reshape(-1, weight.in_features), activation).reshape(*x.shape[:-1], weight.out_features)
+
+
+def _under_autocast(x: Tensor, weight: PreparedWeight, activation: Activation) -> Tensor:
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):  # the arithmetic inside chooses its dtypes itself
+        return int8_linear(x.to(dtype) if x.dtype in FLOATS else x, weight, activation)
 
 
 def int8_product(x: Tensor, weight: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 def linear8bitlt(layer: Int8Linear) -> Any:
     """The same int8 weight in bitsandbytes' layer, as its own loader puts it there."""
-    values, absmax = layer.weight.detach().clone(), layer.SCB.clone()
+    values, absmax = layer.unpacked_weight().detach().clone(), layer.SCB.clone()
     other = bitsandbytes.nn.Linear8bitLt(
         layer.in_features, layer.out_features, layer.bias is not None, has_fp16_weights=False, threshold=THRESHOLD
     )

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmint8 import converter, runtime
 from llmint8.runtime.model import compiled
@@ -106,24 +105,28 @@ def test_without_a_compiler_there_is_one_notice(
     assert "C++ compiler" in warnings(caplog)[0]
 
 
-def test_the_dynamic_search_is_not_compiled(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
-    model = runtime.load(checkpoint, compile=True, outliers="dynamic")
-    assert not compiled.is_compiled(model)
-    assert len(warnings(caplog)) == 1
-    assert "outliers='dynamic'" in warnings(caplog)[0]
-    assert "on cpu" in warnings(caplog)[0]
+def test_the_dynamic_search_is_compiled_as_one_operator() -> None:
+    layer = runtime.Int8Linear.from_linear(torch.nn.Linear(64, 24).requires_grad_(False))
+    layer.configure(outliers="dynamic", activation="zeropoint")
+    with torch.no_grad():
+        graph = torch.export.export(layer, (torch.randn(2, 64),)).graph
+    assert torch.ops.llmint8.dynamic_int8_linear.default in {node.target for node in graph.nodes}
+    compiled_layer = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for outliers in (0, 1, 5):  # their number is no size in the graph
+        x = torch.randn(2, 64).clamp(-3, 3)
+        x[:, :outliers] = 9
+        torch.testing.assert_close(compiled_layer(x), layer(x))
 
 
-def test_the_dynamic_search_is_no_obstacle_on_the_gpu(checkpoint: Path) -> None:
-    model = runtime.load(checkpoint, outliers="dynamic").to("meta")
-    assert compiled._obstacle(model) == (
-        "outliers='dynamic' makes tensors whose size depends on the input, on meta; on CUDA it does not"
-    )
-    with FakeTensorMode():
-        for layer in (module for module in model.modules() if isinstance(module, runtime.Int8Linear)):
-            weight = torch.empty(layer.weight.shape, dtype=torch.int8, device="cuda")
-            layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+def test_the_dynamic_search_is_no_obstacle_but_on_devices_without_kernels(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "_cpp_compiler", lambda: "g++")
+    model = runtime.load(checkpoint, outliers="dynamic")
     assert compiled._obstacle(model) is None
+    assert compiled._obstacle(model.to("meta")) == (
+        "outliers='dynamic' makes tensors whose size depends on the input, on meta"
+    )
 
 
 def test_a_model_without_static_cache_is_not_compiled(

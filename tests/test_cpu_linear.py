@@ -194,14 +194,14 @@ def make_layer(k_in: int, n: int, k: int) -> Int8Linear:
 def test_a_layer_is_the_same_whatever_the_layout(product: str) -> None:
     torch.manual_seed(0)
     layer = make_layer(96, 40, 5)
-    assert layer.weight.is_mkldnn == (product == "packed")
+    assert layer._parameters["weight"].is_mkldnn == (product == "packed")
     assert layer.prepared.runs_on == f"{product} on the CPU"  # type: ignore[union-attr]
     plain = make_layer(96, 40, 5).state_dict()["weight"]
     assert (plain.shape, plain.dtype, plain.is_mkldnn) == ((40, 96), torch.int8, False)
     assert torch.equal(layer.state_dict()["weight"], layer.unpacked_weight())
     assert layer.dequantize().shape == (40, 96)
     assert sum(p.numel() * p.element_size() for p in layer.parameters()) == 40 * 96 + 2 * 40
-    assert layer.float().weight.is_mkldnn == (product == "packed")
+    assert layer.float()._parameters["weight"].is_mkldnn == (product == "packed")
     assert layer.to("meta").weight.shape == (40, 96)
 
 
@@ -223,7 +223,7 @@ def test_a_search_has_the_weight_in_its_own_layout(product: str) -> None:
     x = torch.randn(3, 96, dtype=torch.float16) * 4
     expected = reference.int8_linear(x, replace(layer.stored(), threshold=6.0), "absmax")
     layer.configure(outliers="dynamic", threshold=6.0)
-    assert not layer.weight.is_mkldnn
+    assert not layer._parameters["weight"].is_mkldnn
     assert_close(layer(x), expected)
     layer.configure(outliers="static")
-    assert layer.weight.is_mkldnn == (product == "packed")
+    assert layer._parameters["weight"].is_mkldnn == (product == "packed")

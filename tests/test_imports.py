@@ -85,7 +85,6 @@ def test_a_mistake_in_the_command_line_loads_nothing(code: int, arguments: list[
 def test_headers_are_read_without_transformers_and_without_the_hub(checkpoint: Path) -> None:
     assert loaded("inspect", checkpoint) == {"torch"}
     assert loaded("verify", checkpoint, "--quick") == {"torch"}
-    assert loaded("verify", checkpoint) == {"torch"}
     assert loaded("inspect", checkpoint.parent / "source", code=1) == {"torch"}
 
 

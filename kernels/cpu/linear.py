@@ -2,7 +2,7 @@
 
 Everything around the product is written for two readers. Run eagerly, operators work in place and on so many rows
 at a time that what they pass on stays in the cache. Under `torch.compile` all of it fuses into loops before and
-after the product.
+after the product. Where outliers are searched it stays one operator.
 """
 
 from dataclasses import dataclass
@@ -120,6 +120,12 @@ class CpuWeight(PreparedWeight):
             zeros = x.new_zeros(len(x), self.out_features)
             return zeros if self.bias is None else zeros + self.bias.to(x.dtype)
         dims, columns = self.outlier_dims, self.outlier_weight
+        if self.threshold is not None and torch.compiler.is_compiling():
+            # By the operator of `operators.py`, as the number of outliers is no size that a compiler can know.
+            found: Tensor = torch.ops.llmint8.dynamic_int8_linear(
+                x, self.values, self.scale, self.row_sum.int(), self.bias, self.threshold, activation == "zeropoint"
+            )
+            return found
         if self.threshold is not None:
             dims = dynamic_outlier_dims(x, self.threshold)
             columns = (self.values[:, dims].float() * self.scale[:, None]).t()

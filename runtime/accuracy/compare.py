@@ -25,8 +25,9 @@ from llmint8.kernels.reference import Activation
 
 from ..model.arguments import Outliers
 from ..model.layer import Int8Linear
-from ..model.load import load, no_progress_bar
+from ..model.load import load
 from ..model.misses import outlier_misses
+from ..model.pretrained import no_progress_bar
 from .evaluate import Evaluation, Logits, measure, token_windows
 from .methods import METHODS, THRESHOLD, Method, Simulation
 
@@ -182,10 +183,13 @@ def _modes(config: Any, methods: bool) -> list[_Mode]:
 def _switched(model: Any, mode: _Mode) -> Logits:
     """Return the logits of an int8 model in a mode; it stays in that mode until the next call of another."""
     layers, logits = list(_int8_layers(model).values()), logits_of(model)
+    # In the static mode, layers that were not calibrated search: as the model was loaded.
+    searching = {layer for layer in layers if mode.outliers == "static" and layer.outliers == "dynamic"}
 
     def switched(tokens: Tensor) -> Tensor:
         for layer in layers:
-            layer.configure(**mode._asdict())
+            outliers = "dynamic" if layer in searching else mode.outliers
+            layer.configure(outliers=outliers, threshold=mode.threshold, activation=mode.activation)
         return logits(tokens)
 
     return switched

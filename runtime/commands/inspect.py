@@ -70,6 +70,7 @@ def _facts(opened: Any) -> dict[str, Any]:
         "criterion": quantization.criterion if quantization.llmint8 else None,
         "activation": quantization.activation,
         "threshold": quantization.threshold,
+        "not_calibrated": _not_calibrated(opened),
         "files": opened.files,
         "bytes": sizes.total(),
         "int8_layers_bytes": int8,
@@ -80,6 +81,15 @@ def _facts(opened: Any) -> dict[str, Any]:
         "int8_head": quantization.int8_head,
         "layers": layers,
     }
+
+
+def _not_calibrated(opened: Any) -> int:
+    """Return how many layers search their outliers when they run, as the calibration did not reach them."""
+    from llmint8.formats import check_manifest
+    from llmint8.runtime.model.calibration import missed_layers
+
+    manifest = check_manifest(opened)[0]
+    return len(missed_layers(opened, manifest)) if manifest and opened.quantization.threshold else 0
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
@@ -93,19 +103,23 @@ def _text(facts: dict[str, Any], every: bool) -> str:
     others = ", ".join(f"{dtype} {_megabytes([size])}" for dtype, size in facts["other_bytes_by_dtype"].items())
     columns = sum(layer["outliers"] or 0 for layer in facts["layers"])
     share = columns / max(1, sum(layer["in_features"] for layer in facts["layers"]))
+    activations = f"Activations   {facts['activation']}"
     rows = [
         *_table(facts["layers"], every),
         "",
         f"Model         {', '.join(map(str, _as_list(facts['architectures']))) or 'unknown'}, from {origin}",
         f"Format        {facts['format']}, written by {facts['producer']}",
         f"Outliers      criterion {facts['criterion'] or 'none stored'}, {share:.2%} of the columns in 16 bit",
-        f"Activations   {facts['activation']}",
+        activations,
         f"Size          {_megabytes([facts['bytes']])} in {len(facts['files'])} file(s): "
         f"{len(facts['layers'])} int8 layers {_megabytes([facts['int8_layers_bytes']])}"
         + (f", {others}" if others else ""),
         *_placement(facts["block_bytes"], facts["outside_bytes"]),
         f"Not quantized {', '.join(facts['not_quantized']) or 'no linear layer'}",
     ]
+    if searching := facts["not_calibrated"]:
+        what = f"Searched      in {searching} layers that were not calibrated, |x| >= {facts['threshold']:g}"
+        rows.insert(rows.index(activations), what)
     if facts["int8_head"]:
         rows.append(f"Output head   {facts['int8_head']}, in int8 too")
     return printable_lines(rows)

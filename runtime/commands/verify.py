@@ -17,7 +17,7 @@ from llmint8.converter.commands.terminal import printable
 @click.option("--quick", is_flag=True, help="Check the structure and the manifest only; read no tensor.")
 @click.option("--quiet", is_flag=True, help="Print what is wrong only.")
 def verify_command(checkpoint: Path, source: str | None, quick: bool, quiet: bool) -> None:
-    """Check an int8 checkpoint: every rule of spec.md, every hash in its manifest."""
+    """Check an int8 checkpoint: every rule of spec.md, every hash in its manifest, all parameters of its model."""
     set_up_logging(False)
     if quick and source is not None:
         raise ValueError("--quick reads no tensor, and --source compares them all; give one of the two")
@@ -28,6 +28,8 @@ def verify_command(checkpoint: Path, source: str | None, quick: bool, quiet: boo
     with progress_bar(size, "Verifying", quiet or quick) as progress:
         found = check_manifest(opened)[1] if quick else check_values(opened, progress)
     problems = [str(problem) for problem in found]
+    if not quick and not problems:  # of a damaged config.json it would tell much that is not so
+        problems += _missing(opened, quiet)
     if source is not None:
         problems += _compare(opened, source, quiet)
     for problem in problems:
@@ -39,6 +41,16 @@ def verify_command(checkpoint: Path, source: str | None, quick: bool, quiet: boo
             f"{checkpoint}: {len(opened.tensors)} tensors, {len(opened.records)} int8 layers: "
             + ("structure and manifest are good; the values were not read." if quick else "all good.")
         )
+
+
+def _missing(opened: Any, quiet: bool) -> list[str]:
+    from llmint8.runtime.model.pretrained import missing_parameters
+
+    missing = missing_parameters(opened)
+    if missing is None and not quiet:
+        named = opened.config.get("architectures") or opened.config.get("model_type")
+        click.echo(printable(f"Not checked whether its model has all parameters: transformers does not know {named}."))
+    return missing or []
 
 
 def _compare(opened: Any, source: str, quiet: bool) -> list[str]:

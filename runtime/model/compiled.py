@@ -60,9 +60,9 @@ def _obstacle(model: Any) -> str | None:
     if not model.can_generate() or not getattr(model, "_can_compile_fullgraph", False):
         return f"transformers has no static cache for {type(model).__name__}"
     layers = [layer for layer in model.modules() if isinstance(layer, Int8Linear)]
-    for device in (layer.weight.device.type for layer in layers if layer.outliers == "dynamic"):
-        if device != "cuda":
-            return f"outliers='dynamic' makes tensors whose size depends on the input, on {device}; on CUDA it does not"
+    for device in (layer.SCB.device.type for layer in layers if layer.outliers == "dynamic"):
+        if device not in ("cpu", "cuda"):
+            return f"outliers='dynamic' makes tensors whose size depends on the input, on {device}"
     if any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules()):
         return "some layers are offloaded"
     if model.device.type == "cpu" and not _cpp_compiler():

@@ -13,11 +13,21 @@ from transformers.pytorch_utils import Conv1D
 
 from llmint8.kernels.checks import check_outlier_dims
 from llmint8.kernels.linear import int8_linear
-from llmint8.kernels.reference import Activation, Int8Weight, dequantize_weight, quantize_weight
+from llmint8.kernels.reference import Activation, Int8Weight, quantize_weight
 
 from .arguments import Outliers, check_choice, check_threshold
-from .gradient import refuse_backward
+from .float_weight import dequantized
 from .tensors import QuantizedTensors
+
+
+class _RefuseBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, x: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise NotImplementedError("there is no gradient through Int8Linear yet; run the model under torch.no_grad()")
 
 
 def _setting(name: str) -> Any:
@@ -141,7 +151,7 @@ class Int8Linear(QuantizedTensors):
         # The graph through the scales and the outlier columns alone would give gradients that are wrong.
         with torch.no_grad():
             out = self._run(x)
-        return refuse_backward(out, x) if x.requires_grad else out
+        return _RefuseBackward.apply(out, x) if x.requires_grad else out  # type: ignore[no-untyped-call]
 
     def _run(self, x: Tensor) -> Tensor:
         if self.miss_counter is not None:
@@ -150,10 +160,7 @@ class Int8Linear(QuantizedTensors):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight in floating point, [N, K]; stored outlier columns are exact."""
-        weight = dequantize_weight(self.unpacked_weight(), self.SCB).to(dtype)
-        if self.outlier_dims is not None and self.outlier_weight is not None:
-            weight[:, self.outlier_dims.long()] = self.outlier_weight.to(dtype)
-        return weight
+        return dequantized(super().stored(), dtype)
 
     def extra_repr(self) -> str:
         """Return the arguments for `print(model)`."""

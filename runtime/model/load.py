@@ -7,34 +7,27 @@ out for the kernels; what is not quantized is mapped from the files, which must 
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.machine import return_freed_memory
 from llmint8.converter.model.buffers import fill_computed, nobodys_notice
-from llmint8.converter.model.build import model_class
-from llmint8.converter.model.config import is_trusted, load_config
-from llmint8.converter.model.errors import first_line
 from llmint8.converter.model.limits import bounded_modules
 from llmint8.converter.model.names import module_names
-from llmint8.formats import Checkpoint, CheckpointError, LLMInt8Error, check_values, open_checkpoint
-from llmint8.formats.disk.names import CONFIG_NAME
-from llmint8.formats.disk.small_files import small_files
+from llmint8.formats import Checkpoint, CheckpointError, LLMInt8Error, check_values, open_checkpoint, read_manifest
+from llmint8.formats.disk.names import MANIFEST_NAME
 from llmint8.kernels.reference import Activation
 
 from .arguments import Outliers, check_choice, outlier_mode, settled_dtype
+from .calibration import Calibration, read_calibration
 from .compiled import compile_decode
 from .layer import Int8Linear
-from .misses import kept_limits
-from .quantizer import QUANT_METHOD
+from .pretrained import config_and_class, from_pretrained, int8_config
 
 log = logging.getLogger("llmint8")
 
@@ -62,7 +55,8 @@ def load(
         device_map: transformers' and accelerate's placement over several devices, instead of `device`.
         outliers: which dimensions of the inputs are multiplied in floating point: `static` those stored in
             the checkpoint, `dynamic` those with any |x| >= `threshold`, searched in every call, `none` none.
-            By default `static`, or for a checkpoint of bitsandbytes what it would do.
+            By default `static`, and `dynamic` in layers that the calibration should have reached and did not; for a
+            checkpoint of bitsandbytes what it would do.
         threshold: for `dynamic`; the checkpoint's `llm_int8_threshold` by default.
         activation: how inputs are quantized, `absmax` or `zeropoint`; what the checkpoint records by default.
         revision: branch, tag or commit on the Hub.
@@ -87,100 +81,44 @@ def load(
     if device is not None and device_map is not None:
         raise ValueError(f"device is {device!r} and device_map is {device_map!r}; give one of them")
     checkpoint = open_checkpoint(resolve(path_or_repo, revision, "int8").path)
-    outliers, threshold = outlier_mode(checkpoint.quantization, outliers, threshold)
+    mode, threshold = outlier_mode(checkpoint.quantization, outliers, threshold)
     if verify and (problems := check_values(checkpoint)):
         more = f"; and {len(problems) - 1} more, which llmint8 verify lists" if problems[1:] else ""
         raise CheckpointError(problems[0].code, str(problems[0]).removeprefix(f"{problems[0].code} ") + more)
-    config, cls = _model(checkpoint, trust_remote_code)
+    config, cls = config_and_class(checkpoint, trust_remote_code)
+    dtype = settled_dtype(dtype, checkpoint, config)
+    manifest = read_manifest(checkpoint.path) if (checkpoint.path / MANIFEST_NAME).exists() else None
+    needed = mode == "static" or dtype == torch.float16
+    calibration = read_calibration(checkpoint, manifest if needed else None)
+    # What LLM.int8() would do is the least that a layer gets; a threshold of 0 means that nothing is an outlier.
+    searched = calibration.missed if outliers is None and mode == "static" and threshold else frozenset()
     config.quantization_config = {
-        "quant_method": QUANT_METHOD,
-        "records": list(checkpoint.records.values()),
-        "shapes": {name: info.shape for name, info in checkpoint.tensors.items()},
-        "stored": _stored_config(checkpoint),
-        "outliers": outliers,
+        **int8_config(checkpoint),
+        "outliers": mode,
         "threshold": threshold,
         "activation": activation or checkpoint.quantization.activation,
+        "searched": searched,
+        "manifest": manifest,
     }
-    limits = kept_limits(checkpoint) if outliers == "static" else {}
     if device is not None:
         device_map = {"": torch.device(device)}
     with bounded_modules(len(checkpoint.tensors)):
-        model = _from_pretrained(cls, checkpoint.path, config, settled_dtype(dtype, checkpoint, config), device_map)
+        model, missing = from_pretrained(cls, checkpoint.path, config, dtype=dtype, device_map=device_map)
+        if missing:
+            more = f" and {len(missing) - 1} more" if missing[1:] else ""
+            raise LLMInt8Error(f"{checkpoint.path}: {missing[0]}{more}: missing, {cls.__name__} needs it")
         names = module_names(model, checkpoint.tensors)
         fill_computed(model, set(names.values()))
     if nobodys := nobodys_notice(model, set(names.values())):
         log.warning("%s", nobodys)
-    _prepare(model, checkpoint, names, limits)
+    _prepare(model, checkpoint, names, calibration)
     _log_summary(model)
     if compile:
         compile_decode(model)
     return model
 
 
-def _model(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Return the config and the class of the model. Raises LLMInt8Error where there is none."""
-    file = checkpoint.path / CONFIG_NAME
-    if (checkpoint.path / "adapter_config.json").exists():
-        # With peft installed, transformers would load what it names, from wherever that is.
-        raise LLMInt8Error(f"{checkpoint.path / 'adapter_config.json'}: an adapter; keep it in a directory of its own")
-    small_files(checkpoint.path)  # transformers reads some of them, and follows any link
-    config = load_config(checkpoint.path, trust_remote_code)
-    cls = None if config is None else model_class(config)
-    if config is None or not isinstance(cls, type) or not issubclass(cls, PreTrainedModel):
-        named = {key: checkpoint.config.get(key) for key in ("model_type", "architectures")}
-        own = bool(checkpoint.config.get("auto_map")) and not trust_remote_code
-        how = "; trust_remote_code=True runs the code beside it" if own else ""
-        raise LLMInt8Error(f"{file}: {named} is no model that transformers has{how}")
-    return config, cls
-
-
-def _from_pretrained(cls: Any, path: Path, config: Any, dtype: torch.dtype, device_map: Any) -> Any:
-    """Let transformers load, and take as errors what it would repair with random values."""
-    try:
-        with no_progress_bar():
-            model, info = cls.from_pretrained(
-                path,
-                config=config,
-                dtype=dtype,
-                device_map=device_map,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=is_trusted(config),
-                output_loading_info=True,
-            )
-    except LLMInt8Error as error:
-        raise LLMInt8Error(f"{path}: {error}") from None
-    except (OSError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # transformers and the model's code raise whatever they like
-        raise LLMInt8Error(f"{path}: {cls.__name__} cannot be loaded: {first_line(error)}") from error
-    if missing := sorted(info["missing_keys"]):
-        more = f" and {len(missing) - 1} more" if missing[1:] else ""
-        raise LLMInt8Error(f"{path}: {missing[0]}{more}: missing, {cls.__name__} needs it")
-    return model
-
-
-def _stored_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return config.json's `quantization_config`; the oldest checkpoints have it in a file of its own."""
-    stored = checkpoint.config.get("quantization_config")
-    if isinstance(stored, dict):
-        return stored
-    return {key: value for key, value in checkpoint.quantization.to_dict().items() if key != "llmint8"}
-
-
-@contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """Keep transformers from drawing its progress bar while it loads."""
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()
-
-
-def _prepare(model: Any, checkpoint: Checkpoint, names: dict[str, str], limits: dict[str, float]) -> None:
+def _prepare(model: Any, checkpoint: Checkpoint, names: dict[str, str], calibration: Calibration) -> None:
     """Let every layer prepare its weight, on the CPU in memory of its own, and give it its limit.
 
     Pages of a mapped file stay in memory once read, beside the packed weight. What accelerate moves stays as it is.
@@ -188,7 +126,7 @@ def _prepare(model: Any, checkpoint: Checkpoint, names: dict[str, str], limits: 
     layers = {
         record: model.get_submodule(names[f"{record}.weight"].removesuffix(".weight")) for record in checkpoint.records
     }
-    own = {r for r, layer in layers.items() if layer.weight.device.type == "cpu" and not hasattr(layer, "_hf_hook")}
+    own = {r for r, layer in layers.items() if layer.SCB.device.type == "cpu" and not hasattr(layer, "_hf_hook")}
     # First all of them let go of the file: what was cast to another dtype is then no longer there twice either.
     for record in own:
         layers[record].weight = None
@@ -202,7 +140,10 @@ def _prepare(model: Any, checkpoint: Checkpoint, names: dict[str, str], limits: 
             layer.prepare()
         except ValueError as error:
             raise CheckpointError("E14", f"{checkpoint.path}: {record}: {error}") from None
-        layer.kept_limit = limits.get(record)
+        layer.kept_limit = calibration.limits.get(record) if layer.outliers == "static" else None
+    halves = {record for record, layer in layers.items() if layer.dtype == torch.float16}
+    if notice := calibration.overflow(halves):
+        log.warning("%s", notice)
 
 
 def _int8_layers(model: Any) -> list[Int8Linear]:
@@ -215,4 +156,6 @@ def _log_summary(model: Any) -> None:
     mode = f"dynamic (|x| >= {config.threshold:g})" if config.outliers == "dynamic" else config.outliers
     paths = Counter("offloaded" if layer.prepared is None else layer.prepared.runs_on for layer in layers)
     kernels = "".join(f", {count} x {path}" for path, count in paths.items())
+    if searching := sum(layer.outliers == "dynamic" for layer in layers) if config.outliers == "static" else 0:
+        mode += f" (but in {searching} that were not calibrated: dynamic, |x| >= {config.threshold:g})"
     log.info("%d Int8Linear layers, outliers %s, activation %s%s", len(layers), mode, config.activation, kernels)

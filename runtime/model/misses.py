@@ -8,15 +8,11 @@ A layer counts where it runs, in buffers of its own, without a word to the host;
 its state dict. Not counted are layers that the calibration did not reach, and outliers that are not the stored ones.
 """
 
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-
-from llmint8.formats import Checkpoint, LLMInt8Error, read_manifest
-from llmint8.formats.disk.names import MANIFEST_NAME
 
 from .layer import Int8Linear
 
@@ -112,35 +108,3 @@ class MissCounter(nn.Module):
         """Move as `fn` does, and cast nothing."""
         super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)  # type: ignore[no-untyped-call]
         return self
-
-
-def kept_limits(checkpoint: Checkpoint) -> dict[str, float]:
-    """Return the limits of a checkpoint's layers, of those that its manifest knows them of; none without a manifest.
-
-    Raises:
-        CheckpointError: the manifest cannot be read.
-        LLMInt8Error: a statistic that is needed here is malformed.
-
-    """
-    file = checkpoint.path / MANIFEST_NAME
-    if not file.exists():
-        return {}
-    modules: dict[str, Any] = read_manifest(checkpoint.path).modules
-    seen: dict[str, float] = {}
-    sharing: dict[str, list[str]] = defaultdict(list)
-    for name in checkpoint.records:
-        try:
-            statistics = modules.get(name, {})
-            sharing[statistics.get("shares_input_with", name)].append(name)
-            if "kept_absmax" in statistics:
-                seen[name] = _magnitude(statistics["kept_absmax"])
-        except (TypeError, ValueError) as error:
-            raise LLMInt8Error(f"{file}: {name}: malformed statistics ({error}); convert the source again") from None
-    return {name: value for first, value in seen.items() for name in sharing[first]}
-
-
-def _magnitude(value: Any) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 <= value <= torch.finfo(torch.float32).max:
-        raise ValueError(f"kept_absmax is {repr(value)[:80]}, expected a magnitude in float32")
-    return float(value)

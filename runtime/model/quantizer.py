@@ -17,11 +17,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmint8.converter.model.limits import check_buffers
 from llmint8.converter.model.names import module_names
-from llmint8.formats import Int8Record, LLMInt8Error
+from llmint8.formats import Int8Record, LLMInt8Error, Manifest
 from llmint8.kernels.reference import Activation
 
 from .arguments import Outliers
 from .layer import Int8Linear
+from .saving import provenance_of, write_manifests
 
 QUANT_METHOD = "llmint8"
 
@@ -38,15 +39,23 @@ class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
         outliers: Outliers,
         threshold: float,
         activation: Activation,
+        searched: frozenset[str] = frozenset(),
+        manifest: Manifest | None = None,
         quant_method: str = QUANT_METHOD,
     ) -> None:
-        """Take the int8 layers, the shape of every tensor, config.json's `quantization_config`, and how to run."""
+        """Take the int8 layers, the shape of every tensor, config.json's `quantization_config`, and how to run.
+
+        `searched` names the layers that search their outliers whatever the others do.
+        """
         self.records = records
         self.shapes = shapes
         self.stored = stored
         self.outliers = outliers
         self.threshold = threshold
         self.activation = activation
+        self.searched = searched
+        self.manifest = manifest
+        self.provenance: bytes | None = None  # what is kept of it for a model that is saved
         self.quant_method = quant_method
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,12 +84,13 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
                 record.out_features,
                 linear.bias is not None,
                 record.outlier_count,
-                outliers=config.outliers,
+                outliers="dynamic" if record.name in config.searched else config.outliers,
                 threshold=config.threshold,
                 activation=config.activation,
                 device="meta",
                 dtype=dtype,
             )
+            layer.name = name
             model.set_submodule(name, layer.train(linear.training))
         _check_shapes(model, config.shapes, names)
         check_buffers(model)
@@ -92,13 +102,16 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in model.named_modules():
             if not isinstance(module, Int8Linear):
                 continue
-            if module.weight.dtype != torch.int8:
+            if module.unpacked_weight().dtype != torch.int8:
                 raise LLMInt8Error(f"{name}: int8 in the checkpoint, but tied to another weight by the model")
             # The formats room allows no other value, and without the tensor it would be left undefined.
             module.weight_format = torch.zeros_like(module.weight_format)
         config = self.quantization_config
-        _rename_counts(config.stored, _saved_names(model, self._layers))
-        config.records, config.shapes = [], {}  # large, and of no more use
+        saved_names = _saved_names(model, self._layers)
+        _rename_counts(config.stored, saved_names)
+        if config.manifest is not None and "llmint8" in config.stored:
+            config.provenance = provenance_of(config.manifest, saved_names)
+        config.records, config.shapes, config.manifest = [], {}, None  # large, and of no more use
 
     def is_serializable(self) -> bool:
         """Tell that `save_pretrained` works."""
@@ -111,8 +124,20 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Tell that there is no gradient through the layers yet."""
-        return False
+        """Say that there is no gradient through the layers yet, before transformers asks for an issue on GitHub.
+
+        Raises:
+            LLMInt8Error: always.
+
+        """
+        raise LLMInt8Error("there is no gradient through int8 layers yet; train the 16-bit model and convert it again")
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """Say that there is no way back yet, as above."""
+        source = self.quantization_config.stored.get("llmint8", {}).get("source", {}).get("name")
+        raise LLMInt8Error(
+            f"an int8 model is not turned back into 16 bit; load what it was converted from, {source or 'its source'}"
+        )
 
 
 def _linear_for(model: nn.Module, name: str, record: Int8Record) -> nn.Linear | Conv1D:
@@ -162,3 +187,11 @@ def _rename_counts(stored: dict[str, Any], saved_names: dict[str, str]) -> None:
     if block := stored.get("llmint8"):
         counts = block["outliers"]["counts"]
         block["outliers"]["counts"] = {saved_names[name]: count for name, count in counts.items()}
+
+
+def _provenance(model: Any) -> bytes | None:
+    quantizer = getattr(model, "hf_quantizer", None)
+    return quantizer.quantization_config.provenance if isinstance(quantizer, Int8Quantizer) else None
+
+
+write_manifests(_provenance)

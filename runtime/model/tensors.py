@@ -8,6 +8,7 @@ then on; who writes into one calls `prepare`.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -18,12 +19,16 @@ from llmint8.kernels.linear import prepare
 from llmint8.kernels.prepared import PreparedWeight
 from llmint8.kernels.reference import Int8Weight
 
+from .float_weight import FloatWeight, dequantized
+
 
 class QuantizedTensors(nn.Module):
     """The tensors of a quantized layer, and the weight that is prepared from them.
 
     Attributes:
-        weight: int8 [N, K], all columns; `W ~ weight * SCB[:, None] / 127`. Opaque if its layout is a kernel's.
+        weight: what a float weight would be, see `float_weight.py`. The module's parameter of this name is int8 [N, K],
+            all columns, `W ~ weight * SCB[:, None] / 127`, opaque if its layout is a kernel's; `unpacked_weight` gives
+            it as it is in the state.
         SCB: float32 [N], the absmax of each row, under the name it has on disk.
         weight_format: uint8 [], always 0: row-major. bitsandbytes wants it on disk.
         outlier_dims: int32 [k], sorted, or None for a layer that stores no outliers (bitsandbytes wrote it).
@@ -31,10 +36,10 @@ class QuantizedTensors(nn.Module):
         bias: float [N] or None.
         prepared: what runs, or None where nothing is prepared: a layer that accelerate offloads is only here for a
             call, and prepares its weight in it.
+        name: in its model, for messages; empty where nobody said.
 
     """
 
-    weight: nn.Parameter
     bias: nn.Parameter | None
     SCB: Tensor
     weight_format: Tensor
@@ -55,11 +60,17 @@ class QuantizedTensors(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         self.prepared: PreparedWeight | None = None
         self._prepared_from: tuple[Tensor | None, ...] = ()
+        self._dtype = dtype or torch.get_default_dtype()
+        self.name = ""
 
         def zeros(*shape: int, kind: torch.dtype | None) -> Tensor:
             return torch.zeros(shape, dtype=kind, device=device)
 
-        self.weight = nn.Parameter(zeros(out_features, in_features, kind=torch.int8), requires_grad=False)
+        # First, so that model code which takes the dtype of the first parameter gets a float one where there is a bias.
+        shift = nn.Parameter(zeros(out_features, kind=dtype), requires_grad=False) if bias else None
+        self.register_parameter("bias", shift)
+        values = zeros(out_features, in_features, kind=torch.int8)
+        self._parameters["weight"] = nn.Parameter(values, requires_grad=False)
         self.register_buffer("SCB", zeros(out_features, kind=torch.float32))
         self.register_buffer("weight_format", zeros(kind=torch.uint8))
         k = outlier_count
@@ -67,8 +78,29 @@ class QuantizedTensors(nn.Module):
         dims = None if k is None else torch.arange(k, dtype=torch.int32, device=device)
         self.register_buffer("outlier_dims", dims)
         self.register_buffer("outlier_weight", None if k is None else zeros(out_features, k, kind=dtype))
-        shift = nn.Parameter(zeros(out_features, kind=dtype), requires_grad=False) if bias else None
-        self.register_parameter("bias", shift)
+
+    @property
+    def weight(self) -> Tensor:
+        """Return what stands for the float weight; on the meta device the int8 tensor, which has no numbers."""
+        values: Tensor = self._parameters["weight"]  # type: ignore[assignment]
+        if values is None or values.is_meta:
+            return values
+        if torch.compiler.is_compiling():
+            return dequantized(QuantizedTensors.stored(self), self.dtype)  # a compiler drops what nobody uses
+        shape, read = (self.out_features, self.in_features), functools.partial(QuantizedTensors.stored, self)
+        weight = FloatWeight(read, self.name, shape, self.dtype, values.device)
+        vars(weight).update(vars(values))  # transformers notes there that a parameter needs no random values
+        return weight
+
+    @weight.setter
+    def weight(self, value: Tensor | None) -> None:
+        """Take on int8 values. torch does that by itself, but for tensors that are no parameters."""
+        self._parameters["weight"] = value  # type: ignore[assignment]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of all that is not int8, and of the weight as model code sees it."""
+        return self._dtype if self.outlier_weight is None else self.outlier_weight.dtype
 
     def stored(self) -> Int8Weight:
         """Return the tensors as they are stored."""
@@ -85,7 +117,7 @@ class QuantizedTensors(nn.Module):
 
         """
         self._unprepare()
-        if not self.weight.is_meta:
+        if not self.is_meta:
             # What accelerate placed has a hook, and moves as it is.
             prepared = prepare(self.stored(), may_pack=not hasattr(self, "_hf_hook"))
             self._set_weight(prepared.values)
@@ -101,9 +133,16 @@ class QuantizedTensors(nn.Module):
 
     def unpacked_weight(self) -> Tensor:
         """Return the weight, int8 [N, K]; a copy if its layout is a kernel's."""
-        if self.prepared is not None and self._parameters["weight"] is self._prepared_from[0]:
+        weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]
+        # What a compiler has in the place of the tensor is none of those that are compared.
+        if self.prepared is not None and (weight is self._prepared_from[0] or torch.compiler.is_compiling()):
             return self.prepared.unpack()
-        return self.weight
+        return weight.read().values if isinstance(weight, FloatWeight) else weight
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether the weight has no numbers."""
+        return self._parameters["weight"].is_meta  # type: ignore[union-attr]
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         here = self._parameters, self._buffers
@@ -124,8 +163,8 @@ class QuantizedTensors(nn.Module):
         )
 
     def _set_weight(self, weight: Tensor) -> None:
-        if weight is not self.weight:
-            self.weight = nn.Parameter(weight, requires_grad=False)
+        if weight is not self._parameters["weight"]:
+            self._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
 
     def _unprepare(self) -> bool:
         """Give the weight its own layout back; tell whether it was prepared."""
@@ -137,7 +176,8 @@ class QuantizedTensors(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move as `fn` does, but cast nothing that is part of the quantized weight."""
         prepared = self._unprepare()
-        stored = (self.weight, self.SCB, self.weight_format, self.outlier_dims)
+        stored = (self._parameters["weight"], self.SCB, self.weight_format, self.outlier_dims)
+        self._dtype = fn(self.SCB.new_empty(0, dtype=self._dtype)).dtype
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -155,7 +195,7 @@ class QuantizedTensors(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or a pickle takes along; what is prepared belongs to this machine."""
         weight = self.unpacked_weight()
-        if weight is not self.weight:
+        if weight is not self._parameters["weight"]:
             weight = nn.Parameter(weight, requires_grad=False)
         parameters = {**self._parameters, "weight": weight}
         prepared = {"prepared": self.prepared is not None, "_prepared_from": ()}
@@ -170,7 +210,7 @@ class QuantizedTensors(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = self.unpacked_weight()
-        if weight is not self.weight:
+        if weight is not self._parameters["weight"]:
             destination[f"{prefix}weight"] = weight
 
     def _load_from_state_dict(
@@ -186,7 +226,7 @@ class QuantizedTensors(nn.Module):
         dims, columns = (state_dict.get(prefix + name) for name in ("outlier_dims", "outlier_weight"))
         if dims is not None and columns is not None:
             here = self.outlier_weight
-            device, dtype = self.weight.device, columns.dtype if here is None else here.dtype
+            device, dtype = self.SCB.device, columns.dtype if here is None else here.dtype
             if here is None or here.shape[1] != len(dims):
                 self.outlier_dims = torch.zeros(len(dims), dtype=torch.int32, device=device)
                 self.outlier_weight = torch.zeros(self.out_features, len(dims), dtype=dtype, device=device)
