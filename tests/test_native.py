@@ -52,6 +52,25 @@ def hard_rows(k: int, dtype: torch.dtype) -> Tensor:
     return found[found.isfinite().all(1)]
 
 
+def quotients_beside_ties() -> Tensor:
+    """Rows [0, 254 s, x] whose x / s lies as near as it can to the middle between a tie and the next float32.
+
+    A division rounds them to the tie or to its neighbour, so the integer shows whether it was rounded correctly.
+    Numerators and divisors have 24 bits. With a middle of A / 2**18, A odd, the remainder is smallest where
+    A s = +-1 modulo 2**25.
+    """
+    rows = []
+    for tie in range(129, 255, 2):
+        for middle in ((tie << 17) + 1, (tie << 17) - 1):
+            for sign in (1, -1):
+                s = sign * pow(middle, -1, 1 << 25) % (1 << 25)
+                x = (middle * s - sign) >> 25
+                if 1 << 23 <= s < 1 << 24 and x < 1 << 24:
+                    # x / s is now nearly middle / 2**25, which is the quotient of 64 to 128 divided by 2**7.
+                    rows.append([0.0, 254.0 * s / 2**20, 2.0**7 * x / 2**20])
+    return torch.tensor(rows, dtype=torch.float64).float()
+
+
 @activations
 @dtypes
 def test_the_integers_are_those_of_the_reference(dtype: torch.dtype, activation: Activation, kind: native.Kind) -> None:
@@ -74,6 +93,18 @@ def test_the_integers_are_those_of_the_reference(dtype: torch.dtype, activation:
     assert (rounded[~normal].float().abs() < 2.0**-125).all()
     for m in (0, 7, 40):
         assert torch.equal(layer.run(x[m : m + 3].float(), activation == "zeropoint", kind, 1), expected[m : m + 3])
+
+
+def test_quotients_are_rounded_as_those_of_the_reference(kind: native.Kind) -> None:
+    x = quotients_beside_ties()
+    assert len(x) == 64
+    dims = torch.empty(0, dtype=torch.int32)
+    weight = Int8Weight(127 * torch.eye(3, dtype=torch.int8), torch.full((3,), 127.0), dims, torch.empty(3, 0))
+    rows = reference.quantize_rows(x, dims, "zeropoint")
+    assert rows.zero_point is not None
+    expected = 127 * (rows.values.float() - rows.zero_point[:, None]) * rows.scale[:, None]
+    found = native.NativeLinear(Operands.prepare(weight)).run(x, True, kind, 1)
+    assert torch.equal(found, expected)
 
 
 def test_a_row_that_is_not_finite_is_nan_and_the_others_are_what_they_were(kind: native.Kind) -> None:
