@@ -9,9 +9,13 @@
 #include "layer.h"
 
 #include <math.h>
-#include <omp.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else  // one thread
+static int omp_get_thread_num(void) { return 0; }
+#endif
 
 #define CAT_(a, b) a##_##b
 #define CAT(a, b) CAT_(a, b)
@@ -23,6 +27,16 @@
 #define KEEP(v) __asm__("" : "+v"(v))
 #endif
 
+// What stands between these is compiled for the instructions named.
+#define PRAGMA(text) _Pragma(#text)
+#ifdef __clang__
+#define BEGIN(target_) PRAGMA(clang attribute push(__attribute__((target(target_))), apply_to = function))
+#define END() PRAGMA(clang attribute pop)
+#else
+#define BEGIN(target_) PRAGMA(GCC push_options) PRAGMA(GCC target(target_))
+#define END() PRAGMA(GCC pop_options)
+#endif
+
 // In the order of preference; 0 is none of them.
 enum { NONE, AVX2, AVXVNNI, AVX512VNNI, AMX, DOTPROD, KINDS };
 
@@ -32,8 +46,7 @@ enum { NONE, AVX2, AVXVNNI, AVX512VNNI, AMX, DOTPROD, KINDS };
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+BEGIN("avx2,fma,f16c")
 #define FN(name) CAT(name, avx2)
 #define BYTES 32
 #define HALVES_AVX2(v) _mm256_cvtepi8_epi16(_mm256_castsi256_si128((__m256i)(v)))
@@ -56,10 +69,9 @@ enum { NONE, AVX2, AVXVNNI, AVX512VNNI, AMX, DOTPROD, KINDS };
 #define HALF_TO_FLOAT(p) ((floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p))))
 #define FLOAT_TO_HALF(p, v) _mm_storeu_si128((__m128i *)(p), _mm256_cvtps_ph((__m256)(v), 0))
 #include "rows.h"
-#pragma GCC pop_options
+END()
 
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avxvnni")
+BEGIN("avx2,fma,f16c,avxvnni")
 #define FN(name) CAT(name, avxvnni)
 #define BYTES 32
 #define DOT(sum, x, w) ((ints)_mm256_dpbusd_avx_epi32((__m256i)(sum), (__m256i)(x), (__m256i)(w)))
@@ -78,10 +90,9 @@ enum { NONE, AVX2, AVXVNNI, AVX512VNNI, AMX, DOTPROD, KINDS };
 #define HALF_TO_FLOAT(p) ((floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p))))
 #define FLOAT_TO_HALF(p, v) _mm_storeu_si128((__m128i *)(p), _mm256_cvtps_ph((__m256)(v), 0))
 #include "rows.h"
-#pragma GCC pop_options
+END()
 
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")
+BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")
 #define FN(name) CAT(name, avx512vnni)
 #define BYTES 64
 #define DOT(sum, x, w) ((ints)_mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(x), (__m512i)(w)))
@@ -101,10 +112,9 @@ enum { NONE, AVX2, AVXVNNI, AVX512VNNI, AMX, DOTPROD, KINDS };
 #define FLOAT_TO_HALF(p, v) _mm256_storeu_si256((__m256i *)(p), _mm512_cvtps_ph((__m512)(v), 0))
 #include "transpose.h"
 #include "rows.h"
-#pragma GCC pop_options
+END()
 
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,f16c,amx-tile,amx-int8")
+BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,f16c,amx-tile,amx-int8")
 #define FN(name) CAT(name, amx)
 #define BYTES 64
 #define UNSIGNED 0
@@ -122,7 +132,7 @@ enum { NONE, AVX2, AVXVNNI, AVX512VNNI, AMX, DOTPROD, KINDS };
 #include "transpose.h"
 #include "rows.h"
 #include "amx.h"
-#pragma GCC pop_options
+END()
 
 static const Kernels kernels_amx = {TILE_ROWS, TILE_K, 64, quantize_amx, panel_amx, multiply_amx};
 static const Kernels *const KERNELS[KINDS] = {
@@ -153,8 +163,11 @@ static int supported(void) {
 #include <arm_neon.h>
 #include <sys/auxv.h>
 
-#pragma GCC push_options
-#pragma GCC target("arch=armv8.2-a+dotprod")
+#ifdef __clang__
+BEGIN("dotprod")
+#else
+BEGIN("arch=armv8.2-a+dotprod")
+#endif
 #define FN(name) CAT(name, dotprod)
 #define BYTES 16
 #define DOT(sum, x, w) ((ints)vdotq_s32((int32x4_t)(sum), (int8x16_t)(x), (int8x16_t)(w)))
@@ -173,7 +186,7 @@ static int supported(void) {
 #define HALF_TO_FLOAT(p) ((floats)vcvt_f32_f16(vld1_f16((const __fp16 *)(p))))
 #define FLOAT_TO_HALF(p, v) vst1_f16((__fp16 *)(p), vcvt_f16_f32((float32x4_t)(v)))
 #include "rows.h"
-#pragma GCC pop_options
+END()
 
 static const Kernels *const KERNELS[KINDS] = {[DOTPROD] = &kernels_dotprod};
 
