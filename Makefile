@@ -33,7 +33,7 @@ clean: ## remove .venv, build/ and the caches
 .venv/demo: EXTRAS := demo
 .venv/test: EXTRAS := bitsandbytes,demo,report,test
 .venv/soak: EXTRAS := bitsandbytes,demo,report,soak,test
-.venv/demo .venv/test .venv/soak: pyproject.toml constraints.txt
+.venv/demo .venv/test .venv/soak: pyproject.toml constraints.txt $(wildcard kernels/cpu/csrc/*)
 	@echo "Setting up .venv [$(EXTRAS)]: the first time this takes minutes and about 2 GB of disk."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -1,11 +1,12 @@
 """Time one linear layer on the CPU: ours, fp32, bf16, bitsandbytes int8 and torchao's dynamic int8 where importable.
 
-Ours has a bias, 16 outlier columns and zeropoint activations, and every variant a bias. In one process, variants take
-turns, and the median of the turns counts. Every variant goes round as many copies of its weight as take 128 MB, so
-that weights come from memory, as they do when a model runs. Printed, and written to `results/cpu_linear.json`:
-milliseconds, and of ours the time that the quantization of x takes and its share of that of the product.
+Ours has a bias, 16 outlier columns and zeropoint activations, and every variant a bias; `plain` is ours without the
+compiled layer. In one process, variants take turns, and the median of the turns counts. Every variant goes round as
+many copies of its weight as take 128 MB, so that weights come from memory, as they do when a model runs. With `--busy`
+another process uses one of the cores meanwhile. Printed, and written to `results/cpu_linear-INSTRUCTIONS.json`, so
+that one kind of machine never replaces another: milliseconds.
 
-    python benchmarks/cpu_linear.py [--threads N] [--shape OUTxIN ...]
+    python benchmarks/cpu_linear.py [--threads N] [--busy] [--shape OUTxIN ...]
 """
 
 import argparse
@@ -13,28 +14,39 @@ import importlib.util
 import itertools
 import json
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from llmint8.kernels.cpu import linear as cpu
-from llmint8.kernels.cpu.product import multiply
-from llmint8.kernels.reference import Int8Weight
+from llmint8.kernels.cpu import native
+from llmint8.kernels.cpu.linear import CpuWeight
 from llmint8.runtime import Int8Linear
 
 ROUNDS = 7
-SECONDS = 0.1  # of one variant in one round, at least one call
+SECONDS = 0.06  # of one variant in one round, at least one call
 COLD_BYTES = 128e6
+SHAPES = ["4096x4096", "2048x2048", "576x576", "1536x576", "16384x4096", "4096x16384"]
+ROWS = (1, 4, 16, 32, 128, 512)
 
 
 def ours(linear: nn.Linear) -> nn.Module:
     """Quantize with 16 outlier columns."""
     layer = Int8Linear.from_linear(linear, torch.arange(0, linear.in_features, linear.in_features // 16)[:16])
     layer.configure(activation="zeropoint")
+    return layer
+
+
+def plain(linear: nn.Linear) -> nn.Module:
+    """Quantize as ours, and run it as where there is no compiled layer."""
+    layer = ours(linear)
+    layer.prepared = CpuWeight.prepare(layer.stored())  # type: ignore[assignment]
     return layer
 
 
@@ -58,6 +70,7 @@ def torchao(linear: nn.Linear) -> nn.Module:
 
 VARIANTS: dict[str, tuple[Callable[[nn.Linear], nn.Module], torch.dtype, int]] = {  # how, dtype of x, bytes per weight
     "ours": (ours, torch.bfloat16, 1),
+    "plain": (plain, torch.bfloat16, 1),
     "bf16": (lambda linear: linear, torch.bfloat16, 2),
     "fp32": (lambda linear: linear.float(), torch.float32, 4),
     "bitsandbytes": (bitsandbytes, torch.bfloat16, 1),
@@ -92,17 +105,10 @@ def measure(shape: tuple[int, int], names: list[str]) -> list[dict[str, Any]]:
     """Return a row for each M."""
     rows = []
     layers = {name: build(name, shape) for name in names}
-    values = torch.randint(-127, 128, shape, dtype=torch.int8)
-    dims, columns = torch.arange(16, dtype=torch.int32), torch.randn(shape[0], 16)
-    weight = cpu.CpuWeight.prepare(Int8Weight(values, torch.rand(shape[0]), dims, columns))
-    for m in (1, 32, 512):
+    for m in ROWS:
         x = torch.randn(m, shape[1], dtype=torch.bfloat16)
-        rows_of_x = cpu.quantize_rows(x, weight.outlier_dims, "zeropoint").values
         calls: dict[str, Callable[[], Any]] = {name: lambda f=layer, x=x: f(x) for name, layer in layers.items()}
-        calls["quantization"] = lambda x=x: cpu.quantize_in_blocks(x, weight.outlier_dims, "zeropoint")
-        calls["product"] = lambda r=rows_of_x: multiply(r, weight.values, shape[0], weight.product)
-        packed = weight.product == "packed"
-        rows.append({"out": shape[0], "in": shape[1], "M": m, "packed": packed, **medians(calls)})
+        rows.append({"out": shape[0], "in": shape[1], "M": m, **medians(calls)})
         print_row(rows[-1], names)
     return rows
 
@@ -110,33 +116,44 @@ def measure(shape: tuple[int, int], names: list[str]) -> list[dict[str, Any]]:
 def print_row(row: dict[str, Any], names: list[str]) -> None:
     """Print times, and how many times the time of ours they are."""
     cells = [f"{name} {row[name]:.3f} ({row[name] / row['ours']:.2f}x)" for name in names]
-    share = row["quantization"] / row["product"]
-    print(
-        f"{row['out']} x {row['in']}  M={row['M']:<4}",
-        *cells,
-        f"quantization/product {share:.2f}",
-        sep="  ",
-        flush=True,
-    )
+    print(f"{row['out']} x {row['in']}  M={row['M']:<4}", *cells, sep="  ", flush=True)
+
+
+@contextmanager
+def another_process(wanted: bool) -> Iterator[None]:
+    """Let a process use one core, if wanted."""
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if wanted else None
+    try:
+        yield
+    finally:
+        if busy is not None:
+            busy.kill()
+            busy.wait()
 
 
 def main() -> None:
     """Measure every shape."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--shape", nargs="+", default=["4096x4096", "16384x4096", "4096x16384", "576x576", "1536x576"])
+    parser.add_argument("--shape", nargs="+", default=SHAPES)
+    parser.add_argument("--busy", action="store_true", help="let another process use one of the cores")
+    parser.add_argument("--peers", action="store_true", help="time bitsandbytes and torchao too, which take long")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    names = [n for n in VARIANTS if n not in ("bitsandbytes", "torchao") or importlib.util.find_spec(n)]
+    peers = ("bitsandbytes", "torchao")
+    names = [n for n in VARIANTS if n not in peers or (arguments.peers and importlib.util.find_spec(n))]
     rows = []
-    for shape in arguments.shape:
-        out_features, in_features = map(int, shape.split("x"))
-        rows += measure((out_features, in_features), names)
+    with another_process(arguments.busy):
+        for shape in arguments.shape:
+            out_features, in_features = map(int, shape.split("x"))
+            rows += measure((out_features, in_features), names)
     machine = next(
         (line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), ""
     ).partition(": ")[2]
-    result = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "threads": arguments.threads, "rows": rows}
-    file = Path(__file__).parent / "results" / "cpu_linear.json"
+    result = {"date": time.strftime("%Y-%m-%d"), "machine": machine, "instructions": native.kinds()}
+    result |= {"threads": arguments.threads, "another process": arguments.busy, "rows": rows}
+    kind = native.kinds()[0] if native.kinds() else "none"
+    file = Path(__file__).parent / "results" / f"cpu_linear-{kind}{'-busy' if arguments.busy else ''}.json"
     file.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -1,7 +1,7 @@
 """The one call that runs a quantized linear layer, and the one that prepares its weight for a device.
 
-`prepare` picks the implementation, once: `cpu/` on the CPU, the Triton kernels of `gpu/` on CUDA, elsewhere the
-reference. What it returns knows how to run itself, so callers never see which it is.
+`prepare` picks the implementation, once: on the CPU that of `cpu/`, compiled if it can be, on CUDA that of `gpu/`,
+elsewhere the reference. What it returns knows how to run itself, so callers never see which it is.
 """
 
 import torch
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from . import reference
 from .checks import FLOATS, check_input, check_weight
-from .cpu import product
+from .cpu import native, product
 from .cpu.linear import CpuWeight
-from .operators import GpuWeight, has_triton
+from .operators import GpuWeight, NativeWeight, has_triton
 from .prepared import PreparedWeight, ReferenceWeight
 from .reference import Activation, Int8Weight
 
@@ -30,6 +30,8 @@ def prepare(weight: Int8Weight, may_pack: bool = True) -> PreparedWeight:
     """
     check_weight(weight)
     if weight.values.device.type == "cpu":
+        if native.kinds():
+            return NativeWeight.prepare(weight)
         return CpuWeight.prepare(weight, may_pack)
     if weight.values.device.type == "cuda" and has_triton():
         return GpuWeight.prepare(weight)

@@ -2,15 +2,17 @@
 
 On a GPU it is one or two launches of Triton kernels (`gpu/linear.py`). With outliers searched in the call,
 `torch.ops.llmint8.dynamic_int8_linear`, two more come before. Nothing in them waits for the GPU, and shapes do not
-depend on values. On the CPU they are what the CPU's own weights run (`cpu/linear.py`). They have no gradient.
+depend on values. On the CPU they are the compiled layer (`cpu/native.py`) or, where there is none, what the CPU's other
+weights run (`cpu/linear.py`). They have no gradient.
 
-Called eagerly, a weight prepared for a GPU passes the operator by: its dispatch takes as long as the rest of a call.
+Called eagerly, a weight passes the operator by: its dispatch takes as long as the rest of a call.
 Without Triton (CUDA on Windows) there is no such weight, and the operator runs the reference.
 """
 
 import functools
 import importlib.util
 import logging
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Self
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from . import reference
 from .checks import check_operands
+from .cpu import native
 from .cpu.linear import CpuWeight
 from .gpu.tiles import gpu_of, table_for
 from .operands import Operands
@@ -40,32 +43,23 @@ _LIBRARY.define(  # type: ignore[no-untyped-call]
 )
 
 
+Run = Callable[[Tensor, bool], Tensor]
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
-class GpuWeight(PreparedWeight):
-    """A weight prepared for the kernels of `gpu/`, and what runs it."""
+class OperatorWeight(PreparedWeight):
+    """A weight laid out for the operators, and what runs it eagerly."""
 
     operands: Operands
-    run: Callable[[Tensor, bool], Tensor]
+    run: Run
 
     @classmethod
     def prepare(cls, weight: Int8Weight) -> Self:
         """Lay out a weight on its device."""
-        from .gpu.linear import GpuLinear
-
         operands = Operands.prepare(weight)
         n, k = operands.values.shape
-        gpu = gpu_of(operands.device)
-        tiles = table_for(gpu)[0]
-        own = "" if tiles == gpu.architecture else f" with the tiles of {tiles}"
-        runs_on = f"Triton on {gpu.architecture}{own}"
-        return cls(
-            in_features=k,
-            out_features=n,
-            values=operands.values,
-            runs_on=runs_on,
-            operands=operands,
-            run=GpuLinear(operands),
-        )
+        runs_on, run = cls._runner(operands)
+        return cls(in_features=k, out_features=n, values=operands.values, runs_on=runs_on, operands=operands, run=run)
 
     def linear(self, x: Tensor, activation: Activation) -> Tensor:
         """Run the layer; see `PreparedWeight`."""
@@ -76,6 +70,32 @@ class GpuWeight(PreparedWeight):
                 return int8_linear(x, weight, scale, row_sum, dims, columns, bias, zeropoint)
             return dynamic_int8_linear(x, weight, scale, row_sum, bias, threshold, zeropoint)
         return self.run(x, zeropoint)
+
+    @staticmethod
+    @abstractmethod
+    def _runner(operands: Operands) -> tuple[str, Run]:
+        """Return what runs a weight, and its name for people."""
+
+
+class GpuWeight(OperatorWeight):
+    """One for the kernels of `gpu/`."""
+
+    @staticmethod
+    def _runner(operands: Operands) -> tuple[str, Run]:
+        from .gpu.linear import GpuLinear
+
+        gpu = gpu_of(operands.device)
+        tiles = table_for(gpu)[0]
+        own = "" if tiles == gpu.architecture else f" with the tiles of {tiles}"
+        return f"Triton on {gpu.architecture}{own}", GpuLinear(operands)
+
+
+class NativeWeight(OperatorWeight):
+    """One for the compiled layer of `cpu/`, where `native.kinds` is not empty."""
+
+    @staticmethod
+    def _runner(operands: Operands) -> tuple[str, Run]:
+        return f"{native.kinds()[0]} on the CPU", native.NativeLinear(operands)
 
 
 def _is_watched(x: Tensor) -> bool:
@@ -102,6 +122,8 @@ def has_triton() -> bool:
 def _run(x: Tensor, operands: Operands, zeropoint: bool) -> Tensor:
     activation: Activation = "zeropoint" if zeropoint else "absmax"
     if operands.device.type == "cpu":
+        if native.kinds():
+            return native.NativeLinear(operands)(x, zeropoint)
         return CpuWeight.of_operands(operands).linear(x, activation)
     if not has_triton():
         return reference.int8_linear(x, operands.stored(), activation)

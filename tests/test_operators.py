@@ -14,10 +14,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmint8.kernels import linear, operators
+from llmint8.kernels.cpu import native
 from llmint8.kernels.cpu import product as products
 from llmint8.kernels.cpu.linear import CpuWeight
 from llmint8.kernels.operands import Operands
-from llmint8.kernels.operators import GpuWeight
+from llmint8.kernels.operators import GpuWeight, NativeWeight, OperatorWeight
 from llmint8.kernels.prepared import PreparedWeight, ReferenceWeight
 from llmint8.kernels.reference import Activation, Int8Weight, quantize_weight
 
@@ -56,7 +57,17 @@ SEARCHED = [  # M, N, K, and how many columns hold an outlier
     (3, 7, 0, 0),
 ]
 THRESHOLD = 6.0
-BACKENDS = ["reference", "cpu packed", "cpu int_mm", "cpu reference", "operator", "triton"]
+NATIVE = ["AMX", "AVX512-VNNI", "AVX-VNNI", "AVX2", "Arm dotprod"]
+BACKENDS = [
+    "reference",
+    "cpu packed",
+    "cpu int_mm",
+    "cpu reference",
+    "operator",
+    "triton",
+    *NATIVE,
+    "compiled operator",
+]
 activations = pytest.mark.parametrize("activation", ["absmax", "zeropoint"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 Prepare = Callable[[Int8Weight], PreparedWeight]
@@ -92,8 +103,8 @@ def planted_rows(m: int, k: int, outliers: int, dtype: torch.dtype) -> Tensor:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class OperatorWeight(GpuWeight):
-    """Calls the operator where the other calls kernels."""
+class ThroughTheOperator(OperatorWeight):
+    """Calls the operator where the others call what runs them."""
 
     def linear(self, x: Tensor, activation: Activation) -> Tensor:
         weight, scale, row_sum, dims, columns, bias, threshold = self.operands
@@ -101,6 +112,14 @@ class OperatorWeight(GpuWeight):
         if threshold is None:
             return operators.int8_linear(x, weight, scale, row_sum, dims, columns, bias, zeropoint)
         return operators.dynamic_int8_linear(x, weight, scale, row_sum, bias, threshold, zeropoint)
+
+
+class GpuThroughTheOperator(ThroughTheOperator, GpuWeight):
+    """On a GPU, or where Triton's interpreter stands for one."""
+
+
+class NativeThroughTheOperator(ThroughTheOperator, NativeWeight):
+    """With the layer that is compiled."""
 
 
 @pytest.fixture(params=BACKENDS)
@@ -113,8 +132,18 @@ def prepare(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
         if not importlib.util.find_spec("triton"):
             pytest.skip("Triton is not installed")
         device = request.getfixturevalue("device")
-        kind = GpuWeight if wanted == "triton" else OperatorWeight
+        kind = GpuWeight if wanted == "triton" else GpuThroughTheOperator
         return lambda weight: kind.prepare(moved(weight, device))
+    if wanted == "compiled operator":
+        if not native.kinds():
+            pytest.skip(native.why_not())
+        return NativeThroughTheOperator.prepare
+    if wanted in NATIVE:
+        if wanted not in native.kinds():
+            pytest.skip(f"no {wanted} here")
+        monkeypatch.setattr(native, "kinds", lambda: [wanted])
+        monkeypatch.setattr(native, "_TILE_ROWS", 1)
+        return NativeWeight.prepare
     product = wanted.removeprefix("cpu ")
     if product != "reference" and not products._is_exact(product):  # type: ignore[arg-type]
         pytest.skip(f"this machine has no exact {product}")

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..operands import Operands
 from ..prepared import PreparedWeight
 from ..reference import Activation, Int8Weight, QuantizedRows, dynamic_outlier_dims
+from . import native
 from .product import Product, int8_product, multiply, pack, packable, unpack, unpacked_product
 
 # How much of x, and of the output, is worked on at a time: 1 MB and 8 MB in float32.
@@ -76,7 +77,7 @@ class CpuWeight(PreparedWeight):
             in_features=k,
             out_features=n,
             values=pack(values) if packs else values,
-            runs_on=f"{product} on the CPU",
+            runs_on=f"{product} on the CPU ({native.why_not()})",
             product=product,
             scale=weight.absmax / 127,
             # A row of ones: the product takes a hundredth of the time of `sum`.
@@ -96,7 +97,7 @@ class CpuWeight(PreparedWeight):
             in_features=k,
             out_features=n,
             values=operands.values,
-            runs_on=f"{product} on the CPU",
+            runs_on=f"{product} on the CPU ({native.why_not()})",
             product=product,
             scale=operands.scale,
             row_sum=operands.row_sum.float(),

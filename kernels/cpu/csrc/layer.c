@@ -1,0 +1,266 @@
+// The quantized linear layer on the CPU: rows of x quantized, multiplied with the weight, scaled and written, in one
+// call and one parallel region. What the weight is, is said in kernels/operands.py; what is computed, in
+// kernels/reference.py. Neither headers of Python nor of PyTorch are needed: Python finds the two functions at the end.
+//
+// Few rows: every row of the weight is read once, as it lies, by as many threads as there are. Many rows: the same,
+// for panels of the weight that stay in the cache while all rows of x go by. Kernels differ in how they add up
+// products; they are compiled for every instruction set, and the caller says which to use.
+
+#include "layer.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else  // one thread
+static int omp_get_thread_num(void) { return 0; }
+#endif
+
+#define CAT_(a, b) a##_##b
+#define CAT(a, b) CAT_(a, b)
+
+// Has a compiler hold a vector in a register that it would rather read again for every use.
+#ifdef __aarch64__
+#define KEEP(v) __asm__("" : "+w"(v))
+#else
+#define KEEP(v) __asm__("" : "+v"(v))
+#endif
+
+// What stands between these is compiled for the instructions named.
+#define PRAGMA(text) _Pragma(#text)
+#ifdef __clang__
+#define BEGIN(target_) PRAGMA(clang attribute push(__attribute__((target(target_))), apply_to = function))
+#define END() PRAGMA(clang attribute pop)
+#else
+#define BEGIN(target_) PRAGMA(GCC push_options) PRAGMA(GCC target(target_))
+#define END() PRAGMA(GCC pop_options)
+#endif
+
+// In the order of preference; 0 is none of them.
+enum { NONE, AVX2, AVXVNNI, AVX512VNNI, AMX, DOTPROD, KINDS };
+
+#if defined(__x86_64__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
+#include <cpuid.h>
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+BEGIN("avx2,fma,f16c")
+#define FN(name) CAT(name, avx2)
+#define BYTES 32
+#define HALVES_AVX2(v) _mm256_cvtepi8_epi16(_mm256_castsi256_si128((__m256i)(v)))
+#define HALVES2_AVX2(v) _mm256_cvtepi8_epi16(_mm256_extracti128_si256((__m256i)(v), 1))
+#define DOT(sum, x, w)                                                          \
+    ((sum) + (ints)_mm256_madd_epi16(HALVES_AVX2(x), HALVES_AVX2(w)) +          \
+     (ints)_mm256_madd_epi16(HALVES2_AVX2(x), HALVES2_AVX2(w)))
+#define SUM(v) (v[0] + v[1] + v[2] + v[3] + v[4] + v[5] + v[6] + v[7])
+#define UNSIGNED 0
+#define M_TILE 4
+#define N_TILE 2
+#define MIN(a, b) ((floats)_mm256_min_ps((__m256)(a), (__m256)(b)))
+#define MAX(a, b) ((floats)_mm256_max_ps((__m256)(a), (__m256)(b)))
+#define ROUND(v) ((ints)_mm256_cvtps_epi32((__m256)(v)))
+#define CLAMP(v, least, most) \
+    ((ints)_mm256_min_epi32(_mm256_max_epi32((__m256i)(v), (__m256i)(least)), (__m256i)(most)))
+#define FMA(a, b, c) ((floats)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+#define FNMA(a, b, c) ((floats)_mm256_fnmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+#define ROWS 2
+#define HALF_TO_FLOAT(p) ((floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p))))
+#define FLOAT_TO_HALF(p, v) _mm_storeu_si128((__m128i *)(p), _mm256_cvtps_ph((__m256)(v), 0))
+#include "rows.h"
+END()
+
+BEGIN("avx2,fma,f16c,avxvnni")
+#define FN(name) CAT(name, avxvnni)
+#define BYTES 32
+#define DOT(sum, x, w) ((ints)_mm256_dpbusd_avx_epi32((__m256i)(sum), (__m256i)(x), (__m256i)(w)))
+#define SUM(v) (v[0] + v[1] + v[2] + v[3] + v[4] + v[5] + v[6] + v[7])
+#define UNSIGNED 1
+#define M_TILE 4
+#define N_TILE 2
+#define MIN(a, b) ((floats)_mm256_min_ps((__m256)(a), (__m256)(b)))
+#define MAX(a, b) ((floats)_mm256_max_ps((__m256)(a), (__m256)(b)))
+#define ROUND(v) ((ints)_mm256_cvtps_epi32((__m256)(v)))
+#define CLAMP(v, least, most) \
+    ((ints)_mm256_min_epi32(_mm256_max_epi32((__m256i)(v), (__m256i)(least)), (__m256i)(most)))
+#define FMA(a, b, c) ((floats)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+#define FNMA(a, b, c) ((floats)_mm256_fnmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+#define ROWS 2
+#define HALF_TO_FLOAT(p) ((floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p))))
+#define FLOAT_TO_HALF(p, v) _mm_storeu_si128((__m128i *)(p), _mm256_cvtps_ph((__m256)(v), 0))
+#include "rows.h"
+END()
+
+BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")
+#define FN(name) CAT(name, avx512vnni)
+#define BYTES 64
+#define DOT(sum, x, w) ((ints)_mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(x), (__m512i)(w)))
+#define SUM(v) _mm512_reduce_add_epi32((__m512i)(v))
+#define UNSIGNED 1
+#define M_TILE 6
+#define N_TILE 4
+#define MIN(a, b) ((floats)_mm512_min_ps((__m512)(a), (__m512)(b)))
+#define MAX(a, b) ((floats)_mm512_max_ps((__m512)(a), (__m512)(b)))
+#define ROUND(v) ((ints)_mm512_cvtps_epi32((__m512)(v)))
+#define CLAMP(v, least, most) \
+    ((ints)_mm512_min_epi32(_mm512_max_epi32((__m512i)(v), (__m512i)(least)), (__m512i)(most)))
+#define FMA(a, b, c) ((floats)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
+#define FNMA(a, b, c) ((floats)_mm512_fnmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
+#define ROWS 4
+#define HALF_TO_FLOAT(p) ((floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p))))
+#define FLOAT_TO_HALF(p, v) _mm256_storeu_si256((__m256i *)(p), _mm512_cvtps_ph((__m512)(v), 0))
+#include "transpose.h"
+#include "rows.h"
+END()
+
+BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,f16c,amx-tile,amx-int8")
+#define FN(name) CAT(name, amx)
+#define BYTES 64
+#define UNSIGNED 0
+#define MIN(a, b) ((floats)_mm512_min_ps((__m512)(a), (__m512)(b)))
+#define MAX(a, b) ((floats)_mm512_max_ps((__m512)(a), (__m512)(b)))
+#define ROUND(v) ((ints)_mm512_cvtps_epi32((__m512)(v)))
+#define CLAMP(v, least, most) \
+    ((ints)_mm512_min_epi32(_mm512_max_epi32((__m512i)(v), (__m512i)(least)), (__m512i)(most)))
+#define FMA(a, b, c) ((floats)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
+#define FNMA(a, b, c) ((floats)_mm512_fnmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
+#define ROWS 4
+#define HALF_TO_FLOAT(p) ((floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p))))
+#define FLOAT_TO_HALF(p, v) _mm256_storeu_si256((__m256i *)(p), _mm512_cvtps_ph((__m512)(v), 0))
+#define FLOAT_TO_BFLOAT(p, v) _mm256_storeu_si256((__m256i *)(p), (__m256i)_mm512_cvtneps_pbh((__m512)(v)))
+#include "transpose.h"
+#include "rows.h"
+#include "amx.h"
+END()
+
+static const Kernels kernels_amx = {TILE_ROWS, TILE_K, 64, quantize_amx, panel_amx, multiply_amx};
+static const Kernels *const KERNELS[KINDS] = {
+    [AVX2] = &kernels_avx2, [AVXVNNI] = &kernels_avxvnni, [AVX512VNNI] = &kernels_avx512vnni, [AMX] = &kernels_amx};
+
+static int supported(void) {
+    unsigned a, b, c, d, e;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return 0;
+    unsigned low, high;
+    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    if (!(c >> 12 & 1) || !(c >> 29 & 1) || (low & 6) != 6) return 0;  // FMA, F16C
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b >> 5 & 1)) return 0;
+    int found = 1 << AVX2;
+    if (a && __get_cpuid_count(7, 1, &e, &(unsigned){0}, &(unsigned){0}, &(unsigned){0}) && e >> 4 & 1)
+        found |= 1 << AVXVNNI;
+    const unsigned wide = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
+    if ((b & wide) == wide && c >> 11 & 1 && (low & 0xe0) == 0xe0) {
+        found |= 1 << AVX512VNNI;
+#ifdef __linux__
+        // Linux lends a process the tiles when it asks for them.
+        if (d >> 24 & 1 && d >> 25 & 1 && (low >> 17 & 3) == 3 && !syscall(SYS_arch_prctl, 0x1023, 18)) found |= 1 << AMX;
+#endif
+    }
+    return found;
+}
+
+#elif defined(__aarch64__) && defined(__linux__)
+#include <arm_neon.h>
+#include <sys/auxv.h>
+
+#ifdef __clang__
+BEGIN("dotprod")
+#else
+BEGIN("arch=armv8.2-a+dotprod")
+#endif
+#define FN(name) CAT(name, dotprod)
+#define BYTES 16
+#define DOT(sum, x, w) ((ints)vdotq_s32((int32x4_t)(sum), (int8x16_t)(x), (int8x16_t)(w)))
+#define SUM(v) vaddvq_s32((int32x4_t)(v))
+#define UNSIGNED 0
+#define M_TILE 4
+#define N_TILE 4
+#define MIN(a, b) ((floats)vminq_f32((float32x4_t)(a), (float32x4_t)(b)))
+#define MAX(a, b) ((floats)vmaxq_f32((float32x4_t)(a), (float32x4_t)(b)))
+#define ROUND(v) ((ints)vcvtnq_s32_f32((float32x4_t)(v)))
+#define CLAMP(v, least, most) \
+    ((ints)vminq_s32(vmaxq_s32((int32x4_t)(v), (int32x4_t)(least)), (int32x4_t)(most)))
+#define FMA(a, b, c) ((floats)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
+#define FNMA(a, b, c) ((floats)vfmsq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
+#define ROWS 4
+#define HALF_TO_FLOAT(p) ((floats)vcvt_f32_f16(vld1_f16((const __fp16 *)(p))))
+#define FLOAT_TO_HALF(p, v) vst1_f16((__fp16 *)(p), vcvt_f16_f32((float32x4_t)(v)))
+#include "rows.h"
+END()
+
+static const Kernels *const KERNELS[KINDS] = {[DOTPROD] = &kernels_dotprod};
+
+static int supported(void) { return getauxval(AT_HWCAP) >> 20 & 1 ? 1 << DOTPROD : 0; }
+
+#else
+
+static const Kernels *const KERNELS[KINDS];
+
+static int supported(void) { return 0; }
+
+#endif
+
+static int64_t up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
+
+// What the caller was written for: the arguments of `llmint8_linear`, and `Weight`.
+int llmint8_version(void) { return 1; }
+
+// A bit for each kind of kernel that this processor can run.
+int llmint8_supported(void) { return supported(); }
+
+// Compute `out = x @ W.T + bias`; x [m, k] and out [m, n] are contiguous and of one type. 0, or 1 for want of memory.
+int llmint8_linear(
+    const Weight *w, const void *x, void *out, int64_t m, int32_t type, int32_t zeropoint, int32_t kind,
+    int32_t threads) {
+    const Kernels *kernels = KERNELS[kind];
+    const int64_t padded = up(w->k, kernels->vector) + kernels->gap, groups = (m + kernels->group - 1) / kernels->group;
+    const int64_t panels = (w->n + PANEL - 1) / PANEL;
+    // Where panels are too few for the threads, rows of x are split, too.
+    const int64_t split = panels >= 4 * threads ? 1 : threads;
+    const int64_t most = up((m + split - 1) / split, 2 * kernels->group), part = most < PART ? most : PART;
+    const int64_t parts = (m + part - 1) / part;
+    // Bytes of each thread: a row in float32 and a group in int8; then the columns, and for AMX sums and a panel.
+    const int64_t quantizing = up(padded * (4 + kernels->group), 64), columns = w->padded * PANEL * 4;
+    const int64_t scratch = (PART + 16) * PANEL * 4 + padded * PANEL;
+    const int64_t own = quantizing + columns + scratch;
+    const int64_t values = up(groups * kernels->group * padded, 64), floats = up(m * (2 + w->outliers) * 4, 64);
+    char *memory = NULL;
+    if (posix_memalign((void **)&memory, 64, values + floats + threads * own)) return 1;
+    float *found = (float *)(memory + values);
+    Rows rows = {x, out, type, zeropoint, m, padded, (uint8_t *)memory, found, found + m, found + 2 * m};
+    int64_t next_group = 0, next_item = 0;
+    const int together = m * w->k >= 1 << 15 && threads > 1;
+    if (!together)
+        for (int64_t g = 0; g < groups; g++) {
+            const int64_t first = g * kernels->group, left = m - first;
+            kernels->quantize(
+                w, &rows, first, left < kernels->group ? left : kernels->group, memory + values + floats);
+        }
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        char *mine = memory + values + floats + omp_get_thread_num() * own;
+        if (together) {
+            for (;;) {
+                const int64_t g = __atomic_fetch_add(&next_group, 1, __ATOMIC_RELAXED);
+                if (g >= groups) break;
+                const int64_t first = g * kernels->group, left = m - first;
+                kernels->quantize(w, &rows, first, left < kernels->group ? left : kernels->group, mine);
+            }
+#pragma omp barrier
+        }
+        Panel panel = {.columns = (float *)(mine + quantizing)};
+        for (;;) {
+            const int64_t item = __atomic_fetch_add(&next_item, 1, __ATOMIC_RELAXED);
+            if (item >= panels * parts) break;
+            const int64_t number = item % panels, first = item / panels * part, left = w->n - number * PANEL;
+            const int64_t last = first + part < m ? first + part : m;
+            if (first >= m) break;
+            panel.first = number * PANEL;
+            panel.count = left < PANEL ? left : PANEL;
+            kernels->panel(w, &panel);
+            kernels->multiply(w, &rows, &panel, first, last, mine + quantizing + columns);
+        }
+    }
+    free(memory);
+    return 0;
+}

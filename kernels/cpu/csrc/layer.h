@@ -1,0 +1,53 @@
+// The quantized linear layer on the CPU in one call: what its parts share. See layer.c.
+#pragma once
+
+#include <stdint.h>
+
+// The dtypes of x, of the outlier columns and of the bias.
+enum { FLOAT32, FLOAT16, BFLOAT16 };
+
+// A weight as `Operands` in kernels/operands.py has it; every tensor contiguous.
+typedef struct {
+    int64_t n, k, outliers, padded;  // padded: the columns of outlier_weight, the outliers and then zeros
+    const int8_t *values;            // [n, k]
+    const float *scale;              // [n]
+    const int32_t *row_sum;          // [n]
+    const int32_t *outlier_dims;     // [outliers]
+    const void *outlier_weight;      // [n, padded]
+    const void *bias;                // [n] or NULL
+    int32_t outlier_type, bias_type;
+} Weight;
+
+// x, of m rows, and what becomes of it.
+typedef struct {
+    const void *x;  // [m, k]
+    void *out;      // [m, n]
+    int32_t type, zeropoint;
+    int64_t m, padded_k;  // padded_k: k rounded up to whole vectors, filled with the value of 0.0, or with 0 for AMX
+    uint8_t *values;      // [m, padded_k], the int8 values; with 128 added where a kernel multiplies unsigned by signed
+    float *scale;         // [m]
+    float *zero_point;    // [m], whole numbers; 0 for absmax
+    float *outliers;      // [m, outliers], x in the outlier dims
+} Rows;
+
+// The outputs are worked on in panels of so many, each for all rows of x.
+#define PANEL 64
+// And at most so many rows of x at a time, whole groups of them.
+#define PART 512
+
+// What the sums of a panel are scaled with, padded to whole vectors.
+typedef struct {
+    int64_t first, count;
+    int32_t offset[PANEL];  // what 128 added to every value of x adds to the sums
+    float row_sum[PANEL], scale[PANEL], bias[PANEL];
+    float *columns;  // [padded, PANEL]
+} Panel;
+
+// One way to compute it. Whoever calls it has made sure that the processor has the instructions.
+typedef struct {
+    // Rows of x that are quantized at a time; padded_k is the next multiple of `vector` and then a gap.
+    int64_t group, vector, gap;
+    void (*quantize)(const Weight *, Rows *, int64_t first, int64_t count, char *scratch);
+    void (*panel)(const Weight *, Panel *);
+    void (*multiply)(const Weight *, const Rows *, const Panel *, int64_t first, int64_t last, char *scratch);
+} Kernels;

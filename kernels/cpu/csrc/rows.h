@@ -1,0 +1,324 @@
+// The layer for one instruction set. Included once for each, with these defined:
+//
+//     FN(name)       the name of a function of this set
+//     BYTES          of a vector
+//     DOT(sum, x, w) adds up products of bytes four by four: int32 sums, no saturation
+//     SUM(v)         the sum of the int32 in a vector
+//     UNSIGNED       whether DOT takes x unsigned
+//     M_TILE, N_TILE rows of x and of the weight whose sums are held in registers
+//     MIN(a, b), MAX(a, b), FMA(a, b, c) = a * b + c, FNMA(a, b, c) = c - a * b of vectors of float
+//     ROUND(v)       a vector of float to int32, half to even; CLAMP(v, least, most) of int32
+//     ROWS           rows of x whose outputs are held in registers
+//     HALF_TO_FLOAT(p), FLOAT_TO_HALF(p, v)  a vector of float16 in memory
+//
+// The integers are those of kernels/reference.py to the bit, so floating-point operations are done as they stand here:
+// nothing may be contracted to a fused multiply-add.
+
+#define LANES (BYTES / 4)
+typedef float FN(floats) __attribute__((vector_size(BYTES)));
+typedef int32_t FN(ints) __attribute__((vector_size(BYTES)));
+typedef uint32_t FN(words) __attribute__((vector_size(BYTES)));
+typedef uint16_t FN(shorts) __attribute__((vector_size(BYTES / 2)));
+typedef int8_t FN(bytes) __attribute__((vector_size(BYTES / 4)));
+#define floats FN(floats)
+#define ints FN(ints)
+#define words FN(words)
+#define shorts FN(shorts)
+#define bytes FN(bytes)
+
+static inline floats FN(load)(const void *p, int type) {
+    if (type == FLOAT32) {
+        floats v;
+        memcpy(&v, p, sizeof v);
+        return v;
+    }
+    if (type == FLOAT16) return HALF_TO_FLOAT(p);
+    shorts v;
+    memcpy(&v, p, sizeof v);
+    return (floats)(__builtin_convertvector(v, words) << 16);
+}
+
+static inline void FN(store)(void *p, floats v, int type) {
+    if (type == FLOAT32) {
+        memcpy(p, &v, sizeof v);
+    } else if (type == FLOAT16) {
+        FLOAT_TO_HALF(p, v);
+    } else {
+#ifdef FLOAT_TO_BFLOAT
+        FLOAT_TO_BFLOAT(p, v);
+#else
+        // Round half to even; what is not a number stays so.
+        words u = (words)v;
+        words rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+        words nan = (words)(v != v);
+        shorts s = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), shorts);
+        memcpy(p, &s, sizeof s);
+#endif
+    }
+}
+
+// Divide by d, rounded as a division is, given r = 1 / d: two steps of Newton's method, of which the second is exact
+// (Markstein, IBM J. Res. Dev. 34, 1990) unless the significand of d is all ones, or d or r is near the ends of the range.
+static inline floats FN(divide)(floats u, float d, float r) {
+    const floats by = (floats){0} + d, inverse = (floats){0} + r;
+    floats q = u * inverse;
+    q = FMA(FNMA(q, by, u), inverse, q);
+    return FMA(FNMA(q, by, u), inverse, q);
+}
+
+static inline int FN(divides)(float d) {
+    uint32_t word;
+    memcpy(&word, &d, sizeof word);
+    return d > 0x1p-100f && d < 0x1p100f && (word & 0x7fffff) != 0x7fffff;
+}
+
+static void FN(quantize_row)(const Weight *w, Rows *rows, int64_t m, uint8_t *values, void *scratch) {
+    const int64_t size = rows->type == FLOAT32 ? 4 : 2, whole = w->k * size;
+    char *x = scratch;  // [padded_k], 0 in the outlier dims
+    memcpy(x, (const char *)rows->x + m * whole, whole);
+    memset(x + whole, 0, rows->padded_k * size - whole);
+    float *outliers = rows->outliers + m * w->outliers;
+    for (int64_t t = 0; t < w->outliers; t++) {
+        char *here = x + w->outlier_dims[t] * size;
+        outliers[t] = FN(load)(here, rows->type)[0];  // of a vector that may reach behind the row, inside of scratch
+        memset(here, 0, size);
+    }
+    floats low = {0}, high = {0}, nothing = {0};
+    for (int64_t i = 0; i < rows->padded_k; i += LANES) {
+        const floats v = FN(load)(x + i * size, rows->type);
+        low = MIN(low, v);
+        high = MAX(high, v);
+        nothing += v - v;  // NaN for infinity and NaN
+    }
+    float least = 0, most = 0, zero = 0;
+    for (int lane = 0; lane < LANES; lane++) {
+        least = low[lane] < least ? low[lane] : least;
+        most = high[lane] > most ? high[lane] : most;
+        zero += nothing[lane];
+    }
+    float scale, divisor, factor = 1, zero_point = 0;
+    if (rows->zeropoint) {
+        scale = (most - least) / 254;
+        divisor = scale == 0 ? 1 : scale;
+        zero_point = nearbyintf(-127 - least / divisor);
+    } else {
+        const float absmax = most > -least ? most : -least;
+        scale = absmax / 127;
+        divisor = absmax == 0 ? 1 : absmax;
+        factor = 127;
+    }
+    rows->scale[m] = scale + zero;
+    rows->zero_point[m] = zero_point;
+    const int fast = FN(divides)(divisor);
+    const float inverse = 1 / divisor;
+    const int32_t shift = (UNSIGNED ? 128 : 0), least_value = shift - 127, most_value = shift + 127;
+    const ints offset = (ints){0} + (zero == 0 ? (int32_t)zero_point + shift : 0);
+    for (int64_t i = 0; i < rows->padded_k; i += LANES) {
+        const floats v = FN(load)(x + i * size, rows->type) * factor;
+        ints q = ROUND(fast ? FN(divide)(v, divisor, inverse) : v / divisor) + offset;
+        q = CLAMP(q, (ints){0} + least_value, (ints){0} + most_value);
+        const bytes narrow = __builtin_convertvector(q, bytes);
+        memcpy(values + i, &narrow, sizeof narrow);
+    }
+}
+
+static void FN(panel)(const Weight *w, Panel *panel) {
+    const int64_t size = w->outlier_type == FLOAT32 ? 4 : 2;
+    for (int64_t j = 0; j < PANEL; j++) {
+        const int in = j < panel->count;
+        const int64_t n = panel->first + j;
+        const int32_t sum = in ? w->row_sum[n] : 0;
+        panel->offset[j] = UNSIGNED ? (int32_t)(128u * (uint32_t)sum) : 0;
+        panel->row_sum[j] = (float)sum;
+        panel->scale[j] = in ? w->scale[n] : 0;
+        panel->bias[j] = 0;
+    }
+    if (w->bias) {
+        const int64_t width = w->bias_type == FLOAT32 ? 4 : 2;
+        char bias[4 * PANEL] = {0};
+        memcpy(bias, (const char *)w->bias + panel->first * width, panel->count * width);
+        for (int64_t j = 0; j < PANEL; j += LANES) {
+            floats v = FN(load)(bias + j * width, w->bias_type);
+            memcpy(panel->bias + j, &v, sizeof v);
+        }
+    }
+    if (!w->outliers) return;
+    // The columns are padded to 16, a multiple of the lanes.
+    const char *columns = (const char *)w->outlier_weight + panel->first * w->padded * size;
+#if BYTES == 64
+    for (int64_t j = 0; j < panel->count; j += LANES) {
+        for (int64_t t = 0; t < w->outliers; t += LANES) {
+            __m512i square[LANES];
+            for (int64_t a = 0; a < LANES; a++) {
+                const int64_t row = j + a < panel->count ? j + a : panel->count - 1;  // what is behind is never written
+                square[a] = (__m512i)FN(load)(columns + (row * w->padded + t) * size, w->outlier_type);
+            }
+            FN(transpose)(square, panel->columns + t * PANEL + j, PANEL);
+        }
+    }
+#else
+    for (int64_t j = 0; j < panel->count; j++) {
+        for (int64_t t = 0; t < w->outliers; t += LANES) {
+            const floats v = FN(load)(columns + (j * w->padded + t) * size, w->outlier_type);
+            for (int lane = 0; lane < LANES; lane++) panel->columns[(t + lane) * PANEL + j] = v[lane];
+        }
+    }
+#endif
+}
+
+// The products with the outlier columns, and the bias: `ms` rows of x and four vectors of outputs.
+static inline __attribute__((always_inline)) void FN(extras)(
+    int ms, const Weight *w, const Rows *rows, const Panel *panel, int64_t m, int64_t j, float *out) {
+    floats sum[ROWS][4];
+    for (int a = 0; a < ms; a++)
+        for (int b = 0; b < 4; b++) memcpy(&sum[a][b], panel->bias + j + b * LANES, BYTES);
+    const float *x = rows->outliers + m * w->outliers;
+    for (int64_t t = 0; t < w->outliers; t++) {
+        floats column[4];
+        for (int b = 0; b < 4; b++) memcpy(&column[b], panel->columns + t * PANEL + j + b * LANES, BYTES);
+        for (int a = 0; a < ms; a++) {
+            const floats one = x[a * w->outliers + t] - (floats){0};  // minus: x + 0 is not x for -0
+            for (int b = 0; b < 4; b++) sum[a][b] = FMA(one, column[b], sum[a][b]);
+        }
+    }
+    for (int a = 0; a < ms; a++)
+        for (int b = 0; b < 4; b++) memcpy(out + (a * 4 + b) * LANES, &sum[a][b], BYTES);
+}
+
+// Scale the sums of `ms` rows of x in a panel, and write them.
+static inline __attribute__((always_inline)) void FN(finish_rows)(
+    int ms, const Weight *w, const Rows *rows, const Panel *panel, int64_t m, const int32_t *sums) {
+    const int64_t size = rows->type == FLOAT32 ? 4 : 2;
+    float extras[ROWS * 4 * LANES];
+    for (int64_t j = 0; j < panel->count; j += 4 * LANES) {
+        FN(extras)(ms, w, rows, panel, m, j, extras);
+        for (int a = 0; a < ms; a++) {
+            const floats scale = (floats){0} + rows->scale[m + a], zero_point = (floats){0} + rows->zero_point[m + a];
+            char *out = (char *)rows->out + ((m + a) * w->n + panel->first) * size;
+            for (int b = 0; b < 4 && j + b * LANES < panel->count; b++) {
+                const int64_t here = j + b * LANES, left = panel->count - here;
+                words sum, offset;
+                floats row_sum, weight_scale, extra;
+                memcpy(&sum, sums + a * PANEL + here, BYTES);
+                memcpy(&offset, panel->offset + here, BYTES);
+                memcpy(&row_sum, panel->row_sum + here, BYTES);
+                memcpy(&weight_scale, panel->scale + here, BYTES);
+                memcpy(&extra, extras + (a * 4 + b) * LANES, BYTES);
+                if (UNSIGNED) sum -= offset;
+                const floats y = FNMA(zero_point, row_sum, __builtin_convertvector((ints)sum, floats)) * scale;
+                const floats found = FMA(y, weight_scale, extra);
+                if (left >= LANES) {
+                    FN(store)(out + here * size, found, rows->type);
+                } else {
+                    char tail[BYTES];
+                    FN(store)(tail, found, rows->type);
+                    memcpy(out + here * size, tail, left * size);
+                }
+            }
+        }
+    }
+}
+
+static void FN(finish)(
+    const Weight *w, const Rows *rows, const Panel *panel, int64_t m, int64_t ms, const int32_t *sums) {
+    int64_t a = 0;
+    for (; a + ROWS <= ms; a += ROWS) FN(finish_rows)(ROWS, w, rows, panel, m + a, sums + a * PANEL);
+    for (; a < ms; a++) FN(finish_rows)(1, w, rows, panel, m + a, sums + a * PANEL);
+}
+
+#ifdef DOT
+static void FN(quantize)(const Weight *w, Rows *rows, int64_t first, int64_t count, char *kept) {
+    for (int64_t m = first; m < first + count; m++)
+        FN(quantize_row)(w, rows, m, rows->values + m * rows->padded_k, kept);
+}
+
+// The sums of `ms` rows of x and `ns` rows of the weight; both are known where it is inlined.
+static inline __attribute__((always_inline)) void FN(tile)(
+    int ms, int ns, const uint8_t *x, int64_t x_stride, const int8_t *w, int64_t k, int32_t *sums) {
+    ints sum[M_TILE][N_TILE] = {{{0}}};
+    int64_t i = 0;
+    for (; i + BYTES <= k; i += BYTES) {
+        ints weight[N_TILE];
+        for (int b = 0; b < ns; b++) {
+            memcpy(&weight[b], w + b * k + i, BYTES);
+            KEEP(weight[b]);
+        }
+        for (int a = 0; a < ms; a++) {
+            ints row;
+            memcpy(&row, x + a * x_stride + i, BYTES);
+            for (int b = 0; b < ns; b++) sum[a][b] = DOT(sum[a][b], row, weight[b]);
+        }
+    }
+    if (i < k) {
+        ints weight[N_TILE];
+        for (int b = 0; b < ns; b++) {
+            weight[b] = (ints){0};
+            memcpy(&weight[b], w + b * k + i, k - i);
+        }
+        for (int a = 0; a < ms; a++) {
+            ints row;
+            memcpy(&row, x + a * x_stride + i, BYTES);
+            for (int b = 0; b < ns; b++) sum[a][b] = DOT(sum[a][b], row, weight[b]);
+        }
+    }
+    for (int a = 0; a < ms; a++)
+        for (int b = 0; b < ns; b++) sums[a * PANEL + b] = SUM(sum[a][b]);
+}
+
+static void FN(multiply)(
+    const Weight *w, const Rows *rows, const Panel *panel, int64_t first, int64_t last, char *scratch) {
+    int32_t *sums = (int32_t *)scratch;  // [M_TILE, PANEL]
+    const int8_t *values = w->values + panel->first * w->k;
+    const int64_t stride = rows->padded_k, k = w->k;
+    for (int64_t m = first; m < last; m += M_TILE) {
+        const int64_t ms = last - m < M_TILE ? last - m : M_TILE;
+        const uint8_t *x = rows->values + m * stride;
+        for (int64_t j = 0; j < panel->count;) {
+            const int8_t *block = values + j * k;
+            if (j + N_TILE > panel->count) {
+                for (int64_t a = 0; a < ms; a++)
+                    FN(tile)(1, 1, x + a * stride, stride, block, k, sums + a * PANEL + j);
+                j++;
+                continue;
+            }
+#define TILE(count) \
+    case count: FN(tile)(count, N_TILE, x, stride, block, k, sums + j); break;
+            switch (ms) {
+                TILE(1) TILE(2) TILE(3) TILE(4)
+#if M_TILE > 4
+                TILE(5) TILE(6)
+#endif
+            }
+#undef TILE
+            j += N_TILE;
+        }
+        FN(finish)(w, rows, panel, m, ms, sums);
+    }
+}
+
+static const Kernels FN(kernels) = {1, BYTES, 64, FN(quantize), FN(panel), FN(multiply)};
+#endif
+
+#undef floats
+#undef ints
+#undef words
+#undef shorts
+#undef bytes
+#undef LANES
+#undef FN
+#undef BYTES
+#undef DOT
+#undef SUM
+#undef UNSIGNED
+#undef M_TILE
+#undef N_TILE
+#undef MIN
+#undef MAX
+#undef FMA
+#undef FNMA
+#undef ROWS
+#undef ROUND
+#undef CLAMP
+#undef HALF_TO_FLOAT
+#undef FLOAT_TO_HALF
+#undef FLOAT_TO_BFLOAT

@@ -1,0 +1,159 @@
+"""The layer on the CPU as one compiled function, `csrc/layer.c`, where llmint8 was installed with a C compiler.
+
+It is a library without headers of Python or PyTorch, called with addresses; so one build does for all versions of
+both. It is compiled with OpenMP and finds the one that PyTorch has loaded, so both share their threads. What is chosen
+here is the instruction set. None is trusted by name: before the first use each multiplies the largest values there are,
+and one that gets it wrong is not used.
+"""
+
+import ctypes
+import functools
+import importlib.machinery
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..checks import padded_outliers
+from ..operands import Operands
+from ..reference import dynamic_outlier_dims
+
+Kind = Literal["AVX2", "AVX-VNNI", "AVX512-VNNI", "AMX", "Arm dotprod"]
+
+# The numbers are those of `layer.c`, the order is that of preference.
+_KINDS: dict[Kind, int] = {"AMX": 4, "AVX512-VNNI": 3, "AVX-VNNI": 2, "Arm dotprod": 5, "AVX2": 1}
+_VERSION = 1
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# Tiles pay from so many rows on; below, they are mostly empty.
+_TILE_ROWS = 4
+# A thread for so many products: fewer are done before another has woken up.
+_PRODUCTS_PER_THREAD = 1 << 18
+
+
+class _Weight(ctypes.Structure):
+    """`Weight` in `layer.h`."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("n", "k", "outliers", "padded")),
+        *((name, ctypes.c_void_p) for name in ("values", "scale", "row_sum", "dims", "columns", "bias")),
+        *((name, ctypes.c_int32) for name in ("columns_type", "bias_type")),
+    )
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """Load the library; or say why there is none."""
+    path = Path(__file__).with_name("_layer" + importlib.machinery.EXTENSION_SUFFIXES[0])
+    if not path.exists():
+        return "llmint8 was installed without a C compiler"
+    try:
+        library = ctypes.CDLL(str(path))
+        version = library.llmint8_version()
+    except (OSError, AttributeError) as error:
+        return f"{path.name} cannot be loaded: {error}"
+    if version != _VERSION:
+        return f"{path.name} was compiled from another version"
+    library.llmint8_linear.argtypes = (*[ctypes.c_void_p] * 3, ctypes.c_int64, *[ctypes.c_int32] * 4)
+    return library
+
+
+@functools.cache
+def kinds() -> list[Kind]:
+    """Return the instruction sets that can be used here, the best one first."""
+    library = _library()
+    if isinstance(library, str):
+        return []
+    supported = library.llmint8_supported()
+    return [kind for kind, number in _KINDS.items() if supported >> number & 1 and _is_exact(kind)]
+
+
+def why_not() -> str:
+    """Say why `kinds` is empty, and what to do."""
+    library = _library()
+    if isinstance(library, str):
+        return f"{library}; install it again with one for faster layers"
+    return "no instruction set of this processor has a compiled layer"
+
+
+def _is_exact(kind: Kind) -> bool:
+    """Tell whether it keeps the largest sums, for each of the ways it has for few rows and many."""
+    values = torch.full((70, 520), 127, dtype=torch.int8, device="cpu")
+    values[::2] = -127
+    ones, sums = torch.ones(70, device="cpu"), values.sum(1, dtype=torch.int32)
+    none = torch.empty(0, dtype=torch.int32, device="cpu"), torch.empty(70, 0, device="cpu")
+    layer = NativeLinear(Operands(values, ones, sums, *none, None, None))
+    for rows in (1, 5, 70):
+        x = torch.full((rows, 520), 127.0, device="cpu")  # its scale is 1, and the sums fit in float32
+        x[:, -8:] *= -1
+        expected = x.double() @ values.double().t()
+        if not torch.equal(layer.run(x, False, kind, 1).double(), expected):
+            return False
+    return True
+
+
+class NativeLinear:
+    """A weight laid out for the library, with addresses taken at the first call; it keeps what they are of alive."""
+
+    def __init__(self, operands: Operands) -> None:
+        """Take the weight, on the CPU; what is in float64 is copied to float32."""
+        bias, columns = operands.bias, operands.outlier_weight
+        self._operands = operands._replace(
+            bias=bias.float() if bias is not None and bias.dtype == torch.float64 else bias,
+            outlier_weight=columns.float() if columns.dtype == torch.float64 else columns,
+        )
+
+    @functools.cached_property
+    def _weight(self) -> _Weight:
+        values, scale, row_sum, dims, columns, bias, _ = self._operands
+        return _Weight(
+            *values.shape,
+            len(dims),
+            columns.shape[1],
+            *(part.data_ptr() for part in (values, scale, row_sum, dims, columns)),
+            None if bias is None else bias.data_ptr(),
+            _DTYPES[columns.dtype],
+            0 if bias is None else _DTYPES[bias.dtype],
+        )
+
+    def __call__(self, x: Tensor, zeropoint: bool) -> Tensor:
+        """Run the layer for x [M, K] in float16, bfloat16 or float32: [M, N] in its dtype.
+
+        The integers are those of the reference. Floating-point sums after them may be rounded in another order, which
+        changes the result by a few units in the last place of float32.
+        """
+        n, k = self._operands.values.shape
+        if not len(x) or not n or not k:
+            out = x.new_zeros(len(x), n)
+            return out if self._operands.bias is None else out + self._operands.bias.to(x.dtype)
+        if self._operands.threshold is not None:
+            return NativeLinear(self._with_outliers_of(x, self._operands.threshold))(x, zeropoint)
+        kind = next(kind for kind in kinds() if kind != "AMX" or len(x) >= _TILE_ROWS)
+        threads = max(1, min(torch.get_num_threads(), len(x) * n * k // _PRODUCTS_PER_THREAD))
+        return self.run(x, zeropoint, kind, threads)
+
+    def run(self, x: Tensor, zeropoint: bool, kind: Kind, threads: int) -> Tensor:
+        """Run it with one instruction set, for x as in a call, but neither M nor N nor K 0.
+
+        Raises:
+            MemoryError: there is not enough for the int8 values of x.
+
+        """
+        library = _library()
+        assert not isinstance(library, str)
+        x = x.contiguous()
+        out = x.new_empty(len(x), self._operands.values.shape[0])
+        weight, dtype = ctypes.byref(self._weight), _DTYPES[x.dtype]
+        if library.llmint8_linear(
+            weight, x.data_ptr(), out.data_ptr(), len(x), dtype, zeropoint, _KINDS[kind], threads
+        ):
+            raise MemoryError(f"int8 layer: no memory for {len(x)} rows of {x.shape[1]} values")
+        return out
+
+    def _with_outliers_of(self, x: Tensor, threshold: float) -> Operands:
+        """Return the weight with the columns of the outliers in x, dequantized."""
+        values, scale = self._operands.values, self._operands.scale
+        dims = dynamic_outlier_dims(x, threshold)
+        columns = x.new_zeros(len(values), padded_outliers(len(dims)), dtype=torch.float32)
+        columns[:, : len(dims)] = values[:, dims].float() * scale[:, None]
+        return self._operands._replace(outlier_dims=dims.int(), outlier_weight=columns, threshold=None)

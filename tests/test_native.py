@@ -1,0 +1,242 @@
+"""The compiled layer of the CPU: its integers to the bit, its threads, and what happens where it is not there.
+
+That it computes the layer is in `test_operators.py`, for every instruction set the machine has.
+"""
+
+import ctypes
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from llmint8 import runtime
+from llmint8.kernels import reference
+from llmint8.kernels.cpu import native
+from llmint8.kernels.linear import prepare
+from llmint8.kernels.operands import Operands
+from llmint8.kernels.reference import Activation, Int8Weight
+
+needs_it = pytest.mark.skipif(not native.kinds(), reason=native.why_not() if not native.kinds() else "")
+activations = pytest.mark.parametrize("activation", ["absmax", "zeropoint"])
+dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+
+
+@pytest.fixture(params=["AMX", "AVX512-VNNI", "AVX-VNNI", "AVX2", "Arm dotprod"])
+def kind(request: pytest.FixtureRequest) -> native.Kind:
+    if request.param not in native.kinds():
+        pytest.skip(f"no {request.param} here")
+    wanted: native.Kind = request.param
+    return wanted
+
+
+def hard_rows(k: int, dtype: torch.dtype) -> Tensor:
+    """Rows that are hard to divide and to round: ties, quotients beside them, and scales at the ends of the range."""
+    random = torch.Generator().manual_seed(k)
+    rows = [torch.zeros(k), torch.full((k,), 3.0), torch.full((k,), -3.0)]
+    for exponent in range(-149, 110, 7):  # from 2**121 on the reference overflows itself
+        magnitude = torch.tensor(2.0, dtype=torch.float64).pow(exponent)
+        steps = torch.randint(-127, 128, (k,), generator=random) + 0.5 * torch.randint(2, (k,), generator=random)
+        rows.append((steps * magnitude).float())  # ties, where the scale is a power of two
+        rows[-1][0] = (127 * magnitude).float()
+        rows.append((torch.randn(k, generator=random).double() * magnitude).float())
+    for scale in (1.0, 3.0, 0.7, 2.0 - 2.0**-23, 16777215.0, 1.1):  # of a significand of ones, too
+        ties = (torch.randint(-127, 127, (k,), generator=random) + 0.5) * scale
+        rows += [ties, ties.nextafter(torch.tensor(1e30)), ties.nextafter(torch.tensor(-1e30))]
+        for row in rows[-3:]:
+            row[0], row[1] = 127 * scale, -127 * scale
+    found = torch.stack(rows).to(dtype)
+    return found[found.isfinite().all(1)]
+
+
+def quotients_beside_ties() -> Tensor:
+    """Rows [0, 254 s, x] whose x / s lies as near as it can to the middle between a tie and the next float32.
+
+    A division rounds them to the tie or to its neighbour, so the integer shows whether it was rounded correctly.
+    Numerators and divisors have 24 bits. With a middle of A / 2**18, A odd, the remainder is smallest where
+    A s = +-1 modulo 2**25.
+    """
+    rows = []
+    for tie in range(129, 255, 2):
+        for middle in ((tie << 17) + 1, (tie << 17) - 1):
+            for sign in (1, -1):
+                s = sign * pow(middle, -1, 1 << 25) % (1 << 25)
+                x = (middle * s - sign) >> 25
+                if 1 << 23 <= s < 1 << 24 and x < 1 << 24:
+                    # x / s is now nearly middle / 2**25, which is the quotient of 64 to 128 divided by 2**7.
+                    rows.append([0.0, 254.0 * s / 2**20, 2.0**7 * x / 2**20])
+    return torch.tensor(rows, dtype=torch.float64).float()
+
+
+@activations
+@dtypes
+def test_the_integers_are_those_of_the_reference(dtype: torch.dtype, activation: Activation, kind: native.Kind) -> None:
+    """With 127 on its diagonal and 0 elsewhere a weight shows them: each output is one, times what is known."""
+    k = 200
+    dims, columns = torch.tensor([5, 77], dtype=torch.int32), torch.zeros(k, 2)
+    weight = Int8Weight(127 * torch.eye(k, dtype=torch.int8), torch.full((k,), 127.0), dims, columns)
+    layer = native.NativeLinear(Operands.prepare(weight))
+    x = hard_rows(k, dtype)
+    rows = reference.quantize_rows(x, dims, activation)
+    shifted = rows.values.float() if rows.zero_point is None else rows.values.float() - rows.zero_point[:, None]
+    expected = 127 * shifted * rows.scale[:, None]
+    # In float32, so that nothing of them is rounded away.
+    found = layer.run(x.float(), activation == "zeropoint", kind, 2)
+    assert len(x) > native._TILE_ROWS
+    assert torch.equal(found, expected)
+    rounded = layer.run(x, activation == "zeropoint", kind, 1)
+    normal = expected.abs() >= 2.0**-126  # the instruction that rounds to bfloat16 takes what is smaller for 0
+    assert torch.equal(torch.where(normal, rounded, 0), torch.where(normal, expected.to(dtype), 0))
+    assert (rounded[~normal].float().abs() < 2.0**-125).all()
+    for m in (0, 7, 40):
+        assert torch.equal(layer.run(x[m : m + 3].float(), activation == "zeropoint", kind, 1), expected[m : m + 3])
+
+
+def test_quotients_are_rounded_as_those_of_the_reference(kind: native.Kind) -> None:
+    x = quotients_beside_ties()
+    assert len(x) == 64
+    dims = torch.empty(0, dtype=torch.int32)
+    weight = Int8Weight(127 * torch.eye(3, dtype=torch.int8), torch.full((3,), 127.0), dims, torch.empty(3, 0))
+    rows = reference.quantize_rows(x, dims, "zeropoint")
+    assert rows.zero_point is not None
+    expected = 127 * (rows.values.float() - rows.zero_point[:, None]) * rows.scale[:, None]
+    found = native.NativeLinear(Operands.prepare(weight)).run(x, True, kind, 1)
+    assert torch.equal(found, expected)
+
+
+def test_a_row_that_is_not_finite_is_nan_and_the_others_are_what_they_were(kind: native.Kind) -> None:
+    weight = Int8Weight(
+        torch.randint(-127, 128, (70, 90), dtype=torch.int8), torch.rand(70), torch.tensor([3]), torch.randn(70, 1)
+    )
+    layer = native.NativeLinear(Operands.prepare(weight))
+    for value in (float("nan"), float("inf"), -float("inf")):
+        x = torch.randn(80, 90)
+        expected = layer.run(x, True, kind, 1)
+        x[4, 17] = value
+        found = layer.run(x, True, kind, 1)
+        assert found[4].isnan().all()
+        assert torch.equal(found[5:], expected[5:])
+
+
+@pytest.mark.parametrize("m", [1, 6, 33, 64, 65, 130])
+def test_the_result_does_not_depend_on_the_threads(m: int, kind: native.Kind) -> None:
+    weight = Int8Weight(
+        torch.randint(-127, 128, (150, 300), dtype=torch.int8),
+        torch.rand(150),
+        torch.tensor([3, 150]),
+        torch.randn(150, 2).half(),
+        torch.randn(150),
+    )
+    layer, x = native.NativeLinear(Operands.prepare(weight)), torch.randn(m, 300, dtype=torch.float16)
+    one = layer.run(x, True, kind, 1)
+    for threads in (2, 3, 7):
+        assert torch.equal(layer.run(x, True, kind, threads), one)
+    for row in (0, m // 2, m - 1):
+        assert torch.equal(layer.run(x, True, kind, 1)[row], one[row])
+
+
+@needs_it
+def test_one_runtime_of_openmp_is_loaded() -> None:
+    """Two would keep each other's threads from the cores."""
+    code = """
+import torch
+from llmint8.kernels.cpu import native
+assert native.kinds()
+torch.ones(1 << 20).sum()
+print(*{line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.rpartition("/")[2]})
+"""
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("lists what is loaded on Linux")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(done.stdout.split()) == 1, done.stdout
+
+
+@needs_it
+def test_a_layer_says_which_instructions_it_uses() -> None:
+    layer = runtime.Int8Linear.from_linear(torch.nn.Linear(64, 24))
+    assert layer.prepared is not None
+    assert layer.prepared.runs_on == f"{native.kinds()[0]} on the CPU"
+
+
+@pytest.mark.parametrize("missing", ["the library", "another version", "not a library"])
+def test_without_the_library_layers_run_and_say_why(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    library = tmp_path / ("_layer" + native.importlib.machinery.EXTENSION_SUFFIXES[0])
+    if missing == "not a library":
+        library.write_bytes(b"no")
+    if missing == "another version":
+        if not native.kinds():
+            pytest.skip(native.why_not())
+        library.write_bytes(Path(native._library()._name).read_bytes())  # type: ignore[union-attr]
+        monkeypatch.setattr(native, "_VERSION", -1)
+    expected = {
+        "the library": "installed without a C compiler",
+        "another version": "compiled from another version",
+        "not a library": "cannot be loaded",
+    }
+    native._library.cache_clear()
+    native.kinds.cache_clear()
+    try:
+        assert native.kinds() == []
+        assert expected[missing] in native.why_not()
+        weight = Int8Weight(
+            torch.randint(-127, 128, (5, 9), dtype=torch.int8), torch.rand(5), torch.tensor([3]), torch.randn(5, 1)
+        )
+        prepared = prepare(weight)
+        assert expected[missing] in prepared.runs_on
+        x = torch.randn(2, 9)
+        torch.testing.assert_close(prepared.linear(x, "absmax"), reference.int8_linear(x, weight, "absmax"))
+    finally:
+        native._library.cache_clear()
+        native.kinds.cache_clear()
+
+
+@needs_it
+def test_an_instruction_set_that_saturates_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    def saturated(self: Any, x: Tensor, *how: Any) -> Tensor:
+        return (x @ self._operands.values.float().t()).clamp(max=2.0**22)
+
+    monkeypatch.setattr(native.NativeLinear, "run", saturated)
+    native.kinds.cache_clear()
+    try:
+        assert native.kinds() == []
+    finally:
+        native.kinds.cache_clear()
+
+
+@needs_it
+def test_too_little_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    operands = Operands.prepare(
+        Int8Weight(torch.ones(3, 4, dtype=torch.int8), torch.ones(3), torch.empty(0).int(), torch.empty(3, 0))
+    )
+    layer = native.NativeLinear(operands)
+    layer._weight.padded = 1 << 48  # the columns of each thread
+    with pytest.raises(MemoryError, match="2 rows of 4 values"):
+        layer(torch.ones(2, 4), False)
+
+
+def test_the_structure_has_the_size_that_c_gives_it() -> None:
+    assert ctypes.sizeof(native._Weight) == 4 * 8 + 6 * ctypes.sizeof(ctypes.c_void_p) + 2 * 4
+
+
+@needs_it
+def test_the_compiled_layer_is_one_operator_in_a_graph() -> None:
+    torch._dynamo.reset()
+    layer = runtime.Int8Linear.from_linear(torch.nn.Linear(64, 24).requires_grad_(False), torch.tensor([3, 9]))
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    x = torch.randn(3, 64)
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend=backend)(x), layer(x))
+    called = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert [name for name in called if "llmint8" in name] == ["llmint8.int8_linear.default"]
+    exported = torch.export.export(layer, (x,))
+    assert torch.equal(exported.module()(x), layer(x))
