@@ -84,8 +84,8 @@ def run(*arguments: object) -> Any:
 
 
 def downloads(hub: Any) -> list[str]:
-    """The names of the weight files whose downloads were begun; a header is asked for without a HEAD."""
-    return [request.rpartition("/")[2] for request in hub.asked(f"^HEAD .*{WEIGHTS}")]
+    """The names of the shards whose downloads were begun; a header is asked for without a HEAD."""
+    return [request.rpartition("/")[2] for request in hub.asked(f"^HEAD .*-of-.*{WEIGHTS}")]
 
 
 @pytest.mark.parametrize("outliers", ["none", "top-k=4"])

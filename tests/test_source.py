@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
+from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from llmint8.formats import CorruptFileError, LLMInt8Error, SourceError, open_source
 
@@ -112,14 +113,46 @@ def test_parameters_and_tied_tensors_of_a_bin_are_read(tmp_path: Path) -> None:
         assert not source.read(name).requires_grad
 
 
-def test_safetensors_come_before_bin_and_an_index_before_a_file(tmp_path: Path) -> None:
+def test_one_file_comes_before_shards_and_safetensors_before_bin_as_transformers_has_it(tmp_path: Path) -> None:
+    """And what is not read is named."""
+    taken = [("safetensors", 1, "model.safetensors"), ("safetensors", 2, INDEX)]
+    taken += [("zip", 1, "pytorch_model.bin"), ("zip", 2, TORCH_INDEX)]
+    for number in range(len(taken)):
+        path = tmp_path / str(number)
+        for layout, shards, _ in taken[number:]:
+            make(path, layout, shards)
+        source = open_source(path)
+        assert len(source.files) == taken[number][1]
+        assert source.files[0].path.suffix == (".safetensors" if number < 2 else ".bin")
+        left = [name for *_, name in taken[number + 1 :]]
+        expected = f"{', '.join(left)}: left aside, for transformers takes {taken[number][2]} where both are there"
+        assert source.notices == ([expected] if left else [])
+        theirs, _ = _get_resolved_checkpoint_files(path, None, None, None, None, False)
+        assert sorted(Path(file).name for file in theirs) == [file.path.name for file in source.files]
+
+
+def test_a_whole_file_beside_an_index_without_its_shards(tmp_path: Path) -> None:
+    path = make(tmp_path / "s", shards=3)
+    for shard in path.glob("*-of-*"):
+        shard.unlink()
+    make(path)
+    source = open_source(path)
+    assert all(torch.equal(source.read(name), tensor) for name, tensor in some_tensors().items())
+    (notice,) = source.notices
+    assert notice.startswith(f"{INDEX}: left aside")
+
+
+def test_the_file_that_config_json_names_is_taken(tmp_path: Path) -> None:
     path = make(tmp_path / "s")
-    make(path, "zip")
-    assert [file.path.name for file in open_source(path).files] == ["model.safetensors"]
-    make(path, "safetensors", 2)
-    make(path, "zip", 2)
-    assert [file.path.suffix for file in open_source(path).files] == [".safetensors"] * 2
-    assert len(open_source(path).files) == 2
+    (path / "model.safetensors").rename(path / "other.safetensors")
+    make(path)
+    (path / "config.json").write_text('{"transformers_weights": "other.safetensors"}')
+    source = open_source(path)
+    assert [file.path.name for file in source.files] == ["other.safetensors"]
+    assert source.notices[0].startswith("model.safetensors: left aside")
+    for name in ("../other.safetensors", "a/b.safetensors", "other.bin", 7, "/other.safetensors"):
+        (path / "config.json").write_text(json.dumps({"transformers_weights": name}))
+        refused(path, "transformers_weights is", kind=SourceError)
 
 
 def test_what_is_no_tensor_is_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -210,11 +243,23 @@ def test_an_index_that_promises_more_than_the_shards_hold(tmp_path: Path, layout
     refused(path, f"{shards[1]}: m.a.weight is missing", kind=SourceError)
 
 
-def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
+def test_of_a_tensor_in_two_shards_the_index_decides_and_other_values_are_said(tmp_path: Path) -> None:
     path = make(tmp_path / "s", shards=2)
     first, second = (file.path for file in open_source(path).files)
+    of_first = set(open_source(path).files[0].tensors)
     save_safetensors(some_tensors(), second)
-    refused(path, f"{second}: m.", f" is also in {first.name}", kind=SourceError)
+    source = open_source(path)
+    assert source.notices == []
+    assert {name for name, info in source.tensors.items() if info.file == first.name} == of_first
+    save_safetensors({name: torch.full_like(tensor, 1) for name, tensor in some_tensors().items()}, second)
+    source = open_source(path)
+    name = sorted(of_first)[0]
+    assert torch.equal(source.read(name), some_tensors()[name])
+    (notice,) = source.notices
+    assert f"in {first.name} and {second.name}, with other values; taken from {first.name}, as the index says" in notice
+    change_index(path, INDEX, **dict.fromkeys(of_first, second.name))
+    source = open_source(path)
+    assert torch.equal(source.read(name), torch.full_like(some_tensors()[name], 1))
 
 
 @pytest.mark.parametrize(
@@ -400,7 +445,7 @@ def test_links_of_the_hub_cache_are_followed_into_its_blobs_only(tmp_path: Path,
 @pytest.mark.skipif(sys.platform == "win32", reason="needs FIFOs")
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "pytorch_model.bin", INDEX])
 def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
-    path = make(tmp_path / "s", "zip" if name == "pytorch_model.bin" else "safetensors")
+    path = make(tmp_path / "s", "zip" if name == "pytorch_model.bin" else "safetensors", 2 if name == INDEX else 1)
     (path / name).unlink(missing_ok=True)
     os.mkfifo(path / name)
     refused(path, f"{path / name}: not a regular file", kind=CorruptFileError)

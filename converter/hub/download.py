@@ -18,7 +18,12 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
 
 from llmint8.formats import CheckpointError, Quantization, SourceError, read_json
-from llmint8.formats.disk.names import CONFIG_NAME, LEGACY_QUANTIZATION_NAME
+from llmint8.formats.disk.names import (
+    CONFIG_NAME,
+    LEGACY_QUANTIZATION_NAME,
+    SAFETENSORS_INDEX_NAME,
+    SAFETENSORS_NAME,
+)
 from llmint8.formats.sources.weight_files import weight_files
 
 from .answers import explain, patiently
@@ -46,8 +51,10 @@ def download(repo: str, revision: str | None, kind: Kind | None, low_disk: bool,
         _check_kind(repo, snapshot, kind)
         origin = Resolved(snapshot, repo, snapshot.name, low_disk=low_disk)
         # The reader of int8 checkpoints says which files it misses.
-        has = (lambda name: True) if kind == "int8" else partial(has_file, origin)
-        names = weight_files(snapshot, has)[0]
+        whole = not (snapshot / SAFETENSORS_INDEX_NAME).exists()
+        has = (lambda name: whole and name == SAFETENSORS_NAME) if kind == "int8" else partial(has_file, origin)
+        named = None if kind == "int8" else read_json(config).get("transformers_weights")
+        names = weight_files(snapshot, has, named).names
         if low_disk and not names[0].endswith(".safetensors"):
             raise SourceError(f"{repo}: has no safetensors files, and --low-disk cannot do with others; leave it out")
         if low_disk or not weights:

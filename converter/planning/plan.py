@@ -27,6 +27,7 @@ from llmint8.formats.disk.small_files import large_files
 
 from ..hub.low_disk import MOST_SHARDS, open_remote
 from ..hub.origin import Resolved
+from ..model.architecture import settle_class
 from ..model.build import meta_model
 from ..model.config import load_config
 from ..model.head import Head, own_head
@@ -175,11 +176,13 @@ def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> Conv
         raise SourceError(f"{origin.path}: has a name that cannot be printed; rename the directory")
     source = open_remote(origin, out / WORKING_NAME) if origin.remote else open_source(origin.path)
     config, head = load_config(origin.path, options.trust_remote_code), None
+    config, notices = (None, []) if config is None else settle_class(config, source)
     with bounded_modules(len(source.tensors)):
         model = None if config is None else meta_model(config)
         if options.quantize_head:
             config, model, head = own_head(config, model)
     selection = select_layers(source, model, options.skip, options.only, head)
+    selection.notices[:0] = [*source.notices, *notices]
     if model is None and criterion.kind != "none":
         criterion = Criterion("none", None)
         selection.notices.append("without the model there is no calibration: no outlier columns are stored")
