@@ -376,24 +376,72 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path, layout: str) -> None:
         assert marker.exists(), "the attack does not work, so the test shows nothing"
 
 
-@pytest.mark.parametrize(
-    ("quantization", "method"),
-    [
-        ({"quant_method": "gptq", "bits": 4}, "gptq"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
-        ({}, "quantization_config is set"),
-        ("awq", "quantization_config is set"),
-    ],
-)
-def test_a_quantized_model_is_refused(tmp_path: Path, quantization: Any, method: str) -> None:
-    path = make(tmp_path / "s", config={"quantization_config": quantization})
+QUANTIZED = {  # method -> a tensor that only a quantized model has
+    "gptq": ("m.a.qweight", torch.zeros(4, 4, dtype=torch.int32)),
+    "bitsandbytes": ("m.a.SCB", torch.zeros(4)),
+    "bitsandbytes, 4 bits": ("m.a.weight", torch.zeros(16, 1, dtype=torch.uint8)),
+    "fp8": ("m.a.weight", torch.zeros(4, 4).to(torch.float8_e4m3fn)),
+    "compressed-tensors": ("m.a.weight_packed", torch.zeros(4, 4, dtype=torch.int32)),
+    "mxfp4": ("m.experts.down_proj_blocks", torch.zeros(4, 4, dtype=torch.uint8)),
+}
+
+
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_a_quantized_model_is_refused(tmp_path: Path, method: str) -> None:
+    path = make(tmp_path / "s", config={"quantization_config": {"quant_method": method}})
+    name, tensor = QUANTIZED[method]
+    save_safetensors({**some_tensors(), name: tensor}, path / "model.safetensors")
+    refused(path, "config.json", f"already quantized ({method})", kind=SourceError)
+    (path / "model.safetensors").rename(path / "gptq_model-4bit.safetensors")
     refused(path, "config.json", f"already quantized ({method})", kind=SourceError)
 
 
 def test_a_model_quantized_as_in_2023_is_refused(tmp_path: Path) -> None:
     path = make(tmp_path / "s")
     (path / "quantization_config.json").write_text('{"load_in_8bit": true}')
+    save_safetensors({"m.a.SCB": torch.zeros(4)}, path / "model.safetensors")
     refused(path, "already quantized", kind=SourceError)
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [{}, {"quant_method": "bitsandbytes", "load_in_4bit": True}, {"load_in_4bit": False, "load_in_8bit": False}, "awq"],
+)
+def test_what_is_left_of_a_quantization_after_a_merge_is_left_out(tmp_path: Path, quantization: Any) -> None:
+    path = make(tmp_path / "s", config={"a": 1, "quantization_config": quantization})
+    (path / "quantization_config.json").write_text("{}")
+    source = open_source(path)
+    assert source.config == {"a": 1}
+    assert source.small_files == []
+    (notice,) = source.notices
+    assert "no tensor is quantized, as after a merge" in notice
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345678\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "pytorch_model.bin", INDEX, "tokenizer.model"])
+def test_a_pointer_of_git_lfs_is_called_that(tmp_path: Path, name: str) -> None:
+    path = make(tmp_path / "s", "zip" if name.endswith(".bin") else "safetensors", 2 if name == INDEX else 1)
+    (path / name).write_text(POINTER)
+    refused(path, f"{path / name}: a pointer of git-lfs in place of the file; `git lfs pull` in {path}")
+
+
+def test_an_adapter_is_called_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    path.mkdir()
+    (path / "adapter_config.json").write_text('{"base_model_name_or_path": "alice/base"}')
+    save_safetensors({"a": torch.zeros(4)}, path / "adapter_model.safetensors")
+    refused(path, "adapter_config.json: an adapter and no model; merge it into its base, 'alice/base'", kind=SourceError)
+    (path / "config.json").write_text("{}")
+    refused(path, "adapter_config.json: an adapter and no model", kind=SourceError)
+    make(path)
+    source = open_source(path)
+    assert set(source.tensors) == set(some_tensors())
+    assert source.small_files == []
+    (notice,) = source.notices
+    assert notice.startswith("adapter_config.json, adapter_model.safetensors: an adapter, which stays behind")
+
 
 
 # Links and special files.

@@ -41,6 +41,8 @@ def load_config(path: Path, trust_remote_code: bool = False) -> Any | None:
         raise SourceError(f"{file}: not a valid {model_type} config: {first_line(error)}") from None
     # It would name another index of weights, one that has not been checked.
     config.__dict__.pop("transformers_weights", None)
+    # The source's is stale, or it would have been refused; that of an int8 checkpoint is read by the formats room.
+    config.__dict__.pop("quantization_config", None)
     config.__dict__.pop("auto_map", None)
     if trust_remote_code:
         config.auto_map = code

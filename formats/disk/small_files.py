@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from ..errors import SourceError
-from .names import CONFIG_NAME
-from .reading import require_inside
+from .names import ADAPTER_CONFIG_NAME, CONFIG_NAME, LEGACY_QUANTIZATION_NAME
+from .reading import check_is_no_pointer, open_regular, require_inside
 
 WEIGHT_SUFFIXES = tuple(
     ".partial .safetensors .bin .pt .pth .ckpt .h5 .msgpack .gguf .ggml .onnx .ot .npz .tflite .pkl .pdparams".split()  # noqa: SIM905
@@ -36,7 +36,8 @@ def large_files(path: Path) -> list[Path]:
 
 def _is_beside(file: Path) -> bool:
     name = file.name
-    not_copied = (CONFIG_NAME, "adapter_config.json")  # adapters stay behind: their weights are not converted
+    # Adapters stay behind: their weights are not converted. What quantized the source once did not quantize this.
+    not_copied = (CONFIG_NAME, ADAPTER_CONFIG_NAME, LEGACY_QUANTIZATION_NAME)
     if name in not_copied or name.endswith(".index.json") or name.startswith((".", "llmint8_")) or not file.is_file():
         return False
     return file.suffix.lower() not in WEIGHT_SUFFIXES
@@ -50,4 +51,6 @@ def _is_small_file(file: Path, directory: Path) -> bool:
             f"{directory}: {file.name[:80]!r} is not a name that can be printed; rename or remove the file"
         )
     require_inside(file, directory)
+    with open_regular(file) as opened:
+        check_is_no_pointer(file, opened.read(64) or b"")
     return True

@@ -5,6 +5,7 @@ with an index. Every other layout (metaseq, GGUF, ...) becomes a `Source` here t
 transformers; nothing outside this folder asks what the files were.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,10 +15,11 @@ from typing import Any
 from torch import Tensor
 
 from ..containers.tensors import TensorInfo, as_bytes
-from ..disk.names import CONFIG_NAME, LEGACY_QUANTIZATION_NAME
+from ..disk.names import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from ..disk.reading import read_json
 from ..disk.small_files import small_files
 from ..errors import SourceError
+from .quantized import already_quantized, check_quantization, stored_quantization
 from .weight_files import LocalFolder, TensorFile, WeightFiles, WeightFolder, weight_files
 
 # Of tensors that are there twice; more are not read only to be compared.
@@ -72,9 +74,15 @@ def open_source(path: Path, folder: WeightFolder | None = None) -> Source:
     if not path.is_dir():
         raise SourceError(f"{path}: no such directory")
     config = _read_config(path)
+    quantization = stored_quantization(path, config)
     local = folder is None
     folder = folder or LocalFolder(path)
-    found = weight_files(path, folder.has, config.get("transformers_weights"))
+    try:
+        found = weight_files(path, folder.has, config.get("transformers_weights"))
+    except SourceError as error:
+        if quantization is not None:
+            raise already_quantized(path / CONFIG_NAME, quantization) from None
+        raise (adapter_alone(path) or error) from None
     files = folder.open(found.names)
     tensors: dict[str, TensorInfo] = {}
     twice: dict[str, tuple[TensorInfo, TensorInfo]] = {}
@@ -87,8 +95,11 @@ def open_source(path: Path, folder: WeightFolder | None = None) -> Source:
     for name, holder in found.weight_map.items():
         if name not in tensors or tensors[name].file != holder:
             raise SourceError(f"{path / holder}: {name} is missing, but {found.index} says that it is here")
+    stale = check_quantization(path, quantization, tensors)
+    if stale:
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
     source = Source(path, config, files, tensors, small_files(path))
-    source.notices.extend([*_left_aside(found), *_twice_notices(source, twice, local)])
+    source.notices.extend([*_left_aside(found), *_twice_notices(source, twice, local), *stale, *_adapter_notice(path)])
     return source
 
 
@@ -121,15 +132,27 @@ def _same(source: Source, one: TensorInfo, other: TensorInfo) -> bool:
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not (path / CONFIG_NAME).exists():
-        raise SourceError(f"{path / CONFIG_NAME}: missing; a checkpoint directory in Hugging Face layout has one")
-    config = read_json(path / CONFIG_NAME)
-    quantization = config.get("quantization_config")
-    if quantization is None and (path / LEGACY_QUANTIZATION_NAME).exists():
-        quantization = read_json(path / LEGACY_QUANTIZATION_NAME)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise SourceError(
-            f"{path / CONFIG_NAME}: this model is already quantized ({method or 'quantization_config is set'}); "
-            "convert the original 16-bit checkpoint instead"
+        missing = SourceError(
+            f"{path / CONFIG_NAME}: missing; a checkpoint directory in Hugging Face layout has one"
         )
-    return config
+        raise adapter_alone(path) or missing
+    return read_json(path / CONFIG_NAME)
+
+
+def adapter_alone(path: Path) -> SourceError | None:
+    """Return the error for a directory that holds an adapter in place of a model; None where it holds none."""
+    file = path / ADAPTER_CONFIG_NAME
+    if not file.exists():
+        return None
+    base = str(read_json(file).get("base_model_name_or_path"))[:80]
+    return SourceError(
+        f"{file}: an adapter and no model; merge it into its base, {base!r}, and convert the result (with PEFT: "
+        "merge_and_unload, then save_pretrained)"
+    )
+
+
+def _adapter_notice(path: Path) -> list[str]:
+    found = sorted(file.name for file in path.iterdir() if re.fullmatch(r"adapter_model\b.*|adapter_config\.json", file.name))
+    if not found:
+        return []
+    return [f"{', '.join(found)}: an adapter, which stays behind; only the model beside it is converted"]
