@@ -432,7 +432,9 @@ def test_an_adapter_is_called_what_it_is(tmp_path: Path) -> None:
     path.mkdir()
     (path / "adapter_config.json").write_text('{"base_model_name_or_path": "alice/base"}')
     save_safetensors({"a": torch.zeros(4)}, path / "adapter_model.safetensors")
-    refused(path, "adapter_config.json: an adapter and no model; merge it into its base, 'alice/base'", kind=SourceError)
+    refused(
+        path, "adapter_config.json: an adapter and no model; merge it into its base, 'alice/base'", kind=SourceError
+    )
     (path / "config.json").write_text("{}")
     refused(path, "adapter_config.json: an adapter and no model", kind=SourceError)
     make(path)
@@ -441,7 +443,6 @@ def test_an_adapter_is_called_what_it_is(tmp_path: Path) -> None:
     assert source.small_files == []
     (notice,) = source.notices
     assert notice.startswith("adapter_config.json, adapter_model.safetensors: an adapter, which stays behind")
-
 
 
 # Links and special files.

@@ -19,6 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPEr
 
 from llmint8.formats import CheckpointError, Quantization, SourceError, read_json
 from llmint8.formats.disk.names import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME
+from llmint8.formats.disk.small_files import module_folders
 from llmint8.formats.sources.quantized import already_quantized, stored_quantization
 from llmint8.formats.sources.source import adapter_alone
 from llmint8.formats.sources.weight_files import weight_files
@@ -30,6 +31,8 @@ from .remote import has_file
 
 _SMALL_FILES = ["*.py", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.tiktoken"]
 _SMALL_FILES += [*LICENCE_FILES, *NOTICE_FILES, *POLICY_FILES]
+# In the folders that `modules.json` of a sentence encoder names.
+_MODULE_FILES = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model"]
 # One name that is there, for a pattern without any match is logged as a warning.
 _ALWAYS = [CONFIG_NAME, "additional_chat_templates/*.jinja"]
 
@@ -45,6 +48,10 @@ def download(repo: str, revision: str | None, kind: Kind | None, low_disk: bool,
     with _explained(repo, revision):
         config = _fetch_config(repo, revision)
         snapshot = _fetch(repo, config.parent.name, _SMALL_FILES, "*/*")
+        if folders := module_folders(snapshot, there=False):
+            _fetch(
+                repo, snapshot.name, [f"{glob.escape(folder)}/{file}" for folder in folders for file in _MODULE_FILES]
+            )
         _check_kind(repo, snapshot, kind)
         origin = Resolved(snapshot, repo, snapshot.name, low_disk=low_disk)
         # The reader of int8 checkpoints says which files it misses.

@@ -23,7 +23,7 @@ from llmint8.formats import (
 )
 from llmint8.formats.containers.tensors import BLOCK_BYTES
 from llmint8.formats.disk.names import CONFIG_NAME, MANIFEST_NAME, WORKING_NAME
-from llmint8.formats.disk.small_files import large_files
+from llmint8.formats.disk.small_files import left_behind
 
 from ..hub.low_disk import MOST_SHARDS, open_remote
 from ..hub.origin import Resolved
@@ -188,9 +188,7 @@ def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> Conv
         selection.notices.append("without the model there is no calibration: no outlier columns are stored")
     if options.outliers != _DEFAULTS.outliers:  # of what nobody asked for, as much as there can be
         selection.notices.extend(budget_notices(criterion, [layer.in_features for layer in selection.layers.values()]))
-    for file in large_files(origin.path):
-        size = file.stat().st_size / 1e6
-        selection.notices.append(f"{file.name} ({size:.0f} MB) stays behind: only files of up to 64 MiB are copied")
+    selection.notices.extend(f"{name} stays behind: {why}" for name, why in left_behind(origin.path))
     dtype = _CAST_DTYPES.get(options.dtype or "")
     plan = ConversionPlan(source, origin, out, config, head, selection, criterion, options, dtype, max_shard_bytes, [])
     return with_selection(plan, selection)

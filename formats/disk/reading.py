@@ -46,7 +46,7 @@ def check_is_no_pointer(path: Path, beginning: bytes) -> None:
     """Refuse what git-lfs puts in the place of a file that it has not fetched. Raises CorruptFileError."""
     if beginning.startswith(_POINTER):
         raise CorruptFileError(
-            f"{path}: a pointer of git-lfs in place of the file; `git lfs pull` in {path.parent} fetches what it stands for"
+            f"{path}: a pointer of git-lfs in place of the file; `git lfs pull` in {path.parent} fetches the file"
         )
 
 

@@ -132,9 +132,7 @@ def _same(source: Source, one: TensorInfo, other: TensorInfo) -> bool:
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not (path / CONFIG_NAME).exists():
-        missing = SourceError(
-            f"{path / CONFIG_NAME}: missing; a checkpoint directory in Hugging Face layout has one"
-        )
+        missing = SourceError(f"{path / CONFIG_NAME}: missing; a checkpoint directory in Hugging Face layout has one")
         raise adapter_alone(path) or missing
     return read_json(path / CONFIG_NAME)
 
@@ -152,7 +150,9 @@ def adapter_alone(path: Path) -> SourceError | None:
 
 
 def _adapter_notice(path: Path) -> list[str]:
-    found = sorted(file.name for file in path.iterdir() if re.fullmatch(r"adapter_model\b.*|adapter_config\.json", file.name))
+    found = sorted(
+        file.name for file in path.iterdir() if re.fullmatch(r"adapter_model\b.*|adapter_config\.json", file.name)
+    )
     if not found:
         return []
     return [f"{', '.join(found)}: an adapter, which stays behind; only the model beside it is converted"]

@@ -126,8 +126,8 @@ def load_reference(path: Path, window: int, device: str) -> Any:
     source = open_source(path)
     if (path / ADAPTER_CONFIG_NAME).exists() and is_peft_available():
         raise LLMInt8Error(
-            f"{path / ADAPTER_CONFIG_NAME}: an adapter, which transformers would load into the model that the checkpoint "
-            "was made from; move it to another directory"
+            f"{path / ADAPTER_CONFIG_NAME}: an adapter, which transformers would load into the model that the "
+            "checkpoint was made from; move it to another directory"
         )
     config = load_config(path)
     cls = None if config is None else model_class(config)
