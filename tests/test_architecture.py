@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -154,8 +155,9 @@ CASES = {  # made as, config, named in config.json, changes, -> the class, trans
         "BertModel", BERT, "BertForSequenceClassification", None, "BertModel", "AutoModel", "classifier.weight and 1",
     ),
     "an encoder under a decoder's name": (
-        "T5EncoderModel", T5, "T5ForConditionalGeneration", None, "T5EncoderModel", "AutoModelForTextEncoding",
-        "decoder.block.0.layer.0.SelfAttention.q.weight and 27 parameters more are in no file: taken for a T5EncoderModel",
+        "T5EncoderModel", T5, "T5ForConditionalGeneration", None,
+        "T5EncoderModel", "AutoModelForTextEncoding",
+        "decoder.block.0.layer.0.SelfAttention.q.weight and 27 parameters more are in no file: taken for a T5Encoder",
     ),
     "no class of that name": (
         "LlamaForCausalLM", LLAMA, "LLaMAForCausalLM", None, "LlamaForCausalLM", "AutoModelForCausalLM",
@@ -193,7 +195,7 @@ def test_the_class_is_what_the_tensors_fill_and_all_loaders_read_the_same(case: 
 
 
 def outputs(model: Any) -> Tensor:
-    inputs = {"decoder_input_ids": TOKENS} if "decoder_input_ids" in model.forward.__code__.co_varnames else {}
+    inputs = {"decoder_input_ids": TOKENS} if "decoder_input_ids" in signature(model.forward).parameters else {}
     with torch.no_grad():
         found: Tensor = model(input_ids=TOKENS, **inputs)[0].float()
     return found

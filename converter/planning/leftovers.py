@@ -18,8 +18,8 @@ NOT_LINEAR = re.compile(r"emb|wte|wpe|head|norm|ln_|router|gate$|position|shared
 MIN_FEATURES = 32
 
 
-def leftover_notices(source: Source, model: Any, mapped: dict[str, str]) -> list[str]:
-    """Say how much stays as it is because the model has no linear layer for it.
+def leftovers(source: Source, model: Any, mapped: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Return the matrices that the model has no place for, and notices that say how much stays as it is.
 
     Args:
         source: the opened source checkpoint.
@@ -35,11 +35,13 @@ def leftover_notices(source: Source, model: Any, mapped: dict[str, str]) -> list
     # The experts of Mixtral and others are matrices in the file, and stacks in the model.
     experts += [info for info in fused if info not in experts and made.get(info.name, 0) > 2]
     name = type(model).__name__
-    return [
+    foreign = [info for info in matrices if info.name not in made]
+    notices = [
         *_stay(experts, " of experts", "the model has them in stacks, and no linear layers for them"),
         *_stay([info for info in fused if info not in experts], "", f"{name} has no linear layer of that name"),
-        *_stay([info for info in matrices if info.name not in made], "", f"{name} has no place for that"),
+        *_stay(foreign, "", f"{name} has no place for that"),
     ]
+    return [info.name for info in foreign], notices
 
 
 def _is_layer(info: TensorInfo) -> bool:

@@ -18,7 +18,7 @@ from ..model.build import is_linear, meta_model
 from ..model.head import Head
 from ..model.names import module_names
 from ..model.own_use import weights_used_directly
-from .leftovers import MIN_FEATURES, NOT_LINEAR, doubtful_notices, leftover_notices, reason_to_doubt
+from .leftovers import MIN_FEATURES, NOT_LINEAR, doubtful_notices, leftovers, reason_to_doubt
 
 _ROUTER = re.compile(r"(^|[._])router([._]|$)|(^|\.)(((shared_)?experts?_|moe_)?gate|gating)(\.|$)")
 
@@ -119,9 +119,9 @@ def select_layers(
     else:
         mapped = module_names(model, source.tensors)
         candidates, kept, module_of = _candidates_of_model(source, model, mapped, head)
-        notices += leftover_notices(source, model, mapped)
-        leftover = [name for name, info in source.tensors.items() if name not in mapped and len(info.shape) == 2]
-        prefix, elsewhere = f"{model.base_model_prefix}.", linear_elsewhere(model, leftover)
+        foreign, more = leftovers(source, model, mapped)
+        notices += more
+        prefix, elsewhere = f"{model.base_model_prefix}.", linear_elsewhere(model, foreign)
     layers = {}
     for name, layer in candidates.items():
         if any(re.search(pattern, name) for pattern in skip):
