@@ -218,8 +218,30 @@ def stock_agrees(out: Path, auto: str, model: Any | None) -> Any:
 def test_a_name_that_transformers_lacks_over_other_tensors_is_converted_by_names(tmp_path: Path) -> None:
     path = make(tmp_path / "s", "LlamaForCausalLM", LLAMA, "MyLlama", renamed(r"^model\.", "body."))
     report = converter.convert(path, tmp_path / "out")
-    assert "transformers has no MyLlama, and no other 'llama' that these tensors fill" in report.notices[0]
+    assert "transformers has no MyLlama, and these tensors fill no other of its 'llama' models" in report.notices[0]
     assert formats.open_checkpoint(tmp_path / "out").config["architectures"] == ["MyLlama"]
+
+
+def test_a_class_of_the_checkpoints_own_code_is_not_taken_for_another(tmp_path: Path) -> None:
+    """It may compute something else with the same parameters, as Llamas that see to both sides do."""
+    path = make(tmp_path / "s", "LlamaForCausalLM", LLAMA, "LlamaForTwoSides")
+    config = json.loads((path / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "own.LlamaForTwoSides"}
+    (path / "config.json").write_text(json.dumps(config))
+    report = converter.convert(path, tmp_path / "out")
+    assert report.notices[0].startswith("transformers has no LlamaForTwoSides: linear layers were chosen by name")
+    assert "--trust-remote-code runs the code beside it" in report.notices[0]
+    with pytest.raises(formats.LLMInt8Error, match="trust_remote_code=True runs the code beside it"):
+        runtime.load(tmp_path / "out")
+
+
+def test_a_checkpoint_of_bitsandbytes_under_such_a_name_loads(tmp_path: Path) -> None:
+    converter.convert(make(tmp_path / "s", "LlamaForCausalLM", LLAMA), tmp_path / "out", outliers="none")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["architectures"] = ["LLaMAForCausalLM"]
+    del config["quantization_config"]["llmint8"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    assert type(runtime.load(tmp_path / "out")).__name__ == "LlamaForCausalLM"
 
 
 def test_verify_knows_the_class_too(tmp_path: Path) -> None:

@@ -238,7 +238,8 @@ def _unknown(config: Mapping[str, Any]) -> str:
     """Say what transformers does not know about a model."""
     model_type, architectures = config.get("model_type"), config.get("architectures")
     if model_type in CONFIG_MAPPING and architectures:
-        return f"transformers has no {architectures[0]}, and no other {model_type!r} that these tensors fill"
+        others = "" if config.get("auto_map") else f", and these tensors fill no other of its {model_type!r} models"
+        return f"transformers has no {architectures[0]}{others}"
     return f"transformers does not know the model type {model_type!r}"
 
 
