@@ -188,7 +188,7 @@ def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> Conv
         selection.notices.append("without the model there is no calibration: no outlier columns are stored")
     if options.outliers != _DEFAULTS.outliers:  # of what nobody asked for, as much as there can be
         selection.notices.extend(budget_notices(criterion, [layer.in_features for layer in selection.layers.values()]))
-    selection.notices.extend(f"{name} stays behind: {why}" for name, why in left_behind(origin.path))
+    selection.notices.extend(left_behind(origin.path))
     dtype = _CAST_DTYPES.get(options.dtype or "")
     plan = ConversionPlan(source, origin, out, config, head, selection, criterion, options, dtype, max_shard_bytes, [])
     return with_selection(plan, selection)

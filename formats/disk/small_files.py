@@ -39,24 +39,18 @@ def small_files(path: Path) -> list[Path]:
     return found
 
 
-def left_behind(path: Path) -> list[tuple[str, str]]:
-    """Return what lies beside the weights, is none of them, and does not go along: names, and why not."""
-    found = [
-        (
-            file.relative_to(path).as_posix(),
-            f"{file.stat().st_size / 1e6:.0f} MB, and only files of up to 64 MiB are copied",
-        )
+def left_behind(path: Path) -> list[str]:
+    """Say what lies beside the weights, is none of them, and does not go along."""
+    too_large = [
+        f"{file.relative_to(path).as_posix()} ({file.stat().st_size / 1e6:.0f} MB) stays behind: only files of up to "
+        "64 MiB are copied"
         for file in _candidates(path)
         if _is_beside(file, path) and file.stat().st_size > MAX_SMALL_FILE_BYTES
     ]
     taken = {_TEMPLATES, *(folder.partition("/")[0] for folder in module_folders(path))}
-    folders = sorted(file.name for file in path.iterdir() if file.is_dir())
-    left = [
-        name
-        for name in folders
-        if name not in taken and not name.startswith((".", "__")) and any((path / name).iterdir())
-    ]
-    return found + [(f"{name}/", f"a folder that no {MODULES_NAME} names") for name in left]
+    folders = [file for file in sorted(path.iterdir()) if file.is_dir()]
+    left = [file.name for file in folders if file.name not in taken and not file.name.startswith((".", "__"))]
+    return too_large + [f"{name}/ stays behind: a folder that no {MODULES_NAME} names" for name in left]
 
 
 def module_folders(path: Path, there: bool = True) -> list[str]:
