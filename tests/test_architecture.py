@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llmint8 import converter, formats, runtime
 from llmint8.converter.conversion.comparison import compare_with_source
+from llmint8.converter.hub.card import Subject, new_card
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
@@ -245,10 +246,12 @@ def test_a_checkpoint_of_bitsandbytes_under_such_a_name_loads(tmp_path: Path) ->
 
 
 def test_verify_knows_the_class_too(tmp_path: Path) -> None:
-    path = make(tmp_path / "s", "GPT2Model", transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2), "GPT2Own")
-    converter.convert(path, tmp_path / "out", outliers="none")
-    comparison = compare_with_source(formats.open_checkpoint(tmp_path / "out"), formats.open_source(path))
-    assert comparison.problems == []  # weights of Conv1D are transposed, which only the model tells
+    gpt2 = make(tmp_path / "a", "GPT2Model", transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2), "GPT2Own")
+    nobodys = make(tmp_path / "b", "LlamaForCausalLM", LLAMA, "MyLlama", renamed(r"^model\.", "body."))
+    for path in (gpt2, nobodys):  # of GPT-2 weights are transposed, and only the model tells
+        out = path.with_name(f"{path.name}8")
+        converter.convert(path, out, outliers="none")
+        assert compare_with_source(formats.open_checkpoint(out), formats.open_source(path)).problems == []
 
 
 # What stock loaders must be told
@@ -320,6 +323,26 @@ def test_the_lines_of_the_card_load_the_model(name: str, tmp_path: Path) -> None
     assert type(run(ours)).__name__ == name
     pytest.importorskip("bitsandbytes")
     assert type(run(stock)).__name__ == name
+
+
+SHOWN = {  # made as, config, named, options -> what the card says is not quantized
+    "MPNetModel": (MPNET, "MPNetForMaskedLM", {}, []),
+    "LlamaForCausalLM": (TIED, "", {}, ["lm_head"]),
+    "BertForSequenceClassification": (
+        BERT, "", {"skip": ["layer.0.*query"]}, ["bert.encoder.layer.0.attention.self.query", "classifier"],
+    ),
+    "BertModel": (BERT, "", {"skip": ["layer.0.*query"]}, ["encoder.layer.0.attention.self.query"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_the_card_names_layers_of_this_model_only(name: str, tmp_path: Path) -> None:
+    config, named, options, expected = SHOWN[name]
+    converter.convert(make(tmp_path / "s", name, config, named), tmp_path / "out", outliers="none", **options)
+    said = "".join(f"`{layer}`, " for layer in expected)
+    assert f"| Not quantized | {said}all that is not linear |" in (tmp_path / "out" / "README.md").read_text()
+    card = new_card(Subject.of(formats.open_checkpoint(tmp_path / "out")), "")
+    assert f"| Not quantized | {said}all that is not linear |" in card
 
 
 def code_blocks(out: Path) -> list[str]:

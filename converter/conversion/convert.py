@@ -189,8 +189,9 @@ def _commit(
     config, identity, quantization = output_config(plan), identify(plan), describe(plan, outliers.counts, calibration)
     in_features = [layer.in_features for layer in plan.selection.layers.values()]
     small_files = {str(file.relative_to(plan.source.path)): file.read_bytes() for file in plan.source.small_files}
-    sentences = MODULES_NAME in small_files
-    subject = Subject(config, quantization, identity, in_features, writer.nbytes, sentences=sentences)
+    names = [spec.name for group in plan.groups for spec in group]
+    beside = MODULES_NAME in small_files
+    subject = Subject(config, quantization, identity, in_features, writer.nbytes, sentences=beside, tensors=names)
     small_files[CARD_NAME] = new_card(subject, read_card(plan.source.path)).encode()
     return writer.commit(config, quantization, identity, outliers.statistics, small_files)
 

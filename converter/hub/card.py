@@ -7,7 +7,7 @@ copied, for it describes another model; the card links to it. No date goes in: t
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -43,6 +43,7 @@ class Subject:
     nbytes: int  # of all tensors
     evaluation: Mapping[str, Any] | None = None  # what `llmint8 eval` found
     sentences: bool = False  # the encoder of a SentenceTransformer, whose other parts lie beside it
+    tensors: Collection[str] = ()
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Subject":
@@ -57,6 +58,7 @@ class Subject:
             sum(info.nbytes for info in checkpoint.tensors.values()),
             read_json(evaluation) if evaluation.exists() else None,
             (checkpoint.path / MODULES_NAME).exists(),
+            checkpoint.tensors.keys(),
         )
 
 
@@ -133,7 +135,7 @@ def _conversion(subject: Subject) -> list[str]:
     rows = {
         "Architecture": harmless(named_class(subject.config) or "unknown"),
         "In int8": f"{len(subject.in_features)} linear layers{head}; one scale per row (absmax)",
-        "Not quantized": ", ".join([*_skipped(quantization.skip_modules), "all that is not linear"]),
+        "Not quantized": ", ".join([*_skipped(_own_layers(subject)), "all that is not linear"]),
     }
     if quantization.llmint8:
         counts = sorted(quantization.outliers.values()) or [0]
@@ -154,6 +156,17 @@ def _conversion(subject: Subject) -> list[str]:
         "|---|---|",
         *(f"| {key} | {value} |" for key, value in rows.items()),
         "",
+    ]
+
+
+def _own_layers(subject: Subject) -> list[str]:
+    """Return the skipped layers that are this model's: some are listed for loaders that take another class."""
+    names = subject.quantization.skip_modules
+    full, stored = ("".join(f"\n.{name}\n" for name in found) for found in (names, subject.tensors))
+    class_name = named_class(subject.config)
+    body = class_name.endswith("Model") and not class_name.endswith("LMHeadModel")
+    return [
+        name for name in names if full.count(f".{name}\n") == 1 and not (body and f".{name}.weight\n" not in stored)
     ]
 
 
