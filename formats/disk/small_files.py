@@ -32,7 +32,7 @@ def small_files(path: Path) -> list[Path]:
         CorruptFileError: a pointer of git-lfs in place of a file.
 
     """
-    found = [file for file in _candidates(path) if _is_small_file(file, path)]
+    found = sorted(file for file in _candidates(path) if _is_small_file(file, path))
     size = sum(file.stat().st_size for file in found)
     if size > MAX_SMALL_FILES_BYTES:
         raise SourceError(f"{path}: {size} bytes beside the weights, at most {MAX_SMALL_FILES_BYTES} are copied")
