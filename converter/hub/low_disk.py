@@ -12,7 +12,7 @@ keeps no half of a file. Whole shards that an earlier process has left are used.
 import dataclasses
 import shutil
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -42,9 +42,7 @@ def open_remote(origin: Resolved, folder: Path) -> Source:
 
     """
     shelf = _Shelf(origin, folder)
-    source = dataclasses.replace(open_source(origin.path, shelf), release=shelf.release)
-    shelf.expect(source.tensors)
-    return source
+    return dataclasses.replace(open_source(origin.path, shelf), release=shelf.release)
 
 
 class HubFile:
@@ -85,11 +83,6 @@ class _Shelf:
                 self._waiting[name] = set(tensors)
         return list(self._files.values())
 
-    def expect(self, tensors: Mapping[str, TensorInfo]) -> None:
-        """Learn which tensors will be read, and from which files: some are in two."""
-        for name in self._waiting:
-            self._waiting[name] = {tensor for tensor, info in tensors.items() if info.file == name}
-
     def _header(self, name: str) -> tuple[int, dict[str, TensorInfo]]:
         return read_remote_header(self._origin, name)
 
@@ -103,7 +96,7 @@ class _Shelf:
     def release(self, name: str) -> None:
         """Take note that a tensor has been converted."""
         with self._lock:
-            for file in [file for file, waiting in self._waiting.items() if name in waiting]:
+            for file in [file for file, waiting in self._waiting.items() if name in waiting]:  # perhaps in two
                 self._waiting[file].discard(name)
                 self._tidy(file)
 
