@@ -109,6 +109,7 @@ def test_missing_source_is_one_line(tmp_path):
 
 
 def test_missing_shard_is_one_line(source, tmp_path):
+    (source / "model.safetensors").unlink()  # it would be taken, whatever an index says
     index = {"weight_map": {"lm_head.weight": "model-00001-of-00001.safetensors"}}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     result = run(convert_command, source, tmp_path / "out")
@@ -116,6 +117,7 @@ def test_missing_shard_is_one_line(source, tmp_path):
 
 
 def test_names_cannot_drive_the_terminal(source, tmp_path):
+    (source / "model.safetensors").unlink()  # it would be taken, whatever an index says
     index = {"weight_map": {"\x1b[2Jgone": "../../etc/\x1b]0;x\x07passwd"}}
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     result = run(convert_command, source, tmp_path / "out")

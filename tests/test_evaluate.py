@@ -479,6 +479,17 @@ def test_errors_are_one_line(changes: dict[str, object], expected: list[str], fo
     assert_one_line_error(run(folder / "out", *options(folder, **changes)), *expected)
 
 
+def test_an_adapter_beside_the_reference_does_not_come_in(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With PEFT installed, transformers would load it without a word."""
+    shutil.copytree(folder / "source", tmp_path / "source")
+    (tmp_path / "source" / "adapter_config.json").write_text('{"base_model_name_or_path": "alice/base"}')
+    monkeypatch.setattr("llmint8.runtime.accuracy.compare.is_peft_available", lambda: True)
+    result = run(folder / "out", *options(folder, reference=tmp_path / "source"))
+    assert_one_line_error(result, "adapter_config.json: an adapter, which transformers would load into the model")
+
+
 def test_swapped_checkpoints_are_one_line(folder: Path) -> None:
     assert_one_line_error(run(folder / "source", *options(folder)), "E02")
     assert_one_line_error(run(folder / "out", *options(folder, reference=folder / "out")), "already quantized")

@@ -227,6 +227,43 @@ def test_an_int8_repo_is_no_source(hub: Any, converted: Path, tmp_path: Path) ->
     assert not hub.asked("GET .*safetensors$")
 
 
+def test_an_adapter_on_the_hub_is_called_what_it_is(hub: Any, tmp_path: Path) -> None:
+    hub.add(
+        REPO, {"adapter_config.json": b'{"base_model_name_or_path": "alice/base"}', "adapter_model.safetensors": b"x"}
+    )
+    result = run(REPO, tmp_path / "out", command=convert_command)
+    assert_refused(result, "adapter_config.json: an adapter and no model", "'alice/base'")
+    assert not hub.asked("GET .*safetensors$")
+
+
+def test_what_is_left_of_a_quantization_does_not_keep_a_repo_from_being_converted(
+    hub: Any, source: Path, tmp_path: Path
+) -> None:
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    hub.add(SOURCE, files_of(source) | {"config.json": json.dumps(config).encode()})
+    report = converter.convert(SOURCE, tmp_path / "out", outliers="none")
+    assert any("quantization_config (bitsandbytes) in config.json is left out" in notice for notice in report.notices)
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert stored["load_in_8bit"]
+    assert not stored["load_in_4bit"]
+    runtime.load(tmp_path / "out")
+
+
+def test_the_parts_of_a_sentence_encoder_come_along_and_other_folders_do_not(
+    hub: Any, source: Path, tmp_path: Path
+) -> None:
+    parts = {"modules.json": b'[{"path": ""}, {"path": "1_Pooling"}]', "1_Pooling/config.json": b'{"pooling": 1}'}
+    hub.add(SOURCE, files_of(source) | parts | {"1_Pooling/model.onnx": b"x", "onnx/config.json": b"{}"})
+    converter.convert(SOURCE, tmp_path / "out", outliers="none")
+    assert (tmp_path / "out" / "1_Pooling" / "config.json").read_bytes() == b'{"pooling": 1}'
+    assert not hub.asked("onnx")
+    push(tmp_path / "out")
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    assert torch.equal(logits(runtime.load(REPO)), logits(runtime.load(tmp_path / "out")))
+    assert hub.asked("GET .*tiny-int8/.*1_Pooling/config.json")
+
+
 # To the Hub
 
 

@@ -18,6 +18,7 @@ import torch
 import transformers
 from click.testing import CliRunner
 from huggingface_hub import constants, file_download
+from safetensors.torch import load, save
 
 from llmint8 import converter
 from llmint8.converter.commands.convert import convert_command
@@ -84,8 +85,8 @@ def run(*arguments: object) -> Any:
 
 
 def downloads(hub: Any) -> list[str]:
-    """The names of the weight files whose downloads were begun; a header is asked for without a HEAD."""
-    return [request.rpartition("/")[2] for request in hub.asked(f"^HEAD .*{WEIGHTS}")]
+    """The names of the shards whose downloads were begun; a header is asked for without a HEAD."""
+    return [request.rpartition("/")[2] for request in hub.asked(f"^HEAD .*-of-.*{WEIGHTS}")]
 
 
 @pytest.mark.parametrize("outliers", ["none", "top-k=4"])
@@ -101,6 +102,22 @@ def test_the_result_is_that_of_an_ordinary_conversion_and_two_shards_are_there_a
     assert not cached & set(shards(source))
     converter.convert(REPO, tmp_path / "ordinary", outliers=outliers)
     assert files_of(tmp_path / "out") == files_of(tmp_path / "ordinary")
+
+
+def test_of_a_tensor_in_two_shards_the_one_of_the_index_is_read_and_both_files_go(
+    hub: Any, source: Path, tmp_path: Path
+) -> None:
+    files = files_of(source)
+    first, second = shards(source)[:2]
+    tensors = load(files[second]) | {name: tensor + 1 for name, tensor in load(files[first]).items()}
+    hub.add(REPO, files | {second: save(tensors, {"format": "pt"})})
+    report = converter.convert(REPO, tmp_path / "out", outliers="none", low_disk=True)
+    assert any(f"in {first} and {second}, perhaps with other values" in notice for notice in report.notices)
+    assert not (tmp_path / "out" / "source.partial").exists()
+    converter.convert(source, tmp_path / "ordinary", outliers="none")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "ordinary" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_one_file_without_an_index(hub: Any, source: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
+from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from llmint8.formats import CorruptFileError, LLMInt8Error, SourceError, open_source
 
@@ -112,14 +113,46 @@ def test_parameters_and_tied_tensors_of_a_bin_are_read(tmp_path: Path) -> None:
         assert not source.read(name).requires_grad
 
 
-def test_safetensors_come_before_bin_and_an_index_before_a_file(tmp_path: Path) -> None:
+def test_one_file_comes_before_shards_and_safetensors_before_bin_as_transformers_has_it(tmp_path: Path) -> None:
+    """And what is not read is named."""
+    taken = [("safetensors", 1, "model.safetensors"), ("safetensors", 2, INDEX)]
+    taken += [("zip", 1, "pytorch_model.bin"), ("zip", 2, TORCH_INDEX)]
+    for number in range(len(taken)):
+        path = tmp_path / str(number)
+        for layout, shards, _ in taken[number:]:
+            make(path, layout, shards)
+        source = open_source(path)
+        assert len(source.files) == taken[number][1]
+        assert source.files[0].path.suffix == (".safetensors" if number < 2 else ".bin")
+        left = [name for *_, name in taken[number + 1 :]]
+        expected = f"{', '.join(left)}: left aside, for transformers takes {taken[number][2]} where both are there"
+        assert source.notices == ([expected] if left else [])
+        theirs, _ = _get_resolved_checkpoint_files(path, None, None, None, None, False)
+        assert sorted(Path(file).name for file in theirs) == [file.path.name for file in source.files]
+
+
+def test_a_whole_file_beside_an_index_without_its_shards(tmp_path: Path) -> None:
+    path = make(tmp_path / "s", shards=3)
+    for shard in path.glob("*-of-*"):
+        shard.unlink()
+    make(path)
+    source = open_source(path)
+    assert all(torch.equal(source.read(name), tensor) for name, tensor in some_tensors().items())
+    (notice,) = source.notices
+    assert notice.startswith(f"{INDEX}: left aside")
+
+
+def test_the_file_that_config_json_names_is_taken(tmp_path: Path) -> None:
     path = make(tmp_path / "s")
-    make(path, "zip")
-    assert [file.path.name for file in open_source(path).files] == ["model.safetensors"]
-    make(path, "safetensors", 2)
-    make(path, "zip", 2)
-    assert [file.path.suffix for file in open_source(path).files] == [".safetensors"] * 2
-    assert len(open_source(path).files) == 2
+    (path / "model.safetensors").rename(path / "other.safetensors")
+    make(path)
+    (path / "config.json").write_text('{"transformers_weights": "other.safetensors"}')
+    source = open_source(path)
+    assert [file.path.name for file in source.files] == ["other.safetensors"]
+    assert source.notices[0].startswith("model.safetensors: left aside")
+    for name in ("../other.safetensors", "a/b.safetensors", "other.bin", 7, "/other.safetensors"):
+        (path / "config.json").write_text(json.dumps({"transformers_weights": name}))
+        refused(path, "transformers_weights is", kind=SourceError)
 
 
 def test_what_is_no_tensor_is_left_out_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -210,11 +243,23 @@ def test_an_index_that_promises_more_than_the_shards_hold(tmp_path: Path, layout
     refused(path, f"{shards[1]}: m.a.weight is missing", kind=SourceError)
 
 
-def test_a_tensor_in_two_shards(tmp_path: Path) -> None:
+def test_of_a_tensor_in_two_shards_the_index_decides_and_other_values_are_said(tmp_path: Path) -> None:
     path = make(tmp_path / "s", shards=2)
     first, second = (file.path for file in open_source(path).files)
+    of_first = set(open_source(path).files[0].tensors)
     save_safetensors(some_tensors(), second)
-    refused(path, f"{second}: m.", f" is also in {first.name}", kind=SourceError)
+    source = open_source(path)
+    assert source.notices == []
+    assert {name for name, info in source.tensors.items() if info.file == first.name} == of_first
+    save_safetensors({name: torch.full_like(tensor, 1) for name, tensor in some_tensors().items()}, second)
+    source = open_source(path)
+    name = sorted(of_first)[0]
+    assert torch.equal(source.read(name), some_tensors()[name])
+    (notice,) = source.notices
+    assert f"in {first.name} and {second.name}, with other values; taken from {first.name}, as the index says" in notice
+    change_index(path, INDEX, **dict.fromkeys(of_first, second.name))
+    source = open_source(path)
+    assert torch.equal(source.read(name), torch.full_like(some_tensors()[name], 1))
 
 
 @pytest.mark.parametrize(
@@ -331,24 +376,73 @@ def test_code_in_a_pickle_is_not_run(tmp_path: Path, layout: str) -> None:
         assert marker.exists(), "the attack does not work, so the test shows nothing"
 
 
-@pytest.mark.parametrize(
-    ("quantization", "method"),
-    [
-        ({"quant_method": "gptq", "bits": 4}, "gptq"),
-        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes"),
-        ({}, "quantization_config is set"),
-        ("awq", "quantization_config is set"),
-    ],
-)
-def test_a_quantized_model_is_refused(tmp_path: Path, quantization: Any, method: str) -> None:
-    path = make(tmp_path / "s", config={"quantization_config": quantization})
+QUANTIZED = {  # method -> a tensor that only a quantized model has
+    "gptq": ("m.a.qweight", torch.zeros(4, 4, dtype=torch.int32)),
+    "bitsandbytes": ("m.a.SCB", torch.zeros(4)),
+    "bitsandbytes, 4 bits": ("m.a.weight", torch.zeros(16, 1, dtype=torch.uint8)),
+    "fp8": ("m.a.weight", torch.zeros(4, 4).to(torch.float8_e4m3fn)),
+    "compressed-tensors": ("m.a.weight_packed", torch.zeros(4, 4, dtype=torch.int32)),
+    "mxfp4": ("m.experts.down_proj_blocks", torch.zeros(4, 4, dtype=torch.uint8)),
+}
+
+
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_a_quantized_model_is_refused(tmp_path: Path, method: str) -> None:
+    path = make(tmp_path / "s", config={"quantization_config": {"quant_method": method}})
+    name, tensor = QUANTIZED[method]
+    save_safetensors({**some_tensors(), name: tensor}, path / "model.safetensors")
+    refused(path, "config.json", f"already quantized ({method})", kind=SourceError)
+    (path / "model.safetensors").rename(path / "gptq_model-4bit.safetensors")
     refused(path, "config.json", f"already quantized ({method})", kind=SourceError)
 
 
 def test_a_model_quantized_as_in_2023_is_refused(tmp_path: Path) -> None:
     path = make(tmp_path / "s")
     (path / "quantization_config.json").write_text('{"load_in_8bit": true}')
+    save_safetensors({"m.a.SCB": torch.zeros(4)}, path / "model.safetensors")
     refused(path, "already quantized", kind=SourceError)
+
+
+@pytest.mark.parametrize(
+    "quantization",
+    [{}, {"quant_method": "bitsandbytes", "load_in_4bit": True}, {"load_in_4bit": False, "load_in_8bit": False}, "awq"],
+)
+def test_what_is_left_of_a_quantization_after_a_merge_is_left_out(tmp_path: Path, quantization: Any) -> None:
+    path = make(tmp_path / "s", config={"a": 1, "quantization_config": quantization})
+    (path / "quantization_config.json").write_text("{}")
+    source = open_source(path)
+    assert source.config == {"a": 1}
+    assert source.small_files == []
+    (notice,) = source.notices
+    assert "no tensor is quantized, as after a merge" in notice
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 12345678\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "pytorch_model.bin", INDEX, "tokenizer.model"])
+def test_a_pointer_of_git_lfs_is_called_that(tmp_path: Path, name: str) -> None:
+    path = make(tmp_path / "s", "zip" if name.endswith(".bin") else "safetensors", 2 if name == INDEX else 1)
+    (path / name).write_text(POINTER)
+    refused(path, f"{path / name}: a pointer of git-lfs in place of the file; `git lfs pull` in {path}")
+
+
+def test_an_adapter_is_called_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    path.mkdir()
+    (path / "adapter_config.json").write_text('{"base_model_name_or_path": "alice/base"}')
+    save_safetensors({"a": torch.zeros(4)}, path / "adapter_model.safetensors")
+    refused(
+        path, "adapter_config.json: an adapter and no model; merge it into its base, 'alice/base'", kind=SourceError
+    )
+    (path / "config.json").write_text("{}")
+    refused(path, "adapter_config.json: an adapter and no model", kind=SourceError)
+    make(path)
+    source = open_source(path)
+    assert set(source.tensors) == set(some_tensors())
+    assert source.small_files == []
+    (notice,) = source.notices
+    assert notice.startswith("adapter_config.json, adapter_model.safetensors: an adapter, which stays behind")
 
 
 # Links and special files.
@@ -400,7 +494,7 @@ def test_links_of_the_hub_cache_are_followed_into_its_blobs_only(tmp_path: Path,
 @pytest.mark.skipif(sys.platform == "win32", reason="needs FIFOs")
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "pytorch_model.bin", INDEX])
 def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path, name: str) -> None:
-    path = make(tmp_path / "s", "zip" if name == "pytorch_model.bin" else "safetensors")
+    path = make(tmp_path / "s", "zip" if name == "pytorch_model.bin" else "safetensors", 2 if name == INDEX else 1)
     (path / name).unlink(missing_ok=True)
     os.mkfifo(path / name)
     refused(path, f"{path / name}: not a regular file", kind=CorruptFileError)

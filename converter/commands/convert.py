@@ -6,9 +6,10 @@ from typing import Any
 
 import click
 
+from ..words import gigabytes
 from .command import Command, set_up_logging
 from .progress import progress_bar
-from .terminal import gigabytes, printable
+from .terminal import printable
 
 
 @click.command("convert", cls=Command)

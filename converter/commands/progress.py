@@ -7,7 +7,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from .terminal import gigabytes, printable
+from ..words import gigabytes
+from .terminal import printable
 
 # Where there is no terminal, nothing is printed of what takes less.
 _LINE_SECONDS = 60.0

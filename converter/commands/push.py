@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
+from ..words import gigabytes
 from .command import Command, set_up_logging
-from .terminal import gigabytes, printable
+from .terminal import printable
 
 
 @click.command("push", cls=Command)

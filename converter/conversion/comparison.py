@@ -9,6 +9,7 @@ import torch
 from llmint8.formats import DTYPES, Checkpoint, Source
 from llmint8.kernels.reference import dequantize_weight, quantize_weight
 
+from ..model.architecture import settle_class
 from ..model.build import meta_model
 from ..model.config import load_config
 from ..model.limits import bounded_modules
@@ -34,6 +35,7 @@ def compare_with_source(
 ) -> Comparison:
     """Convert the source once more in memory, tensor by tensor, and compare bit for bit."""
     config = load_config(source.path)
+    config = None if config is None else settle_class(config, source)[0]
     with bounded_modules(len(source.tensors)):
         model = None if config is None else meta_model(config)
     layers = select_layers(source, model, (), ()).layer_of

@@ -8,6 +8,7 @@ from typing import Any
 
 from llmint8.formats import CheckpointWriter, Manifest, OutputError, SourceError, open_source
 from llmint8.formats.disk.names import CARD_NAME
+from llmint8.formats.disk.small_files import MODULES_NAME
 from llmint8.formats.writing.journal import Journal
 
 from ..calibration.calibrator import Calibrator, Outliers
@@ -187,8 +188,10 @@ def _commit(
     """Complete the checkpoint: small files, a card in place of the source's, manifest and config."""
     config, identity, quantization = output_config(plan), identify(plan), describe(plan, outliers.counts, calibration)
     in_features = [layer.in_features for layer in plan.selection.layers.values()]
-    subject = Subject(config, quantization, identity, in_features, writer.nbytes)
     small_files = {str(file.relative_to(plan.source.path)): file.read_bytes() for file in plan.source.small_files}
+    names = [spec.name for group in plan.groups for spec in group]
+    beside = MODULES_NAME in small_files
+    subject = Subject(config, quantization, identity, in_features, writer.nbytes, sentences=beside, tensors=names)
     small_files[CARD_NAME] = new_card(subject, read_card(plan.source.path)).encode()
     return writer.commit(config, quantization, identity, outliers.statistics, small_files)
 

@@ -15,8 +15,14 @@ from ..planning.plan import ConversionPlan
 
 
 def output_config(plan: ConversionPlan) -> dict[str, Any]:
-    """Return the source's config without paths, its dtype replaced by a cast's, and untied for a quantized head."""
+    """Return the source's config without paths, with the class that its tensors fill.
+
+    Its dtype is replaced by a cast's, and for a quantized head it is untied.
+    """
     config: dict[str, Any] = _without_paths(plan.source.config)
+    config.pop("transformers_weights", None)  # it names a file of the source
+    if plan.config is not None:
+        config["architectures"] = list(plan.config.architectures)
     if plan.dtype:
         name = str(DTYPES[plan.dtype]).removeprefix("torch.")
         config["torch_dtype" if "torch_dtype" in config else "dtype"] = name

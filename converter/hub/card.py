@@ -7,7 +7,7 @@ copied, for it describes another model; the card links to it. No date goes in: t
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -15,9 +15,11 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from llmint8.formats import Checkpoint, LLMInt8Error, Quantization, read_json, read_manifest
+from llmint8.formats.disk.small_files import MODULES_NAME
 
 from .front_matter import metadata, strings
 from .origin import is_repo_id
+from .usage import harmless, named_class, usage
 
 # What `llmint8 eval` leaves in the checkpoint's directory for the card.
 EVALUATION_NAME = "llmint8_eval.json"
@@ -40,6 +42,8 @@ class Subject:
     in_features: Sequence[int]  # of each int8 layer
     nbytes: int  # of all tensors
     evaluation: Mapping[str, Any] | None = None  # what `llmint8 eval` found
+    sentences: bool = False  # the encoder of a SentenceTransformer, whose other parts lie beside it
+    tensors: Collection[str] = ()
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Subject":
@@ -53,6 +57,8 @@ class Subject:
             [record.in_features for record in checkpoint.records.values()],
             sum(info.nbytes for info in checkpoint.tensors.values()),
             read_json(evaluation) if evaluation.exists() else None,
+            (checkpoint.path / MODULES_NAME).exists(),
+            checkpoint.tensors.keys(),
         )
 
 
@@ -74,13 +80,13 @@ def _front_matter(subject: Subject, source: Mapping[str, Any]) -> Any:
     repo = subject.source.get("repo")
     # The source's own base too: its licence may hold for this copy.
     bases = [base for base in dict.fromkeys([str(repo or ""), *strings(source.get("base_model"))]) if is_repo_id(base)]
-    architecture = _architecture(subject)
+    architecture = named_class(subject.config)
     if carried["pipeline_tag"] is None and architecture.endswith(("ForCausalLM", "LMHeadModel")):
         carried["pipeline_tag"] = "text-generation"
     return ModelCardData(
         base_model=bases[0] if len(bases) == 1 else bases or None,
         base_model_relation="quantized" if repo else None,
-        library_name="transformers",
+        library_name="sentence-transformers" if subject.sentences else "transformers",
         tags=list(dict.fromkeys([*strings(source.get("tags")), *_TAGS])),
         **carried,
     )
@@ -96,21 +102,26 @@ def _plain(value: Any) -> str | list[str] | None:
 
 
 def _generated(subject: Subject, repo: str | None) -> str:
-    parts = _introduction(subject), _conversion(subject), _accuracy(subject.evaluation), _usage(repo)
+    parts = (
+        _introduction(subject),
+        _conversion(subject),
+        _accuracy(subject.evaluation),
+        usage(subject.config, subject.sentences, repo),
+    )
     return "\n".join([_BEGIN, *chain.from_iterable(parts), _END])
 
 
 def _introduction(subject: Subject) -> list[str]:
     name, repo, commit = (subject.source.get(key) for key in ("name", "repo", "commit"))
-    title = _text(str(name or "This model"))
+    title = harmless(str(name or "This model"))
     origin = f"`{title}`"
     if repo:
-        link = f"https://huggingface.co/{_text(str(repo))}"
-        origin = f"[{title}]({link}), commit [`{_text(str(commit))}`]({link}/tree/{_text(str(commit))}),"
+        link = f"https://huggingface.co/{harmless(str(repo))}"
+        origin = f"[{title}]({link}), commit [`{harmless(str(commit))}`]({link}/tree/{harmless(str(commit))}),"
     return [
         f"# {title.rpartition('/')[2]}, int8",
         "",
-        f"This is {origin} with its linear layers in 8-bit integers, made by {_text(subject.quantization.producer)}",
+        f"This is {origin} with its linear layers in 8-bit integers, made by {harmless(subject.quantization.producer)}",
         "with the method of [LLM.int8()](https://arxiv.org/abs/2208.07339). What the model is for, how it was trained",
         "and what its limits are, the card of the original says; its licence holds for this copy too.",
         "",
@@ -122,19 +133,19 @@ def _conversion(subject: Subject) -> list[str]:
     columns, kept = sum(subject.in_features), sum(quantization.outliers.values())
     head = ", the output head among them" if quantization.int8_head else ""
     rows = {
-        "Architecture": _text(_architecture(subject) or "unknown"),
+        "Architecture": harmless(named_class(subject.config) or "unknown"),
         "In int8": f"{len(subject.in_features)} linear layers{head}; one scale per row (absmax)",
-        "Not quantized": ", ".join([*_skipped(quantization.skip_modules), "all that is not linear"]),
+        "Not quantized": ", ".join([*_skipped(_own_layers(subject)), "all that is not linear"]),
     }
     if quantization.llmint8:
         counts = sorted(quantization.outliers.values()) or [0]
         rows["Outlier columns"] = (
             f"{kept / max(1, columns):.2%} of the input columns also stored unquantized, {counts[0]} to {counts[-1]} "
-            f"in a layer; criterion `{_text(quantization.criterion)}`"
+            f"in a layer; criterion `{harmless(quantization.criterion)}`"
         )
         rows["Calibration"] = _calibration(quantization.calibration, len(quantization.outliers))
         rows["Activations"] = f"int8 when the model runs, one scale per token ({quantization.activation})"
-        rows["Format"] = f"llmint8 {_text(quantization.format_version)}, which bitsandbytes reads too"
+        rows["Format"] = f"llmint8 {harmless(quantization.format_version)}, which bitsandbytes reads too"
     files = subject.source.get("files")
     before = sum(size for size in files.values() if isinstance(size, int)) if isinstance(files, dict) else 0
     rows["Size"] = f"{subject.nbytes / 1e6:.1f} MB" + (f"; the original {before / 1e6:.1f} MB" if before else "")
@@ -148,18 +159,29 @@ def _conversion(subject: Subject) -> list[str]:
     ]
 
 
+def _own_layers(subject: Subject) -> list[str]:
+    """Return the skipped layers that are this model's: some are listed for loaders that take another class."""
+    names = subject.quantization.skip_modules
+    full, stored = ("".join(f"\n.{name}\n" for name in found) for found in (names, subject.tensors))
+    class_name = named_class(subject.config)
+    body = class_name.endswith("Model") and not class_name.endswith("LMHeadModel")
+    return [
+        name for name in names if full.count(f".{name}\n") == 1 and not (body and f".{name}.weight\n" not in stored)
+    ]
+
+
 def _skipped(names: Sequence[str]) -> list[str]:
-    shown = [f"`{_text(name)}`" for name in names[:_NAMES_SHOWN]]
+    shown = [f"`{harmless(name)}`" for name in names[:_NAMES_SHOWN]]
     return [*shown, f"{len(names) - _NAMES_SHOWN} layers more"] if names[_NAMES_SHOWN:] else shown
 
 
 def _calibration(calibration: Mapping[str, Any] | None, layers: int) -> str:
     if not calibration:
         return "none"
-    tokens, text = _text(str(calibration.get("tokens"))), str(calibration.get("text"))
+    tokens, text = harmless(str(calibration.get("tokens"))), str(calibration.get("text"))
     calibrated = calibration.get("layers", layers)
-    reached = "" if calibrated == layers else f"; {_text(str(calibrated))} of {layers} layers"
-    return f"{tokens} tokens" + (" of llmint8's own text" if text == "packaged" else f": `{_text(text)}`") + reached
+    reached = "" if calibrated == layers else f"; {harmless(str(calibrated))} of {layers} layers"
+    return f"{tokens} tokens" + (" of llmint8's own text" if text == "packaged" else f": `{harmless(text)}`") + reached
 
 
 def _accuracy(evaluation: Mapping[str, Any] | None) -> list[str]:
@@ -172,7 +194,7 @@ def _accuracy(evaluation: Mapping[str, Any] | None) -> list[str]:
             f"| {_number(row['perplexity'], '.3f')} |"
             for row in evaluation["methods"]
         ]
-        where = f"{int(evaluation['positions'])} positions of `{_text(evaluation['text'])}`"
+        where = f"{int(evaluation['positions'])} positions of `{harmless(evaluation['text'])}`"
         where += f", in windows of {int(evaluation['window'])} tokens"
     except (KeyError, TypeError, ValueError) as error:
         raise LLMInt8Error(f"{EVALUATION_NAME}: malformed: {error}; run `llmint8 eval` again or remove it") from None
@@ -191,38 +213,7 @@ def _accuracy(evaluation: Mapping[str, Any] | None) -> list[str]:
 
 def _label(name: str) -> str:
     """Name a row: before a colon, `llmint8 eval` has the directory, which means nothing to others."""
-    return _text(re.sub(r"^.*: ", "in int8: ", name))
-
-
-def _usage(repo: str | None) -> list[str]:
-    name = repr(repo or "path/to/this/directory").replace("'", '"')
-    return [
-        "## How to load it",
-        "",
-        "With llmint8, which uses the outlier columns:",
-        "",
-        "```python",
-        "from llmint8 import runtime",
-        f"model = runtime.load({name})",
-        "```",
-        "",
-        "With transformers and bitsandbytes, which ignore them:",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM",
-        f"model = AutoModelForCausalLM.from_pretrained({name})",
-        "```",
-    ]
-
-
-def _architecture(subject: Subject) -> str:
-    architectures = subject.config.get("architectures")
-    return str(architectures[0]) if isinstance(architectures, list) and architectures else ""
-
-
-def _text(value: str) -> str:
-    """Take out what is markup: names come from files of others, and no end marker may be among them."""
-    return re.sub(r"[^\w ./:=+,()-]", "?", value)
+    return harmless(re.sub(r"^.*: ", "in int8: ", name))
 
 
 def _number(value: float | None, form: str) -> str:

@@ -10,15 +10,18 @@ taken from there when the Hub cannot be reached, or with HF_HUB_OFFLINE=1. The t
 import dataclasses
 import glob
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
 from llmint8.formats import CheckpointError, Quantization, SourceError, read_json
-from llmint8.formats.disk.names import CONFIG_NAME, LEGACY_QUANTIZATION_NAME
+from llmint8.formats.disk.names import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME
+from llmint8.formats.disk.small_files import module_folders
+from llmint8.formats.sources.quantized import already_quantized, stored_quantization
+from llmint8.formats.sources.source import adapter_alone
 from llmint8.formats.sources.weight_files import weight_files
 
 from .answers import explain, patiently
@@ -28,6 +31,8 @@ from .remote import has_file
 
 _SMALL_FILES = ["*.py", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.tiktoken"]
 _SMALL_FILES += [*LICENCE_FILES, *NOTICE_FILES, *POLICY_FILES]
+# In the folders that `modules.json` of a sentence encoder names.
+_MODULE_FILES = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model"]
 # One name that is there, for a pattern without any match is logged as a warning.
 _ALWAYS = [CONFIG_NAME, "additional_chat_templates/*.jinja"]
 
@@ -41,13 +46,25 @@ def download(repo: str, revision: str | None, kind: Kind | None, low_disk: bool,
 
     """
     with _explained(repo, revision):
-        config = Path(patiently(lambda: hf_hub_download(repo, CONFIG_NAME, revision=revision)))
+        config = _fetch_config(repo, revision)
         snapshot = _fetch(repo, config.parent.name, _SMALL_FILES, "*/*")
+        if folders := module_folders(snapshot, there=False):
+            _fetch(
+                repo, snapshot.name, [f"{glob.escape(folder)}/{file}" for folder in folders for file in _MODULE_FILES]
+            )
         _check_kind(repo, snapshot, kind)
         origin = Resolved(snapshot, repo, snapshot.name, low_disk=low_disk)
         # The reader of int8 checkpoints says which files it misses.
-        has = (lambda name: True) if kind == "int8" else partial(has_file, origin)
-        names = weight_files(snapshot, has)[0]
+        whole = not (snapshot / SAFETENSORS_INDEX_NAME).exists()
+        has = (lambda name: whole and name == SAFETENSORS_NAME) if kind == "int8" else partial(has_file, origin)
+        named = None if kind == "int8" else read_json(config).get("transformers_weights")
+        quantization = stored_quantization(snapshot, read_json(config))
+        try:
+            names = weight_files(snapshot, has, named).names
+        except SourceError:
+            if quantization is not None:
+                raise already_quantized(repo, quantization) from None
+            raise
         if low_disk and not names[0].endswith(".safetensors"):
             raise SourceError(f"{repo}: has no safetensors files, and --low-disk cannot do with others; leave it out")
         if low_disk or not weights:
@@ -75,12 +92,26 @@ def _fetch(repo: str, commit: str, patterns: list[str], without: str | None = No
     )
 
 
+def _fetch_config(repo: str, revision: str | None) -> Path:
+    def fetch(name: str) -> Path:
+        return Path(patiently(lambda: hf_hub_download(repo, name, revision=revision)))
+
+    try:
+        return fetch(CONFIG_NAME)
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        with suppress(EntryNotFoundError):
+            if error := adapter_alone(fetch(ADAPTER_CONFIG_NAME).parent):
+                raise error from None
+        raise
+
+
 def _check_kind(repo: str, snapshot: Path, kind: Kind | None) -> None:
-    quantization = read_json(snapshot / CONFIG_NAME).get("quantization_config")
-    if quantization is None and (snapshot / LEGACY_QUANTIZATION_NAME).exists():
-        quantization = read_json(snapshot / LEGACY_QUANTIZATION_NAME)
-    if kind == "source" and quantization is not None:
-        raise SourceError(f"{repo}: this model is already quantized; convert the original 16-bit checkpoint instead")
+    quantization = stored_quantization(snapshot, read_json(snapshot / CONFIG_NAME))
+    # That of others may be stale: the headers of the weights will tell.
+    if kind == "source" and isinstance(quantization, dict) and "llmint8" in quantization:
+        raise already_quantized(repo, quantization)
     if kind == "int8":
         if not isinstance(quantization, dict):
             raise CheckpointError("E02", f"{repo}: not an int8 checkpoint; make one with: llmint8-convert {repo} OUT")

@@ -96,9 +96,9 @@ class _Shelf:
     def release(self, name: str) -> None:
         """Take note that a tensor has been converted."""
         with self._lock:
-            file = next(file for file, waiting in self._waiting.items() if name in self._files[file].tensors)
-            self._waiting[file].discard(name)
-            self._tidy(file)
+            for file in [file for file, waiting in self._waiting.items() if name in waiting]:  # perhaps in two
+                self._waiting[file].discard(name)
+                self._tidy(file)
 
     def _put_up(self, name: str) -> None:
         if self._present is None:

@@ -15,21 +15,56 @@ from llmint8.formats import SourceError
 from .errors import first_line
 from .limits import check_buffers
 
+# What stock transformers makes of a model type when nothing else is known, the first that there is.
+_CHOICES = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ")
+_AUTO = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
+
 
 def model_class(config: Any) -> Any | None:
-    """Return the class that the config's `architectures` names; the causal LM of its type where it names none.
+    """Return the class that the config's `architectures` names.
 
-    None where transformers has no such class: then the architecture is somebody's own code, which is loaded only if
-    the config was loaded with `trust_remote_code`.
+    Where it names none, or none that there is, the language model of the type as transformers' auto classes have it,
+    or else the model without a head. None where transformers has no such class: then the architecture is somebody's own
+    code, which is loaded only if the config was loaded with `trust_remote_code`.
     """
     named = str(config.architectures[0]) if config.architectures else None
-    for name, reference in (getattr(config, "auto_map", None) or {}).items():
-        if reference.endswith(f".{named}") or (named is None and name == "AutoModelForCausalLM"):
-            return get_class_from_dynamic_module(reference, config._name_or_path, local_files_only=True)
-    if named is None:
-        return transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    found = getattr(transformers, named, None)
-    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+    code = getattr(config, "auto_map", None) or {}
+    for reference in code.values():
+        if reference.endswith(f".{named}"):
+            return _own_class(config, reference)
+    found = getattr(transformers, named, None) if named is not None else None
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
+    if reference := next((code[name] for name in _AUTO if name in code), None):
+        return _own_class(config, reference)
+    mappings = [getattr(transformers, f"MODEL_FOR_{choice}_MAPPING", {}) for choice in _CHOICES]
+    chosen = next((mapping[type(config)] for mapping in mappings if type(config) in mapping), None)
+    return chosen or next(iter(base_classes(config)), None)
+
+
+def base_classes(config: Any) -> list[Any]:
+    """Return the classes without a head: `AutoModel`'s, and of one that has a decoder its encoder alone."""
+    if reference := (getattr(config, "auto_map", None) or {}).get("AutoModel"):
+        return [_own_class(config, reference)]
+    found: list[Any] = []
+    for mapping in (transformers.MODEL_MAPPING, transformers.MODEL_FOR_TEXT_ENCODING_MAPPING):
+        classes = mapping.get(type(config), ())
+        found += classes if isinstance(classes, tuple) else [classes]
+    return list(dict.fromkeys(found))
+
+
+def other_classes(model: Any) -> list[Any]:
+    """Return transformers' other classes for the model's type: with every head there is, and with none."""
+    names = [name for name in dir(transformers) if name.startswith("MODEL_") and name.endswith("MAPPING")]
+    found: list[Any] = []
+    for name in names:
+        classes = getattr(transformers, name).get(type(model.config), ())
+        found += classes if isinstance(classes, tuple) else [classes]
+    return [cls for cls in dict.fromkeys(found) if cls is not type(model)]
+
+
+def _own_class(config: Any, reference: str) -> Any:
+    return get_class_from_dynamic_module(reference, config._name_or_path, local_files_only=True)
 
 
 def meta_model(config: Any) -> Any | None:
@@ -41,8 +76,12 @@ def meta_model(config: Any) -> Any | None:
     """
     with building(config):
         cls = model_class(config)
-        if cls is None:
-            return None
+        return None if cls is None else built(cls, config)
+
+
+def built(cls: Any, config: Any) -> Any:
+    """Build a model of a class on the meta device. Raises what `meta_model` does."""
+    with building(config):
         with torch.device("meta"):
             model = cls._from_config(config)
         check_buffers(model)

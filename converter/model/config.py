@@ -15,7 +15,10 @@ from .limits import check_config
 
 
 def load_config(path: Path, trust_remote_code: bool = False) -> Any | None:
-    """Return the PreTrainedConfig of a directory, or None when transformers does not know the model type.
+    """Return the PreTrainedConfig of a directory.
+
+    None where transformers does not know the model type, or where the class is one of the checkpoint's own code, which
+    may compute something else than transformers' models of that type with the same parameters.
 
     Args:
         path: the directory.
@@ -33,6 +36,8 @@ def load_config(path: Path, trust_remote_code: bool = False) -> Any | None:
     model_type = raw.get("model_type")
     if not (isinstance(model_type, str) and model_type in transformers.CONFIG_MAPPING) and "AutoConfig" not in code:
         return None
+    if not trust_remote_code and _is_own_class(raw):
+        return None
     try:
         config = transformers.AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=True
@@ -41,10 +46,22 @@ def load_config(path: Path, trust_remote_code: bool = False) -> Any | None:
         raise SourceError(f"{file}: not a valid {model_type} config: {first_line(error)}") from None
     # It would name another index of weights, one that has not been checked.
     config.__dict__.pop("transformers_weights", None)
+    # The source's is stale, or it would have been refused; that of an int8 checkpoint is read by the formats room.
+    config.__dict__.pop("quantization_config", None)
     config.__dict__.pop("auto_map", None)
     if trust_remote_code:
         config.auto_map = code
     return config
+
+
+def _is_own_class(raw: Mapping[str, Any]) -> bool:
+    """Tell whether the class that a config names is code beside it, and none of transformers'."""
+    named, code = raw.get("architectures") or [None], raw.get("auto_map")
+    references = (
+        [reference for reference in code.values() if isinstance(reference, str)] if isinstance(code, dict) else []
+    )
+    own = any(reference.endswith(f".{named[0]}") for reference in references)
+    return own and not hasattr(transformers, named[0])
 
 
 def is_trusted(config: Any) -> bool:

@@ -76,6 +76,18 @@ def fused_parameters(model: Any, tensor_names: Iterable[str]) -> dict[str, Fused
     return fused
 
 
+def without_prefix(model: Any, name: str) -> str:
+    """Return the name that a module of a model has in the model without a head."""
+    return name.removeprefix(f"{model.base_model_prefix}.")
+
+
+def converted_names(model: Any, tensor_names: Iterable[str]) -> dict[str, int]:
+    """Return tensor name -> dimensions of what it becomes, for tensors that transformers fuses, splits or permutes."""
+    targets = model.state_dict()
+    found = _destinations(model, tensor_names)
+    return {name: targets[new].ndim for name, new, pattern, _ in found if pattern is not None and new in targets}
+
+
 def parameter_tensors(model: Any, tensor_names: Iterable[str]) -> dict[str, str]:
     """Return the inverse of `module_names`: parameter or buffer name -> tensor name, tied parameters included."""
     tensor_of = {parameter: tensor for tensor, parameter in module_names(model, tensor_names).items()}

@@ -1,7 +1,7 @@
-"""What of a source stays as it is though it may be matrices, and what a model needs that is in no file."""
+"""What of a source stays as it is though it may be matrices, and what without a model may be a layer or not."""
 
 import re
-from collections.abc import Set as AbstractSet
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
@@ -10,26 +10,42 @@ from transformers.pytorch_utils import Conv1D
 
 from llmint8.formats import Source, TensorInfo
 
+from ..model.names import converted_names
+from ..words import counted, gigabytes
+
 # What is not a plain linear layer, by the names in use: all that is known without a linear module in a model.
 NOT_LINEAR = re.compile(r"emb|wte|wpe|head|norm|ln_|router|gate$|position|shared$|classifier|score|conv|lora")
 MIN_FEATURES = 32
 
 
-def leftover_notices(source: Source, model: Any, mapped: dict[str, str], tied: AbstractSet[str]) -> list[str]:
-    """Say how much stays in 16 bit because the model has no linear layer for it, and which parameters are in no file.
+def leftovers(source: Source, model: Any, mapped: dict[str, str]) -> tuple[list[str], list[str]]:
+    """Return the matrices that the model has no place for, and notices that say how much stays as it is.
 
     Args:
         source: the opened source checkpoint.
         model: a transformers model on the meta device.
         mapped: from `module_names`.
-        tied: parameters that are made of others.
 
     """
     unmapped = [info for name, info in source.tensors.items() if name not in mapped]
-    fused = [info for info in unmapped if info.name.endswith(".weight") and len(info.shape) == 2]
-    fused += [info for info in unmapped if len(info.shape) > 2 and _is_matrix(info)]
-    notices = _matrices_notice(fused + _bare_matrices(source, model, mapped))
-    return notices if fused else notices + _missing_notice(model, {*mapped.values(), *tied})
+    matrices = [info for info in unmapped if _is_layer(info)]
+    made = converted_names(model, [info.name for info in matrices])
+    fused = [info for info in matrices if info.name in made] + _bare_matrices(source, model, mapped)
+    experts = [info for info in fused if len(info.shape) > 2 or "expert" in info.name]
+    # The experts of Mixtral and others are matrices in the file, and stacks in the model.
+    experts += [info for info in fused if info not in experts and made.get(info.name, 0) > 2]
+    name = type(model).__name__
+    foreign = [info for info in matrices if info.name not in made]
+    notices = [
+        *_stay(experts, " of experts", "the model has them in stacks, and no linear layers for them"),
+        *_stay([info for info in fused if info not in experts], "", f"{name} has no linear layer of that name"),
+        *_stay(foreign, "", f"{name} has no place for that"),
+    ]
+    return [info.name for info in foreign], notices
+
+
+def _is_layer(info: TensorInfo) -> bool:
+    return (info.name.endswith(".weight") and len(info.shape) == 2) or (len(info.shape) > 2 and _is_matrix(info))
 
 
 def _bare_matrices(source: Source, model: Any, mapped: dict[str, str]) -> list[TensorInfo]:
@@ -50,29 +66,29 @@ def _is_matrix(info: TensorInfo) -> bool:
     return large and not name.endswith("bias") and not NOT_LINEAR.search(name)
 
 
-def _matrices_notice(left: list[TensorInfo]) -> list[str]:
-    """Say how much stays in 16 bit because the model has no linear layer for it, as for experts."""
+def _stay(left: Sequence[TensorInfo], what: str, why: str) -> list[str]:
     if not left:
         return []
-    size = sum(info.nbytes for info in left) / 1e9
-    return [
-        f"{sum(prod(info.shape[:-2]) for info in left)} matrices ({size:.2f} GB, {left[0].name} among them) stay as "
-        "they are: the model has no linear layer of that name (fused experts, for example)"
-    ]
+    count = sum(prod(info.shape[:-2]) for info in left)
+    size = gigabytes(sum(info.nbytes for info in left))
+    among, stay = (" among them", "stay as they are") if len(left) > 1 else ("", "stays as it is")
+    return [f"{counted(count, 'matrix', 'matrices')}{what} ({size}, {left[0].name}{among}) {stay}: {why}"]
 
 
-def _missing_notice(model: Any, loaded: set[str]) -> list[str]:
-    """Name parameters that no tensor of the source is loaded into."""
-    tied = {*model.all_tied_weights_keys.keys(), *model.all_tied_weights_keys.values()}
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    missing = [
-        name
-        for name, _ in model.named_parameters()
-        if name not in loaded and name not in tied and not any(pattern.search(name) for pattern in ignored)
-    ]
-    if not missing:
-        return []
-    return [
-        f"{len(missing)} parameters of the model are in no file, {missing[0]} among them; "
-        "is the checkpoint whole? transformers fills them with random numbers"
-    ]
+def doubtful_notices(source: Source, doubtful: Sequence[str]) -> list[str]:
+    """Say how much stays as it is because without a model nobody can tell what it is; `doubtful` names modules."""
+    infos = [source.tensors[f"{name}.weight"] for name in doubtful]
+    return _stay(infos, "", "without the model nothing tells a layer from a head here; --only takes it")
+
+
+def reason_to_doubt(info: TensorInfo, vocabularies: set[int]) -> str | None:
+    """Return why a matrix may be no layer of a block but a head, for a model that nobody knows; None where it is one.
+
+    Args:
+        info: the matrix.
+        vocabularies: the sizes of vocabularies that the config names.
+
+    """
+    if info.shape[0] in vocabularies:
+        return "as many rows as the vocabulary: perhaps a head"
+    return None if re.search(r"\.\d+\.", f".{info.name}") else "in no numbered block: perhaps a head"

@@ -23,10 +23,11 @@ from llmint8.formats import (
 )
 from llmint8.formats.containers.tensors import BLOCK_BYTES
 from llmint8.formats.disk.names import CONFIG_NAME, MANIFEST_NAME, WORKING_NAME
-from llmint8.formats.disk.small_files import large_files
+from llmint8.formats.disk.small_files import left_behind
 
 from ..hub.low_disk import MOST_SHARDS, open_remote
 from ..hub.origin import Resolved
+from ..model.architecture import settle_class
 from ..model.build import meta_model
 from ..model.config import load_config
 from ..model.head import Head, own_head
@@ -175,19 +176,19 @@ def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> Conv
         raise SourceError(f"{origin.path}: has a name that cannot be printed; rename the directory")
     source = open_remote(origin, out / WORKING_NAME) if origin.remote else open_source(origin.path)
     config, head = load_config(origin.path, options.trust_remote_code), None
+    config, notices = (None, []) if config is None else settle_class(config, source)
     with bounded_modules(len(source.tensors)):
         model = None if config is None else meta_model(config)
         if options.quantize_head:
             config, model, head = own_head(config, model)
     selection = select_layers(source, model, options.skip, options.only, head)
+    selection.notices[:0] = [*source.notices, *notices]
     if model is None and criterion.kind != "none":
         criterion = Criterion("none", None)
         selection.notices.append("without the model there is no calibration: no outlier columns are stored")
     if options.outliers != _DEFAULTS.outliers:  # of what nobody asked for, as much as there can be
         selection.notices.extend(budget_notices(criterion, [layer.in_features for layer in selection.layers.values()]))
-    for file in large_files(origin.path):
-        size = file.stat().st_size / 1e6
-        selection.notices.append(f"{file.name} ({size:.0f} MB) stays behind: only files of up to 64 MiB are copied")
+    selection.notices.extend(left_behind(origin.path))
     dtype = _CAST_DTYPES.get(options.dtype or "")
     plan = ConversionPlan(source, origin, out, config, head, selection, criterion, options, dtype, max_shard_bytes, [])
     return with_selection(plan, selection)

@@ -1,21 +1,24 @@
 """Choose the linear layers to quantize, from the model's structure where transformers knows it."""
 
+import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from llmint8.formats import FLOAT_DTYPES, Source, SourceError, TensorInfo
 from llmint8.formats.int8.records import MAX_IN_FEATURES
 
+from ..model.architecture import linear_elsewhere
 from ..model.build import is_linear, meta_model
 from ..model.head import Head
 from ..model.names import module_names
 from ..model.own_use import weights_used_directly
-from .leftovers import MIN_FEATURES, NOT_LINEAR, leftover_notices
+from .leftovers import MIN_FEATURES, NOT_LINEAR, doubtful_notices, leftovers, reason_to_doubt
 
 _ROUTER = re.compile(r"(^|[._])router([._]|$)|(^|\.)(((shared_)?experts?_|moe_)?gate|gating)(\.|$)")
 
@@ -45,13 +48,16 @@ class Selection:
     """The layers to quantize by name, those left alone with the reason, and what to tell the user.
 
     `module_of` has the module name in the model for all of them. It differs from the name in the checkpoint where
-    transformers renames tensors when it loads them.
+    transformers renames tensors when it loads them. A model without a head has them without
+    `prefix`; `elsewhere` are linear modules that only other classes of the model's type have.
     """
 
     layers: dict[str, SelectedLayer]
     kept: dict[str, str]
     module_of: dict[str, str]
     notices: list[str]
+    prefix: str = ""
+    elsewhere: Sequence[str] = ()
 
     @property
     def layer_of(self) -> dict[str, SelectedLayer]:
@@ -60,13 +66,20 @@ class Selection:
 
     @property
     def skip_modules(self) -> list[str]:
-        """The linear modules left alone, for bitsandbytes, which quantizes whatever it is not told to skip."""
-        return sorted(self.module_of[name] for name in self.kept)
+        """The linear modules left alone, for bitsandbytes, which quantizes whatever it is not told to skip.
+
+        Under the names that they have in other classes of the model's type, too, but for those with which bitsandbytes
+        would skip an int8 layer: it takes names that end like one of these for it.
+        """
+        own = {self.module_of[name] for name in self.kept}
+        others = {name.removeprefix(self.prefix) for name in own} | set(self.elsewhere)
+        int8 = "".join(f"{self.module_of[name]}\n" for name in self.layers)
+        return sorted(own | {name for name in others if f"{name}\n" not in int8})
 
     def without(self, reasons: dict[str, str]) -> "Selection":
         """Return the selection with more layers left alone, each for its reason."""
         layers = {name: layer for name, layer in self.layers.items() if name not in reasons}
-        return Selection(layers, {**self.kept, **reasons}, self.module_of, self.notices)
+        return dataclasses.replace(self, layers=layers, kept={**self.kept, **reasons})
 
 
 def select_layers(
@@ -83,7 +96,7 @@ def select_layers(
 
     Raises:
         ValueError: not a regular expression, or a string in place of a list of them.
-        SourceError: no layer is left, a linear layer's weight is missing, or is not a 16 or 32-bit float.
+        SourceError: no layer is left, or a linear layer's weight is not a 16 or 32-bit float.
 
     """
     for option, patterns in (("--skip", skip), ("--only", only)):
@@ -95,18 +108,20 @@ def select_layers(
             except re.error as error:
                 raise ValueError(f"{option} {pattern!r} is not a regular expression: {error}") from None
     notices: list[str] = []
+    prefix, elsewhere = "", []
     if model is None:
         notices.append(
-            f"transformers does not know the model type {source.config.get('model_type')!r}: "
-            "linear layers were chosen by name and shape; --verbose lists the others"
+            f"{_unknown(source.config)}: linear layers were chosen by name and shape; --verbose lists the others"
             + ("; --trust-remote-code runs the code beside it" if source.config.get("auto_map") else "")
         )
-        candidates, kept, module_of = _candidates_by_name(source)
+        candidates, kept, module_of, doubtful = _candidates_by_name(source, only)
+        notices += doubtful_notices(source, doubtful)
     else:
         mapped = module_names(model, source.tensors)
         candidates, kept, module_of = _candidates_of_model(source, model, mapped, head)
-        tied = {f"{head.module}.weight"} if head and head.tied_to else set()
-        notices += leftover_notices(source, model, mapped, tied)
+        foreign, more = leftovers(source, model, mapped)
+        notices += more
+        prefix, elsewhere = f"{model.base_model_prefix}.", linear_elsewhere(model, foreign)
     layers = {}
     for name, layer in candidates.items():
         if any(re.search(pattern, name) for pattern in skip):
@@ -125,7 +140,7 @@ def select_layers(
     if not layers:
         reasons = ", ".join(sorted(set(kept.values()))) or "the model has none"
         raise SourceError(f"{source.path}: no linear layer is left to quantize ({reasons})")
-    return Selection(layers, kept, module_of, notices)
+    return Selection(layers, kept, module_of, notices, prefix, elsewhere)
 
 
 def _candidates_of_model(
@@ -153,9 +168,7 @@ def _candidates_of_model(
             tensor = tensor or embedding
         module_of[name] = module_name
         if reason or tensor is None:
-            # A tensor that transformers splits or fuses may be this weight; if there is none, it is lost.
-            if not reason and mapped.keys() >= source.tensors.keys():
-                raise SourceError(f"{source.path}: the weight of {module_name} is missing from the checkpoint")
+            # Without a tensor of its own it is made of others: what is in no file at all has been refused before.
             kept[name] = reason or "not stored as a tensor of its own"
             continue
         layers[name] = SelectedLayer(name, source.tensors[tensor], isinstance(module, Conv1D), tied)
@@ -199,15 +212,39 @@ def _reason_to_keep(model: Any, name: str) -> str | None:
     return "router" if _ROUTER.search(name) else None
 
 
-def _candidates_by_name(source: Source) -> tuple[dict[str, SelectedLayer], dict[str, str], dict[str, str]]:
+def _candidates_by_name(
+    source: Source, only: Sequence[str]
+) -> tuple[dict[str, SelectedLayer], dict[str, str], dict[str, str], list[str]]:
+    """Return what `_candidates_of_model` does, and the names of those that are kept because they may be heads."""
     layers: dict[str, SelectedLayer] = {}
     kept: dict[str, str] = {}
+    doubtful: list[str] = []
+    vocabularies = _vocabularies(source.config)
     for tensor, info in source.tensors.items():
         name = tensor.removesuffix(".weight")
         if name == tensor or len(info.shape) != 2:
             continue
         if NOT_LINEAR.search(name.lower()) or min(info.shape) < MIN_FEATURES:
             kept[name] = "by its name or shape"
+        elif (reason := reason_to_doubt(info, vocabularies)) and not any(re.search(one, name) for one in only):
+            kept[name] = reason
+            doubtful.append(name)
         else:
             layers[name] = SelectedLayer(name, info, transposed=False)
-    return layers, kept, {name: name for name in [*layers, *kept]}
+    return layers, kept, {name: name for name in [*layers, *kept]}, doubtful
+
+
+def _unknown(config: Mapping[str, Any]) -> str:
+    """Say what transformers does not know about a model."""
+    model_type, architectures = config.get("model_type"), config.get("architectures")
+    if model_type in CONFIG_MAPPING and architectures:
+        others = "" if config.get("auto_map") else f", and these tensors fill no other of its {model_type!r} models"
+        return f"transformers has no {architectures[0]}{others}"
+    return f"transformers does not know the model type {model_type!r}"
+
+
+def _vocabularies(config: Mapping[str, Any]) -> set[int]:
+    """Return the sizes of vocabularies in a config and in the configs of its parts."""
+    found = {value for key, value in config.items() if key.endswith("vocab_size") and type(value) is int}
+    parts = [value for value in config.values() if isinstance(value, dict)]
+    return found.union(*map(_vocabularies, parts))

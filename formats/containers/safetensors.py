@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..disk.reading import open_regular
+from ..disk.reading import check_is_no_pointer, open_regular
 from ..disk.strict_json import parse_json
 from ..errors import CorruptFileError
 from .tensors import DTYPES, TensorInfo, TensorSpec, is_shape, is_sizes, is_tensor_name
@@ -40,7 +40,10 @@ def read_header(path: Path, metadata: dict[str, str] | None = None) -> dict[str,
 
 def parse_header(path: Path, file: Any, size: int, metadata: dict[str, str] | None = None) -> dict[str, TensorInfo]:
     """Read the header as `read_header` does from what begins like a file of `size` bytes; `path` is for its errors."""
-    length = int.from_bytes(_read_up_to(file, 8), "little")
+    beginning = _read_up_to(file, 8)
+    length = int.from_bytes(beginning, "little")
+    if size < 1024 and length > size:
+        check_is_no_pointer(path, beginning + _read_up_to(file, size - len(beginning)))
     if size < 8 or length > size - 8:
         raise CorruptFileError(f"{path}: cut short: {size} bytes, its header alone says {8 + length}")
     if length > MAX_HEADER_BYTES:

@@ -9,6 +9,8 @@ TORCH_NAME = "pytorch_model.bin"
 TORCH_INDEX_NAME = "pytorch_model.bin.index.json"
 MANIFEST_NAME = "llmint8_manifest.json"
 CARD_NAME = "README.md"
+# Of PEFT.
+ADAPTER_CONFIG_NAME = "adapter_config.json"
 # Where some checkpoints of 2023 keep what belongs in config.json.
 LEGACY_QUANTIZATION_NAME = "quantization_config.json"
 # What an unfinished conversion has done.

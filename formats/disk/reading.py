@@ -11,6 +11,7 @@ from .names import CONFIG_NAME, LEGACY_QUANTIZATION_NAME
 from .strict_json import parse_json
 
 MAX_JSON_BYTES = 256 << 20
+_POINTER = b"version https://git-lfs.github.com/"
 # What transformers writes, in Python's dialect of JSON.
 _CONFIGS = (CONFIG_NAME, LEGACY_QUANTIZATION_NAME)
 
@@ -23,6 +24,7 @@ def read_json(path: Path) -> dict[str, Any]:
         if size > MAX_JSON_BYTES:
             raise CorruptFileError(f"{path}: {size} bytes, at most {MAX_JSON_BYTES} are allowed")
         raw = file.readall()
+    check_is_no_pointer(path, raw)
     try:
         value = parse_json(raw, constants=path.name in _CONFIGS)
     except ValueError as error:
@@ -38,6 +40,14 @@ def require_inside(path: Path, directory: Path) -> None:
     blobs = home.parent.parent / "blobs"
     if not target.is_relative_to(home) and not (home.parent.name == "snapshots" and target.parent == blobs):
         raise SourceError(f"{path}: a link to {target}, outside of the checkpoint; copy the file itself instead")
+
+
+def check_is_no_pointer(path: Path, beginning: bytes) -> None:
+    """Refuse what git-lfs puts in the place of a file that it has not fetched. Raises CorruptFileError."""
+    if beginning.startswith(_POINTER):
+        raise CorruptFileError(
+            f"{path}: a pointer of git-lfs in place of the file; `git lfs pull` in {path.parent} fetches the file"
+        )
 
 
 def open_regular(path: Path) -> FileIO:

@@ -5,20 +5,25 @@ with an index. Every other layout (metaseq, GGUF, ...) becomes a `Source` here t
 transformers; nothing outside this folder asks what the files were.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..containers.tensors import TensorInfo
-from ..disk.names import CONFIG_NAME, LEGACY_QUANTIZATION_NAME
+from ..containers.tensors import TensorInfo, as_bytes
+from ..disk.names import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from ..disk.reading import read_json
 from ..disk.small_files import small_files
 from ..errors import SourceError
-from .weight_files import LocalFolder, TensorFile, WeightFolder, weight_files
+from .quantized import already_quantized, check_quantization, stored_quantization
+from .weight_files import LocalFolder, TensorFile, WeightFiles, WeightFolder, weight_files
+
+# Of tensors that are there twice; more are not read only to be compared.
+_MAX_COMPARED_BYTES = 256 << 20
 
 
 def _keep(name: str) -> None:
@@ -30,7 +35,7 @@ class Source:
     """A source checkpoint, opened and checked; no tensor has been read yet.
 
     `release` takes the name of a tensor that has been converted. Where weights are fetched as they are needed, files of
-    which all tensors have been released are deleted.
+    which all tensors have been released are deleted. `notices` say what was left aside, and why.
     """
 
     path: Path
@@ -39,6 +44,7 @@ class Source:
     tensors: dict[str, TensorInfo]
     small_files: list[Path]
     release: Callable[[str], None] = _keep
+    notices: list[str] = field(default_factory=list)
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, contiguous on the CPU."""
@@ -68,32 +74,85 @@ def open_source(path: Path, folder: WeightFolder | None = None) -> Source:
     if not path.is_dir():
         raise SourceError(f"{path}: no such directory")
     config = _read_config(path)
+    quantization = stored_quantization(path, config)
+    local = folder is None
     folder = folder or LocalFolder(path)
-    names, index, weight_map = weight_files(path, folder.has)
-    files = folder.open(names)
+    try:
+        found = weight_files(path, folder.has, config.get("transformers_weights"))
+    except SourceError as error:
+        if quantization is not None:
+            raise already_quantized(path / CONFIG_NAME, quantization) from None
+        raise (adapter_alone(path) or error) from None
+    files = folder.open(found.names)
     tensors: dict[str, TensorInfo] = {}
+    twice: dict[str, tuple[TensorInfo, TensorInfo]] = {}
     for file in files:
         for name, info in file.tensors.items():
             if name in tensors:
-                raise SourceError(f"{file.path}: {name} is also in {tensors[name].file}; remove one of the two")
-            tensors[name] = info
-    for name, holder in weight_map.items():
+                twice[name] = (tensors[name], info)
+            if name not in tensors or found.weight_map.get(name) == info.file:
+                tensors[name] = info
+    for name, holder in found.weight_map.items():
         if name not in tensors or tensors[name].file != holder:
-            raise SourceError(f"{path / holder}: {name} is missing, but {index} says that it is here")
-    return Source(path, config, files, tensors, small_files(path))
+            raise SourceError(f"{path / holder}: {name} is missing, but {found.index} says that it is here")
+    stale = check_quantization(path, quantization, tensors)
+    if stale:
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
+    source = Source(path, config, files, tensors, small_files(path))
+    source.notices.extend([*_left_aside(found), *_twice_notices(source, twice, local), *stale, *_adapter_notice(path)])
+    return source
+
+
+def _left_aside(found: WeightFiles) -> list[str]:
+    taken = found.index or found.names[0]
+    left = ", ".join(found.left_aside)
+    return [f"{left}: left aside, for transformers takes {taken} where both are there"] if left else []
+
+
+def _twice_notices(source: Source, twice: Mapping[str, tuple[TensorInfo, TensorInfo]], local: bool) -> list[str]:
+    """Name a tensor that two files hold, unless they were compared and are the same."""
+    few = sum(info.nbytes for info, _ in twice.values()) <= _MAX_COMPARED_BYTES
+    differ = [name for name, infos in twice.items() if not (local and few and _same(source, *infos))]
+    if not differ:
+        return []
+    more = f" and {len(differ) - 1} more" if differ[1:] else ""
+    files = " and ".join(info.file for info in twice[differ[0]])
+    how = "with other values" if local and few else "perhaps with other values"
+    taken = source.tensors[differ[0]].file
+    return [f"{differ[0]}{more}: in {files}, {how}; taken from {taken}, as the index says"]
+
+
+def _same(source: Source, one: TensorInfo, other: TensorInfo) -> bool:
+    """Tell whether two tensors are the same to the last bit."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    file_of = {file.path.name: file for file in source.files}
+    return as_bytes(file_of[one.file].read(one.name)) == as_bytes(file_of[other.file].read(other.name))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not (path / CONFIG_NAME).exists():
-        raise SourceError(f"{path / CONFIG_NAME}: missing; a checkpoint directory in Hugging Face layout has one")
-    config = read_json(path / CONFIG_NAME)
-    quantization = config.get("quantization_config")
-    if quantization is None and (path / LEGACY_QUANTIZATION_NAME).exists():
-        quantization = read_json(path / LEGACY_QUANTIZATION_NAME)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-        raise SourceError(
-            f"{path / CONFIG_NAME}: this model is already quantized ({method or 'quantization_config is set'}); "
-            "convert the original 16-bit checkpoint instead"
-        )
-    return config
+        missing = SourceError(f"{path / CONFIG_NAME}: missing; a checkpoint directory in Hugging Face layout has one")
+        raise adapter_alone(path) or missing
+    return read_json(path / CONFIG_NAME)
+
+
+def adapter_alone(path: Path) -> SourceError | None:
+    """Return the error for a directory that holds an adapter in place of a model; None where it holds none."""
+    file = path / ADAPTER_CONFIG_NAME
+    if not file.exists():
+        return None
+    base = str(read_json(file).get("base_model_name_or_path"))[:80]
+    return SourceError(
+        f"{file}: an adapter and no model; merge it into its base, {base!r}, and convert the result (with PEFT: "
+        "merge_and_unload, then save_pretrained)"
+    )
+
+
+def _adapter_notice(path: Path) -> list[str]:
+    found = sorted(
+        file.name for file in path.iterdir() if re.fullmatch(r"adapter_model\b.*|adapter_config\.json", file.name)
+    )
+    if not found:
+        return []
+    return [f"{', '.join(found)}: an adapter, which stays behind; only the model beside it is converted"]

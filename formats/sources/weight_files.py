@@ -1,6 +1,8 @@
 """The weight files of a source: where they are, and each opened without reading a tensor."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -11,9 +13,13 @@ from ..containers.pytorch.file import TorchFile
 from ..containers.safetensors import read_header
 from ..containers.tensors import TensorInfo, read_blocks, read_from
 from ..disk.lending import OpenFiles
-from ..disk.names import SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME, TORCH_INDEX_NAME, TORCH_NAME
+from ..disk.names import CONFIG_NAME, SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME, TORCH_INDEX_NAME, TORCH_NAME
 from ..disk.reading import open_regular, require_inside
 from ..errors import SourceError
+
+_SUFFIX = {SAFETENSORS_INDEX_NAME: ".safetensors", TORCH_INDEX_NAME: ".bin"}
+# As in transformers' `_get_resolved_checkpoint_files`.
+_ORDER = (SAFETENSORS_NAME, SAFETENSORS_INDEX_NAME, TORCH_NAME, TORCH_INDEX_NAME)
 
 
 class TensorFile(Protocol):
@@ -80,28 +86,44 @@ class SafetensorsFile:
             yield from read_blocks(file, self.path, self.tensors[name])
 
 
-def weight_files(path: Path, has: Callable[[str], bool]) -> tuple[list[str], str, dict[str, str]]:
-    """Return the weight files, their index's name and what it says; an index comes first, and safetensors do.
+@dataclass(frozen=True)
+class WeightFiles:
+    """The weight files to read: their names; of shards the index, and what it says; and what lies beside them."""
+
+    names: list[str]
+    index: str
+    weight_map: dict[str, str]
+    left_aside: list[str]
+
+
+def weight_files(path: Path, has: Callable[[str], bool], named: object = None) -> WeightFiles:
+    """Return the weight files that transformers takes: one file before shards, and safetensors before others.
 
     Args:
         path: the directory, with the index where there is one.
         has: tells whether there is a weight file of a name.
+        named: `transformers_weights` of config.json, which names the file or the index to take.
 
     Raises:
         SourceError: there are none.
         CorruptFileError: a broken index.
 
     """
-    for index, single, suffix in (
-        (SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME, ".safetensors"),
-        (TORCH_INDEX_NAME, TORCH_NAME, ".bin"),
-    ):
-        if (path / index).exists():
-            weight_map = read_weight_map(path / index, suffix)
-            return sorted(set(weight_map.values())), index, weight_map
-        if has(single):
-            return [single], index, {}
-    raise SourceError(f"{path}: no weights; expected {SAFETENSORS_NAME} or {TORCH_NAME}, or an index of shards")
+    taken = next((name for name in _ORDER if ((path / name).exists() if name in _SUFFIX else has(name))), None)
+    if named is not None:
+        if not isinstance(named, str) or not re.fullmatch(r"[\w.-]+\.safetensors(\.index\.json)?", named):
+            raise SourceError(
+                f"{path / CONFIG_NAME}: transformers_weights is {str(named)[:80]!r}, expected a file beside it"
+            )
+        taken = named
+    if taken is None:
+        raise SourceError(f"{path}: no weights; expected {SAFETENSORS_NAME} or {TORCH_NAME}, or an index of shards")
+    # Of a repo nobody asks for more.
+    aside = [name for name in _ORDER if name != taken and (path / name).exists()]
+    if not taken.endswith(".json"):
+        return WeightFiles([taken], "", {}, aside)
+    weight_map = read_weight_map(path / taken, _SUFFIX.get(taken, ".safetensors"))
+    return WeightFiles(sorted(set(weight_map.values())), taken, weight_map, aside)
 
 
 def _open_file(path: Path, name: str, opened: OpenFiles) -> TensorFile:

@@ -36,7 +36,7 @@ def publish(out: Path, journal: Journal, shards: dict[str, str], files: dict[str
             stale.unlink()
         for name, data in files.items():
             _write_small(out / name, data)
-        for folder in sorted({(out / name).parent for name in files} - {out}):
+        for folder in sorted({folder for name in files for folder in (out / name).parents if out in folder.parents}):
             sync_directory(folder)
         sync_with_parents(out)
         _write_small(out / CONFIG_NAME, config)
@@ -57,8 +57,10 @@ def take_back(out: Path, journal: Journal) -> None:
             path = out / name
             path.unlink(missing_ok=True)
             temporary_name(path).unlink(missing_ok=True)
-            if path.parent != out and path.parent.is_dir() and not any(path.parent.iterdir()):
-                path.parent.rmdir()
+            for folder in path.parents:
+                if out not in folder.parents or not folder.is_dir() or any(folder.iterdir()):
+                    break
+                folder.rmdir()
         for partial, final in record.value["shards"].items():
             if (out / final).exists():
                 (out / final).replace(out / partial)
@@ -66,5 +68,5 @@ def take_back(out: Path, journal: Journal) -> None:
 
 def _write_small(path: Path, data: bytes) -> None:
     with named_errors(path):
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_durably(path, data)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer
+from transformers.utils import is_peft_available
 
 from llmint8.converter.calibration.text import read_text
 from llmint8.converter.hub.resolve import resolve
@@ -21,6 +22,7 @@ from llmint8.converter.model.build import model_class
 from llmint8.converter.model.config import load_config
 from llmint8.converter.model.limits import bounded_modules
 from llmint8.formats import LLMInt8Error, SourceError, open_source
+from llmint8.formats.disk.names import ADAPTER_CONFIG_NAME
 from llmint8.kernels.reference import Activation
 
 from ..model.arguments import Outliers
@@ -123,6 +125,11 @@ def load_reference(path: Path, window: int, device: str) -> Any:
 
     """
     source = open_source(path)
+    if (path / ADAPTER_CONFIG_NAME).exists() and is_peft_available():
+        raise LLMInt8Error(
+            f"{path / ADAPTER_CONFIG_NAME}: an adapter, which transformers would load into the model that the "
+            "checkpoint was made from; move it to another directory"
+        )
     config = load_config(path)
     cls = None if config is None else model_class(config)
     if config is None or cls is None:

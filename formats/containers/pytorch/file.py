@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ...disk.lending import OpenFiles
-from ...disk.reading import open_regular
+from ...disk.reading import check_is_no_pointer, open_regular
 from ...errors import CorruptFileError, LLMInt8Error
 from ..tensors import DTYPE_NAMES, DTYPES, TensorInfo, is_shape, is_tensor_name, read_blocks, read_from
 from .pickles import Call, Label
@@ -58,6 +58,8 @@ class TorchFile:
         """List the tensors; `opened` lends the file for all that follows. Raises CorruptFileError."""
         self.path, self.size, self._opened = path, path.stat().st_size, opened
         with open_regular(path) as file:
+            check_is_no_pointer(path, file.read(64) or b"")
+            file.seek(0)
             self._views = _views(path, file, self.size)
         self.tensors = {name: view.info for name, view in self._views.items()}
 
