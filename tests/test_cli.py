@@ -254,6 +254,22 @@ def test_generate_without_tokenizer_is_one_line(converted):
     assert_one_line_error(run(main, "generate", converted, "--prompt", "abc"), "tokenizer")
 
 
+def test_generate_with_a_model_that_does_not_is_one_line(converted, byte_tokenizer, monkeypatch):
+    byte_tokenizer.save_pretrained(converted)
+    config = json.loads((converted / "config.json").read_text())
+    (converted / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
+    monkeypatch.setattr("llmint8.runtime.model.load.load", None)
+    result = run(main, "generate", converted, "--prompt", "abc")
+    assert_one_line_error(result, "LlamaModel does not generate text", "runtime.load")
+
+
+def test_a_defect_names_its_place_where_no_option_shows_it(converted, monkeypatch):
+    monkeypatch.setattr("llmint8.formats.check_values", lambda *arguments: {}["gone"])
+    result = run(main, "verify", converted)
+    assert_one_line_error(result, "unexpected: KeyError: 'gone' (test_cli.py, line ")
+    assert "convert" not in result.stderr
+
+
 def test_a_defect_is_one_line_too(source, tmp_path, monkeypatch):
     monkeypatch.setattr("llmint8.converter.conversion.convert.execute", lambda *arguments: {}["gone"])
     assert_one_line_error(run(convert_command, source, tmp_path / "out"), "unexpected: KeyError: 'gone'", "--verbose")

@@ -336,7 +336,7 @@ def test_no_tokenizer_is_said_and_no_error(folder: Path, tmp_path: Path) -> None
     result = run(folder / "mute8", "--output", tmp_path)
     assert result.exit_code == 0, result.output
     assert "no tokenizer" in result.stdout
-    assert "Not measured: there is no tokenizer" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Not measured: no tokenizer beside the checkpoint" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def edit_statistics(path: Path, edit: Any) -> None:

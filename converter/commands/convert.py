@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from .command import Command, set_up_logging
+from .output import echo_result
 from .progress import progress_bar
 from .terminal import gigabytes, printable
 
@@ -107,7 +108,7 @@ def convert_command(
         click.echo(f"{out} is finished: made before, from the same source with the same options. It stays as it is.")
     if dry_run:
         _echo_notices(plan.selection.notices)
-        click.echo(_plan_text(plan, verbose))
+        echo_result(_plan_text(plan, verbose))
         return
     if not done:
         if to is not None:

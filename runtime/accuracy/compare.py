@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from llmint8.converter.calibration.text import read_text
 from llmint8.converter.hub.resolve import resolve
@@ -20,6 +19,7 @@ from llmint8.converter.machine import usable_device
 from llmint8.converter.model.build import model_class
 from llmint8.converter.model.config import load_config
 from llmint8.converter.model.limits import bounded_modules
+from llmint8.converter.model.tokenizer import load_tokenizer
 from llmint8.formats import LLMInt8Error, SourceError, open_source
 from llmint8.kernels.reference import Activation
 
@@ -86,7 +86,9 @@ def compare(
     usable_device(device)
     resolved, origin = resolve(checkpoint, kind="int8"), resolve(source, kind="source")
     content = read_text(text)
-    tokenizer = AutoTokenizer.from_pretrained(origin.path, local_files_only=True, trust_remote_code=False)
+    tokenizer, why = load_tokenizer(origin.path)
+    if tokenizer is None:
+        raise SourceError(f"{origin.path}: {why}, so no text can be shown to it")
     windows = token_windows(tokenizer, content, tokens, window)
     model = load(resolved.path, device=device, dtype=torch.float32)
     reference = load_reference(origin.path, window, device)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import click
 
 from llmint8.converter.commands.command import Command, set_up_logging
+from llmint8.converter.commands.output import echo_result
 from llmint8.converter.commands.progress import pass_bar
 
 MEASURED_M = (1, 16, 128, 2048)
@@ -44,12 +45,14 @@ def bench_command(checkpoint: str | None, tune: bool, quiet: bool) -> None:
     shapes = COMMON if checkpoint is None else checkpoint_shapes(checkpoint)
     if tune:
         _tune(shapes, device, quiet)
-    click.echo(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, times in microseconds")
-    click.echo(f"{'out':>7}{'in':>7}{'layers':>8}{'16-bit columns':>16}{'M':>7}{'int8':>10}{'float16':>10}{'ratio':>8}")
+    echo_result(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, times in microseconds")
+    echo_result(
+        f"{'out':>7}{'in':>7}{'layers':>8}{'16-bit columns':>16}{'M':>7}{'int8':>10}{'float16':>10}{'ratio':>8}"
+    )
     for shape in shapes:
         for m in MEASURED_M:
             int8, float16 = layer_times(shape, m, device)
-            click.echo(
+            echo_result(
                 f"{shape.out_features:>7}{shape.in_features:>7}{shape.layers:>8}{shape.outliers:>16}{m:>7}"
                 f"{int8:>10.1f}{float16:>10.1f}{float16 / int8:>8.2f}"
             )

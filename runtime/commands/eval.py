@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from llmint8.converter.commands.command import Command, set_up_logging
+from llmint8.converter.commands.output import echo_result
 from llmint8.converter.commands.progress import pass_bar
 from llmint8.converter.commands.terminal import printable
 
@@ -75,9 +76,9 @@ def eval_command(
             asdict(row) | {"perplexity_difference": row.perplexity - expected} for row in found.evaluation.measurements
         ],
     }
-    click.echo(json.dumps(finite(facts), indent=2) if as_json else _table(facts))
     if not no_save:
         _save(finite(facts), Path(out))
+    echo_result(json.dumps(finite(facts), indent=2) if as_json else _table(facts))
 
 
 def _save(facts: dict[str, Any], out: Path) -> None:

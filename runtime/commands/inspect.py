@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from llmint8.converter.commands.command import Command, set_up_logging
+from llmint8.converter.commands.output import echo_result
 from llmint8.converter.commands.terminal import printable_lines
 
 # The name of a block ends with the first part that is a number: `model.layers.11` of `model.layers.11.mlp.up_proj`.
@@ -29,7 +30,7 @@ def inspect_command(checkpoint: str, revision: str | None, every: bool, as_json:
     from llmint8.formats import open_checkpoint
 
     facts = _facts(open_checkpoint(resolve(checkpoint, revision, "int8").path))
-    click.echo(json.dumps(facts, indent=2) if as_json else _text(facts, every))
+    echo_result(json.dumps(facts, indent=2) if as_json else _text(facts, every))
 
 
 def _facts(opened: Any) -> dict[str, Any]:
