@@ -10,6 +10,7 @@ from statistics import median
 from llmint8.converter.outliers.criterion import OUTLIER_MAGNITUDE, OUTLIER_POSITIONS
 
 from .findings import Findings
+from .multiples import panels
 from .removal import Quality, Removal
 from .statistics import OUTLIER_LAYERS, LayerInput, Table4
 
@@ -27,10 +28,11 @@ _PAPER = [
 _CLOSEST = 7
 
 KEPT_TEXT = """<p>Each square is one layer, and its number is how many columns of its weights stay in 16 bit (the mean
-where several layers fall into one square). Layers that read the same input keep the same columns. Dark squares are
-layers where 16-bit columns lower the error most: large values come in many of their dimensions. A zero is a layer that
-does well without. <b>What to do:</b> nothing, if the errors below are small. For less error convert with a larger
-budget (<code>--outliers top-k=32</code>), for a smaller file with a smaller one.</p>"""
+of all experts of a block). Layers that belong to no block stand below. Layers that read the same input keep the same
+columns. Dark squares are layers where 16-bit columns lower the error most: large values come in many of their
+dimensions. A zero is a layer that does well without. <b>What to do:</b> nothing, if the errors below are small. For
+less error convert with a larger budget (<code>--outliers top-k=32</code>), for a smaller file with a smaller
+one.</p>"""
 
 SIZES_TEXT = """<p>The upper bar is an estimate: the shapes of the layers times the bytes of their 16-bit type. An int8
 weight takes one byte instead of two; a scale for every row and the 16-bit columns come on top. &ldquo;Everything
@@ -62,10 +64,12 @@ def errors_text(findings: Findings) -> str:
     before = median(one.relative_error(0) for one in inputs)
     after = median(one.relative_error(one.kept) for one in inputs)
     worst = max(inputs, key=lambda one: one.relative_error(one.kept))
+    kinds, shown = len({one.kinds for one in inputs if one.block}), len(panels([one for one in inputs if one.block]))
+    some = f" Of {kinds} kinds of inputs the {shown} that most blocks have are shown." if shown < kinds else ""
     return f"""<p>How far the output of the layers is off because of int8, as a share of that output: 1% is a hundredth
 of its size (root mean square, estimated on the calibration text{caution}). Hollow: with every column in int8. Filled:
-with the 16-bit columns that were kept. The line between the two is what these columns are worth. In the median over
-all inputs the error falls from {before:.2%} to {after:.2%}. The largest that is left is
+with the 16-bit columns that were kept. The line between the two is what these columns are worth.{some} In the
+median over all inputs the error falls from {before:.2%} to {after:.2%}. The largest that is left is
 {worst.relative_error(worst.kept):.2%}, at <code>{escape(worst.layers[0])}</code>. <b>What to do:</b> a layer that
 stands out by far can be left in 16 bit with <code>--skip</code>.</p>"""
 
