@@ -228,7 +228,7 @@ def test_verify_finds_one_flipped_bit(converted):
     result = run(main, "verify", converted)
     assert result.exit_code == 1
     assert "E18" in result.stderr
-    assert "1 problem(s)" in result.stderr
+    assert "1 problem in " in result.stderr
 
 
 def test_verify_against_another_source(converted, tmp_path):

@@ -351,10 +351,10 @@ def test_table(folder: Path) -> None:
     assert result.stderr == ""  # no progress bar where there is no terminal
     head, reference, ours, empty, note = result.stdout.splitlines()
     assert head.split() == ["KL", "mean", "median", "99", "%", "top-1", "perplexity", "-", "ref."]
-    assert reference.startswith("16 bit (reference)  ")
+    assert reference.startswith("source (reference)  ")
     assert ours.startswith(f"out: static, {recorded(folder / 'out')}  ")
     assert empty == ""
-    assert note == ("3 windows of 32 tokens, 93 positions. 14 layers in int8, 0.00% of their columns stored in 16 bit.")
+    assert note == "3 windows of 32 tokens, 93 positions. 14 layers in int8, 0.00% of their columns stored unquantized."
     assert len({len(line) for line in (head, reference, ours)}) == 1
 
 

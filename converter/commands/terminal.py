@@ -31,11 +31,6 @@ def printable(text: str) -> str:
     return without_commands(text.strip()[:_LONGEST_LINE]).replace("\n", " ")
 
 
-def gigabytes(nbytes: int) -> str:
-    """Write a size with its unit."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
-
-
 def printable_lines(lines: list[str]) -> str:
     """Join lines, each made safe for a terminal."""
     return "\n".join(printable(line) if line.strip() else "" for line in lines)

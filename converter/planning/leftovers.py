@@ -10,6 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from llmint8.formats import Source, TensorInfo
 
+from ..words import count, size
+
 # What is not a plain linear layer, by the names in use: all that is known without a linear module in a model.
 NOT_LINEAR = re.compile(r"emb|wte|wpe|head|norm|ln_|router|gate$|position|shared$|classifier|score|conv|lora")
 MIN_FEATURES = 32
@@ -54,10 +56,13 @@ def _matrices_notice(left: list[TensorInfo]) -> list[str]:
     """Say how much stays in 16 bit because the model has no linear layer for it, as for experts."""
     if not left:
         return []
-    size = sum(info.nbytes for info in left) / 1e9
+    number, nbytes = sum(prod(info.shape[:-2]) for info in left), sum(info.nbytes for info in left)
+    named, stay = f"{left[0].name} among them", "stay as they are"
+    if number == 1:
+        named, stay = left[0].name, "stays as it is"
     return [
-        f"{sum(prod(info.shape[:-2]) for info in left)} matrices ({size:.2f} GB, {left[0].name} among them) stay as "
-        "they are: the model has no linear layer of that name (fused experts, for example)"
+        f"{count(number, 'matrix', 'matrices')} ({size(nbytes)}, {named}) {stay}: "
+        "the model has no linear layer of that name (fused experts, for example)"
     ]
 
 
@@ -73,6 +78,7 @@ def _missing_notice(model: Any, loaded: set[str]) -> list[str]:
     if not missing:
         return []
     return [
-        f"{len(missing)} parameters of the model are in no file, {missing[0]} among them; "
+        f"{count(len(missing), 'parameter')} of the model {'are' if len(missing) > 1 else 'is'} in no file, "
+        f"{missing[0]}{' among them' if len(missing) > 1 else ''}; "
         "is the checkpoint whole? transformers fills them with random numbers"
     ]

@@ -32,6 +32,7 @@ from ..model.config import load_config
 from ..model.head import Head, own_head
 from ..model.limits import bounded_modules
 from ..outliers.criterion import Criterion, budget_notices, max_candidates, parse_criterion
+from ..words import precision, size
 from .options import Options
 from .selection import SelectedLayer, Selection, select_layers
 
@@ -67,6 +68,11 @@ class ConversionPlan:
         """Whether the head becomes int8 and the source has it tied to the embedding."""
         modules = {self.selection.module_of[name] for name in self.selection.layers}
         return self.head is not None and self.head.tied_to is not None and self.head.module in modules
+
+    @property
+    def precision(self) -> str:
+        """What the layers are in where they are not quantized: `16 bit`, or `float32`."""
+        return precision(output_dtype(layer.weight.dtype, self.dtype) for layer in self.selection.layers.values())
 
     @property
     def bytes_before(self) -> int:
@@ -186,8 +192,8 @@ def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> Conv
     if options.outliers != _DEFAULTS.outliers:  # of what nobody asked for, as much as there can be
         selection.notices.extend(budget_notices(criterion, [layer.in_features for layer in selection.layers.values()]))
     for file in large_files(origin.path):
-        size = file.stat().st_size / 1e6
-        selection.notices.append(f"{file.name} ({size:.0f} MB) stays behind: only files of up to 64 MiB are copied")
+        nbytes = size(file.stat().st_size)
+        selection.notices.append(f"{file.name} ({nbytes}) stays behind: only files of up to 64 MiB are copied")
     dtype = _CAST_DTYPES.get(options.dtype or "")
     plan = ConversionPlan(source, origin, out, config, head, selection, criterion, options, dtype, max_shard_bytes, [])
     return with_selection(plan, selection)

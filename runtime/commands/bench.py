@@ -10,6 +10,7 @@ import click
 from llmint8.converter.commands.command import Command, set_up_logging
 from llmint8.converter.commands.output import echo_result
 from llmint8.converter.commands.progress import pass_bar
+from llmint8.converter.words import count
 
 MEASURED_M = (1, 16, 128, 2048)
 
@@ -87,7 +88,7 @@ def _tune(shapes: Sequence[Shape], device: Any, quiet: bool) -> None:
             found = {(e.architecture, e.n, e.k, e.m): e for e in [*tiles.cached_table(), *fastest]}
             write_durably(path, tiles.write_table(list(found.values())).encode())
             tiles.forget()
-    click.echo(f"The fastest kernels for {len(sizes)} sizes of layers are in {path}", err=True)
+    click.echo(f"The fastest kernels for {count(len(sizes), 'size')} of layers are in {path}", err=True)
 
 
 def layer_times(shape: Shape, m: int, device: Any) -> tuple[float, float]:

@@ -5,6 +5,7 @@ import click
 from llmint8.converter.commands.command import Command, set_up_logging
 from llmint8.converter.commands.output import echo_result
 from llmint8.converter.commands.terminal import printable_lines
+from llmint8.converter.words import count
 
 
 @click.command("generate", cls=Command)
@@ -60,4 +61,4 @@ def generate_command(
     if stats:
         click.echo(printable_lines(statistics(model, done)), err=True)
     elif not quiet:
-        click.echo(f"{done.new_tokens} tokens, {done.new_tokens / done.seconds:.1f} per second.", err=True)
+        click.echo(f"{count(done.new_tokens, 'token')}, {done.new_tokens / done.seconds:.1f} per second.", err=True)

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, TextStreamer
 from llmint8.converter.model.build import model_class
 from llmint8.converter.model.config import load_config
 from llmint8.converter.model.errors import first_line
+from llmint8.converter.words import count, size
 from llmint8.formats import LLMInt8Error
 
 from .compiled import is_compiled
@@ -98,15 +99,15 @@ def stream_chat(
 
 def statistics(model: Any, done: Generation) -> list[str]:
     """Return lines for a reader: times, speed, and the largest memory of this process so far."""
-    lines = [f"First token    {done.token_seconds[0]:.2f} s, after {done.prompt_tokens} tokens of prompt"]
+    lines = [f"First token    {done.token_seconds[0]:.2f} s, after {count(done.prompt_tokens, 'token')} of prompt"]
     if is_compiled(model) and len(done.token_seconds) > 2:
         lines += [f"Compilation    {done.token_seconds[2] - done.token_seconds[0]:.1f} s, with two more tokens"]
     if done.tokens_per_second is not None:
         lines += [f"Then           {done.tokens_per_second:.1f} tokens per second, {done.new_tokens} in all"]
     if model.device.type == "cuda":
-        lines += [f"GPU memory     {torch.cuda.max_memory_allocated(model.device) / 1e9:.2f} GB at most"]
+        lines += [f"GPU memory     {size(torch.cuda.max_memory_allocated(model.device))} at most"]
     if sys.platform != "win32":
-        lines += [f"Memory         {_peak_memory() / 1e9:.2f} GB at most"]
+        lines += [f"Memory         {size(_peak_memory())} at most"]
     return lines
 
 

@@ -43,7 +43,7 @@ def errors(inputs: Sequence[LayerInput]) -> Figure:
         after = [100 * one.relative_error(one.kept) for _, one in placed]
         axis.vlines(x, after, before, colors="#bbbbbb", linewidths=1)
         axis.plot(x, before, "o", color=ORANGE, markerfacecolor="white", markersize=4, label="every column in int8")
-        axis.plot(x, after, "o", color=BLUE, markersize=4, label="with the 16-bit columns that are kept")
+        axis.plot(x, after, "o", color=BLUE, markersize=4, label="with the columns that are kept unquantized")
 
     return _small_multiples(inputs, draw, "error of the output, %", "output of")
 

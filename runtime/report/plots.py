@@ -19,7 +19,7 @@ from llmint8.converter.outliers.criterion import OUTLIER_MAGNITUDE
 from llmint8.formats import Checkpoint
 
 from .axes import BLUE, GREEN, GREY, ORANGE, STYLE, block_label, number_blocks, plain, plain_log
-from .findings import Sizes
+from .findings import Sizes, column_precision
 from .labels import block_of, layer_kinds
 from .multiples import MAX_OTHERS, blocks_of, panels
 from .statistics import LayerInput, occurs
@@ -64,7 +64,7 @@ def heat_map(hidden: Sequence[LayerInput], dims: Sequence[int]) -> Figure:
 
 
 def kept_columns(checkpoint: Checkpoint) -> Figure:
-    """Draw how many columns each layer keeps in 16 bit: kinds of layers (rows) by blocks (columns), others below."""
+    """Draw how many columns each layer keeps unquantized: kinds of layers (rows) by blocks (columns), others below."""
     counts = checkpoint.quantization.outliers  # in the model's order; the tensors in the files are not
     kind_of = layer_kinds(counts)
     others = [name for name in counts if not block_of(name)]
@@ -100,7 +100,7 @@ def kept_columns(checkpoint: Checkpoint) -> Figure:
         axes[-1].set_xlabel(f"layers outside of the blocks{rest}", loc="left", **STYLE)
     bar = figure.colorbar(image, ax=axes, fraction=0.03, pad=0.01)
     bar.ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-    bar.set_label("columns in 16 bit", **STYLE)
+    bar.set_label(f"columns in {column_precision(checkpoint)}", **STYLE)
     return figure
 
 
@@ -120,9 +120,9 @@ def _squares(axis: Any, table: Any, names: Sequence[str], norm: Any) -> Any:
 def size_bars(sizes: Sizes) -> Figure:
     """Draw two stacked bars, before and after."""
     colours = {
-        "16-bit layers": "#56B4E9",
+        "layers in the source": "#56B4E9",
         "int8 weights": BLUE,
-        "16-bit columns": ORANGE,
+        "outlier columns": ORANGE,
         "scales": GREEN,
         "everything else": GREY,
     }
@@ -141,7 +141,7 @@ def size_bars(sizes: Sizes) -> Figure:
                 )
                 left += size
         axis.text(left + 0.01 * total / unit, row, f"{left:.1f} {name}", va="center", fontsize=9)
-    axis.set_yticks([0, 1], ["16 bit (before)", "int8 (this checkpoint)"], fontsize=9)
+    axis.set_yticks([0, 1], ["source (estimated)", "int8 (this checkpoint)"], fontsize=9)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.14 * total / unit)
     axis.set_xlabel(name, **STYLE)

@@ -1,0 +1,33 @@
+"""Sizes, numbers and precisions as they are printed: `7.2 kB`, `1 layer`, `2 layers`, `16 bit`."""
+
+from collections.abc import Iterable
+
+_UNITS = ((10**12, "TB", 2), (10**9, "GB", 2), (10**6, "MB", 1), (10**3, "kB", 1))
+
+
+def size(nbytes: float) -> str:
+    """Write a number of bytes with its unit."""
+    return sizes([nbytes])
+
+
+def sizes(nbytes: Iterable[float]) -> str:
+    """Write the smallest and the largest of several numbers of bytes, in one unit; or the one there is."""
+    numbers = list(nbytes)
+    for unit, name, digits in _UNITS:
+        # What would be written as 1000 of a unit is 1 of the next.
+        if round(max(numbers) / unit, digits) >= 1:
+            low, high = (f"{number / unit:.{digits}f}" for number in (min(numbers), max(numbers)))
+            return f"{low} {name}" if low == high else f"{low} to {high} {name}"
+    low, high = (f"{number:.0f}" for number in (min(numbers), max(numbers)))
+    return count(int(max(numbers)), "byte") if low == high else f"{low} to {high} bytes"
+
+
+def count(number: int, noun: str, plural: str = "") -> str:
+    """Write a number of things; their plural ends with an `s` where none is given."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def precision(dtypes: Iterable[str]) -> str:
+    """Say what safetensors' names of dtypes are, of what is not quantized: `16 bit` or `float32`, or both."""
+    found = {"float32" if dtype == "F32" else "16 bit" for dtype in dtypes}
+    return " and ".join(sorted(found)) or "16 bit"
