@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-_UNITS = ((10**12, "TB", 2), (10**9, "GB", 2), (10**6, "MB", 1), (10**3, "kB", 1))
+_UNITS = ((1, "bytes", 0), (10**3, "kB", 1), (10**6, "MB", 1), (10**9, "GB", 2), (10**12, "TB", 2))
 
 
 def size(nbytes: float) -> str:
@@ -13,13 +13,13 @@ def size(nbytes: float) -> str:
 def sizes(nbytes: Iterable[float]) -> str:
     """Write the smallest and the largest of several numbers of bytes, in one unit; or the one there is."""
     numbers = list(nbytes)
-    for unit, name, digits in _UNITS:
-        # What would be written as 1000 of a unit is 1 of the next.
-        if round(max(numbers) / unit, digits) >= 1:
-            low, high = (f"{number / unit:.{digits}f}" for number in (min(numbers), max(numbers)))
-            return f"{low} {name}" if low == high else f"{low} to {high} {name}"
-    low, high = (f"{number:.0f}" for number in (min(numbers), max(numbers)))
-    return count(int(max(numbers)), "byte") if low == high else f"{low} to {high} bytes"
+    # What would be written as 1000 of a unit is 1 of the next.
+    fitting = (found for found in _UNITS if round(max(numbers) / found[0], found[2]) < 1000)
+    unit, name, digits = next(fitting, _UNITS[-1])
+    low, high = (f"{number / unit:.{digits}f}" for number in (min(numbers), max(numbers)))
+    if unit == 1 and high == "1":
+        name = "byte"
+    return f"{low} {name}" if low == high else f"{low} to {high} {name}"
 
 
 def count(number: int, noun: str, plural: str = "") -> str:

@@ -11,7 +11,7 @@ _WORTH_TELLING = 0.05
 
 
 def size_notices(plan: ConversionPlan) -> list[str]:
-    """Say what `--quantize-head` adds, what `--dtype bfloat16` would spare, and when OUT is the larger of the two.
+    """Say what `--quantize-head` adds, and what `--dtype bfloat16` would spare.
 
     The sizes are those of the plan: outlier columns as many as the budget has.
     """
@@ -27,8 +27,6 @@ def size_notices(plan: ConversionPlan) -> list[str]:
             f"--quantize-head adds {size(after - less.bytes_after)}: the embedding it shares stays beside it. "
             f"OUT takes {in_all}; without it {size(less.bytes_after)}"
         )
-    elif after > before:
-        notices.append(f"OUT is larger than the source: {in_all}")
     half = with_selection(dataclasses.replace(plan, dtype=_HALF), plan.selection).bytes_after
     if plan.dtype is None and after - half > _WORTH_TELLING * after:
         notices.append(
