@@ -73,8 +73,10 @@ def measure(
             if not bool(expected.isfinite().all()):
                 raise LLMInt8Error("the reference gives logits that are not finite; there is nothing to compare with")
             loss -= _sum_at(expected, targets)
+            likeliest = expected.argmax(1)
             for name, candidate in candidates.items():
-                tallies.setdefault(name, _Tally()).add(expected, _log_probabilities(candidate, places), targets)
+                got = _log_probabilities(candidate, places)
+                tallies.setdefault(name, _Tally()).add(expected, likeliest, got, targets)
             compared += len(targets)
         progress("")
     if not compared:
@@ -91,8 +93,8 @@ class _Tally:
     agreements: int = 0
     loss: float = 0.0  # nats
 
-    def add(self, expected: Tensor, got: Tensor, targets: Tensor) -> None:
-        """Add a window: log probabilities [positions, V] and the tokens that followed [positions]."""
+    def add(self, expected: Tensor, likeliest: Tensor, got: Tensor, targets: Tensor) -> None:
+        """Add log probabilities [P, V]; of the first the largest in each row [P]; and the tokens that followed [P]."""
         if got.shape != expected.shape:
             raise LLMInt8Error(
                 f"the vocabulary has {got.shape[-1]} tokens, that of the reference {expected.shape[-1]}; "
@@ -101,7 +103,7 @@ class _Tally:
         for start in range(0, len(expected), _POSITIONS):
             log_p, log_q = (log[start : start + _POSITIONS] for log in (expected, got))
             self.kl.append((log_p.exp() * (log_p - log_q)).sum(1).cpu())
-            self.agreements += int((log_p.argmax(1) == log_q.argmax(1)).sum())
+        self.agreements += int((likeliest == got.argmax(1)).sum())
         self.loss -= _sum_at(got, targets)
 
     def measurement(self, name: str) -> Measurement:
