@@ -118,11 +118,11 @@ def convert_command(
         with progress_bar(plan.bytes_before, "Converting", quiet, verbose) as progress:
             report = execute(plan, force, progress)
         if not quiet:
-            _echo_notices(report.notices)
+            _echo_notices([*report.notices, *size_notices(plan)])
         # Said even when quiet: config.json and the card would have it, and nobody looks there.
         _echo_uncalibrated(report, verbose)
         if not quiet:
-            _echo_report(report, verbose, chosen.trust_remote_code)
+            _echo_report(report, verbose, plan.config if chosen.trust_remote_code else None)
     if push_to_hub is not None:
         from ..hub.push import prepare
         from .push import publish
@@ -150,7 +150,7 @@ def _echo_uncalibrated(report: Any, verbose: bool) -> None:
     )
 
 
-def _echo_report(report: Any, verbose: bool, trusted: bool) -> None:
+def _echo_report(report: Any, verbose: bool, trusted: Any | None) -> None:
     if verbose:
         click.echo(_kept_text(report.kept, report.precision))
         for name in report.uncalibrated:
@@ -164,18 +164,18 @@ def _echo_report(report: Any, verbose: bool, trusted: bool) -> None:
     click.echo(f"Written to {report.out}. {_how_to_load(report.out, trusted)}")
 
 
-def _how_to_load(out: Path, trusted: bool) -> str:
-    """Say what loads the checkpoint; or that nothing here does."""
+def _how_to_load(out: Path, trusted: Any | None) -> str:
+    """Say what loads the checkpoint; or that nothing here does. `trusted` is a config whose code has run already."""
     from ..model.build import model_class
     from ..model.config import load_config
 
-    config = load_config(out, trusted)
+    config = trusted or load_config(out)
     cls = None if config is None else model_class(config)
     if config is None or cls is None:
         named = config.architectures if config is not None else None
         what = f"no class {printable(str(named[0]))}" if named else "no class for it"
         return f"transformers has {what}: it can be verified and read here, and loaded where its code is."
-    code = ", trust_remote_code=True" if trusted and getattr(config, "auto_map", None) else ""
+    code = ", trust_remote_code=True" if getattr(config, "auto_map", None) else ""
     return f"Load it with: llmint8.runtime.load({str(out)!r}{code}), a {cls.__name__}"
 
 

@@ -19,7 +19,6 @@ from ..hub.resolve import resolve
 from ..machine import usable_device
 from ..planning.options import Options
 from ..planning.plan import ConversionPlan, make_plan, with_selection
-from ..planning.sizes import size_notices
 from ..words import size
 from .finished import finished
 from .provenance import describe, fingerprint, identify, output_config
@@ -115,7 +114,7 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
         progress("everything to the disk", 0)
         calibration = {**batch.provenance, "layers": len(outliers.counts)} if batch else None
         manifest = _commit(plan, writer, outliers, calibration)
-    notices = [*plan.selection.notices, *size_notices(plan), *outliers.notices]
+    notices = [*plan.selection.notices, *outliers.notices]
     notices += [batch.notice] if batch and batch.notice else []
     columns = sum(layer.in_features for layer in plan.selection.layers.values())
     return ConversionReport(

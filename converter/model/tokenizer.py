@@ -82,7 +82,7 @@ def _reason(files: list[Path], error: Exception) -> str:
 def _json_problem(file: Path) -> str:
     try:
         json.loads(file.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return str(error)
     return ""
 
