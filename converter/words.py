@@ -1,13 +1,33 @@
-"""Numbers in words, as messages have them."""
+"""Sizes, numbers and precisions as they are printed: `7.2 kB`, `1 layer`, `2 layers`, `16 bit`."""
+
+from collections.abc import Iterable
+
+_UNITS = ((1, "bytes", 0), (10**3, "kB", 1), (10**6, "MB", 1), (10**9, "GB", 2), (10**12, "TB", 2))
 
 
-def gigabytes(nbytes: int) -> str:
-    """Write a size with its unit."""
-    if nbytes >= 1e9:
-        return f"{nbytes / 1e9:.2f} GB"
-    return f"{nbytes / 1e6:.1f} MB" if nbytes >= 5e4 else f"{nbytes / 1e3:.1f} kB"
+def size(nbytes: float) -> str:
+    """Write a number of bytes with its unit."""
+    return sizes([nbytes])
 
 
-def counted(count: int, one: str, more: str) -> str:
-    """Write a number with its noun."""
-    return f"{count} {one if count == 1 else more}"
+def sizes(nbytes: Iterable[float]) -> str:
+    """Write the smallest and the largest of several numbers of bytes, in one unit; or the one there is."""
+    numbers = list(nbytes)
+    # What would be written as 1000 of a unit is 1 of the next.
+    fitting = (found for found in _UNITS if round(max(numbers) / found[0], found[2]) < 1000)
+    unit, name, digits = next(fitting, _UNITS[-1])
+    low, high = (f"{number / unit:.{digits}f}" for number in (min(numbers), max(numbers)))
+    if unit == 1 and high == "1":
+        name = "byte"
+    return f"{low} {name}" if low == high else f"{low} to {high} {name}"
+
+
+def count(number: int, noun: str, plural: str = "") -> str:
+    """Write a number of things; their plural ends with an `s` where none is given."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+
+
+def precision(dtypes: Iterable[str]) -> str:
+    """Say what safetensors' names of dtypes are, of what is not quantized: `16 bit` or `float32`, or both."""
+    found = {"float32" if dtype == "F32" else "16 bit" for dtype in dtypes}
+    return " and ".join(sorted(found)) or "16 bit"

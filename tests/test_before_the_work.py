@@ -112,7 +112,7 @@ def test_a_plan_is_made_from_headers(layout: str, hub: Any, model: Any, source: 
     assert plan.bytes_to_fetch == sum(file.size for file in local.source.files)
     lines, expected = result.stdout.splitlines(), run(path, tmp_path / "out", "--dry-run").stdout.splitlines()
     assert lines[1:5] == expected[1:5]
-    assert lines[-1].startswith("Download     0.")
+    assert lines[-1].startswith("Download     1")
     assert not (tmp_path / "out").exists()
 
 
@@ -235,7 +235,7 @@ def test_too_little_room_for_what_has_to_be_fetched_is_said_before(
     assert plan.disk_needed == local.disk_needed + plan.bytes_to_fetch
     free, room = ("disk_free", plan.disk_needed) if where == "out" else ("cache_free", plan.bytes_to_fetch)
     monkeypatch.setattr(ConversionPlan, free, room - 1)
-    words = "GB are free there" if where == "out" else "HF_HUB_CACHE names another place"
+    words = "B are free there" if where == "out" else "HF_HUB_CACHE names another place"
     assert_refused(run(SOURCE, tmp_path / "out", "--outliers", "none"), words)
     assert "does not fit" in run(SOURCE, tmp_path / "out", "--outliers", "none", "--dry-run").output
     assert weights_in_cache() == []

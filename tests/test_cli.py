@@ -1,6 +1,7 @@
 """The commands as a user runs them: output, exit codes, one line per error."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from click.testing import CliRunner
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llmint8 import formats
+from llmint8.converter import words
 from llmint8.converter.commands.convert import convert_command
 from llmint8.runtime.commands.main import main
 
@@ -163,12 +165,12 @@ def test_inspect_sums_up_repeated_layers_and_says_what_a_block_takes(tmp_path):
     said = run(main, "inspect", tmp_path / "out").stdout
     # Bytes: the weight, four for a row's scale, one for the format, two for an element of a column, four for a dim.
     assert [line.split() for line in said.partition("\n\n")[0].splitlines()] == [
-        ["layer", "number", "out", "in", "16-bit", "columns", "MB", "each"],
-        ["connector", "1", "10", "20", "0", "0.00"],
-        ["model.layers.*.experts.*.w1", "4", "1000", "10", "0", "0.01"],
-        ["model.layers.*.up", "12", "1000", "500", "3", "to", "14", "0.51", "to", "0.53"],
-        ["model.layers.*.odd", "1", "1000", "600", "2", "0.61"],
-        ["vision.*.fc", "1", "2000", "1000", "1", "2.01"],
+        ["layer", "number", "out", "in", "16-bit", "columns", "size", "of", "each"],
+        ["connector", "1", "10", "20", "0", "241", "bytes"],
+        ["model.layers.*.experts.*.w1", "4", "1000", "10", "0", "14.0", "kB"],
+        ["model.layers.*.up", "12", "1000", "500", "3", "to", "14", "510.0", "to", "532.1", "kB"],
+        ["model.layers.*.odd", "1", "1000", "600", "2", "608.0", "kB"],
+        ["vision.*.fc", "1", "2000", "1000", "1", "2.0", "MB"],
     ]
     assert "\nBlocks        12 x model.layers.*, 0.5 to 1.1 MB each\nBlocks        1 x vision.*, 2.0 MB each\n" in said
     assert "\nOutside       1.6 MB: model.embed 1.6 MB, and 2 smaller\n" in said
@@ -191,10 +193,10 @@ def test_inspect_finds_blocks_behind_names_with_digits(tmp_path):
     others = {f"other{i}.weight": (500,) for i in range(30)} | {"alone": (500,)}
     write_checkpoint(tmp_path / "out", layers, others)
     said = run(main, "inspect", tmp_path / "out").stdout
-    assert "\nBlocks        2 x h2o.*, 0.1 MB each\n" in said
-    assert "\nBlocks        2 x wav2vec2.encoder.layers.*, 0.1 MB each\n" in said
+    assert "\nBlocks        2 x h2o.*, 100.4 kB each\n" in said
+    assert "\nBlocks        2 x wav2vec2.encoder.layers.*, 100.4 kB each\n" in said
     # So many of one size that none stands out; and a tensor that is in no module has a name all the same.
-    assert "\nOutside       0.0 MB\n" in said
+    assert "\nOutside       31.0 kB\n" in said
     facts = json.loads(run(main, "inspect", tmp_path / "out", "--json").stdout)
     assert facts["outside_bytes"].keys() == {f"other{i}" for i in range(30)} | {"alone"}
 
@@ -222,6 +224,98 @@ def test_verify(converted, source):
     assert 0.001 < float(error.split()[-1]) < 0.02
 
 
+def test_a_source_in_float32_is_told_as_such_with_what_half_of_it_would_take(tmp_path):
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(CONFIG).save_pretrained(tmp_path / "source")
+    plan = run(convert_command, tmp_path / "source", tmp_path / "out", "--dry-run", "--verbose")
+    assert "1 left in float32" in plan.stdout
+    assert "In float32   lm_head: output head" in plan.stdout
+    done = run(convert_command, tmp_path / "source", tmp_path / "out")
+    assert "25.0% of their columns in float32, 1 layer left in float32" in done.stdout
+    said = re.search(
+        r"stays in float32, as it is in the source: OUT takes (\S+ kB), .*; with --dtype bfloat16 (.*)\n", done.stderr
+    )
+    assert said[0] in plan.stderr
+    for takes, dtype in zip(said.groups(), ([], ["--dtype", "bfloat16"]), strict=True):
+        again = run(convert_command, tmp_path / "source", tmp_path / "new", *dtype, "--dry-run")
+        assert f"Result       {takes}," in again.stdout
+    assert "bfloat16" not in again.stderr
+    looked_at = run(main, "inspect", tmp_path / "out").stdout
+    assert "float32 columns" in looked_at
+    assert "25.00% of the columns in float32" in looked_at
+
+
+def test_what_an_int8_head_takes_beside_its_embedding_is_told(tmp_path):
+    config = transformers.LlamaConfig(**{**CONFIG.to_dict(), "tie_word_embeddings": True})
+    transformers.LlamaForCausalLM(config).half().save_pretrained(tmp_path / "source")
+    done = run(convert_command, tmp_path / "source", tmp_path / "out", "--outliers", "none", "--quantize-head")
+    added = 128 * 32 + 4 * 128 + 1  # int8, scales, and the format
+    assert (
+        f"Note: --quantize-head adds {words.size(added)}: the embedding it shares stays beside it. OUT takes"
+        in done.stderr
+    )
+    takes = [sum(info.nbytes for info in formats.open_checkpoint(tmp_path / "out").tensors.values())]
+    run(convert_command, tmp_path / "source", tmp_path / "less", "--outliers", "none")
+    takes += [sum(info.nbytes for info in formats.open_checkpoint(tmp_path / "less").tensors.values())]
+    assert takes[0] - takes[1] == added
+    assert f"OUT takes {words.size(takes[0])}, " in done.stderr
+    assert f"without it {words.size(takes[1])}\n" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        ({}, "Load it with: llmint8.runtime.load({out!r}), a LlamaForCausalLM\n"),
+        ({"model_type": "own"}, "transformers has no class for it: it can be verified and read here, and loaded where"),
+    ],
+)
+def test_the_hint_says_what_loads(change, hint, source, tmp_path):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | change))
+    out = tmp_path / "out"
+    said = run(convert_command, source, out, "--outliers", "none").stdout
+    assert hint.format(out=str(out)) in said
+    assert said.count("runtime.load") == (not change)
+
+
+def test_what_an_earlier_version_did_not_record_is_one_clause(source, converted):
+    manifest = json.loads((converted / "llmint8_manifest.json").read_text())
+    for name in [*manifest["source"]["options"]][:6]:
+        del manifest["source"]["options"][name]
+    (converted / "llmint8_manifest.json").write_text(json.dumps(manifest))
+    result = run(convert_command, source, converted, "--outliers", "none")
+    assert_one_line_error(result, "and 3 things more were not recorded, as in earlier versions. Name another directory")
+    assert result.stderr.count("recorded") == 1
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "said"),
+    [
+        *[
+            (0, "0 bytes"),
+            (1, "1 byte"),
+            (999, "999 bytes"),
+            (999.7, "1.0 kB"),
+            (1000, "1.0 kB"),
+            (999_949, "999.9 kB"),
+        ],
+        *[(999_950, "1.0 MB"), (4_260_000_000, "4.26 GB"), (999_999_999, "1.00 GB"), (2.5e12, "2.50 TB")],
+    ],
+)
+def test_sizes_have_units_that_fit(nbytes, said):
+    assert words.size(nbytes) == said
+
+
+def test_numbers_and_their_nouns():
+    assert [words.count(n, "layer") for n in (0, 1, 2)] == ["0 layers", "1 layer", "2 layers"]
+    assert [words.count(n, "matrix", "matrices") for n in (1, 2)] == ["1 matrix", "2 matrices"]
+    assert words.sizes([510_013, 532_057]) == "510.0 to 532.1 kB"
+    assert words.sizes([1000, 1_100_000]) == "0.0 to 1.1 MB"
+    assert [words.precision(d) for d in ([], ["F16"], ["F32"], ["F32", "BF16"])] == [
+        *("16 bit", "16 bit", "float32", "16 bit and float32"),
+    ]
+
+
 def test_verify_finds_one_flipped_bit(converted):
     file = converted / "model.safetensors"
     data = bytearray(file.read_bytes())
@@ -230,7 +324,7 @@ def test_verify_finds_one_flipped_bit(converted):
     result = run(main, "verify", converted)
     assert result.exit_code == 1
     assert "E18" in result.stderr
-    assert "1 problem(s)" in result.stderr
+    assert "1 problem in " in result.stderr
 
 
 def test_verify_against_another_source(converted, tmp_path):
@@ -254,6 +348,22 @@ def test_generate_streams_text(converted, byte_tokenizer):
 
 def test_generate_without_tokenizer_is_one_line(converted):
     assert_one_line_error(run(main, "generate", converted, "--prompt", "abc"), "tokenizer")
+
+
+def test_generate_with_a_model_that_does_not_is_one_line(converted, byte_tokenizer, monkeypatch):
+    byte_tokenizer.save_pretrained(converted)
+    config = json.loads((converted / "config.json").read_text())
+    (converted / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
+    monkeypatch.setattr("llmint8.runtime.model.load.load", None)
+    result = run(main, "generate", converted, "--prompt", "abc")
+    assert_one_line_error(result, "LlamaModel does not generate text", "runtime.load")
+
+
+def test_a_defect_names_its_place_where_no_option_shows_it(converted, monkeypatch):
+    monkeypatch.setattr("llmint8.formats.check_values", lambda *arguments: {}["gone"])
+    result = run(main, "verify", converted)
+    assert_one_line_error(result, "unexpected: KeyError: 'gone' (test_cli.py, line ")
+    assert "convert" not in result.stderr
 
 
 def test_a_defect_is_one_line_too(source, tmp_path, monkeypatch):

@@ -309,7 +309,7 @@ def test_the_command_names_file_and_tensor_and_fails(damaged: tuple[Path, Tensor
     assert result.exit_code == 1
     line, last = result.stderr.splitlines()
     assert line == f"E18 {path / info.file}: {info.name}: its SHA-256 is not the manifest's; fetch {info.file} again"
-    assert last == f"Error: 1 problem(s) in {path}"
+    assert last == f"Error: 1 problem in {path}"
 
 
 def test_quick_checks_the_structure_and_reads_no_tensor(

@@ -1,8 +1,10 @@
 """`llmint8 eval`: the numbers against numpy, the simulated methods against the formulas and against the runtime."""
 
+import gc
 import json
 import math
 import shutil
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from llmint8 import converter, runtime
+from llmint8.converter.model.build import is_linear
 from llmint8.formats import LLMInt8Error, open_checkpoint
+from llmint8.kernels.reference import QuantizedRows
+from llmint8.runtime.accuracy import methods
 from llmint8.runtime.accuracy.compare import compare
 from llmint8.runtime.accuracy.evaluate import Logits, measure, token_windows
-from llmint8.runtime.accuracy.methods import METHODS, Method, Simulation
+from llmint8.runtime.accuracy.halves import Halves
+from llmint8.runtime.accuracy.methods import METHODS, Method, NotRowsError, Simulation
 from llmint8.runtime.commands.main import main
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
@@ -81,7 +87,23 @@ def source_model(path: Path) -> Any:
     return transformers.LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
-def logits_of(model: Any) -> Logits:
+Whole = Callable[[Tensor], Tensor]  # token ids [1, W] -> logits [1, W, V]
+
+
+def together(
+    windows: Iterable[Tensor], reference: Whole, candidates: dict[str, Whole]
+) -> Iterator[tuple[Tensor, Logits, dict[str, Logits]]]:
+    """What `measure` takes, of models that give all logits of a window at once."""
+
+    def at(whole: Whole, window: Tensor) -> Logits:
+        logits = whole(window[None])[0]
+        return lambda places: logits[places]
+
+    for window in windows:
+        yield window, at(reference, window), {name: at(whole, window) for name, whole in candidates.items()}
+
+
+def logits_of(model: Any) -> Whole:
     def logits(tokens: Tensor) -> Tensor:
         with torch.no_grad():
             found: Tensor = model(tokens).logits
@@ -90,7 +112,7 @@ def logits_of(model: Any) -> Logits:
     return logits
 
 
-def simulated(model: Any, method: Method) -> Logits:
+def simulated(model: Any, method: Method) -> Whole:
     simulation = Simulation(model, LAYERS)
 
     def logits(tokens: Tensor) -> Tensor:
@@ -127,7 +149,7 @@ def assert_one_line_error(result: Result, *expected: str) -> None:
 
 def test_a_model_is_no_distance_from_itself(folder: Path) -> None:
     logits = logits_of(source_model(folder / "source"))
-    found = measure(windows(), logits, {"itself": logits})
+    found = measure(together(windows(), logits, {"itself": logits}))
     (itself,) = found.measurements
     assert (itself.kl_mean, itself.kl_median, itself.kl_p99) == (0, 0, 0)
     assert itself.top1_agreement == 1
@@ -139,7 +161,7 @@ def test_numbers_are_those_of_numpy(folder: Path) -> None:
     tokens = windows(2, 151)
     tables = [torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
     reference, candidate = (lambda ids, table=table: 3 * table[ids] for table in tables)
-    found = measure(tokens, reference, {"other": candidate})
+    found = measure(together(tokens, reference, {"other": candidate}))
 
     def log_softmax(logits: Tensor) -> Any:
         values = logits.numpy().astype(np.float64)
@@ -160,36 +182,37 @@ def test_numbers_are_those_of_numpy(folder: Path) -> None:
     np.testing.assert_allclose(other.perplexity, np.exp(-q[every, targets].mean()), rtol=1e-5)
 
 
-def test_reference_runs_once_for_each_window() -> None:
+def test_logits_are_asked_for_a_few_positions_at_a_time() -> None:
     calls = []
 
     def model(name: str) -> Logits:
-        def logits(tokens: Tensor) -> Tensor:
-            calls.append((name, tokens.shape))
-            return torch.zeros(*tokens.shape, VOCABULARY)
+        def logits(places: slice) -> Tensor:
+            calls.append((name, places.start, places.stop))
+            return torch.zeros(places.stop - places.start, VOCABULARY)
 
         return logits
 
     passes: list[str] = []
-    measure(windows(3, 8), model("16 bit"), {"a": model("a"), "b": model("b")}, passes.append)
-    assert calls == [(name, (1, 8)) for _ in range(3) for name in ("16 bit", "a", "b")]
-    assert passes == ["", "a", "b"] * 3
+    runs = ((window, model("16 bit"), {"a": model("a"), "b": model("b")}) for window in windows(2, 8))
+    measure(runs, 5, passes.append)
+    assert calls == [(name, *places) for _ in (1, 2) for places in ((0, 5), (5, 7)) for name in ("16 bit", "a", "b")]
+    assert passes == ["", ""]
 
 
 def test_broken_logits() -> None:
-    def constant(value: float, size: int = VOCABULARY) -> Logits:
+    def constant(value: float, size: int = VOCABULARY) -> Whole:
         return lambda tokens: torch.full((*tokens.shape, size), value)
 
     with pytest.raises(LLMInt8Error, match="not finite"):
-        measure(windows(), constant(math.nan), {"a": constant(0)})
+        measure(together(windows(), constant(math.nan), {"a": constant(0)}))
     with pytest.raises(LLMInt8Error, match="96 tokens, that of the reference 97"):
-        measure(windows(), constant(0), {"a": constant(0, VOCABULARY - 1)})
-    (broken,) = measure(windows(), constant(0), {"a": constant(math.nan)}).measurements
+        measure(together(windows(), constant(0), {"a": constant(0, VOCABULARY - 1)}))
+    (broken,) = measure(together(windows(), constant(0), {"a": constant(math.nan)})).measurements
     assert math.isnan(broken.kl_mean)
     assert math.isnan(broken.kl_p99)
     assert math.isnan(broken.perplexity)
     with pytest.raises(ValueError, match="no windows"):
-        measure([], constant(0), {})
+        measure([])
 
 
 # Windows
@@ -325,14 +348,14 @@ def test_planted_outliers_order_the_methods(folder: Path) -> None:
     model = source_model(folder / "planted")
     simulation = Simulation(model, LAYERS)
 
-    def logits(method: Method) -> Logits:
+    def logits(method: Method) -> Whole:
         def run(tokens: Tensor) -> Tensor:
             with simulation.applied(method):
                 return logits_of(model)(tokens)
 
         return run
 
-    found = measure(windows(), logits_of(model), {name: logits(method) for name, method in METHOD.items()})
+    found = measure(together(windows(), logits_of(model), {name: logits(method) for name, method in METHOD.items()}))
     kl = {row.name: row.kl_mean for row in found.measurements}
     for name, method in METHOD.items():
         if not method.decomposition:
@@ -340,6 +363,100 @@ def test_planted_outliers_order_the_methods(folder: Path) -> None:
     for kind in ("", " + decomposition"):
         assert kl[f"absmax{kind}"] > kl[f"absmax row-wise{kind}"] > kl[f"absmax vector-wise{kind}"]
         assert kl[f"absmax vector-wise{kind}"] > kl[f"zeropoint vector-wise{kind}"]
+
+
+# Together
+
+
+def families() -> dict[str, Any]:
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    llama = transformers.LlamaConfig(vocab_size=VOCABULARY, intermediate_size=48, **sizes)
+    opt = transformers.OPTConfig(
+        vocab_size=VOCABULARY, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64, **sizes
+    )
+    gpt2 = transformers.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    gemma = transformers.Gemma2Config(  # caps its logits
+        vocab_size=VOCABULARY, intermediate_size=48, num_key_value_heads=2, head_dim=8, **sizes
+    )
+    return {config.model_type: config for config in (llama, opt, gpt2, gemma)}
+
+
+@pytest.mark.parametrize("family", families())
+def test_methods_run_together_as_each_alone(family: str) -> None:
+    """Rows of a batch add float32 in other orders than one; see `assert_the_same_but_for_roundings`."""
+    torch.manual_seed(4)
+    model = transformers.AutoModelForCausalLM.from_config(families()[family]).float().eval()
+    head = model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if is_linear(module) and module is not head]
+    simulation, (window,) = Simulation(model, names), windows(1)
+    halves = Halves(model, window)
+    assert halves.width == 32  # and not that of the logits
+    ways = [None, *METHODS]
+    calls = []
+    head.register_forward_pre_hook(lambda module, inputs: calls.append(inputs[0].shape))
+    with simulation.applied(*ways):
+        rows = halves.hidden(window.expand(len(ways), -1))
+    assert calls == []
+    plain = logits_of(model)(window[None])[0]
+    assert torch.allclose(halves.logits(rows[0, 5:9]), plain[5:9], atol=1e-5)
+    assert calls[-1] == (1, 4, 32)
+    for method, row in zip(METHODS, rows[1:], strict=True):
+        with simulation.applied(method):
+            alone = logits_of(model)(window[None])[0]
+        assert (halves.logits(row) - alone).norm() < 0.05 * (alone - plain).norm(), method.name
+    assert all("forward" not in vars(module) for module in model.modules())
+
+
+def test_rows_that_cannot_be_told_apart_are_not_guessed() -> None:
+    """What experts get are some positions of all rows."""
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleList([nn.Linear(4, 3)])]), "fc": nn.Linear(4, 3)})
+    simulation = Simulation(model, ["layers.0.0", "fc"])
+    with torch.no_grad(), simulation.applied(None, METHODS[0]):
+        assert model["fc"](torch.zeros(6, 4)).shape == (6, 3)
+        assert model["layers"][0][0](torch.zeros(2, 3, 4)).shape == (2, 3, 3)
+        with pytest.raises(NotRowsError, match=r"layers\.0\.0: an input \[6, 4\] is not 2 rows"):
+            model["layers"][0][0](torch.zeros(6, 4))
+        with pytest.raises(NotRowsError, match="fc"):
+            model["fc"](torch.zeros(3, 5, 4))
+
+
+def test_methods_run_one_by_one_where_rows_are_mixed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kl() -> list[float]:
+        arguments = (folder / "planted8", folder / "planted", folder / "text.txt")
+        found = compare(*arguments, tokens=64, window=32, methods=True)
+        return [row.kl_mean for row in found.evaluation.measurements]
+
+    together, counts = kl(), []
+
+    def mixed(name: str, x: Tensor, count: int) -> Any:
+        counts.append(count)
+        if count > 1:
+            raise NotRowsError(name)
+        return rows(name, x, count)
+
+    rows = methods._rows
+    monkeypatch.setattr(methods, "_rows", mixed)
+    assert kl() == pytest.approx(together, rel=0.05)
+    assert [count for count in counts if count > 1] == [11]  # tried once
+
+
+def test_a_model_that_cannot_be_parted_gives_its_logits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (window,) = source_model(folder / "source"), windows(1)
+    expected = logits_of(model)(window[None])
+    monkeypatch.setattr(type(model), "base_model", property(lambda self: self))
+    halves = Halves(model, window)
+    assert halves.width == VOCABULARY
+    hidden = halves.hidden(window[None])
+    assert torch.equal(halves.logits(hidden[0]), expected[0])
+
+
+def test_no_weight_is_kept_after_its_layer(folder: Path) -> None:
+    model = source_model(folder / "source")
+    simulation = Simulation(model, LAYERS)
+    before = sum(isinstance(one, QuantizedRows) for one in gc.get_objects())
+    with simulation.applied(*METHODS):
+        logits_of(model)(windows(1)[0].expand(len(METHODS), -1))
+    assert sum(isinstance(one, QuantizedRows) for one in gc.get_objects()) == before
 
 
 # The command
@@ -351,10 +468,10 @@ def test_table(folder: Path) -> None:
     assert result.stderr == ""  # no progress bar where there is no terminal
     head, reference, ours, empty, note = result.stdout.splitlines()
     assert head.split() == ["KL", "mean", "median", "99", "%", "top-1", "perplexity", "-", "ref."]
-    assert reference.startswith("16 bit (reference)  ")
+    assert reference.startswith("source (reference)  ")
     assert ours.startswith(f"out: static, {recorded(folder / 'out')}  ")
     assert empty == ""
-    assert note == ("3 windows of 32 tokens, 93 positions. 14 layers in int8, 0.00% of their columns stored in 16 bit.")
+    assert note == "3 windows of 32 tokens, 93 positions. 14 layers in int8, 0.00% of their columns stored unquantized."
     assert len({len(line) for line in (head, reference, ours)}) == 1
 
 

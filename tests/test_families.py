@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmint8 import converter, formats, runtime
 from llmint8.converter.planning import selection
+from llmint8.converter.words import size
 
 _SMALL = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LLAMA = {**_SMALL, "intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -143,9 +144,9 @@ def test_stacks_of_experts_stay_as_they_are_and_the_converter_says_so(family, tm
     source = formats.open_source(tmp_path / "source")
     report = converter.convert(tmp_path / "source", tmp_path / "out")
     stacks = [info for info in source.tensors.values() if len(info.shape) == 3]
-    size = sum(info.nbytes for info in stacks) / 1e6
+    nbytes = size(sum(info.nbytes for info in stacks))
     (notice,) = [notice for notice in report.notices if "matrices" in notice]
-    what = f"{2 * count} matrices of experts ({size:.1f} MB, model.layers.0.{name} among them) stay as they are: "
+    what = f"{2 * count} matrices of experts ({nbytes}, model.layers.0.{name} among them) stay as they are: "
     assert notice == what + "the model has them in stacks, and no linear layers for them"
 
 

@@ -1,5 +1,6 @@
 """`stream_chat`: the text arrives in pieces, the numbers are right, errors come through."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,10 +9,11 @@ import tokenizers
 import torch
 import transformers
 
+from llmint8.formats import LLMInt8Error
 from llmint8.runtime.model import compiled
-from llmint8.runtime.model.generate import Generation, statistics, stream_chat
+from llmint8.runtime.model.generate import Generation, require_text_model, statistics, stream_chat
 
-WORDS = {f"w{i}": i for i in range(97)}
+WORDS = {f"w{i}": i for i in range(96)} | {"abcdef": 96}  # transformers looks for stop strings with the last one
 CHAT = "{% for m in messages %}w7 {{ m['content'] }}{% endfor %}{% if add_generation_prompt %} w8 w9{% endif %}"
 
 
@@ -64,6 +66,102 @@ def test_temperature_draws(model: Any, tokenizer: Any) -> None:
         torch.manual_seed(seed)
         texts.add(stream_chat(model, tokenizer, "w3", lambda text: None, max_new_tokens=20, temperature=1.5).text)
     assert len(texts) == 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 3, "length_penalty": 2.0, "early_stopping": True},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"return_dict_in_generate": True, "output_scores": True, "output_logits": True},
+        {"return_dict_in_generate": True, "output_attentions": True, "output_hidden_states": True},
+        {"prompt_lookup_num_tokens": 3},
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"dola_layers": "low"},
+        {"assistant_early_exit": 1},
+        {"constraints": []},
+        {"force_words_ids": [[5]], "num_beams": 2},
+        {"guidance_scale": 3.0},
+        {"max_length": 3, "max_time": 1e-9},
+        {"cache_implementation": "quantized"},
+        {"token_healing": True},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_one_text_comes_whatever_the_generation_config_asks_for(
+    settings: dict[str, Any], temperature: float, model: Any, tokenizer: Any, recwarn: pytest.WarningsRecorder
+) -> None:
+    def generate() -> Generation:
+        torch.manual_seed(0)
+        return stream_chat(model, tokenizer, "w3", lambda text: None, max_new_tokens=9, temperature=temperature)
+
+    if "top_k" in settings and temperature:
+        model.generation_config.top_k = settings["top_k"]  # that is about drawing
+    plain = generate()
+    for name, value in settings.items():  # `update` checks them, a file is not checked
+        setattr(model.generation_config, name, value)
+    config = model.generation_config
+    found = generate()
+    assert (found.text, found.new_tokens) == (plain.text, 9)
+    assert model.generation_config is config
+    assert not recwarn.list
+
+
+def test_what_the_generation_config_says_of_the_text_holds(model: Any, tokenizer: Any) -> None:
+    def words(**settings: Any) -> list[str]:
+        for name, value in settings.items():
+            setattr(model.generation_config, name, value)
+        return stream_chat(model, tokenizer, "w3", lambda text: None, max_new_tokens=12).text.split()
+
+    first = words()[0]
+    assert first not in words(suppress_tokens=[WORDS[first]])
+    assert len(words(suppress_tokens=None, stop_strings=[first])) == 1
+    assert len(set(words(stop_strings=None, no_repeat_ngram_size=1))) == 12
+
+
+def test_only_what_every_model_takes_is_given_to_it(model: Any, tokenizer: Any) -> None:
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    assert "token_type_ids" in tokenizer("w3", return_token_type_ids=True)
+    assert stream_chat(model, tokenizer, "w3", lambda text: None, max_new_tokens=2).new_tokens == 2
+
+
+def test_a_chat_template_that_fails_is_one_line(model: Any, tokenizer: Any) -> None:
+    tokenizer.chat_template = "{{ raise_exception('only for assistants') }}"
+    with pytest.raises(LLMInt8Error, match=r"template cannot be applied \(TemplateError: only for .*--no-chat"):
+        stream_chat(model, tokenizer, "w3", lambda text: None)
+    assert stream_chat(model, tokenizer, "w3", lambda text: None, chat_template=False, max_new_tokens=1).new_tokens
+
+
+def _sizes(**more: int) -> dict[str, int]:
+    return {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, **more}
+
+
+@pytest.mark.parametrize(
+    ("config", "architecture", "words"),
+    [
+        (transformers.BertConfig(**_sizes()), "BertForMaskedLM", "BertForMaskedLM does not generate text"),
+        (transformers.BertConfig(**_sizes()), "BertModel", "BertModel does not generate text"),
+        (transformers.LlamaConfig(**_sizes()), "LlamaModel", "LlamaModel does not generate text"),
+        (transformers.LlamaConfig(**_sizes()), "LlamaForSequenceClassification", "does not generate text"),
+        (transformers.ViTConfig(**_sizes()), "ViTForImageClassification", "does not generate text"),
+        (transformers.WhisperConfig(), "WhisperForConditionalGeneration", "takes input_features"),
+        (transformers.LlamaConfig(**_sizes()), "LlamaForCausalLM", None),
+        (transformers.T5Config(), "T5ForConditionalGeneration", None),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "For" in value else "",
+)
+def test_a_model_that_does_not_continue_text_is_told_before_it_is_loaded(
+    config: Any, architecture: str, words: str | None, tmp_path: Path
+) -> None:
+    config.architectures = [architecture]
+    config.save_pretrained(tmp_path)  # there are no weights
+    if words is None:
+        require_text_model(tmp_path)
+        return
+    with pytest.raises(LLMInt8Error, match=words):
+        require_text_model(tmp_path)
 
 
 def test_stops_at_the_end_token(model: Any, tokenizer: Any) -> None:

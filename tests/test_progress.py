@@ -96,7 +96,7 @@ def test_what_is_too_large_to_be_copied_is_named(source: Path, tmp_path: Path, m
     (path / "model.gguf").write_bytes(bytes(3 << 20))
     monkeypatch.setattr(small_files, "MAX_SMALL_FILE_BYTES", 1 << 20)
     report = converter.convert(path, tmp_path / "out", outliers="none")
-    assert report.notices == ["vocabulary.txt (3 MB) stays behind: only files of up to 64 MiB are copied"]
+    assert report.notices == ["vocabulary.txt (3.1 MB) stays behind: only files of up to 64 MiB are copied"]
     assert not (tmp_path / "out" / "vocabulary.txt").exists()
 
 

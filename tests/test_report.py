@@ -24,10 +24,11 @@ from llmint8.runtime.commands.main import main
 
 pytest.importorskip("matplotlib")
 
-from llmint8.runtime.report import plots
+from llmint8.runtime.report import multiples, plots
 from llmint8.runtime.report.findings import Findings
+from llmint8.runtime.report.labels import block_of, joined, layer_kinds
 from llmint8.runtime.report.report import write_report
-from llmint8.runtime.report.statistics import block_of, hidden_inputs, layer_kind, read_inputs, table4
+from llmint8.runtime.report.statistics import LayerInput, hidden_inputs, read_inputs, table4
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
@@ -183,7 +184,10 @@ def families() -> dict[str, tuple[Any, list[str]]]:
     return {
         "gpt2": (transformers.GPT2LMHeadModel(gpt2), ["c_attn", "c_fc"]),
         "opt": (transformers.OPTForCausalLM(opt), ["q_proj, k_proj, v_proj", "fc1"]),
-        "t5": (transformers.T5ForConditionalGeneration(t5), ["q, k, v", "wi", "q", "k, v"]),
+        "t5": (
+            transformers.T5ForConditionalGeneration(t5),
+            ["SelfAttention: q, k, v", "wi", "EncDecAttention.q", "EncDecAttention: k, v"],
+        ),
     }
 
 
@@ -194,9 +198,83 @@ def test_hidden_states_are_told_from_other_inputs(family: str, tmp_path: Path) -
     converter.convert(tmp_path / "in", tmp_path / "out", outliers="top-k=4", calibration_tokens=32)
     opened = open_checkpoint(tmp_path / "out")
     inputs = read_inputs(opened, read_manifest(tmp_path / "out"), tmp_path)
-    found = dict.fromkeys(tuple(sorted(one.kinds.split(", "))) for one in hidden_inputs(inputs, opened))
-    assert set(found) == {tuple(sorted(kinds.split(", "))) for kinds in expected}
+    assert {one.kinds for one in hidden_inputs(inputs, opened)} == set(expected)
     assert table4(hidden_inputs(inputs, opened)).blocks == (4 if family == "t5" else 3)
+
+
+def test_an_encoder_has_a_row_for_each_layer_and_its_pooler_apart(tmp_path: Path) -> None:
+    """`intermediate.dense` and `output.dense` were one row, the mean of both, and the pooler one more block."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = transformers.BertConfig(vocab_size=VOCABULARY, num_attention_heads=2, **sizes)
+    save(transformers.BertModel(config).half(), tmp_path / "in")
+    converter.convert(tmp_path / "in", tmp_path / "out", outliers="top-k=4", calibration_tokens=32)
+    opened = open_checkpoint(tmp_path / "out")
+    inputs = read_inputs(opened, read_manifest(tmp_path / "out"), tmp_path)
+    axes = plots.kept_columns(opened).axes
+    kinds = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+    assert texts(axes[0].get_yticklabels()) == kinds
+    assert texts(axes[1].get_yticklabels()) == ["pooler.dense"]
+    ours = {name.removeprefix("bert."): count for name, count in opened.quantization.outliers.items()}
+    names = [f"encoder.layer.{i}.{part}" for part in ("intermediate.dense", "output.dense") for i in (0, 1)]
+    numbers = [text.get_text() for text in axes[0].texts]
+    assert numbers[-4:] == [str(ours[name]) for name in names]
+    assert texts(axes[1].texts) == [str(ours["pooler.dense"])]
+    titles = [axis.get_title() for axis in multiples.errors(inputs).axes]
+    assert titles == [
+        *("output of query, key, value", "output of attention.output.dense", "output of intermediate.dense"),
+        *("output of output.dense", "output of layers outside of the blocks", ""),
+    ]
+    assert_no_line_goes_back(multiples.ranges(inputs))
+
+
+def texts(artists: Any) -> list[str]:
+    return [artist.get_text() for artist in artists]
+
+
+def assert_no_line_goes_back(figure: Any) -> None:
+    lines = [
+        line for axis in figure.axes for line in axis.lines if len(line.get_xdata()) > 1 and line.get_marker() in "^o"
+    ]
+    for line in lines:
+        x = list(line.get_xdata())
+        assert x == list(range(x[0], x[0] + len(x)))
+
+
+def test_an_encoder_decoder_has_its_stacks_apart(tmp_path: Path) -> None:
+    save(families()["t5"][0].half(), tmp_path / "in")
+    converter.convert(tmp_path / "in", tmp_path / "out", outliers="top-k=4", calibration_tokens=32)
+    opened = open_checkpoint(tmp_path / "out")
+    inputs = read_inputs(opened, read_manifest(tmp_path / "out"), tmp_path)
+    shared = next(one for one in inputs if one.kinds == "EncDecAttention: k, v")
+    assert shared.blocks == ["decoder.block.0", "decoder.block.1"]  # what the encoder gives, all of them read
+    figure = multiples.ranges(inputs)
+    assert_no_line_goes_back(figure)
+    first = figure.axes[0]  # SelfAttention, in both stacks
+    assert [list(line.get_xdata()) for line in first.lines if line.get_marker() == "o"] == [[0, 1], [2, 3]]
+    ticks = [first.xaxis.get_major_formatter()(x, 0) for x in range(4)]
+    assert ticks == ["0", "1", "0", "1"]
+    assert figure.get_supxlabel() == "block of: encoder.block | decoder.block"
+
+
+def test_experts_of_a_block_are_one_point_of_a_line(planted: tuple[str, Findings]) -> None:
+    expert = next(one for one in planted[1].inputs if one.kinds == "down_proj")
+    place = {"kinds": "experts.*.w1", "block": "b.0"}
+    inputs = [replace(expert, layers=(f"b.0.experts.{i}.w1",), absmax=[9.0 - i], **place) for i in range(8)]
+    figure = multiples.ranges(inputs)
+    largest = next(line for line in figure.axes[0].lines if line.get_marker() == "^")
+    assert (list(largest.get_xdata()), list(largest.get_ydata())) == ([0], [9.0])
+    assert len(figure.axes) == 1
+
+
+def test_a_model_without_blocks_has_pictures(planted: tuple[str, Findings]) -> None:
+    inputs: list[LayerInput] = [
+        replace(one, layers=(f"part{i}.dense",), kinds=f"part{i}.dense", block="")
+        for i, one in enumerate(planted[1].inputs[:20])
+    ]
+    for figure in (multiples.errors(inputs), multiples.ranges(inputs)):
+        (axis,) = figure.axes
+        assert texts(axis.get_xticklabels()) == [f"part{i}.dense" for i in range(12)]
+    plots.heat_map(inputs, [5, 40])
 
 
 def test_an_encoder_decoder_has_a_report_too(tmp_path: Path) -> None:
@@ -208,17 +286,58 @@ def test_an_encoder_decoder_has_a_report_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "block"),
+    ("block", "kinds"),
     [
-        ("model.layers.11.mlp.up_proj", "up_proj", "model.layers.11"),
-        ("encoder.block.0.layer.1.DenseReluDense.wi", "wi", "encoder.block.0"),
-        ("blocks.3.ffn.0", "ffn.0", "blocks.3"),
-        ("h.2.attn.c_attn", "c_attn", "h.2"),
-        ("projection", "projection", ""),
+        ("model.layers.11", {"mlp.up_proj": "up_proj", "self_attn.q_proj": "q_proj"}),
+        ("h.2", {"attn.c_attn": "c_attn", "attn.c_proj": "attn.c_proj", "mlp.c_proj": "mlp.c_proj"}),
+        ("blocks.3", {"ffn.0": "ffn.0", "ffn.2": "ffn.2"}),
+        ("b.0", {"0": "0", "ffn.0": "ffn.0"}),
+        (
+            "bert.encoder.layer.0",
+            {
+                "attention.output.dense": "attention.output.dense",
+                "intermediate.dense": "intermediate.dense",
+                "output.dense": "output.dense",
+            },
+        ),
+        (
+            "decoder.block.0",
+            {
+                "layer.0.SelfAttention.q": "SelfAttention.q",
+                "layer.1.EncDecAttention.q": "EncDecAttention.q",
+                "layer.2.DenseReluDense.wi": "wi",
+            },
+        ),
+        ("b.1", {"layer.0.attn.q": "layer.0.attn.q", "layer.1.attn.q": "layer.1.attn.q", "layer.1.attn.k": "k"}),
+        (
+            "model.layers.0",
+            {f"mlp.experts.{i}.{part}": f"experts.*.{part}" for i in range(8) for part in ("up_proj", "down_proj")}
+            | {"mlp.shared_expert.up_proj": "shared_expert.up_proj", "mlp.gate": "gate"}
+            | {"mlp.shared_expert.down_proj": "shared_expert.down_proj"},
+        ),
+        ("model.layers.0", {f"moe.experts.{i}.w1": "w1" for i in range(8)}),
     ],
 )
-def test_names(name: str, kind: str, block: str) -> None:
-    assert (layer_kind(name), block_of(name)) == (kind, block)
+def test_layers_go_by_what_tells_them_apart(block: str, kinds: dict[str, str]) -> None:
+    found = layer_kinds([f"{block}.{path}" for path in kinds])
+    assert found == {f"{block}.{path}": kind for path, kind in kinds.items()}
+    assert {block_of(name) for name in found} == {block}
+
+
+def test_the_same_name_in_two_stacks_is_one_kind() -> None:
+    """Blocks of another stack that have one attention only call it as those that have two."""
+    names = ["encoder.layers.0.self_attn.q_proj", "decoder.layers.0.self_attn.q_proj"]
+    found = layer_kinds([*names, "decoder.layers.0.encoder_attn.q_proj", "vision.layers.0.mlp.fc1", "head", "proj.0"])
+    assert [found[name] for name in names] == ["self_attn.q_proj"] * 2
+    assert (found["vision.layers.0.mlp.fc1"], found["head"], found["proj.0"]) == ("fc1", "head", "proj.0")
+    assert (block_of("head"), block_of("proj.0"), block_of("bert.pooler.dense")) == ("", "", "")
+
+
+def test_kinds_that_begin_alike_are_named_together() -> None:
+    assert joined(["self_attn.q_proj", "self_attn.k_proj"]) == "self_attn: q_proj, k_proj"
+    assert joined(["q_proj", "k_proj", "q_proj"]) == "q_proj, k_proj"
+    assert joined(["attn.q", "mlp.up"]) == "attn.q, mlp.up"
+    assert joined(["attn.q"]) == "attn.q"
 
 
 # Errors and sizes
@@ -301,8 +420,8 @@ def test_names_from_files_are_text_and_no_tags(folder: Path, tmp_path: Path) -> 
 
 def test_layer_names_are_no_formulas(folder: Path, planted: tuple[str, Findings]) -> None:
     """matplotlib would take what is between dollars for TeX, and fail."""
-    odd = [replace(one, layers=("b.0.$\\frac{$", "b.0.\u4e16" * 9)) for one in planted[1].inputs]
-    plots.errors(odd).savefig(folder / "odd.png")
+    odd = [replace(one, kinds="$\\frac{$, b.0.\u4e16" * 9) for one in planted[1].inputs]
+    multiples.errors(odd).savefig(folder / "odd.png")
     plots.heat_map(odd, [5, 40]).savefig(folder / "odd.png")
 
 
@@ -336,7 +455,7 @@ def test_no_tokenizer_is_said_and_no_error(folder: Path, tmp_path: Path) -> None
     result = run(folder / "mute8", "--output", tmp_path)
     assert result.exit_code == 0, result.output
     assert "no tokenizer" in result.stdout
-    assert "Not measured: there is no tokenizer" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Not measured: no tokenizer beside the checkpoint" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def edit_statistics(path: Path, edit: Any) -> None:

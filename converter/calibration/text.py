@@ -56,7 +56,7 @@ def load_calibration(source: Path, config: Any, text: Path | None, count: int) -
     if not hasattr(text_config, "vocab_size"):
         raise SourceError(f"{source}: a {config.model_type} model does not take text; convert it with --outliers none")
     limit = min([count] + [n for key in _LENGTH_KEYS if (n := getattr(text_config, key, None)) and n > 0])
-    tokenizer = load_tokenizer(source, is_trusted(config))
+    tokenizer, why = load_tokenizer(source, is_trusted(config))
     if tokenizer is None:
         generator = torch.Generator().manual_seed(_RANDOM_SEED)
         ids = torch.randint(text_config.vocab_size, (count,), generator=generator).tolist()
@@ -76,7 +76,7 @@ def load_calibration(source: Path, config: Any, text: Path | None, count: int) -
         "text_sha256": hashlib.sha256(content.encode()).hexdigest() if content else None,
         "tokens": tokens.numel(),
     }
-    notice = None if content else "no tokenizer beside the source: calibrated with random token ids, which is worse"
+    notice = None if content else f"{why}: calibrated with random token ids, which is worse"
     return Calibration(tokens, provenance, notice)
 
 

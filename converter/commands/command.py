@@ -8,17 +8,34 @@ import logging
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import click
 
+from .output import forgiving_output
 from .terminal import harmless_record, printable
 
 
+class Group(click.Group):
+    """A group of commands that print as `Command` does."""
+
+    def main(self, *arguments: Any, **named: Any) -> Any:
+        """Run a command; see `forgiving_output`."""
+        with forgiving_output():
+            return super().main(*arguments, **named)
+
+
 class Command(click.Command):
-    """A command whose errors are one line and an exit code, never a traceback."""
+    """A command whose errors are one line and an exit code, never a traceback, and which printing does not stop."""
+
+    def main(self, *arguments: Any, **named: Any) -> Any:
+        """Run the command by itself; see `forgiving_output`."""
+        with forgiving_output():
+            return super().main(*arguments, **named)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command. With --verbose the traceback of an error is logged as well."""
@@ -32,16 +49,18 @@ class Command(click.Command):
             raise
         except Exception as error:
             logging.getLogger("llmint8").debug("traceback", exc_info=True)
-            raise click.ClickException(_message(error)) from None
+            raise click.ClickException(_message(error, "verbose" in ctx.params)) from None
 
 
-def _message(error: Exception) -> str:
-    """Return one line: what an error says that a user can cause or meet, and of any other also its type."""
+def _message(error: Exception, verbose: bool) -> str:
+    """Return one line: what an error says that a user can cause or meet; of any other its type, and where it was."""
     if isinstance(error, OSError | ValueError) or _is_ours(error):
         return printable(str(error))
     # A defect of ours, or of the model's code.
     what = printable(f"{type(error).__name__}: {error}")[:300]
-    return f"unexpected: {what} (llmint8-convert --verbose shows where)"
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    place = "--verbose shows where" if verbose else printable(f"{Path(where.filename).name}, line {where.lineno}")
+    return f"unexpected: {what} ({place})"
 
 
 def _is_ours(error: Exception) -> bool:

@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from ..words import gigabytes
+from ..words import count, size
 from .command import Command, set_up_logging
+from .output import echo_result
 from .progress import progress_bar
 from .terminal import printable
 
@@ -97,6 +98,7 @@ def convert_command(
     from ..hub.resolve import resolve
     from ..planning.options import Options
     from ..planning.plan import make_plan
+    from ..planning.sizes import size_notices
 
     chosen = Options(**options)
     plan = make_plan(resolve(source, revision, "source", low_disk, weights=False), out, chosen)
@@ -107,8 +109,8 @@ def convert_command(
     if done and not quiet:
         click.echo(f"{out} is finished: made before, from the same source with the same options. It stays as it is.")
     if dry_run:
-        _echo_notices(plan.selection.notices)
-        click.echo(_plan_text(plan, verbose))
+        _echo_notices([*plan.selection.notices, *size_notices(plan)])
+        echo_result(_plan_text(plan, verbose))
         return
     if not done:
         if to is not None:
@@ -116,11 +118,11 @@ def convert_command(
         with progress_bar(plan.bytes_before, "Converting", quiet, verbose) as progress:
             report = execute(plan, force, progress)
         if not quiet:
-            _echo_notices(report.notices)
+            _echo_notices([*report.notices, *size_notices(plan)])
         # Said even when quiet: config.json and the card would have it, and nobody looks there.
         _echo_uncalibrated(report, verbose)
         if not quiet:
-            _echo_report(report, plan.config is not None, verbose)
+            _echo_report(report, verbose, plan.config if chosen.trust_remote_code else None)
     if push_to_hub is not None:
         from ..hub.push import prepare
         from .push import publish
@@ -148,20 +150,33 @@ def _echo_uncalibrated(report: Any, verbose: bool) -> None:
     )
 
 
-def _echo_report(report: Any, known: bool, verbose: bool) -> None:
+def _echo_report(report: Any, verbose: bool, trusted: Any | None) -> None:
     if verbose:
-        click.echo(_kept_text(report.kept))
+        click.echo(_kept_text(report.kept, report.precision))
         for name in report.uncalibrated:
             click.echo(f"Uncalibrated {printable(name)}")
     click.echo(
-        f"{report.layers} linear layers in int8 with {report.outlier_share:.1%} of their columns in 16 bit, "
-        f"{len(report.kept)} layer{'s' if len(report.kept) != 1 else ''} left in 16 bit. "
-        f"{gigabytes(report.bytes_before)} -> {gigabytes(report.bytes_after)} "
+        f"{count(report.layers, 'linear layer')} in int8 with {report.outlier_share:.1%} of their columns in "
+        f"{report.precision}, {count(len(report.kept), 'layer')} left in {report.precision}. "
+        f"{size(report.bytes_before)} -> {size(report.bytes_after)} "
         f"({report.bytes_after / report.bytes_before:.0%}) in {report.seconds:.1f} s."
     )
-    click.echo(
-        f"Written to {report.out}. " + (f"Load it with: llmint8.runtime.load({str(report.out)!r})" if known else "")
-    )
+    click.echo(f"Written to {report.out}. {_how_to_load(report.out, trusted)}")
+
+
+def _how_to_load(out: Path, trusted: Any | None) -> str:
+    """Say what loads the checkpoint; or that nothing here does. `trusted` is a config whose code has run already."""
+    from ..model.build import model_class
+    from ..model.config import load_config
+
+    config = trusted or load_config(out)
+    cls = None if config is None else model_class(config)
+    if config is None or cls is None:
+        named = config.architectures if config is not None else None
+        what = f"no class {printable(str(named[0]))}" if named else "no class for it"
+        return f"transformers has {what}: it can be verified and read here, and loaded where its code is."
+    code = ", trust_remote_code=True" if getattr(config, "auto_map", None) else ""
+    return f"Load it with: llmint8.runtime.load({str(out)!r}{code}), a {cls.__name__}"
 
 
 def _echo_notices(notices: list[str]) -> None:
@@ -172,21 +187,20 @@ def _echo_notices(notices: list[str]) -> None:
 def _plan_text(plan: Any, verbose: bool) -> str:
     selection = plan.selection
     lines = [
-        f"Source       {plan.origin.name}: {len(plan.source.tensors)} tensors, {gigabytes(plan.bytes_before)}",
-        f"Layers       {len(selection.layers)} linear layers to int8, {len(selection.kept)} left in 16 bit",
+        f"Source       {plan.origin.name}: {count(len(plan.source.tensors), 'tensor')}, {size(plan.bytes_before)}",
+        f"Layers       {count(len(selection.layers), 'linear layer')} to int8, "
+        f"{len(selection.kept)} left in {plan.precision}",
         f"Outliers     {plan.criterion}",
-        f"Result       {gigabytes(plan.bytes_after)}, {plan.bytes_after / plan.bytes_before:.0%} of the source",
-        f"Peak memory  about {gigabytes(plan.peak_memory)} beside Python and torch",
-        f"Disk space   {gigabytes(plan.disk_needed)} needed, {gigabytes(plan.disk_free)} free",
+        f"Result       {size(plan.bytes_after)}, {plan.bytes_after / plan.bytes_before:.0%} of the source",
+        f"Peak memory  about {size(plan.peak_memory)} beside Python and torch",
+        f"Disk space   {size(plan.disk_needed)} needed, {size(plan.disk_free)} free",
     ]
     if plan.bytes_to_fetch:
-        lines.append(
-            f"Download     {gigabytes(plan.bytes_to_fetch)} to the Hub's cache, {gigabytes(plan.cache_free)} free there"
-        )
+        lines.append(f"Download     {size(plan.bytes_to_fetch)} to the Hub's cache, {size(plan.cache_free)} free there")
     if plan.disk_needed > plan.disk_free or plan.bytes_to_fetch > plan.cache_free:
         lines.append("This does not fit on the disk.")
-    return "\n".join(lines + ([_kept_text(selection.kept)] if verbose else []))
+    return "\n".join(lines + ([_kept_text(selection.kept, plan.precision)] if verbose else []))
 
 
-def _kept_text(kept: dict[str, str]) -> str:
-    return "\n".join(f"In 16 bit    {printable(name)}: {reason}" for name, reason in sorted(kept.items()))
+def _kept_text(kept: dict[str, str], precision: str) -> str:
+    return "\n".join(f"{f'In {precision}':12} {printable(name)}: {reason}" for name, reason in sorted(kept.items()))

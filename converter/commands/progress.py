@@ -7,7 +7,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from ..words import gigabytes
+from ..words import size
 from .terminal import printable
 
 # Where there is no terminal, nothing is printed of what takes less.
@@ -58,7 +58,7 @@ def progress_bar(total: int, title: str, quiet: bool, verbose: bool = False) -> 
             if nbytes == 0 and sys.stderr.isatty():
                 bar.refresh()
             elif nbytes and verbose and not quiet:
-                bar.write(f"{printable(name)}: {gigabytes(nbytes)}", file=sys.stderr)
+                bar.write(f"{printable(name)}: {size(nbytes)}", file=sys.stderr)
 
         yield advance
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ..words import gigabytes
+from ..words import count, size
 from .command import Command, set_up_logging
 from .terminal import printable
 
@@ -69,7 +69,7 @@ def publish(upload: Any, message: str, quiet: bool) -> None:
     if quiet or not sys.stderr.isatty():
         disable_progress_bars()
     if not quiet:
-        click.echo(f"{len(upload.files)} files, {gigabytes(upload.nbytes)}, to {printable(upload.to.repo)}")
+        click.echo(f"{count(len(upload.files), 'file')}, {size(upload.nbytes)}, to {printable(upload.to.repo)}")
     done = send(upload, message)
     if quiet:
         return

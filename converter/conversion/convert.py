@@ -20,6 +20,7 @@ from ..hub.resolve import resolve
 from ..machine import usable_device
 from ..planning.options import Options
 from ..planning.plan import ConversionPlan, make_plan, with_selection
+from ..words import size
 from .finished import finished
 from .provenance import describe, fingerprint, identify, output_config
 from .transfer import Progress, Transfer
@@ -43,6 +44,7 @@ class ConversionReport:
     seconds: float
     notices: list[str]
     already: bool = False  # it was finished before
+    precision: str = "16 bit"  # what the layers are in where they are not quantized; or `float32`
 
 
 def convert(
@@ -113,7 +115,8 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
         progress("everything to the disk", 0)
         calibration = {**batch.provenance, "layers": len(outliers.counts)} if batch else None
         manifest = _commit(plan, writer, outliers, calibration)
-    notices = [*plan.selection.notices, *outliers.notices, *([batch.notice] if batch and batch.notice else [])]
+    notices = [*plan.selection.notices, *outliers.notices]
+    notices += [batch.notice] if batch and batch.notice else []
     columns = sum(layer.in_features for layer in plan.selection.layers.values())
     return ConversionReport(
         plan.out,
@@ -125,6 +128,7 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
         sum(entry.nbytes for entry in manifest.tensors.values()),
         time.monotonic() - started,
         notices,
+        precision=plan.precision,
     )
 
 
@@ -154,18 +158,17 @@ def already_done(plan: ConversionPlan, progress: Progress = _no_progress) -> Con
         0.0,
         [],
         already=True,
+        precision=plan.precision,
     )
 
 
 def _require_room(plan: ConversionPlan) -> None:
     """Refuse to begin what will not fit on the disks."""
     if plan.disk_needed > plan.disk_free:
-        raise OutputError(
-            f"{plan.out}: needs {plan.disk_needed / 1e9:.2f} GB, {plan.disk_free / 1e9:.2f} GB are free there"
-        )
+        raise OutputError(f"{plan.out}: needs {size(plan.disk_needed)}, {size(plan.disk_free)} are free there")
     if plan.bytes_to_fetch > plan.cache_free:
         raise SourceError(
-            f"{plan.origin.name}: its weights take {plan.bytes_to_fetch / 1e9:.2f} GB, {plan.cache_free / 1e9:.2f} GB "
+            f"{plan.origin.name}: its weights take {size(plan.bytes_to_fetch)}, {size(plan.cache_free)} "
             f"are free in {plan.origin.path.parent}; HF_HUB_CACHE names another place, and --low-disk needs less"
         )
 

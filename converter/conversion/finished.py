@@ -9,6 +9,7 @@ from llmint8.formats import Checkpoint, CheckpointError, Manifest, OutputError, 
 from llmint8.formats.disk.names import CARD_NAME
 
 from ..planning.plan import ConversionPlan, is_finished
+from ..words import count
 from .comparison import compare_with_source
 from .provenance import identify
 from .transfer import Progress
@@ -38,10 +39,8 @@ def finished(plan: ConversionPlan, progress: Progress) -> tuple[Checkpoint, Mani
     now = _in_words({**identify(plan), "files beside": beside})
     then = _in_words({**manifest.source, "files beside": {name: manifest.files.get(name) for name in beside}})
     changes = [
-        f"{key} was {then.get(key, 'not recorded')} and is {now.get(key, 'not there')}"
-        for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key)
-    ]
+        f"{key} was {then[key]} and is {now.get(key, 'not there')}" for key in sorted(then) if then[key] != now.get(key)
+    ] + _unrecorded(sorted(now.keys() - then.keys()))
     if not changes and plan.origin.commit is None:
         changes = compare_with_source(checkpoint, plan.source, progress).problems[:1]
     if changes:
@@ -50,6 +49,14 @@ def finished(plan: ConversionPlan, progress: Progress) -> tuple[Checkpoint, Mani
             "Name another directory, or remove what is in this one"
         )
     return checkpoint, manifest
+
+
+def _unrecorded(names: list[str]) -> list[str]:
+    """Say in one clause what an earlier version did not write down."""
+    if not names:
+        return []
+    more = f" and {count(len(names) - 3, 'thing')} more" if names[3:] else ""
+    return [f"{', '.join(names[:3])}{more} {'was' if len(names) == 1 else 'were'} not recorded, as in earlier versions"]
 
 
 def _small_files(plan: ConversionPlan) -> dict[str, str]:

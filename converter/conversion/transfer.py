@@ -111,7 +111,7 @@ class Transfer:
             row = first_row + int((~absmax.isfinite()).nonzero()[0])
             raise self._refused(
                 layer.weight,
-                f"output row {row} holds NaN or infinity; go on with --on-nonfinite keep, which leaves it in 16 bit",
+                f"output row {row} holds NaN or infinity; go on with --on-nonfinite keep, which leaves it as it is",
             )
         return values, absmax
 

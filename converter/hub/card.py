@@ -17,6 +17,7 @@ from huggingface_hub import ModelCardData
 from llmint8.formats import Checkpoint, LLMInt8Error, Quantization, read_json, read_manifest
 from llmint8.formats.disk.small_files import MODULES_NAME
 
+from ..words import size
 from .front_matter import metadata, strings
 from .origin import is_repo_id
 from .usage import harmless, named_class, usage
@@ -147,8 +148,8 @@ def _conversion(subject: Subject) -> list[str]:
         rows["Activations"] = f"int8 when the model runs, one scale per token ({quantization.activation})"
         rows["Format"] = f"llmint8 {harmless(quantization.format_version)}, which bitsandbytes reads too"
     files = subject.source.get("files")
-    before = sum(size for size in files.values() if isinstance(size, int)) if isinstance(files, dict) else 0
-    rows["Size"] = f"{subject.nbytes / 1e6:.1f} MB" + (f"; the original {before / 1e6:.1f} MB" if before else "")
+    before = sum(nbytes for nbytes in files.values() if isinstance(nbytes, int)) if isinstance(files, dict) else 0
+    rows["Size"] = size(subject.nbytes) + (f"; the original {size(before)}" if before else "")
     return [
         "## What was quantized",
         "",

@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from llmint8.formats import Source, SourceError
 
-from ..words import counted
+from ..words import count
 from .build import base_classes, built, model_class, other_classes
 from .errors import first_line
 from .limits import bounded_modules
@@ -111,7 +111,7 @@ def linear_elsewhere(model: Any, leftover: Collection[str]) -> list[str]:
 
 
 def _counted(missing: list[str]) -> str:
-    more = counted(len(missing) - 1, "parameter more", "parameters more")
+    more = count(len(missing) - 1, "parameter more", "parameters more")
     return f"{missing[0]} and {more} are" if missing[1:] else f"{missing[0]} is"
 
 

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from llmint8.formats import Source, TensorInfo
 
 from ..model.names import converted_names
-from ..words import counted, gigabytes
+from ..words import count, size
 
 # What is not a plain linear layer, by the names in use: all that is known without a linear module in a model.
 NOT_LINEAR = re.compile(r"emb|wte|wpe|head|norm|ln_|router|gate$|position|shared$|classifier|score|conv|lora")
@@ -69,10 +69,10 @@ def _is_matrix(info: TensorInfo) -> bool:
 def _stay(left: Sequence[TensorInfo], what: str, why: str) -> list[str]:
     if not left:
         return []
-    count = sum(prod(info.shape[:-2]) for info in left)
-    size = gigabytes(sum(info.nbytes for info in left))
+    number = sum(prod(info.shape[:-2]) for info in left)
+    nbytes = size(sum(info.nbytes for info in left))
     among, stay = (" among them", "stay as they are") if len(left) > 1 else ("", "stays as it is")
-    return [f"{counted(count, 'matrix', 'matrices')}{what} ({size}, {left[0].name}{among}) {stay}: {why}"]
+    return [f"{count(number, 'matrix', 'matrices')}{what} ({nbytes}, {left[0].name}{among}) {stay}: {why}"]
 
 
 def doubtful_notices(source: Source, doubtful: Sequence[str]) -> list[str]:

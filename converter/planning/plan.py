@@ -33,6 +33,7 @@ from ..model.config import load_config
 from ..model.head import Head, own_head
 from ..model.limits import bounded_modules
 from ..outliers.criterion import Criterion, budget_notices, max_candidates, parse_criterion
+from ..words import precision
 from .options import Options
 from .selection import SelectedLayer, Selection, select_layers
 
@@ -68,6 +69,11 @@ class ConversionPlan:
         """Whether the head becomes int8 and the source has it tied to the embedding."""
         modules = {self.selection.module_of[name] for name in self.selection.layers}
         return self.head is not None and self.head.tied_to is not None and self.head.module in modules
+
+    @property
+    def precision(self) -> str:
+        """What the layers are in where they are not quantized: `16 bit`, or `float32`."""
+        return precision(output_dtype(layer.weight.dtype, self.dtype) for layer in self.selection.layers.values())
 
     @property
     def bytes_before(self) -> int:

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from transformers import AutoTokenizer
 from transformers.utils import is_peft_available
 
 from llmint8.converter.calibration.text import read_text
@@ -21,19 +19,16 @@ from llmint8.converter.machine import usable_device
 from llmint8.converter.model.build import model_class
 from llmint8.converter.model.config import load_config
 from llmint8.converter.model.limits import bounded_modules
+from llmint8.converter.model.tokenizer import load_tokenizer
 from llmint8.formats import LLMInt8Error, SourceError, open_source
 from llmint8.formats.disk.names import ADAPTER_CONFIG_NAME
-from llmint8.kernels.reference import Activation
 
-from ..model.arguments import Outliers
-from ..model.layer import Int8Linear
 from ..model.load import load
 from ..model.misses import outlier_misses
 from ..model.pretrained import no_progress_bar
-from .evaluate import Evaluation, Logits, measure, token_windows
-from .methods import METHODS, THRESHOLD, Method, Simulation
-
-_HEAD_IN_16_BIT = "head in 16 bit"
+from .evaluate import Evaluation, measure, token_windows
+from .methods import METHODS, THRESHOLD
+from .runs import HEAD_OF_THE_SOURCE, Mode, Runs, int8_layers
 
 
 class BeyondCalibration(NamedTuple):
@@ -89,27 +84,29 @@ def compare(
     usable_device(device)
     resolved, origin = resolve(checkpoint, kind="int8"), resolve(source, kind="source")
     content = read_text(text)
-    tokenizer = AutoTokenizer.from_pretrained(origin.path, local_files_only=True, trust_remote_code=False)
+    tokenizer, why = load_tokenizer(origin.path)
+    if tokenizer is None:
+        raise SourceError(f"{origin.path}: {why}, so no text can be shown to it")
     windows = token_windows(tokenizer, content, tokens, window)
     model = load(resolved.path, device=device, dtype=torch.float32)
     reference = load_reference(origin.path, window, device)
-    layers = _int8_layers(model)
-    candidates = _simulated(reference, list(layers)) if methods else {}
     modes = _modes(model.config.quantization_config, methods)
-    for mode in modes:
-        candidates[f"{resolved.name}: {mode.label}"] = _switched(model, mode)
-    own = f"{resolved.name}: {modes[0].label}"
-    without = f"{own}, {_HEAD_IN_16_BIT}"
-    if isinstance(model.get_output_embeddings(), Int8Linear):
-        candidates[without] = _with_head_of(reference, model, candidates[own])
-    total = len(windows) * (1 + len(candidates))
+    named = {f"{resolved.name}: {mode.label}": mode for mode in modes}
+    runs = Runs(reference, model, named, METHODS if methods else (), windows)
+    layers = int8_layers(model)
     counted = not methods and any(layer.kept_limit is not None for layer in layers.values())
     if counted:
         outlier_misses(model)
-    found = measure(windows, logits_of(reference), candidates, lambda name: progress(name, total))
+
+    def passed(name: str) -> None:
+        progress(name, runs.passes)
+
+    found = measure(runs.each(passed), progress=passed, **runs.positions)
     stored = sum(0 if layer.outlier_dims is None else len(layer.outlier_dims) for layer in layers.values())
     columns = sum(layer.in_features for layer in layers.values())
     kl = {row.name: row.kl_mean for row in found.measurements}
+    own = next(iter(named))
+    without = f"{own}, {HEAD_OF_THE_SOURCE}"
     head_kl = kl[own] - kl[without] if without in kl else None
     beyond = _beyond_calibration(model) if counted else None
     return Comparison(len(windows), len(layers), head_kl, stored / max(1, columns), beyond, found)
@@ -154,66 +151,13 @@ def load_reference(path: Path, window: int, device: str) -> Any:
     return model.to(device)
 
 
-def logits_of(model: Any) -> Logits:
-    """Return the function from token ids to logits that a causal language model is."""
-
-    def logits(tokens: Tensor) -> Tensor:
-        with torch.no_grad():
-            found: Tensor = model(input_ids=tokens.to(model.device), use_cache=False).logits
-        return found
-
-    return logits
-
-
-class _Mode(NamedTuple):
-    """How int8 layers run; see `runtime.load`."""
-
-    outliers: Outliers
-    threshold: float
-    activation: Activation
-
-    @property
-    def label(self) -> str:
-        outliers = f"dynamic {self.threshold:.1f}" if self.outliers == "dynamic" else self.outliers
-        return f"{outliers}, {self.activation}"
-
-
-def _modes(config: Any, methods: bool) -> list[_Mode]:
+def _modes(config: Any, methods: bool) -> list[Mode]:
     """Return the checkpoint's own mode; beside the paper's methods also other activations, and LLM.int8()."""
-    own = _Mode(config.outliers, config.threshold, config.activation)
+    own = Mode(config.outliers, config.threshold, config.activation)
     if not methods:
         return [own]
     other = own._replace(activation="zeropoint" if own.activation == "absmax" else "absmax")
-    return list(dict.fromkeys([own, other, _Mode("dynamic", THRESHOLD, "absmax")]))
-
-
-def _switched(model: Any, mode: _Mode) -> Logits:
-    """Return the logits of an int8 model in a mode; it stays in that mode until the next call of another."""
-    layers, logits = list(_int8_layers(model).values()), logits_of(model)
-    # In the static mode, layers that were not calibrated search: as the model was loaded.
-    searching = {layer for layer in layers if mode.outliers == "static" and layer.outliers == "dynamic"}
-
-    def switched(tokens: Tensor) -> Tensor:
-        for layer in layers:
-            outliers = "dynamic" if layer in searching else mode.outliers
-            layer.configure(outliers=outliers, threshold=mode.threshold, activation=mode.activation)
-        return logits(tokens)
-
-    return switched
-
-
-def _with_head_of(reference: Any, model: Any, logits: Logits) -> Logits:
-    """Return the logits of an int8 model that has the reference's output head."""
-    head, original = model.get_output_embeddings(), reference.get_output_embeddings()
-
-    def with_head(tokens: Tensor) -> Tensor:
-        head.forward = original.forward
-        try:
-            return logits(tokens)
-        finally:
-            del head.forward
-
-    return with_head
+    return list(dict.fromkeys([own, other, Mode("dynamic", THRESHOLD, "absmax")]))
 
 
 def _beyond_calibration(model: Any) -> BeyondCalibration:
@@ -222,20 +166,3 @@ def _beyond_calibration(model: Any) -> BeyondCalibration:
     misses, rows = (sum(getattr(counts, key) for counts in found.values()) for key in ("misses", "rows"))
     worst = max(shares, key=lambda name: shares[name])
     return BeyondCalibration(misses / max(1, rows), worst, shares[worst])
-
-
-def _simulated(model: Any, names: list[str]) -> dict[str, Logits]:
-    simulation, logits = Simulation(model, names), logits_of(model)
-
-    def simulated(method: Method) -> Logits:
-        def run(tokens: Tensor) -> Tensor:
-            with simulation.applied(method):
-                return logits(tokens)
-
-        return run
-
-    return {method.name: simulated(method) for method in METHODS}
-
-
-def _int8_layers(model: Any) -> dict[str, Int8Linear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}

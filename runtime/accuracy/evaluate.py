@@ -1,9 +1,8 @@
 """How far a model is from its 16-bit reference on a text: KL divergence, top-1 agreement, perplexity.
 
 Reference and candidates run on the same windows of tokens. A window is one forward pass without padding and without a
-cache; the reference runs once for it, and every candidate is compared with those logits before the next window begins.
-So memory holds the logits of two models and of one window, and beside that four bytes per token and candidate: the
-median and the 99th percentile are exact.
+cache. Logits are asked for and compared a few positions at a time, so that memory does not hold those of a window;
+beside that it takes four bytes per token and candidate: the median and the 99th percentile are exact.
 
 Compared are the positions whose next token lies in the window, all but the last. Logits are taken in float32; the KL
 of a model with itself comes out as 0, that of two models is good to about 1e-6 nats.
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from llmint8.formats import LLMInt8Error
 
-Logits = Callable[[Tensor], Tensor]  # token ids int64 [1, W] -> logits [1, W, V]
+Logits = Callable[[slice], Tensor]  # positions of a window -> their logits [P, V]
 
 # Positions compared at a time, so that the temporaries stay small beside the logits, whatever the vocabulary.
 _POSITIONS = 64
@@ -48,40 +47,42 @@ class Evaluation:
 
 
 def measure(
-    windows: Iterable[Tensor],
-    reference: Logits,
-    candidates: Mapping[str, Logits],
+    runs: Iterable[tuple[Tensor, Logits, Mapping[str, Logits]]],
+    positions: int = _POSITIONS,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Evaluation:
     """Compare candidates with the reference on windows of tokens.
 
     Args:
-        windows: token ids, int64 [W] each, W >= 2.
-        reference: the logits of the model to compare with.
-        candidates: the logits of the others, by the name to report.
-        progress: called with a name after each forward pass, `""` for the reference's.
+        runs: for each window its token ids, int64 [W] with W >= 2; the logits of the model to compare with; and those
+            of the others, by the name to report.
+        positions: so many logits are asked for at a time.
+        progress: called with an empty name after each window.
 
     Raises:
         LLMInt8Error: the reference's logits are not finite, or a candidate's have another shape.
 
     """
-    loss, positions = 0.0, 0
-    tallies = {name: _Tally() for name in candidates}
-    for window in windows:
-        targets = window[1:]
-        expected = _log_probabilities(reference, window)
-        if not bool(expected.isfinite().all()):
-            raise LLMInt8Error("the reference gives logits that are not finite; there is nothing to compare with")
-        loss -= _sum_at(expected, targets)
-        positions += len(targets)
+    loss, compared = 0.0, 0
+    tallies: dict[str, _Tally] = {}
+    for window, reference, candidates in runs:
+        for start in range(0, len(window) - 1, positions):
+            places = slice(start, min(start + positions, len(window) - 1))
+            targets = window[1:][places]
+            expected = _log_probabilities(reference, places)
+            if not bool(expected.isfinite().all()):
+                raise LLMInt8Error("the reference gives logits that are not finite; there is nothing to compare with")
+            loss -= _sum_at(expected, targets)
+            likeliest = expected.argmax(1)
+            for name, candidate in candidates.items():
+                got = _log_probabilities(candidate, places)
+                tallies.setdefault(name, _Tally()).add(expected, likeliest, got, targets)
+            compared += len(targets)
         progress("")
-        for name, candidate in candidates.items():
-            tallies[name].add(expected, _log_probabilities(candidate, window), targets)
-            progress(name)
-    if not positions:
+    if not compared:
         raise ValueError("no windows to measure on")
     measurements = [tally.measurement(name) for name, tally in tallies.items()]
-    return Evaluation(positions, _perplexity(loss, positions), measurements)
+    return Evaluation(compared, _perplexity(loss, compared), measurements)
 
 
 @dataclass
@@ -92,8 +93,8 @@ class _Tally:
     agreements: int = 0
     loss: float = 0.0  # nats
 
-    def add(self, expected: Tensor, got: Tensor, targets: Tensor) -> None:
-        """Add a window: log probabilities [positions, V] and the tokens that followed [positions]."""
+    def add(self, expected: Tensor, likeliest: Tensor, got: Tensor, targets: Tensor) -> None:
+        """Add log probabilities [P, V]; of the first the largest in each row [P]; and the tokens that followed [P]."""
         if got.shape != expected.shape:
             raise LLMInt8Error(
                 f"the vocabulary has {got.shape[-1]} tokens, that of the reference {expected.shape[-1]}; "
@@ -102,7 +103,7 @@ class _Tally:
         for start in range(0, len(expected), _POSITIONS):
             log_p, log_q = (log[start : start + _POSITIONS] for log in (expected, got))
             self.kl.append((log_p.exp() * (log_p - log_q)).sum(1).cpu())
-            self.agreements += int((log_p.argmax(1) == log_q.argmax(1)).sum())
+        self.agreements += int((likeliest == got.argmax(1)).sum())
         self.loss -= _sum_at(got, targets)
 
     def measurement(self, name: str) -> Measurement:
@@ -113,9 +114,9 @@ class _Tally:
         return Measurement(name, float(kl.mean()), median, p99, self.agreements / len(kl), perplexity)
 
 
-def _log_probabilities(logits: Logits, window: Tensor) -> Tensor:
-    """Return the log probabilities of the next token, float32 [W - 1, V]."""
-    return logits(window[None])[0, :-1].float().log_softmax(1)
+def _log_probabilities(logits: Logits, places: slice) -> Tensor:
+    """Return the log probabilities of the next token, float32 [P, V]."""
+    return logits(places).float().log_softmax(1)
 
 
 def _sum_at(log_probabilities: Tensor, targets: Tensor) -> float:

@@ -5,11 +5,12 @@ one scale (`granularity`), whether the range is symmetric (`kind`), and whether 
 first (`decomposition`). The table is the product of these three.
 
 The arithmetic is that of real int8 kernels: int8 times int8 is summed exactly, and scales are applied to the sum. What
-is simulated is only that the 16-bit weights are at hand: they are quantized when a layer is first reached. Each pair of
-weight granularity and kind costs one byte per weight, so the whole table takes the memory of the float32 layers again.
+is simulated is only that the 16-bit weights are at hand: they are quantized when a layer is reached, for all methods
+that run together, and forgotten then. Methods run together as rows of a batch, each on the same tokens.
 """
 
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -67,6 +68,10 @@ _ROUNDINGS: tuple[tuple[Granularity, Activation], ...] = (
 METHODS = tuple(Method(*rounding, decomposition) for decomposition in (False, True) for rounding in _ROUNDINGS)
 
 
+class NotRowsError(LLMInt8Error):
+    """A layer's input is not one row of the batch after another, as that of an expert is not."""
+
+
 class Simulation:
     """A 16-bit model whose linear layers can be made to compute as a `Method` says."""
 
@@ -83,30 +88,53 @@ class Simulation:
             if name not in modules or not is_linear(modules[name]):
                 raise LLMInt8Error(f"{name}: int8 in the checkpoint, but no linear layer of the reference model")
             self._layers[name] = modules[name]
-        self._weights: dict[tuple[str, bool, Activation], QuantizedRows] = {}
 
     @contextmanager
-    def applied(self, method: Method) -> Iterator[None]:
-        """Let the layers compute as the method says, and as before afterwards."""
+    def applied(self, *methods: Method | None) -> Iterator[None]:
+        """Let the layers compute each row of a batch as its method says, None as they are; afterwards as before.
+
+        With one method the batch is one call, whatever its shape.
+
+        Raises:
+            NotRowsError: in a forward pass with several methods, a layer cannot tell the rows apart.
+
+        """
         try:
             for name, layer in self._layers.items():
-                layer.forward = partial(self._forward, name, method)
+                layer.forward = partial(self._forward, name, methods)
             yield
         finally:
             for layer in self._layers.values():
                 vars(layer).pop("forward", None)
 
     @torch.no_grad()
-    def _forward(self, name: str, method: Method, x: Tensor) -> Tensor:
+    def _forward(self, name: str, methods: Sequence[Method | None], x: Tensor) -> Tensor:
         layer = self._layers[name]
         weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
-        key = (name, method.granularity == "vector", method.kind)
-        if key not in self._weights:
-            self._weights[key] = _quantize(weight, *key[1:])
-        out = _product(x.reshape(-1, x.shape[-1]), weight, self._weights[key], method)
-        if layer.bias is not None:
-            out += layer.bias
-        return out.reshape(*x.shape[:-1], len(weight))
+        quantized: dict[tuple[bool, Activation], QuantizedRows] = {}
+        found = []
+        for method, row in zip(methods, _rows(name, x, len(methods)), strict=True):
+            if method is None:
+                found.append(type(layer).forward(layer, row))
+                continue
+            key = (method.granularity == "vector", method.kind)
+            if key not in quantized:
+                quantized[key] = _quantize(weight, *key)
+            out = _product(row, weight, quantized[key], method)
+            found.append(out if layer.bias is None else out.add_(layer.bias))
+        return torch.cat(found).reshape(*x.shape[:-1], len(weight))
+
+
+def _rows(name: str, x: Tensor, count: int) -> Sequence[Tensor]:
+    """Part an input [..., K] into `count` matrices [M, K], one for each row of the batch."""
+    matrix = x.reshape(-1, x.shape[-1])
+    if count == 1:
+        return [matrix]
+    # Some models flatten batch and positions. What experts get is flat, too, and of some positions only.
+    flat = x.dim() == 2 and len(re.findall(r"\.\d+(?=\.|$)", name)) < 2
+    if not (x.shape[0] == count and x.dim() > 2) and not (flat and len(x) % count == 0):
+        raise NotRowsError(f"{name}: an input {list(x.shape)} is not {count} rows")
+    return matrix.chunk(count)
 
 
 def _product(x: Tensor, weight: Tensor, quantized_weight: QuantizedRows, method: Method) -> Tensor:

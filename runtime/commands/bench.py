@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import click
 
 from llmint8.converter.commands.command import Command, set_up_logging
+from llmint8.converter.commands.output import echo_result
 from llmint8.converter.commands.progress import pass_bar
+from llmint8.converter.words import count
 
 MEASURED_M = (1, 16, 128, 2048)
 
@@ -44,12 +46,14 @@ def bench_command(checkpoint: str | None, tune: bool, quiet: bool) -> None:
     shapes = COMMON if checkpoint is None else checkpoint_shapes(checkpoint)
     if tune:
         _tune(shapes, device, quiet)
-    click.echo(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, times in microseconds")
-    click.echo(f"{'out':>7}{'in':>7}{'layers':>8}{'16-bit columns':>16}{'M':>7}{'int8':>10}{'float16':>10}{'ratio':>8}")
+    echo_result(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, times in microseconds")
+    echo_result(
+        f"{'out':>7}{'in':>7}{'layers':>8}{'16-bit columns':>16}{'M':>7}{'int8':>10}{'float16':>10}{'ratio':>8}"
+    )
     for shape in shapes:
         for m in MEASURED_M:
             int8, float16 = layer_times(shape, m, device)
-            click.echo(
+            echo_result(
                 f"{shape.out_features:>7}{shape.in_features:>7}{shape.layers:>8}{shape.outliers:>16}{m:>7}"
                 f"{int8:>10.1f}{float16:>10.1f}{float16 / int8:>8.2f}"
             )
@@ -84,7 +88,7 @@ def _tune(shapes: Sequence[Shape], device: Any, quiet: bool) -> None:
             found = {(e.architecture, e.n, e.k, e.m): e for e in [*tiles.cached_table(), *fastest]}
             write_durably(path, tiles.write_table(list(found.values())).encode())
             tiles.forget()
-    click.echo(f"The fastest kernels for {len(sizes)} sizes of layers are in {path}", err=True)
+    click.echo(f"The fastest kernels for {count(len(sizes), 'size')} of layers are in {path}", err=True)
 
 
 def layer_times(shape: Shape, m: int, device: Any) -> tuple[float, float]:

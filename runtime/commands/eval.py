@@ -8,8 +8,10 @@ from typing import Any
 import click
 
 from llmint8.converter.commands.command import Command, set_up_logging
+from llmint8.converter.commands.output import echo_result
 from llmint8.converter.commands.progress import pass_bar
 from llmint8.converter.commands.terminal import printable
+from llmint8.converter.words import count
 
 
 @click.command("eval", cls=Command)
@@ -75,9 +77,9 @@ def eval_command(
             asdict(row) | {"perplexity_difference": row.perplexity - expected} for row in found.evaluation.measurements
         ],
     }
-    click.echo(json.dumps(finite(facts), indent=2) if as_json else _table(facts))
     if not no_save:
         _save(finite(facts), Path(out))
+    echo_result(json.dumps(finite(facts), indent=2) if as_json else _table(facts))
 
 
 def _save(facts: dict[str, Any], out: Path) -> None:
@@ -95,7 +97,7 @@ def _save(facts: dict[str, Any], out: Path) -> None:
 
 
 def _table(facts: dict[str, Any]) -> str:
-    first = "16 bit (reference)"
+    first = "source (reference)"
     names = [printable(row["name"]) for row in facts["methods"]]
     width = max(len(first), *map(len, names))
     rows = [
@@ -109,8 +111,9 @@ def _table(facts: dict[str, Any]) -> str:
         )
     rows += [
         "",
-        f"{facts['windows']} windows of {facts['window']} tokens, {facts['positions']} positions. "
-        f"{facts['layers']} layers in int8, {facts['stored_columns']:.2%} of their columns stored in 16 bit.",
+        f"{count(facts['windows'], 'window')} of {count(facts['window'], 'token')}, "
+        f"{count(facts['positions'], 'position')}. {count(facts['layers'], 'layer')} in int8, "
+        f"{facts['stored_columns']:.2%} of their columns stored unquantized.",
     ]
     if facts["head_kl"] is not None:
         rows.append(f"The int8 output head adds {facts['head_kl']:.5f} to the mean KL.")

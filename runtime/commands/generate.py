@@ -3,7 +3,9 @@
 import click
 
 from llmint8.converter.commands.command import Command, set_up_logging
+from llmint8.converter.commands.output import echo_result
 from llmint8.converter.commands.terminal import printable_lines
+from llmint8.converter.words import count
 
 
 @click.command("generate", cls=Command)
@@ -37,19 +39,20 @@ def generate_command(
     from llmint8.converter.model.tokenizer import load_tokenizer
     from llmint8.formats import SourceError
 
-    from ..model.generate import statistics, stream_chat
+    from ..model.generate import require_text_model, statistics, stream_chat
     from ..model.load import load
 
     path = resolve(checkpoint, revision, "int8").path
-    tokenizer = load_tokenizer(path, trust_remote_code)
+    require_text_model(path, trust_remote_code)
+    tokenizer, why = load_tokenizer(path, trust_remote_code, "the checkpoint")
     if tokenizer is None:
-        raise SourceError(f"{path}: no tokenizer; copy the tokenizer files of the source there")
+        raise SourceError(f"{path}: {why}; copy the tokenizer files of the source there")
     model = load(path, device=device, trust_remote_code=trust_remote_code, compile=compiled)
     done = stream_chat(
         model,
         tokenizer,
         prompt,
-        lambda text: click.echo(text, nl=False),
+        lambda text: echo_result(text, nl=False),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         chat_template=not no_chat,
@@ -58,4 +61,4 @@ def generate_command(
     if stats:
         click.echo(printable_lines(statistics(model, done)), err=True)
     elif not quiet:
-        click.echo(f"{done.new_tokens} tokens, {done.new_tokens / done.seconds:.1f} per second.", err=True)
+        click.echo(f"{count(done.new_tokens, 'token')}, {done.new_tokens / done.seconds:.1f} per second.", err=True)

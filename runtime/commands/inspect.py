@@ -3,13 +3,15 @@
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
 from llmint8.converter.commands.command import Command, set_up_logging
+from llmint8.converter.commands.output import echo_result
 from llmint8.converter.commands.terminal import printable_lines
+from llmint8.converter.words import count, precision, size, sizes
 
 # The name of a block ends with the first part that is a number: `model.layers.11` of `model.layers.11.mlp.up_proj`.
 _BLOCK = re.compile(r"(.+?\.\d+)(?:\.|$)")
@@ -29,14 +31,14 @@ def inspect_command(checkpoint: str, revision: str | None, every: bool, as_json:
     from llmint8.formats import open_checkpoint
 
     facts = _facts(open_checkpoint(resolve(checkpoint, revision, "int8").path))
-    click.echo(json.dumps(facts, indent=2) if as_json else _text(facts, every))
+    echo_result(json.dumps(facts, indent=2) if as_json else _text(facts, every))
 
 
 def _facts(opened: Any) -> dict[str, Any]:
     quantization = opened.quantization
-    sizes: Counter[str] = Counter()
+    taken: Counter[str] = Counter()
     for name, info in opened.tensors.items():
-        sizes[name.rpartition(".")[0] or name] += info.nbytes
+        taken[name.rpartition(".")[0] or name] += info.nbytes
     layers = [
         {
             "name": record.name,
@@ -44,23 +46,24 @@ def _facts(opened: Any) -> dict[str, Any]:
             "in_features": record.in_features,
             "outliers": record.outlier_count,
             "bias": record.has_bias,
-            "bytes": sizes[record.name],
+            "bytes": taken[record.name],
         }
         for record in sorted(opened.records.values(), key=lambda record: _natural(record.name))
     ]
     int8 = sum(layer["bytes"] for layer in layers)
+    columns = {info.dtype for name, info in opened.tensors.items() if name.endswith(".outlier_weight")}
     others: dict[str, int] = {}
     for name, info in opened.tensors.items():
         if name.rpartition(".")[0] not in opened.records:
             others[info.dtype] = others.get(info.dtype, 0) + info.nbytes
     blocks: Counter[str] = Counter()
     outside: Counter[str] = Counter()
-    for name, size in sizes.items():
+    for name, nbytes in taken.items():
         block = _BLOCK.match(name)
         if block:
-            blocks[block[1]] += size
+            blocks[block[1]] += nbytes
         else:
-            outside[name] += size
+            outside[name] += nbytes
     return {
         "path": str(opened.path),
         "architectures": opened.config.get("architectures"),
@@ -68,11 +71,12 @@ def _facts(opened: Any) -> dict[str, Any]:
         "producer": quantization.producer,
         "source": quantization.source,
         "criterion": quantization.criterion if quantization.llmint8 else None,
+        "outlier_dtypes": sorted(columns),
         "activation": quantization.activation,
         "threshold": quantization.threshold,
         "not_calibrated": _not_calibrated(opened),
         "files": opened.files,
-        "bytes": sizes.total(),
+        "bytes": taken.total(),
         "int8_layers_bytes": int8,
         "other_bytes_by_dtype": others,
         "block_bytes": {name: blocks[name] for name in sorted(blocks, key=_natural)},
@@ -100,19 +104,20 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
 def _text(facts: dict[str, Any], every: bool) -> str:
     source = facts["source"]
     origin = (source.get("name") or "unknown") + (f" at commit {source['commit']}" if source.get("commit") else "")
-    others = ", ".join(f"{dtype} {_megabytes([size])}" for dtype, size in facts["other_bytes_by_dtype"].items())
+    others = ", ".join(f"{dtype} {size(nbytes)}" for dtype, nbytes in facts["other_bytes_by_dtype"].items())
     columns = sum(layer["outliers"] or 0 for layer in facts["layers"])
     share = columns / max(1, sum(layer["in_features"] for layer in facts["layers"]))
     activations = f"Activations   {facts['activation']}"
+    exact = precision(facts["outlier_dtypes"])
     rows = [
-        *_table(facts["layers"], every),
+        *_table(facts["layers"], every, exact),
         "",
         f"Model         {', '.join(map(str, _as_list(facts['architectures']))) or 'unknown'}, from {origin}",
         f"Format        {facts['format']}, written by {facts['producer']}",
-        f"Outliers      criterion {facts['criterion'] or 'none stored'}, {share:.2%} of the columns in 16 bit",
+        f"Outliers      criterion {facts['criterion'] or 'none stored'}, {share:.2%} of the columns in {exact}",
         activations,
-        f"Size          {_megabytes([facts['bytes']])} in {len(facts['files'])} file(s): "
-        f"{len(facts['layers'])} int8 layers {_megabytes([facts['int8_layers_bytes']])}"
+        f"Size          {size(facts['bytes'])} in {count(len(facts['files']), 'file')}: "
+        f"{count(len(facts['layers']), 'int8 layer')} {size(facts['int8_layers_bytes'])}"
         + (f", {others}" if others else ""),
         *_placement(facts["block_bytes"], facts["outside_bytes"]),
         f"Not quantized {', '.join(facts['not_quantized']) or 'no linear layer'}",
@@ -125,22 +130,23 @@ def _text(facts: dict[str, Any], every: bool) -> str:
     return printable_lines(rows)
 
 
-def _table(layers: Sequence[dict[str, Any]], every: bool) -> list[str]:
+def _table(layers: Sequence[dict[str, Any]], every: bool, exact: str) -> list[str]:
     """Return a line for each layer; or for all those that differ in the numbers in their names only."""
     alike: dict[tuple[str, int, int], list[dict[str, Any]]] = defaultdict(list)
     for layer in layers:
         name = layer["name"] if every else re.sub(r"(?<=\.)\d+(?=\.|$)", "*", layer["name"])
         alike[name, layer["out_features"], layer["in_features"]].append(layer)
     width = max([5, *(len(name) for name, _, _ in alike)])
-    count = "" if every else f"  {'number':>6}"
-    rows = [f"{'layer':{width}}{count}  {'out':>7}  {'in':>7}  {'16-bit columns':>14}  {'MB each':>18}"]
+    number = "" if every else f"  {'number':>6}"
+    columns = f"{exact.replace(' ', '-')} columns"
+    rows = [f"{'layer':{width}}{number}  {'out':>7}  {'in':>7}  {columns:>15}  {'size of each':>18}"]
     for (name, out_features, in_features), ones in alike.items():
-        count = "" if every else f"  {len(ones):>6}"
+        number = "" if every else f"  {len(ones):>6}"
         outliers = [one["outliers"] for one in ones]
         rows.append(
-            f"{name:{width}}{count}  {out_features:>7}  {in_features:>7}  "
-            f"{'-' if None in outliers else _range(outliers):>14}  "
-            f"{_range([one['bytes'] / 1e6 for one in ones], '.2f'):>18}"
+            f"{name:{width}}{number}  {out_features:>7}  {in_features:>7}  "
+            f"{'-' if None in outliers else _range(outliers):>15}  "
+            f"{sizes(one['bytes'] for one in ones):>18}"
         )
     return rows
 
@@ -148,26 +154,22 @@ def _table(layers: Sequence[dict[str, Any]], every: bool) -> list[str]:
 def _placement(blocks: dict[str, int], outside: dict[str, int]) -> list[str]:
     """Say what has to fit where: the blocks, which are placed whole, and what is outside of them."""
     stacks: dict[str, list[int]] = defaultdict(list)
-    for name, size in blocks.items():
-        stacks[name.rpartition(".")[0]].append(size)
-    rows = [f"Blocks        {len(sizes)} x {stack}.*, {_megabytes(sizes)} each" for stack, sizes in stacks.items()]
+    for name, nbytes in blocks.items():
+        stacks[name.rpartition(".")[0]].append(nbytes)
+    rows = [f"Blocks        {len(found)} x {stack}.*, {sizes(found)} each" for stack, found in stacks.items()]
     total = sum(outside.values())
-    largest = [f"{name} {_megabytes([size])}" for name, size in outside.items() if size >= _NAMED_SHARE * total]
+    largest = [f"{name} {size(nbytes)}" for name, nbytes in outside.items() if nbytes >= _NAMED_SHARE * total]
     if rows and outside:
         named = f": {', '.join(largest)}" if largest else ""
         rest = f", and {len(outside) - len(largest)} smaller" if largest and len(largest) < len(outside) else ""
-        rows.append(f"Outside       {_megabytes([total])}{named}{rest}")
+        rows.append(f"Outside       {size(total)}{named}{rest}")
     return rows
 
 
-def _megabytes(sizes: Iterable[int]) -> str:
-    return f"{_range([size / 1e6 for size in sizes], '.1f')} MB"
-
-
-def _range(values: Sequence[float], spec: str = "") -> str:
+def _range(values: Sequence[int]) -> str:
     """Write the smallest and the largest, or the one there is."""
-    low, high = format(min(values), spec), format(max(values), spec)
-    return low if low == high else f"{low} to {high}"
+    low, high = min(values), max(values)
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def _as_list(value: Any) -> list[Any]:

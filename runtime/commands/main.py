@@ -2,6 +2,7 @@
 
 import click
 
+from llmint8.converter.commands.command import Group
 from llmint8.converter.commands.convert import convert_command
 from llmint8.converter.commands.push import push_command
 
@@ -13,7 +14,7 @@ from .report import report_command
 from .verify import verify_command
 
 
-@click.group()
+@click.group(cls=Group)
 @click.version_option(package_name="llmint8")
 def main() -> None:
     """Make, look at, check and run int8 checkpoints of language models."""

@@ -9,6 +9,7 @@ import click
 from llmint8.converter.commands.command import Command, set_up_logging
 from llmint8.converter.commands.progress import progress_bar
 from llmint8.converter.commands.terminal import printable
+from llmint8.converter.words import count
 
 
 @click.command("verify", cls=Command)
@@ -24,8 +25,8 @@ def verify_command(checkpoint: Path, source: str | None, quick: bool, quiet: boo
     from llmint8.formats import check_manifest, check_values, open_checkpoint
 
     opened = open_checkpoint(checkpoint)
-    size = sum(info.nbytes for info in opened.tensors.values())
-    with progress_bar(size, "Verifying", quiet or quick) as progress:
+    nbytes = sum(info.nbytes for info in opened.tensors.values())
+    with progress_bar(nbytes, "Verifying", quiet or quick) as progress:
         found = check_manifest(opened)[1] if quick else check_values(opened, progress)
     problems = [str(problem) for problem in found]
     if not quick and not problems:  # of a damaged config.json it would tell much that is not so
@@ -35,10 +36,10 @@ def verify_command(checkpoint: Path, source: str | None, quick: bool, quiet: boo
     for problem in problems:
         click.echo(printable(problem), err=True)
     if problems:
-        raise click.ClickException(f"{len(problems)} problem(s) in {checkpoint}")
+        raise click.ClickException(f"{count(len(problems), 'problem')} in {checkpoint}")
     if not quiet:
         click.echo(
-            f"{checkpoint}: {len(opened.tensors)} tensors, {len(opened.records)} int8 layers: "
+            f"{checkpoint}: {count(len(opened.tensors), 'tensor')}, {count(len(opened.records), 'int8 layer')}: "
             + ("structure and manifest are good; the values were not read." if quick else "all good.")
         )
 
@@ -59,8 +60,8 @@ def _compare(opened: Any, source: str, quiet: bool) -> list[str]:
     from llmint8.formats import open_source
 
     original = open_source(resolve(source, kind="source").path)
-    size = sum(info.nbytes for info in original.tensors.values())
-    with progress_bar(size, "Comparing", quiet) as progress:
+    nbytes = sum(info.nbytes for info in original.tensors.values())
+    with progress_bar(nbytes, "Comparing", quiet) as progress:
         comparison = compare_with_source(opened, original, progress)
     if not quiet:
         for name, error in comparison.errors.items():

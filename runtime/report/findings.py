@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from llmint8.converter.words import precision
 from llmint8.formats import Checkpoint
 
 from .removal import Removal
@@ -10,7 +11,7 @@ from .statistics import LayerInput, Table4
 
 @dataclass(frozen=True)
 class Sizes:
-    """Bytes of the tensors, by what they are: of the checkpoint, and of its source by shapes and 16-bit dtype."""
+    """Bytes of the tensors, by what they are: of the checkpoint, and of its source by shapes and dtype."""
 
     before: dict[str, int]
     after: dict[str, int]
@@ -29,13 +30,24 @@ class Findings:
     removal: Removal | None
     not_run: str | None
 
+    @property
+    def precision(self) -> str:
+        """What the columns are in that are not quantized: `16 bit`, or `float32`."""
+        return column_precision(self.checkpoint)
+
+
+def column_precision(checkpoint: Checkpoint) -> str:
+    """Return what a checkpoint's outlier columns are in: `16 bit`, or `float32`."""
+    tensors = checkpoint.tensors.values()
+    return precision(info.dtype for info in tensors if info.name.endswith(".outlier_weight"))
+
 
 def sizes(checkpoint: Checkpoint) -> Sizes:
     """Add up the tensors; the source's layers are estimated from the shapes and the dtype of the outlier columns."""
-    before = {"16-bit layers": 0, "everything else": 0}
-    after = {"int8 weights": 0, "scales": 0, "16-bit columns": 0, "everything else": 0}
+    before = {"layers in the source": 0, "everything else": 0}
+    after = {"int8 weights": 0, "scales": 0, "outlier columns": 0, "everything else": 0}
     kinds = {"SCB": "scales", "weight_format": "scales"}
-    kinds |= {"outlier_dims": "16-bit columns", "outlier_weight": "16-bit columns"}
+    kinds |= {"outlier_dims": "outlier columns", "outlier_weight": "outlier columns"}
     for info in checkpoint.tensors.values():
         name, _, suffix = info.name.rpartition(".")
         record = checkpoint.records.get(name)
@@ -48,5 +60,5 @@ def sizes(checkpoint: Checkpoint) -> Sizes:
             after[kinds[suffix]] += info.nbytes
             if suffix == "outlier_weight":
                 width = 4 if info.dtype == "F32" else 2
-                before["16-bit layers"] += record.out_features * record.in_features * width
+                before["layers in the source"] += record.out_features * record.in_features * width
     return Sizes(before, after)

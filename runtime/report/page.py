@@ -7,8 +7,10 @@ import base64
 from collections.abc import Mapping
 from html import escape
 
+from llmint8.converter.words import size
+
 from .findings import Findings
-from .sections import KEPT_TEXT, SIZES_TEXT, errors_text, heat_map_text, ranges_text, removal_text, table4_text
+from .sections import SIZES_TEXT, errors_text, heat_map_text, kept_text, ranges_text, removal_text, table4_text
 
 _CSS = """
 body { margin: 2rem auto; max-width: 60rem; padding: 0 1rem; background: #fff; color: #222;
@@ -46,9 +48,9 @@ def page(findings: Findings, pictures: Mapping[str, bytes]) -> str:
         "<h2>Where the outliers are</h2>",
         picture("heat-map", "Largest magnitude of the strongest feature dimensions in every block"),
         heat_map_text(findings),
-        "<h2>What stays in 16 bit</h2>",
-        picture("kept-columns", "Number of columns kept in 16 bit for every layer"),
-        KEPT_TEXT,
+        f"<h2>What stays in {findings.precision}</h2>",
+        picture("kept-columns", "Number of columns kept unquantized for every layer"),
+        kept_text(findings),
         "<h2>What it does to the error</h2>",
         picture("errors", "Relative error of every layer's output, before and after"),
         errors_text(findings),
@@ -76,7 +78,7 @@ _INTRODUCTION = """<p>A language model is a stack of <em>blocks</em>, and most o
 multiply a list of numbers, the input, by a matrix of weights. Each place in that list is a <em>dimension</em>. In int8
 every number becomes one of 255 evenly spaced steps across the range of its row. A few dimensions hold values many times
 larger than the rest: <em>outliers</em>. They stretch the steps, and everything else is rounded coarsely. So the columns
-of weights that belong to such dimensions stay in 16 bit, and the steps are made for the rest alone. This page shows
+of weights that belong to such dimensions stay as they are, and the steps are made for the rest alone. This page shows
 where the outliers of this model are, what was kept for them, and what that is worth.</p>"""
 
 
@@ -96,16 +98,12 @@ def _summary(findings: Findings) -> str:
     rows = {
         "Model": ", ".join(map(str, architectures)) if isinstance(architectures, list) else "unknown",
         "Made from": origin,
-        "Size": f"{_bytes(after)}; about {_bytes(before)} in 16 bit ({after / max(1, before):.0%})",
+        "Size": f"{size(after)}; the source about {size(before)} ({after / max(1, before):.0%} of it)",
         "Layers in int8": f"{layers}, of which {measured} were measured",
-        "Columns in 16 bit": f"{kept / max(1, columns):.2%}: on average {kept / max(1, layers):.1f} in a layer",
+        f"Columns in {findings.precision}": f"{kept / max(1, columns):.2%}, {kept / max(1, layers):.1f} in a layer",
         "Chosen by": quantization.criterion,
         "Activations": quantization.activation,
         "Calibration": f"{calibration.get('tokens', '?')} tokens, text: {text}",
     }
     cells = "".join(f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in rows.items())
     return f'<div class="box"><table>{cells}</table></div>'
-
-
-def _bytes(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 2e9 else f"{count / 1e6:.1f} MB"

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from llmint8.converter.calibration.text import load_calibration
-from llmint8.converter.model.config import load_config
+from llmint8.converter.model.config import is_trusted, load_config
 from llmint8.converter.model.names import module_names
+from llmint8.converter.model.tokenizer import load_tokenizer
 from llmint8.formats import LLMInt8Error
 
 from ..model.load import load
@@ -80,9 +81,10 @@ def measure_removal(
     config = load_config(path)
     if config is None:
         raise CannotRunError("transformers does not know the model type")
+    tokenizer, why = load_tokenizer(path, is_trusted(config), "the checkpoint")
+    if tokenizer is None:
+        raise CannotRunError(f"{why}, so no text can be shown to the model")
     calibration = load_calibration(path, config, text, _TOKENS)
-    if calibration.notice is not None:
-        raise CannotRunError("there is no tokenizer beside the checkpoint, so no text can be shown to the model")
     rows = calibration.tokens
     if rows.shape[1] < 2:
         raise CannotRunError("the text is too short: a model is measured on what follows a token")

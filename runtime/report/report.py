@@ -17,7 +17,7 @@ from llmint8.formats import Checkpoint, LLMInt8Error, open_checkpoint, read_mani
 from llmint8.formats.disk.durable import write_durably
 from llmint8.formats.disk.names import MANIFEST_NAME
 
-from . import plots
+from . import multiples, plots
 from .findings import Findings, sizes
 from .page import page
 from .removal import CannotRunError, measure_removal
@@ -99,8 +99,8 @@ def _figures(findings: Findings) -> dict[str, Figure]:
     return {
         "heat-map": plots.heat_map(findings.hidden, dims),
         "kept-columns": plots.kept_columns(findings.checkpoint),
-        "errors": plots.errors(findings.inputs),
-        "ranges": plots.ranges(findings.inputs),
+        "errors": multiples.errors(findings.inputs),
+        "ranges": multiples.ranges(findings.inputs),
         "sizes": plots.size_bars(findings.sizes),
     }
 

@@ -10,6 +10,7 @@ from statistics import median
 from llmint8.converter.outliers.criterion import OUTLIER_MAGNITUDE, OUTLIER_POSITIONS
 
 from .findings import Findings
+from .multiples import panels
 from .removal import Quality, Removal
 from .statistics import OUTLIER_LAYERS, LayerInput, Table4
 
@@ -26,14 +27,8 @@ _PAPER = [
 # So many dims are listed where none is an outlier feature.
 _CLOSEST = 7
 
-KEPT_TEXT = """<p>Each square is one layer, and its number is how many columns of its weights stay in 16 bit (the mean
-where several layers fall into one square). Layers that read the same input keep the same columns. Dark squares are
-layers where 16-bit columns lower the error most: large values come in many of their dimensions. A zero is a layer that
-does well without. <b>What to do:</b> nothing, if the errors below are small. For less error convert with a larger
-budget (<code>--outliers top-k=32</code>), for a smaller file with a smaller one.</p>"""
-
-SIZES_TEXT = """<p>The upper bar is an estimate: the shapes of the layers times the bytes of their 16-bit type. An int8
-weight takes one byte instead of two; a scale for every row and the 16-bit columns come on top. &ldquo;Everything
+SIZES_TEXT = """<p>The upper bar is an estimate: the shapes of the layers times the bytes of their type. An int8 weight
+takes one byte instead of two or four; a scale for every row and the outlier columns come on top. &ldquo;Everything
 else&rdquo; is not converted: embeddings, norms, biases, mostly the output head. Its share is large in small models and
 small in large ones. <b>What to do:</b> if the orange part is large, a smaller budget (<code>--outliers</code>) saves
 space.</p>"""
@@ -49,8 +44,19 @@ magnitude seen there, on a logarithmic scale: pale is small, dark is large. A wh
 more in at least {OUTLIER_POSITIONS:.0%} of the positions of the text. Light grey: the dimension is not among the
 {recorded} largest of that input, and nothing was recorded. A dark <em>row</em> is a dimension that is an outlier in
 block after block, which is what the LLM.int8() paper found. Here dimension {strongest.dim} stands out most; its
-largest magnitude is {number(strongest.absmax)}. <b>What to do:</b> nothing. Rows like these are why a few columns in
-16 bit are enough.</p>"""
+largest magnitude is {number(strongest.absmax)}. <b>What to do:</b> nothing. Rows like these are why a few columns
+that are not quantized are enough.</p>"""
+
+
+def kept_text(findings: Findings) -> str:
+    """Return the paragraph below the columns that are kept."""
+    precision = findings.precision
+    return f"""<p>Each square is one layer, and its number is how many columns of its weights stay in {precision} (the
+mean of all experts of a block). Layers that belong to no block stand below. Layers that read the same input keep the
+same columns. Dark squares are layers where these columns lower the error most: large values come in many of their
+dimensions. A zero is a layer that does well without. <b>What to do:</b> nothing, if the errors below are small. For
+less error convert with a larger budget (<code>--outliers top-k=32</code>), for a smaller file with a smaller
+one.</p>"""
 
 
 def errors_text(findings: Findings) -> str:
@@ -62,12 +68,14 @@ def errors_text(findings: Findings) -> str:
     before = median(one.relative_error(0) for one in inputs)
     after = median(one.relative_error(one.kept) for one in inputs)
     worst = max(inputs, key=lambda one: one.relative_error(one.kept))
+    kinds, shown = len({one.kinds for one in inputs if one.block}), len(panels([one for one in inputs if one.block]))
+    some = f" Of {kinds} kinds of inputs the {shown} that most blocks have are shown." if shown < kinds else ""
     return f"""<p>How far the output of the layers is off because of int8, as a share of that output: 1% is a hundredth
 of its size (root mean square, estimated on the calibration text{caution}). Hollow: with every column in int8. Filled:
-with the 16-bit columns that were kept. The line between the two is what these columns are worth. In the median over
-all inputs the error falls from {before:.2%} to {after:.2%}. The largest that is left is
+with the columns that were kept unquantized. The line between the two is what these columns are worth.{some} In the
+median over all inputs the error falls from {before:.2%} to {after:.2%}. The largest that is left is
 {worst.relative_error(worst.kept):.2%}, at <code>{escape(worst.layers[0])}</code>. <b>What to do:</b> a layer that
-stands out by far can be left in 16 bit with <code>--skip</code>.</p>"""
+stands out by far can be left as it is with <code>--skip</code>.</p>"""
 
 
 def ranges_text(inputs: Sequence[LayerInput]) -> str:
@@ -77,7 +85,7 @@ def ranges_text(inputs: Sequence[LayerInput]) -> str:
 (dots), which stands for the ordinary ones. The wider the grey band between the two, the more of the 255 steps would be
 spent on a few outliers. It is widest at <code>{escape(widest.layers[0])}</code>: {number(widest.absmax[0])} against
 {number(widest.absmax_median)}. <b>What to do:</b> a wide band is harmless where the error above is small: the outliers
-are then in the 16-bit columns.</p>"""
+are then in the columns that are kept.</p>"""
 
 
 def table4_text(findings: Findings) -> str:
@@ -103,7 +111,7 @@ def table4_text(findings: Findings) -> str:
 least {OUTLIER_MAGNITUDE:g}, in at least {OUTLIER_LAYERS:.0%} of the layers, and in at least {OUTLIER_POSITIONS:.0%} of
 the positions of the text. Larger models have more of them, and in the paper's models from 6.7 billion parameters on
 they are in every layer. <b>What to do:</b> nothing. The table says how much this model is like those on which int8
-without 16-bit columns fails.</p>
+without such columns fails.</p>
 <table><tr><th>Model</th><th class="n">Outlier features</th><th class="n">% of layers</th>
 <th class="n">% of positions</th><th>Quartiles of the values</th></tr>{rows}</table>
 {_features(table)}

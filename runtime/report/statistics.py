@@ -13,7 +13,6 @@ not from names:
 """
 
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,6 +23,8 @@ from typing import Any
 from llmint8.converter.outliers.criterion import OUTLIER_MAGNITUDE, OUTLIER_POSITIONS
 from llmint8.formats import Checkpoint, LLMInt8Error, Manifest
 
+from .labels import block_of, joined, layer_kinds
+
 # The third number of the paper's definition.
 OUTLIER_LAYERS = 0.25
 _LISTS = {"dims": int, "absmax": float, "positions": float, "ks": int, "errors": float}
@@ -33,12 +34,14 @@ _LISTS = {"dims": int, "absmax": float, "positions": float, "ks": int, "errors":
 class LayerInput:
     """An input that one or more layers share, and what the calibration measured on it.
 
-    `dims` are the recorded dimensions by falling `absmax`; `positions` the share of positions in which each reaches
-    6.0, `quartiles` those of its values. `errors[i]` is the squared relative output error, summed over the layers, with
-    the first `ks[i]` of the dims in 16 bit; `kept` is how many the checkpoint keeps.
+    `kinds` tells the layers apart, such as `q_proj, k_proj, v_proj`; see `labels.py`. `dims` are the recorded ones by
+    falling `absmax`; `positions` the share of positions in which each reaches 6.0, `quartiles` those of its values.
+    `errors[i]` is the squared relative output error, summed over the layers, with the first `ks[i]` of the dims in 16
+    bit; `kept` is how many the checkpoint keeps.
     """
 
     layers: tuple[str, ...]
+    kinds: str
     block: str
     in_features: int
     kept: int
@@ -52,26 +55,14 @@ class LayerInput:
     errors: list[float]
 
     @property
-    def kinds(self) -> str:
-        """The last names of the layers, such as `q_proj, k_proj, v_proj`."""
-        return ", ".join(dict.fromkeys(layer_kind(name) for name in self.layers))
+    def blocks(self) -> list[str]:
+        """Every block that reads it: one, or all of a decoder where it is what an encoder gave."""
+        return list(dict.fromkeys(block_of(name) for name in self.layers))
 
     def relative_error(self, kept: int) -> float:
         """Return the error of an output relative to it, root mean square; at the next smaller k that was measured."""
         index = max(i for i, k in enumerate(self.ks) if k <= kept)
         return math.sqrt(self.errors[index] / len(self.layers))
-
-
-def layer_kind(name: str) -> str:
-    """Return the last part of a layer's name that is not a number, with what follows it."""
-    match = re.search(r"[^.]*[^.\d][^.]*(\.\d+)*$", name)
-    return match[0] if match else name
-
-
-def block_of(name: str) -> str:
-    """Return the block a layer is in: the outermost numbered module in its name, or an empty string."""
-    match = re.match(r"(.*?\.\d+)\.", name)
-    return match[1] if match else ""
 
 
 def read_inputs(checkpoint: Checkpoint, manifest: Manifest, where: Path) -> list[LayerInput]:
@@ -92,13 +83,14 @@ def read_inputs(checkpoint: Checkpoint, manifest: Manifest, where: Path) -> list
         first = raw.get("shares_input_with", name) if isinstance(raw, dict) else name
         if name in checkpoint.records and isinstance(first, str):
             sharing[first].append(name)
+    kinds = layer_kinds(checkpoint.records)
     inputs = []
     for first, layers in sharing.items():
         raw = modules.get(first)
         if first not in checkpoint.records or not isinstance(raw, dict) or "dims" not in raw:
             continue  # a layer that the calibration did not reach
         try:
-            inputs.append(_layer_input(checkpoint, first, tuple(layers), raw))
+            inputs.append(_layer_input(checkpoint, first, tuple(layers), kinds, raw))
         except (KeyError, TypeError, ValueError, OverflowError) as error:  # the last: an integer no float holds
             raise LLMInt8Error(
                 f"{where}: {first}: malformed statistics ({type(error).__name__}: {error}); convert the source again"
@@ -112,7 +104,9 @@ def read_inputs(checkpoint: Checkpoint, manifest: Manifest, where: Path) -> list
     return inputs
 
 
-def _layer_input(checkpoint: Checkpoint, first: str, layers: tuple[str, ...], raw: dict[str, Any]) -> LayerInput:
+def _layer_input(
+    checkpoint: Checkpoint, first: str, layers: tuple[str, ...], kinds: dict[str, str], raw: dict[str, Any]
+) -> LayerInput:
     record = checkpoint.records[first]
     lists = {key: [_number(kind, value) for value in raw[key]] for key, kind in _LISTS.items()}
     quartiles = [tuple(_number(float, value) for value in row) for row in raw["quartiles"]]
@@ -125,6 +119,7 @@ def _layer_input(checkpoint: Checkpoint, first: str, layers: tuple[str, ...], ra
         raise ValueError("ks do not begin with 0, or errors are not one for each")
     return LayerInput(
         layers,
+        joined(kinds[name] for name in layers),
         block_of(first),
         record.in_features,
         record.outlier_count or 0,
