@@ -22,14 +22,15 @@ from llmint8.kernels.reference import Activation
 
 from ..machine import return_freed_memory
 from ..model.buffers import nobodys_notice
-from ..model.build import meta_model, text_inputs
+from ..model.build import meta_model
 from ..model.errors import first_line
+from ..model.inputs import runs
 from ..model.names import fused_parameters, parameter_tensors
 from ..outliers.choosing import select
 from ..outliers.measuring import Curve, InputStatistics, column_norms, rounded
 from ..planning.plan import ConversionPlan, kept_output_bytes
 from ..planning.selection import SelectedLayer
-from .streaming import LinearCall, stream_forward
+from .streaming import LinearCall, streamed
 
 log = logging.getLogger("llmint8")
 
@@ -67,12 +68,12 @@ class Calibrator:
         self._plan, self._tokens, self._device, self._journal = plan, tokens, device, journal
         self._statistics = InputStatistics(plan.criterion, ACTIVATION, self._remember_curve)
         self._notices: list[str] = []
-        self.failure: str | None = None
+        self.shown: list[str] = []
 
     def run(self, read: Callable[[str], Tensor], quantize: Quantize, has: Callable[[SelectedLayer], bool]) -> None:
-        """Run the forward pass. What the model's code raises ends it early, and is noted, not raised.
+        """Run the model on what it takes, until all layers are reached; `shown` then says on what.
 
-        Where no layer at all was reached, `failure` then says so, with the reason and what to do.
+        What the model's code raises ends a run early, and is noted where layers were left out, not raised.
 
         Args:
             read: returns a tensor of the source.
@@ -89,6 +90,7 @@ class Calibrator:
         not_finite: dict[str, None] = {}
         tensor_of = parameter_tensors(model, self._plan.source.tensors)
         reached: set[str] = set()
+        finished: set[str] = set()
         failed: list[bool] = []
 
         @contextmanager
@@ -122,39 +124,40 @@ class Calibrator:
                 # What is put aside stands for the first call.
                 self._put_aside(layer, call.weight, dims, norms, None if layer.name in not_finite else call.out)
 
-        try:
-            stream_forward(
-                model,
-                text_inputs(model, self._tokens.to(self._device)),
-                tensor_of,
-                fused_parameters(model, self._plan.source.tensors),
-                {name: layers[name].weight.name for name in order},
-                {n: partial(self._journal.load, r.tensors[2]) for n, r in done.items() if len(r.tensors) > 2},
-                ours()(read),
-                on_linear,
-                self._device,
-            )
-        except (LLMInt8Error, OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
-            raise
-        except Exception as error:  # the model's code may raise anything
-            if failed or "DefaultCPUAllocator" in str(error):  # out of memory has no type of its own there
-                raise
-            log.debug("calibration pass", exc_info=True)
-            self._notices.append(f"the calibration pass ended early ({first_line(error)})")
+        known = {n: partial(self._journal.load, r.tensors[2]) for n, r in done.items() if len(r.tensors) > 2}
+        fused = fused_parameters(model, self._plan.source.tensors)
+        weights = {name: layers[name].weight.name for name in order}
+        ended: dict[str, str] = {}  # what the model was shown -> why that came to no end
+        with streamed(model, tensor_of, fused, weights, known, ours()(read), on_linear, self._device) as call:
+            for run in runs(model, self._tokens.to(self._device)):
+                before = len(reached)
+                if before == len(layers) or run.what in finished:
+                    continue
+                try:
+                    call(run.method, run.arguments)
+                    finished.add(run.what)
+                except (LLMInt8Error, OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+                    raise
+                except Exception as error:  # the model's code may raise anything
+                    if failed or "DefaultCPUAllocator" in str(error):  # out of memory has no type of its own there
+                        raise
+                    log.debug("calibration pass, %s", run.what, exc_info=True)
+                    ended.setdefault(run.what, first_line(error))
+                if len(reached) > before and run.what not in self.shown:
+                    self.shown.append(run.what)
+        if len(reached) < len(layers):
+            early = [error if what == "text" else f"{what}: {error}" for what, error in ended.items() if what not in finished]
+            self._notices += [f"the calibration pass ended early ({'; '.join(early)})"] if early else []
         if nobodys := nobodys_notice(model, tensor_of.keys()):
             self._notices.append(nobodys)
-        self._conclude(len(reached), list(not_finite))
+        self._conclude(list(not_finite))
 
-    def _conclude(self, reached: int, not_finite: Sequence[str]) -> None:
+    def _conclude(self, not_finite: Sequence[str]) -> None:
         if not_finite:
             more = f" and {len(not_finite) - 1} more" if len(not_finite) > 1 else ""
             self._notices.append(
                 f"the input of {not_finite[0]}{more} holds NaN or infinity and was not measured; is the source whole?"
             )
-        if not reached:
-            why = "; ".join(self._notices) or "the model runs none of them for text"
-            source = self._plan.source.path
-            self.failure = f"{source}: no layer could be calibrated; convert it with --outliers none ({why})"
 
     def _earlier(self, layer: SelectedLayer, has: Callable[[SelectedLayer], bool]) -> Record | None:
         """Return what was put aside of a layer that is written."""

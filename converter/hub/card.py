@@ -159,7 +159,12 @@ def _calibration(calibration: Mapping[str, Any] | None, layers: int) -> str:
     tokens, text = _text(str(calibration.get("tokens"))), str(calibration.get("text"))
     calibrated = calibration.get("layers", layers)
     reached = "" if calibrated == layers else f"; {_text(str(calibrated))} of {layers} layers"
-    return f"{tokens} tokens" + (" of llmint8's own text" if text == "packaged" else f": `{_text(text)}`") + reached
+    if not calibration.get("tokens"):
+        return _text(text) + reached
+    inputs = calibration.get("inputs")
+    also = [_text(str(what)) for what in inputs if what != "text"] if isinstance(inputs, list) else []
+    said = f"{tokens} tokens" + (" of llmint8's own text" if text == "packaged" else f": `{_text(text)}`")
+    return ", and ".join([said, *also]) + reached
 
 
 def _accuracy(evaluation: Mapping[str, Any] | None) -> list[str]:

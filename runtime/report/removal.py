@@ -81,7 +81,7 @@ def measure_removal(
     if config is None:
         raise CannotRunError("transformers does not know the model type")
     calibration = load_calibration(path, config, text, _TOKENS)
-    if calibration.notice is not None:
+    if calibration.provenance["text_sha256"] is None:
         raise CannotRunError("there is no tokenizer beside the checkpoint, so no text can be shown to the model")
     rows = calibration.tokens
     if rows.shape[1] < 2:
