@@ -30,7 +30,8 @@ _NAMES = {
     "encoder_num_attention_heads decoder_num_attention_heads",
     2: "speech_encoder_layers t2u_encoder_layers t2u_decoder_layers num_adapter_layers encoder_num_hidden_layers decoder_num_hidden_layers num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers depth "
     "num_experts_per_tok moe_k num_encoder_layers decoder_start_token_id eos_token_id",
-    _WIDTH // _HEADS: "head_dim d_kv d_head qk_rope_head_dim qk_nope_head_dim v_head_dim index_head_dim linear_head_dim "
+    _WIDTH
+    // _HEADS: "head_dim d_kv d_head qk_rope_head_dim qk_nope_head_dim v_head_dim index_head_dim linear_head_dim "
     "linear_key_head_dim linear_value_head_dim hidden_size_per_layer_input attention_head_size",
     32: "kv_lora_rank q_lora_rank conv_depthwise_kernel_size num_conv_pos_embeddings laurel_rank unit_embed_dim lang_embed_dim spkr_embed_dim",
     128: "max_position_embeddings n_positions max_source_positions max_target_positions",
@@ -53,7 +54,7 @@ def tiny_config(cls: Any, **changes: Any) -> Any:
             values[name] = tiny_config(part)
     for name, value in changes.items():
         part = values.get(name)
-        if isinstance(value, tuple):  # of a part that may be of any class
+        if isinstance(value, tuple) and isinstance(value[0], str):  # of a part that may be of any class
             value = tiny_config(getattr(transformers, value[0]), **value[1])
         values[name] = tiny_config(type(part), **value) if isinstance(value, dict) and part is not None else value
     return cls(**values)
@@ -75,7 +76,10 @@ TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma": ("GemmaForCausalLM", {}),
     "gemma2": ("Gemma2ForCausalLM", {}),
     "gemma3": ("Gemma3ForCausalLM", {}),
-    "gemma3n": ("Gemma3nForCausalLM", {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma3n": (
+        "Gemma3nForCausalLM",
+        {"num_kv_shared_layers": 0, "layer_types": ["sliding_attention", "full_attention"]},
+    ),
     "gemma4": ("Gemma4ForCausalLM", {}),
     "recurrent-gemma": ("RecurrentGemmaForCausalLM", {}),
     "phi": ("PhiForCausalLM", {}),
@@ -123,12 +127,18 @@ TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     "biogpt": ("BioGptForCausalLM", {}),
     "rwkv": ("RwkvForCausalLM", {}),
     "mamba": ("MambaForCausalLM", {"state_size": 8}),
-    "mamba2": ("Mamba2ForCausalLM", {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16, "chunk_size": 16}),
+    "mamba2": (
+        "Mamba2ForCausalLM",
+        {"num_heads": 8, "head_dim": 16, "n_groups": 2, "state_size": 16, "chunk_size": 16},
+    ),
     "falcon-mamba": ("FalconMambaForCausalLM", {}),
     "xlstm": ("xLSTMForCausalLM", {}),
     "bamba": ("BambaForCausalLM", {}),
     "jamba": ("JambaForCausalLM", {}),
-    "zamba2": ("Zamba2ForCausalLM", {"layers_block_type": ["mamba", "hybrid"], "n_mamba_heads": 8, "mamba_d_state": 16}),
+    "zamba2": (
+        "Zamba2ForCausalLM",
+        {"layers_block_type": ["mamba", "hybrid"], "n_mamba_heads": 8, "mamba_d_state": 16},
+    ),
     "falcon-h1": ("FalconH1ForCausalLM", {}),
     "lfm2": ("Lfm2ForCausalLM", {}),
     "granite-moe-hybrid": ("GraniteMoeHybridForCausalLM", {}),
@@ -200,8 +210,29 @@ TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     "flaubert": ("FlaubertWithLMHeadModel", {"emb_dim": 64}),
     "xlm": ("XLMWithLMHeadModel", {"emb_dim": 64}),
     "xlnet": ("XLNetLMHeadModel", {}),
-    "reformer": ("ReformerModelWithLMHead", {"is_decoder": True, "axial_pos_shape": (8, 16), "axial_pos_embds_dim": (16, 48), "attn_layers": ["local", "lsh"], "num_buckets": 4}),
-    "perceiver": ("PerceiverForMaskedLM", {"num_latents": 8, "d_latents": 64, "num_self_attends_per_block": 2, "num_self_attention_heads": 4, "num_cross_attention_heads": 4, "qk_channels": 64, "v_channels": 64, "vocab_size": 262}),
+    "reformer": (
+        "ReformerModelWithLMHead",
+        {
+            "is_decoder": True,
+            "axial_pos_shape": (8, 16),
+            "axial_pos_embds_dim": (16, 48),
+            "attn_layers": ["local", "lsh"],
+            "num_buckets": 4,
+        },
+    ),
+    "perceiver": (
+        "PerceiverForMaskedLM",
+        {
+            "num_latents": 8,
+            "d_latents": 64,
+            "num_self_attends_per_block": 2,
+            "num_self_attention_heads": 4,
+            "num_cross_attention_heads": 4,
+            "qk_channels": 64,
+            "v_channels": 64,
+            "vocab_size": 262,
+        },
+    ),
     "canine": ("CanineModel", {}),
     "bert-classifier": ("BertForSequenceClassification", {}),
     "llama-classifier": ("LlamaForSequenceClassification", {}),
@@ -240,11 +271,38 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dinov2": ("Dinov2ForImageClassification", {}),
     "dinov3": ("DINOv3ViTModel", {}),
     "vit-mae": ("ViTMAEModel", {}),
-    "swin": ("SwinForImageClassification", {"embed_dim": 32, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2, "patch_size": 4}),
-    "swinv2": ("Swinv2ForImageClassification", {"embed_dim": 32, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2, "patch_size": 4}),
-    "segformer": ("SegformerForImageClassification", {"hidden_sizes": [32, 32, 64, 64], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 4]}),
-    "hiera": ("HieraForImageClassification", {"embed_dim": 32, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "image_size": [64, 64], "patch_size": [7, 7]}),
-    "dpt": ("DPTForDepthEstimation", {"image_size": 32, "backbone_out_indices": [0, 0, 1, 1], "neck_hidden_sizes": [16, 32, 32, 64], "fusion_hidden_size": 16}),
+    "swin": (
+        "SwinForImageClassification",
+        {"embed_dim": 32, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2, "patch_size": 4},
+    ),
+    "swinv2": (
+        "Swinv2ForImageClassification",
+        {"embed_dim": 32, "depths": [1, 1], "num_heads": [2, 4], "window_size": 2, "patch_size": 4},
+    ),
+    "segformer": (
+        "SegformerForImageClassification",
+        {"hidden_sizes": [32, 32, 64, 64], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 2, 2, 4]},
+    ),
+    "hiera": (
+        "HieraForImageClassification",
+        {
+            "embed_dim": 32,
+            "depths": [1, 1, 1, 1],
+            "num_heads": [1, 2, 2, 4],
+            "image_size": [64, 64],
+            "patch_size": [7, 7],
+        },
+    ),
+    "dpt": (
+        "DPTForDepthEstimation",
+        {
+            "image_size": 32,
+            "num_hidden_layers": 4,
+            "backbone_out_indices": [0, 1, 2, 3],
+            "neck_hidden_sizes": [16, 32, 32, 64],
+            "fusion_hidden_size": 16,
+        },
+    ),
     "yolos": ("YolosForObjectDetection", {"image_size": [32, 48], "num_detection_tokens": 5}),
     "clip": ("CLIPModel", {}),
     "clip-vision": ("CLIPVisionModel", {}),
@@ -259,27 +317,88 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "hubert": ("HubertForCTC", _WAV),
     "wavlm": ("WavLMForCTC", _WAV),
     "unispeech-sat": ("UniSpeechSatForCTC", _WAV),
-    "sew": ("SEWForCTC", _WAV | {"squeeze_factor": 2, "conv_stride": [5, 2, 2, 2, 2, 2, 2], "conv_kernel": [10, 3, 3, 3, 3, 2, 2]}),
+    "sew": (
+        "SEWForCTC",
+        _WAV | {"squeeze_factor": 2, "conv_stride": [5, 2, 2, 2, 2, 2, 2], "conv_kernel": [10, 3, 3, 3, 3, 2, 2]},
+    ),
     "ast": ("ASTForAudioClassification", {}),
     "whisper": ("WhisperForConditionalGeneration", {}),
     "speech-to-text": ("Speech2TextForConditionalGeneration", {}),
     "speecht5": ("SpeechT5ForSpeechToText", _WAV),
     "moonshine": ("MoonshineForConditionalGeneration", {}),
     "seamless-speech": ("SeamlessM4Tv2ForSpeechToText", {}),
-    "llava": ("LlavaForConditionalGeneration", {"text_config": ("LlamaConfig", {}), "vision_config": ("CLIPVisionConfig", {}), "image_token_index": 300}),
-    "paligemma": ("PaliGemmaForConditionalGeneration", {"text_config": ("GemmaConfig", {}), "vision_config": ("SiglipVisionConfig", {}), "image_token_index": 300}),
-    "gemma3-vision": ("Gemma3ForConditionalGeneration", {"vision_config": ("SiglipVisionConfig", {}), "image_token_index": 300, "mm_tokens_per_image": 4}),
-    "qwen2-vl": ("Qwen2VLForConditionalGeneration", {"image_token_id": 300, "video_token_id": 301, "vision_start_token_id": 302, "vision_end_token_id": 303, "text_config": {"rope_parameters": _MROPE}}),
-    "qwen2.5-vl": ("Qwen2_5_VLForConditionalGeneration", {"image_token_id": 300, "video_token_id": 301, "vision_start_token_id": 302, "vision_end_token_id": 303, "text_config": {"rope_parameters": _MROPE}, "vision_config": {"fullatt_block_indexes": [1], "window_size": 32}}),
-    "qwen3-vl": ("Qwen3VLForConditionalGeneration", {"image_token_id": 300, "video_token_id": 301, "vision_start_token_id": 302, "vision_end_token_id": 303, "text_config": {"rope_parameters": _MROPE}, "vision_config": {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}}),
+    "llava": (
+        "LlavaForConditionalGeneration",
+        {"text_config": ("LlamaConfig", {}), "vision_config": ("CLIPVisionConfig", {}), "image_token_index": 300},
+    ),
+    "paligemma": (
+        "PaliGemmaForConditionalGeneration",
+        {"text_config": ("GemmaConfig", {}), "vision_config": ("SiglipVisionConfig", {}), "image_token_index": 300},
+    ),
+    "gemma3-vision": (
+        "Gemma3ForConditionalGeneration",
+        {"vision_config": ("SiglipVisionConfig", {}), "image_token_index": 300, "mm_tokens_per_image": 4},
+    ),
+    "qwen2-vl": (
+        "Qwen2VLForConditionalGeneration",
+        {
+            "image_token_id": 300,
+            "video_token_id": 301,
+            "vision_start_token_id": 302,
+            "vision_end_token_id": 303,
+            "text_config": {"rope_parameters": _MROPE},
+        },
+    ),
+    "qwen2.5-vl": (
+        "Qwen2_5_VLForConditionalGeneration",
+        {
+            "image_token_id": 300,
+            "video_token_id": 301,
+            "vision_start_token_id": 302,
+            "vision_end_token_id": 303,
+            "text_config": {"rope_parameters": _MROPE},
+            "vision_config": {"fullatt_block_indexes": [1], "window_size": 32},
+        },
+    ),
+    "qwen3-vl": (
+        "Qwen3VLForConditionalGeneration",
+        {
+            "image_token_id": 300,
+            "video_token_id": 301,
+            "vision_start_token_id": 302,
+            "vision_end_token_id": 303,
+            "text_config": {"rope_parameters": _MROPE},
+            "vision_config": {"deepstack_visual_indexes": [0], "num_position_embeddings": 64},
+        },
+    ),
     "smolvlm": ("SmolVLMForConditionalGeneration", {"text_config": ("LlamaConfig", {}), "image_token_id": 300}),
     "idefics3": ("Idefics3ForConditionalGeneration", {"text_config": ("LlamaConfig", {}), "image_token_id": 300}),
     "blip": ("BlipForConditionalGeneration", {}),
-    "blip2": ("Blip2ForConditionalGeneration", {"text_config": ("OPTConfig", {}), "image_token_index": 300, "num_query_tokens": 4}),
+    "blip2": (
+        "Blip2ForConditionalGeneration",
+        {"text_config": ("OPTConfig", {}), "image_token_index": 300, "num_query_tokens": 4},
+    ),
     "git": ("GitForCausalLM", {}),
-    "internvl": ("InternVLForConditionalGeneration", {"text_config": ("Qwen2Config", {}), "image_token_id": 300, "vision_config": {"image_size": [32, 32], "patch_size": [8, 8]}}),
-    "qwen2-audio": ("Qwen2AudioForConditionalGeneration", {"text_config": ("Qwen2Config", {}), "audio_config": ("Qwen2AudioEncoderConfig", {}), "audio_token_index": 300}),
-    "voxtral": ("VoxtralForConditionalGeneration", {"text_config": ("LlamaConfig", {}), "audio_config": ("VoxtralEncoderConfig", {"intermediate_size": 256}), "audio_token_id": 300}),
+    "internvl": (
+        "InternVLForConditionalGeneration",
+        {
+            "text_config": ("Qwen2Config", {}),
+            "image_token_id": 300,
+            "vision_config": {"image_size": [32, 32], "patch_size": [8, 8]},
+        },
+    ),
+    "qwen2-audio": (
+        "Qwen2AudioForConditionalGeneration",
+        {"text_config": ("Qwen2Config", {}), "audio_config": ("Qwen2AudioEncoderConfig", {}), "audio_token_index": 300},
+    ),
+    "voxtral": (
+        "VoxtralForConditionalGeneration",
+        {
+            "text_config": ("LlamaConfig", {}),
+            "audio_config": ("VoxtralEncoderConfig", {"intermediate_size": 256}),
+            "audio_token_id": 300,
+        },
+    ),
     "trocr": ("VisionEncoderDecoderModel", {"encoder": ("ViTConfig", {}), "decoder": ("TrOCRConfig", {})}),
     "flava": ("FlavaModel", {}),
     "vilt": ("ViltModel", {}),
@@ -313,13 +432,16 @@ def save(model: Any, path: Path) -> None:
     model.save_pretrained(path)
 
 
+_DRAWN = ("pixel_values", "input_features", "input_values")
+
+
 def outputs(model: Any) -> Tensor:
     """Return what a model in float32 gives for a text, images or sounds, whichever it takes, in one row.
 
     They are drawn here, and not what the converter shows to a model.
     """
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(4, 256, (2, 24), generator=generator)
+    tokens = torch.randint(4, 256, (8, 24), generator=generator)
     found: dict[str, Tensor] = {}
     errors = []
     for module in model.modules():
@@ -327,7 +449,7 @@ def outputs(model: Any) -> Tensor:
             module.config.use_cache = False  # some caches ask for layers that a model of two has not
     for what, method, arguments in runs(model, tokens):
         drawn = {
-            name: torch.randn(value.shape, generator=generator) if value.is_floating_point() else value
+            name: torch.randn(value.shape, generator=generator) if name in _DRAWN else value
             for name, value in arguments.items()
         }
         torch.manual_seed(2)  # some models draw numbers on the way

@@ -396,7 +396,9 @@ def test_a_pass_that_reaches_no_layer_leaves_the_search_to_the_loader(
     code = CODE.replace("x = self.embed(input_ids).flatten(0, 1)", forward)
     report = convert(own_model(code), tmp_path / "out")
     assert "nothing could be measured: without calibration no outlier columns are stored" in report.notices
-    assert any("ended early (TypeError: pixels, please)" in notice for notice in report.notices) == ("pixels" in forward)
+    assert any("ended early (TypeError: pixels, please)" in notice for notice in report.notices) == (
+        "pixels" in forward
+    )
     assert len(report.uncalibrated) == report.layers == 6
     quantization = formats.open_checkpoint(tmp_path / "out").quantization
     assert (quantization.criterion, quantization.calibration) == ("top-k=16", None)

@@ -6,6 +6,7 @@ know of the weight, and the layer's output where that is small: a conversion tha
 the pass again, but reads and multiplies by few of the weights that it had reached.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from llmint8.formats import LLMInt8Error
 from llmint8.formats.writing.journal import Journal, Record
@@ -40,6 +42,15 @@ ACTIVATION: Activation = "zeropoint"
 _RECORDED_CANDIDATES = 64
 
 Quantize = Callable[[SelectedLayer, Tensor], tuple[Tensor, Tensor]]
+
+
+def _in_float32(config: Any) -> Any:
+    """Return a config whose model computes buffers in float32, as the pass computes all else: in float16 some overflow."""
+    config = copy.deepcopy(config)
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if isinstance(part, PreTrainedConfig):
+            part.dtype = torch.float32
+    return config
 
 
 def _no_columns(name: str) -> tuple[Tensor, Tensor]:
@@ -68,6 +79,7 @@ class Calibrator:
         self._plan, self._tokens, self._device, self._journal = plan, tokens, device, journal
         self._statistics = InputStatistics(plan.criterion, ACTIVATION, self._remember_curve)
         self._notices: list[str] = []
+        self._overflow = 0.0, ""
         self.shown: list[str] = []
 
     def run(self, read: Callable[[str], Tensor], quantize: Quantize, has: Callable[[SelectedLayer], bool]) -> None:
@@ -82,7 +94,7 @@ class Calibrator:
 
         """
         selection = self._plan.selection
-        model: Any = meta_model(self._plan.config)
+        model: Any = meta_model(_in_float32(self._plan.config))
         module_of = selection.module_of
         layers = {module_of[name]: layer for name, layer in selection.layers.items()}
         order = [name for name, _ in model.named_modules() if name in layers]
@@ -107,6 +119,9 @@ class Calibrator:
             layer = layers[call.name]
             finite = bool(call.rows.isfinite().all())
             reached.add(layer.name)
+            if self._plan.dtype == "F16":
+                for what, values in (("input", call.rows), ("output", call.out)):
+                    self._large(what, layer.name, values)
             if not finite:
                 not_finite[layer.name] = None
             # Of an earlier run, or of an earlier call.
@@ -146,18 +161,33 @@ class Calibrator:
                 if len(reached) > before and run.what not in self.shown:
                     self.shown.append(run.what)
         if len(reached) < len(layers):
-            early = [error if what == "text" else f"{what}: {error}" for what, error in ended.items() if what not in finished]
+            early = [
+                error if what == "text" else f"{what}: {error}" for what, error in ended.items() if what not in finished
+            ]
             self._notices += [f"the calibration pass ended early ({'; '.join(early)})"] if early else []
         if nobodys := nobodys_notice(model, tensor_of.keys()):
             self._notices.append(nobodys)
         self._conclude(list(not_finite))
 
     def _conclude(self, not_finite: Sequence[str]) -> None:
+        value, where = self._overflow
+        if value:
+            self._notices.append(
+                f"{where} reaches {value:.4g} in the calibration, and float16 holds {torch.finfo(torch.float16).max:g} at "
+                "most: the model may give NaN in float16; convert it with --dtype bfloat16"
+            )
         if not_finite:
             more = f" and {len(not_finite) - 1} more" if len(not_finite) > 1 else ""
             self._notices.append(
                 f"the input of {not_finite[0]}{more} holds NaN or infinity and was not measured; is the source whole?"
             )
+
+    def _large(self, what: str, name: str, values: Tensor) -> None:
+        """Remember the largest value that float16 cannot hold; what is not a number has a notice of its own."""
+        low, high = torch.aminmax(values)
+        value = max(-float(low), float(high))
+        if torch.finfo(torch.float16).max < value < float("inf") and value > self._overflow[0]:
+            self._overflow = value, f"the {what} of {name}"
 
     def _earlier(self, layer: SelectedLayer, has: Callable[[SelectedLayer], bool]) -> Record | None:
         """Return what was put aside of a layer that is written."""

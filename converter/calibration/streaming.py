@@ -86,13 +86,15 @@ def streamed(
             module.forward = _StreamedLinear(name, module, weight, bias, known, ahead.get, on_linear, device)
         head = model.get_output_embeddings()
         # What some models call so is the embedding, which they need.
-        if head is not None and not isinstance(head, nn.Embedding) and not isinstance(head.forward, _StreamedLinear):
-            head.forward = lambda x: x[..., :1]
+        if head is not None and not isinstance(head, nn.Embedding):
+            head.forward = _first_logits(head.forward if isinstance(head.forward, _StreamedLinear) else None)
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # the others hand parameters to operators that no mode sees
         parameters: dict[int, Callable[[], Tensor]] = {}
         named = list(model.named_parameters(remove_duplicate=False))
-        computed = computed_parameters(model, [name for name, _ in named if name not in tensor_of.keys() | fused.keys()])
+        computed = computed_parameters(
+            model, [name for name, _ in named if name not in tensor_of.keys() | fused.keys()]
+        )
         for name, parameter in named:
             if name in tensor_of:
                 parameters[id(parameter)] = partial(read, tensor_of[name])
@@ -108,6 +110,11 @@ def streamed(
                 (model if method == "forward" else getattr(model, method))(**arguments)
 
         yield call
+
+
+def _first_logits(head: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
+    """Return the forward of a head that gives one logit for each token: those of a vocabulary outweigh all else."""
+    return lambda x: x[..., :1] if head is None else head(x)[..., :1].clone()
 
 
 class _StreamedLinear:

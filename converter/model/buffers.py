@@ -28,6 +28,9 @@ from .limits import MAX_BUFFER_BYTES
 
 log = logging.getLogger("llmint8")
 
+# Sinusoids for a hundred thousand positions take less.
+_MOST_COMPUTED = 1 << 28
+
 
 def model_with_buffers(config: Any) -> Any:
     """Build the model of a config: parameters on the meta device, buffers and what else it computes on the CPU.
@@ -105,7 +108,9 @@ def _initialized(model: Any, module: nn.Module, own: str, seed: int) -> Tensor |
     """Return a parameter as the model's code initialises it in a copy of its module, or None where it does not."""
     parameter = module._parameters[own]
     assert parameter is not None
-    if next(module.children(), None) is not None or not parameter.numel() or parameter.nbytes > MAX_BUFFER_BYTES:
+    if type(module).__module__ == "torch.nn.modules.linear" or next(module.children(), None) is not None:
+        return None  # what is large, and always drawn
+    if not 0 < parameter.nbytes <= _MOST_COMPUTED:
         return None
     with _poisoned_memory(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         torch.default_generator.manual_seed(seed)

@@ -21,6 +21,7 @@ from .mentions import weights_mentioned
 
 log = logging.getLogger("llmint8")
 
+
 def weights_used_directly(model: Any, layers: Iterable[str], or_its_dtype: bool = False) -> set[str]:
     """Return the linear layers whose weight the model's own code takes, as Mamba does with that of `dt_proj`.
 
