@@ -19,21 +19,27 @@ from llmint8.converter.model.inputs import runs
 VOCABULARY = 320
 _WIDTH, _HEADS, _IMAGE, _PATCH = 64, 4, 32, 8
 _NAMES = {
-    _WIDTH: "hidden_size d_model n_embd dim embed_dim embedding_size word_embed_proj_dim projection_dim encoder_hidden_size "
+    _WIDTH: "hidden_size d_model n_embd dim embed_dim embedding_size word_embed_proj_dim projection_dim "
+    "encoder_hidden_size "
     "shared_projection_dim out_hidden_size lru_width entity_emb_size pooler_output_size",
-    96: "speech_encoder_intermediate_size t2u_encoder_ffn_dim t2u_decoder_ffn_dim expert_ffn_hidden_size feed_forward_size intermediate_size ffn_dim d_ff hidden_dim encoder_ffn_dim decoder_ffn_dim ffn_hidden_size d_inner n_inner "
+    96: "speech_encoder_intermediate_size t2u_encoder_ffn_dim t2u_decoder_ffn_dim expert_ffn_hidden_size "
+    "feed_forward_size intermediate_size ffn_dim d_ff hidden_dim encoder_ffn_dim decoder_ffn_dim ffn_hidden_size "
+    "d_inner n_inner "
     "moe_intermediate_size shared_expert_intermediate_size expert_ffn_dim shared_intermediate_size",
     _HEADS: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
     "num_key_value_heads num_local_experts num_experts n_routed_experts moe_num_experts num_encoder_attention_heads "
     "num_decoder_attention_heads linear_num_heads linear_num_key_heads linear_num_value_heads index_n_heads "
     "speech_encoder_attention_heads t2u_encoder_attention_heads t2u_decoder_attention_heads n_mamba_heads "
     "encoder_num_attention_heads decoder_num_attention_heads",
-    2: "speech_encoder_layers t2u_encoder_layers t2u_decoder_layers num_adapter_layers encoder_num_hidden_layers decoder_num_hidden_layers num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers depth "
+    2: "speech_encoder_layers t2u_encoder_layers t2u_decoder_layers num_adapter_layers encoder_num_hidden_layers "
+    "decoder_num_hidden_layers num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers "
+    "num_decoder_layers depth "
     "num_experts_per_tok moe_k num_encoder_layers decoder_start_token_id eos_token_id",
     _WIDTH
     // _HEADS: "head_dim d_kv d_head qk_rope_head_dim qk_nope_head_dim v_head_dim index_head_dim linear_head_dim "
     "linear_key_head_dim linear_value_head_dim hidden_size_per_layer_input attention_head_size",
-    32: "kv_lora_rank q_lora_rank conv_depthwise_kernel_size num_conv_pos_embeddings laurel_rank unit_embed_dim lang_embed_dim spkr_embed_dim",
+    32: "kv_lora_rank q_lora_rank conv_depthwise_kernel_size num_conv_pos_embeddings laurel_rank unit_embed_dim "
+    "lang_embed_dim spkr_embed_dim",
     128: "max_position_embeddings n_positions max_source_positions max_target_positions",
     1: "pad_token_id",
     0: "bos_token_id",

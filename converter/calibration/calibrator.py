@@ -40,12 +40,13 @@ log = logging.getLogger("llmint8")
 ACTIVATION: Activation = "zeropoint"
 # Statistics of so many candidates go into the manifest, of a layer's chosen ones in any case.
 _RECORDED_CANDIDATES = 64
+_FLOAT16_MAX = torch.finfo(torch.float16).max
 
 Quantize = Callable[[SelectedLayer, Tensor], tuple[Tensor, Tensor]]
 
 
 def _in_float32(config: Any) -> Any:
-    """Return a config whose model computes buffers in float32, as the pass computes all else: in float16 some overflow."""
+    """Return a config whose model computes its buffers in float32, as the pass does all else: float16 may overflow."""
     config = copy.deepcopy(config)
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
         if isinstance(part, PreTrainedConfig):
@@ -173,8 +174,8 @@ class Calibrator:
         value, where = self._overflow
         if value:
             self._notices.append(
-                f"{where} reaches {value:.4g} in the calibration, and float16 holds {torch.finfo(torch.float16).max:g} at "
-                "most: the model may give NaN in float16; convert it with --dtype bfloat16"
+                f"{where} reaches {value:.4g} in the calibration, and float16 holds {_FLOAT16_MAX:g} at most: the "
+                "model may give NaN in float16; convert it with --dtype bfloat16"
             )
         if not_finite:
             more = f" and {len(not_finite) - 1} more" if len(not_finite) > 1 else ""
@@ -186,7 +187,7 @@ class Calibrator:
         """Remember the largest value that float16 cannot hold; what is not a number has a notice of its own."""
         low, high = torch.aminmax(values)
         value = max(-float(low), float(high))
-        if torch.finfo(torch.float16).max < value < float("inf") and value > self._overflow[0]:
+        if _FLOAT16_MAX < value < float("inf") and value > self._overflow[0]:
             self._overflow = value, f"the {what} of {name}"
 
     def _earlier(self, layer: SelectedLayer, has: Callable[[SelectedLayer], bool]) -> Record | None:

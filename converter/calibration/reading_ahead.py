@@ -20,9 +20,11 @@ class ReadAhead:
         self._thread = ThreadPoolExecutor(1)
 
     def __enter__(self) -> "ReadAhead":
+        """Begin nothing yet."""
         return self
 
     def __exit__(self, *error: object) -> None:
+        """Give up what is being read."""
         self._pending = None
         self._thread.shutdown(cancel_futures=True)
 

@@ -105,8 +105,8 @@ def _unknown_notice(ids: list[int], tokenizer: Any, name: str) -> list[str]:
         return []
     text = "the text in the package" if name == "packaged" else name
     return [
-        f"{unknown} of {len(ids)} tokens of {text} are unknown to the tokenizer ({unknown / len(ids):.0%}): the model was "
-        "calibrated on little; name a text of what it is made for with --calibration"
+        f"{unknown} of {len(ids)} tokens of {text} are unknown to the tokenizer ({unknown / len(ids):.0%}): the model "
+        "was calibrated on little; name a text of what it is made for with --calibration"
     ]
 
 

@@ -144,8 +144,8 @@ def _echo_uncalibrated(report: Any, verbose: bool) -> None:
     calibrated = report.layers - len(report.uncalibrated)
     _echo_notices(
         [
-            f"{calibrated} of {report.layers} layers are calibrated; the others have no outlier columns, and search for "
-            f"outliers in every call: {parts}{more}"
+            f"{calibrated} of {report.layers} layers are calibrated; the others have no outlier columns, and search "
+            f"for outliers in every call: {parts}{more}"
         ]
     )
 

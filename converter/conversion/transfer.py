@@ -50,7 +50,7 @@ class Transfer:
             if not written:
                 # To cast a tensor, an embedding for example, takes several times its size; so its blocks are cast.
                 step = max(1, BLOCK_BYTES // max(1, tensor[:1].nbytes)) if tensor.ndim else 1
-                blocks = tensor.split(step) if tensor.ndim and tensor.numel() else (tensor,)
+                blocks = torch.split(tensor, step) if tensor.ndim and tensor.numel() else (tensor,)
                 self._writer.write_rows(name, (self._cast(block, info) for block in blocks))
             self._finish(name, self._to_copy)
         return tensor

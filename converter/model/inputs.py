@@ -20,7 +20,17 @@ _SENSES = ("pixel_values", "input_features", "input_values", "flattened_patches"
 _SAMPLES = 16_000  # of a sound: one second at the usual rate
 _FRAMES = 256
 _LARGE_IMAGE = 256  # from this edge on one image shows enough tokens
-_LENGTHS = ["max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions", "max_text_positions", "max_encoder_position_embeddings", "max_decoder_position_embeddings", "max_sequence_length"]
+_LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "max_target_positions",
+    "max_text_positions",
+    "max_encoder_position_embeddings",
+    "max_decoder_position_embeddings",
+    "max_sequence_length",
+)
 
 
 class Run(NamedTuple):

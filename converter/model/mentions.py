@@ -152,7 +152,7 @@ def _conditions(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> Iterator[tupl
 
 
 def _value(node: ast.AST, module: nn.Module) -> Any:
-    """Return what a condition comes to for a module, or _UNKNOWN where that depends on anything but what it is made of."""
+    """Return what a condition comes to for a module, or _UNKNOWN where it depends on what it is given."""
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.Name) and node.id == "self":
