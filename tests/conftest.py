@@ -161,6 +161,12 @@ def spec_reader() -> ModuleType:
     return _beside("spec_reader")
 
 
+@pytest.fixture(scope="session")
+def architectures() -> ModuleType:
+    """The module `architectures.py`: tiny random models of many kinds."""
+    return _beside("architectures")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def second_reader(spec_reader: ModuleType, assert_right: Callable[..., None]) -> Iterator[None]:
     """Whatever the suite writes is opened, checked and computed by the reader that knows spec.md alone."""

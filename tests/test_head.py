@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmint8 import converter, runtime
-from llmint8.converter.calibration.streaming import LinearCall, stream_forward
+from llmint8.converter.calibration.streaming import LinearCall, streamed
 from llmint8.converter.conversion.comparison import compare_with_source
 from llmint8.converter.hub.front_matter import read_card
 from llmint8.converter.model.build import meta_model
@@ -120,7 +120,8 @@ def test_the_streamed_head_sees_what_the_model_gives_it(name: str, tmp_path: Pat
         seen[call.name] = call.rows
 
     tensor_of, device = parameter_tensors(untied, source.tensors), torch.device("cpu")
-    stream_forward(meta_model(config), {"input_ids": TOKENS}, tensor_of, {}, layers, {}, source.read, see, device)
+    with streamed(meta_model(config), tensor_of, {}, layers, {}, source.read, see, device) as call:
+        call("forward", {"input_ids": TOKENS})
     assert relative_error(seen[head.module], expected[0].flatten(0, 1)) < 1e-3  # its weights are in float16 on the disk
 
 

@@ -105,6 +105,10 @@ def test_without_the_flag_nothing_runs_and_the_flag_is_named(source: Path) -> No
     assert result.exit_code == 0, result.output
     assert "does not know the model type 'somebodys-own'" in result.stderr
     assert "--trust-remote-code runs the code beside it" in result.stderr
+    quantization = formats.open_checkpoint("out").quantization
+    assert (quantization.criterion, quantization.calibration) == ("top-k=16", None)
+    assert set(quantization.outliers.values()) == {0}
+    assert "layers search for their outliers in every call" in " ".join(result.stderr.split())
     with pytest.raises(formats.LLMInt8Error, match="trust_remote_code=True runs the code beside it") as caught:
         runtime.load("out")
     assert "\n" not in str(caught.value)

@@ -9,7 +9,7 @@ import transformers
 from transformers.pytorch_utils import Conv1D
 
 from llmint8 import formats
-from llmint8.converter.calibration.streaming import stream_forward
+from llmint8.converter.calibration.streaming import streamed
 from llmint8.converter.model.build import meta_model, model_class
 from llmint8.converter.model.config import load_config
 from llmint8.converter.model.names import fused_parameters, parameter_tensors
@@ -56,7 +56,8 @@ def _stream(source, read, on_linear):
     selection = select_layers(source, model, (), ())
     layers = {selection.module_of[name]: layer.weight.name for name, layer in selection.layers.items()}
     fused = fused_parameters(model, source.tensors)
-    stream_forward(model, _inputs(config), tensor_of, fused, layers, {}, read, on_linear, torch.device("cpu"))
+    with streamed(model, tensor_of, fused, layers, {}, read, on_linear, torch.device("cpu")) as call:
+        call("forward", _inputs(config))
     return layers
 
 

@@ -6,6 +6,7 @@ know of the weight, and the layer's output where that is small: a conversion tha
 the pass again, but reads and multiplies by few of the weights that it had reached.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from llmint8.formats import LLMInt8Error
 from llmint8.formats.writing.journal import Journal, Record
@@ -22,14 +24,15 @@ from llmint8.kernels.reference import Activation
 
 from ..machine import return_freed_memory
 from ..model.buffers import nobodys_notice
-from ..model.build import meta_model, text_inputs
+from ..model.build import meta_model
 from ..model.errors import first_line
+from ..model.inputs import runs
 from ..model.names import fused_parameters, parameter_tensors
 from ..outliers.choosing import select
 from ..outliers.measuring import Curve, InputStatistics, column_norms, rounded
 from ..planning.plan import ConversionPlan, kept_output_bytes
 from ..planning.selection import SelectedLayer
-from .streaming import LinearCall, stream_forward
+from .streaming import LinearCall, streamed
 
 log = logging.getLogger("llmint8")
 
@@ -37,8 +40,18 @@ log = logging.getLogger("llmint8")
 ACTIVATION: Activation = "zeropoint"
 # Statistics of so many candidates go into the manifest, of a layer's chosen ones in any case.
 _RECORDED_CANDIDATES = 64
+_FLOAT16_MAX = torch.finfo(torch.float16).max
 
 Quantize = Callable[[SelectedLayer, Tensor], tuple[Tensor, Tensor]]
+
+
+def _in_float32(config: Any) -> Any:
+    """Return a config whose model computes its buffers in float32, as the pass does all else: float16 may overflow."""
+    config = copy.deepcopy(config)
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if isinstance(part, PreTrainedConfig):
+            part.dtype = torch.float32
+    return config
 
 
 def _no_columns(name: str) -> tuple[Tensor, Tensor]:
@@ -67,12 +80,13 @@ class Calibrator:
         self._plan, self._tokens, self._device, self._journal = plan, tokens, device, journal
         self._statistics = InputStatistics(plan.criterion, ACTIVATION, self._remember_curve)
         self._notices: list[str] = []
-        self.failure: str | None = None
+        self._overflow = 0.0, ""
+        self.shown: list[str] = []
 
     def run(self, read: Callable[[str], Tensor], quantize: Quantize, has: Callable[[SelectedLayer], bool]) -> None:
-        """Run the forward pass. What the model's code raises ends it early, and is noted, not raised.
+        """Run the model on what it takes, until all layers are reached; `shown` then says on what.
 
-        Where no layer at all was reached, `failure` then says so, with the reason and what to do.
+        What the model's code raises ends a run early, and is noted where layers were left out, not raised.
 
         Args:
             read: returns a tensor of the source.
@@ -81,7 +95,7 @@ class Calibrator:
 
         """
         selection = self._plan.selection
-        model: Any = meta_model(self._plan.config)
+        model: Any = meta_model(_in_float32(self._plan.config))
         module_of = selection.module_of
         layers = {module_of[name]: layer for name, layer in selection.layers.items()}
         order = [name for name, _ in model.named_modules() if name in layers]
@@ -89,6 +103,7 @@ class Calibrator:
         not_finite: dict[str, None] = {}
         tensor_of = parameter_tensors(model, self._plan.source.tensors)
         reached: set[str] = set()
+        finished: set[str] = set()
         failed: list[bool] = []
 
         @contextmanager
@@ -105,6 +120,9 @@ class Calibrator:
             layer = layers[call.name]
             finite = bool(call.rows.isfinite().all())
             reached.add(layer.name)
+            if self._plan.dtype == "F16":
+                for what, values in (("input", call.rows), ("output", call.out)):
+                    self._large(what, layer.name, values)
             if not finite:
                 not_finite[layer.name] = None
             # Of an earlier run, or of an earlier call.
@@ -122,39 +140,55 @@ class Calibrator:
                 # What is put aside stands for the first call.
                 self._put_aside(layer, call.weight, dims, norms, None if layer.name in not_finite else call.out)
 
-        try:
-            stream_forward(
-                model,
-                text_inputs(model, self._tokens.to(self._device)),
-                tensor_of,
-                fused_parameters(model, self._plan.source.tensors),
-                {name: layers[name].weight.name for name in order},
-                {n: partial(self._journal.load, r.tensors[2]) for n, r in done.items() if len(r.tensors) > 2},
-                ours()(read),
-                on_linear,
-                self._device,
-            )
-        except (LLMInt8Error, OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
-            raise
-        except Exception as error:  # the model's code may raise anything
-            if failed or "DefaultCPUAllocator" in str(error):  # out of memory has no type of its own there
-                raise
-            log.debug("calibration pass", exc_info=True)
-            self._notices.append(f"the calibration pass ended early ({first_line(error)})")
+        known = {n: partial(self._journal.load, r.tensors[2]) for n, r in done.items() if len(r.tensors) > 2}
+        fused = fused_parameters(model, self._plan.source.tensors)
+        weights = {name: layers[name].weight.name for name in order}
+        ended: dict[str, str] = {}  # what the model was shown -> why that came to no end
+        with streamed(model, tensor_of, fused, weights, known, ours()(read), on_linear, self._device) as call:
+            for run in runs(model, self._tokens.to(self._device)):
+                before = len(reached)
+                if before == len(layers) or run.what in finished:
+                    continue
+                try:
+                    call(run.method, run.arguments)
+                    finished.add(run.what)
+                except (LLMInt8Error, OSError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
+                    raise
+                except Exception as error:  # the model's code may raise anything
+                    if failed or "DefaultCPUAllocator" in str(error):  # out of memory has no type of its own there
+                        raise
+                    log.debug("calibration pass, %s", run.what, exc_info=True)
+                    ended.setdefault(run.what, first_line(error))
+                if len(reached) > before and run.what not in self.shown:
+                    self.shown.append(run.what)
+        if len(reached) < len(layers):
+            early = [
+                error if what == "text" else f"{what}: {error}" for what, error in ended.items() if what not in finished
+            ]
+            self._notices += [f"the calibration pass ended early ({'; '.join(early)})"] if early else []
         if nobodys := nobodys_notice(model, tensor_of.keys()):
             self._notices.append(nobodys)
-        self._conclude(len(reached), list(not_finite))
+        self._conclude(list(not_finite))
 
-    def _conclude(self, reached: int, not_finite: Sequence[str]) -> None:
+    def _conclude(self, not_finite: Sequence[str]) -> None:
+        value, where = self._overflow
+        if value:
+            self._notices.append(
+                f"{where} reaches {value:.4g} in the calibration, and float16 holds {_FLOAT16_MAX:g} at most: the "
+                "model may give NaN in float16; convert it with --dtype bfloat16"
+            )
         if not_finite:
             more = f" and {len(not_finite) - 1} more" if len(not_finite) > 1 else ""
             self._notices.append(
                 f"the input of {not_finite[0]}{more} holds NaN or infinity and was not measured; is the source whole?"
             )
-        if not reached:
-            why = "; ".join(self._notices) or "the model runs none of them for text"
-            source = self._plan.source.path
-            self.failure = f"{source}: no layer could be calibrated; convert it with --outliers none ({why})"
+
+    def _large(self, what: str, name: str, values: Tensor) -> None:
+        """Remember the largest value that float16 cannot hold; what is not a number has a notice of its own."""
+        low, high = torch.aminmax(values)
+        value = max(-float(low), float(high))
+        if _FLOAT16_MAX < value < float("inf") and value > self._overflow[0]:
+            self._overflow = value, f"the {what} of {name}"
 
     def _earlier(self, layer: SelectedLayer, has: Callable[[SelectedLayer], bool]) -> Record | None:
         """Return what was put aside of a layer that is written."""

@@ -1,4 +1,4 @@
-"""One forward pass through a model whose weights are never in memory together.
+"""Forward passes through a model whose weights are never in memory together.
 
 The parameters stand on the meta device. A linear layer that is to be converted hands its input and its weight to the
 caller and computes its output in blocks of rows. Every other operation that takes a parameter gets the tensor read
@@ -8,10 +8,10 @@ model's code comes by its weights. The next linear weight is read ahead in a thr
 Activations are float32. The output head is not run unless it is to be converted: nothing after it matters here.
 """
 
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager
 from functools import partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +22,9 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from ..model.buffers import fill_computed
+from ..model.buffers import computed_parameters, fill_computed
 from ..model.names import FusedParameter
-
-Read = Callable[[str], Tensor]
+from .reading_ahead import Read, ReadAhead
 
 
 class LinearCall(NamedTuple):
@@ -46,9 +45,9 @@ _VIEWS = (Tensor.T, Tensor.H, Tensor.mT, Tensor.mH, Tensor.data)
 _BLOCK_ELEMENTS = 1 << 22
 
 
-def stream_forward(
+@contextmanager
+def streamed(
     model: Any,
-    inputs: Mapping[str, Tensor],
     tensor_of: Mapping[str, str],
     fused: Mapping[str, FusedParameter],
     layers: Mapping[str, str],
@@ -56,12 +55,14 @@ def stream_forward(
     read: Read,
     on_linear: OnLinear,
     device: torch.device,
-) -> None:
-    """Run `model(**inputs)` and call `on_linear` for every layer of `layers` each time it is reached with any rows.
+) -> Iterator[Callable[[str, Mapping[str, Tensor]], None]]:
+    """Return what calls a method of the model, with `on_linear` for every layer of `layers` reached with any rows.
+
+    The method may raise whatever the model's code raises, when it needs a weight that the source has not, or does with
+    a parameter what cannot be done on the meta device. Layers reached before that have been handed on.
 
     Args:
         model: a transformers model on the meta device; used up by the pass, but its buffers have their values then.
-        inputs: token ids and what else the model takes.
         tensor_of: parameter or buffer name in the model -> tensor name in the source.
         fused: parameter name in the model -> how it is made of several tensors.
         layers: module name in the model -> tensor name of its weight, in the order expected.
@@ -71,35 +72,49 @@ def stream_forward(
         on_linear: takes what each layer saw, call by call.
         device: where the pass runs.
 
-    Raises:
-        Exception: whatever the model's code raises, when it needs a weight that the source has not or does with a
-            parameter what cannot be done on the meta device. Layers reached before that have been handed on.
-
     """
     model.eval()
     for module in model.modules():
         if isinstance(getattr(module, "config", None), PreTrainedConfig):  # parts of a model may have one of their own
             module.config.use_cache = False  # keys and values of all layers would outlive them
     _fill_buffers(model, tensor_of, read, device)
-    with _ReadAhead(read, [weight for name, weight in layers.items() if name not in outputs]) as ahead:
+    with ReadAhead(read, [weight for name, weight in layers.items() if name not in outputs]) as ahead:
         for name, weight in layers.items():
             bias = tensor_of.get(f"{name}.bias")
             module = model.get_submodule(name)
             known = outputs.get(name)
             module.forward = _StreamedLinear(name, module, weight, bias, known, ahead.get, on_linear, device)
         head = model.get_output_embeddings()
-        if head is not None and not isinstance(head.forward, _StreamedLinear):
-            head.forward = lambda x: x[..., :1]
+        # What some models call so is the embedding, which they need.
+        if head is not None and not isinstance(head, nn.Embedding):
+            head.forward = _first_logits(head.forward if isinstance(head.forward, _StreamedLinear) else None)
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # the others hand parameters to operators that no mode sees
         parameters: dict[int, Callable[[], Tensor]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
+        named = list(model.named_parameters(remove_duplicate=False))
+        computed = computed_parameters(
+            model, [name for name, _ in named if name not in tensor_of.keys() | fused.keys()]
+        )
+        for name, parameter in named:
             if name in tensor_of:
                 parameters[id(parameter)] = partial(read, tensor_of[name])
             elif name in fused:
                 parameters[id(parameter)] = partial(fused[name].build, read, model)
-        with torch.inference_mode(), _SourceParameters(parameters, device):
-            model(**inputs)
+            elif name in computed:
+                parameters[id(parameter)] = partial(computed.__getitem__, name)
+        # Some models make parameters outside of the meta device: memory that nobody wrote to.
+        missing = {id(parameter) for _, parameter in named} - parameters.keys()
+
+        def call(method: str, arguments: Mapping[str, Tensor]) -> None:
+            with torch.inference_mode(), _SourceParameters(parameters, missing, device):
+                (model if method == "forward" else getattr(model, method))(**arguments)
+
+        yield call
+
+
+def _first_logits(head: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
+    """Return the forward of a head that gives one logit for each token: those of a vocabulary outweigh all else."""
+    return lambda x: x[..., :1] if head is None else head(x)[..., :1].clone()
 
 
 class _StreamedLinear:
@@ -156,9 +171,11 @@ def blockwise_linear(x: Tensor, weight: Tensor) -> Tensor:
 class _SourceParameters(TorchFunctionMode):
     """Puts the source's tensors in the place of parameters on the meta device, one operation at a time."""
 
-    def __init__(self, parameters: Mapping[int, Callable[[], Tensor]], device: torch.device) -> None:
+    def __init__(
+        self, parameters: Mapping[int, Callable[[], Tensor]], missing: AbstractSet[int], device: torch.device
+    ) -> None:
         super().__init__()
-        self._parameters, self._device = parameters, device
+        self._parameters, self._missing, self._device = parameters, missing, device
         # Code that loops over experts asks for the same parameters again and again.
         self._recent: dict[int, Tensor] = {}
 
@@ -183,9 +200,11 @@ class _SourceParameters(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _real(self, value: Any, widen: bool = True) -> Any:
-        if not isinstance(value, nn.Parameter) or not value.is_meta:
+        if not isinstance(value, nn.Parameter):
             return value
         if id(value) not in self._parameters:
+            if id(value) not in self._missing and not value.is_meta:  # made by the model's code on the way
+                return value
             # Some operations take a tensor on the meta device without a word, and give whatever lies in memory.
             raise RuntimeError(f"a parameter of shape {list(value.shape)} is not in the checkpoint")
         tensor = self._recent.get(id(value))
@@ -196,41 +215,13 @@ class _SourceParameters(TorchFunctionMode):
         return tensor.float() if widen and tensor.is_floating_point() else tensor
 
 
-class _ReadAhead:
-    """Reads the next tensor of an expected order in a thread while the current one is used."""
-
-    def __init__(self, read: Read, order: list[str]) -> None:
-        self._read = read
-        self._next = dict(pairwise(order))
-        self._pending: tuple[str, Future[Tensor]] | None = None
-        self._thread = ThreadPoolExecutor(1)
-
-    def __enter__(self) -> "_ReadAhead":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pending = None
-        self._thread.shutdown(cancel_futures=True)
-
-    def get(self, name: str) -> Tensor:
-        pending, self._pending = self._pending, None
-        if pending is not None and pending[0] == name:
-            tensor = pending[1].result()
-        else:
-            pending = None
-            tensor = self._read(name)
-        following = self._next.get(name)
-        if following is not None:
-            self._pending = following, self._thread.submit(self._read, following)
-        return tensor
-
-
 def _fill_buffers(model: Any, tensor_of: Mapping[str, str], read: Read, device: torch.device) -> None:
     """Give every buffer its values: those in the source from there, the others computed by the model's own code."""
     fill_computed(model, tensor_of.keys())
     moved: dict[int, Tensor] = {}
     for name, buffer in list(model.named_buffers(remove_duplicate=False)):
         if id(buffer) not in moved:
-            moved[id(buffer)] = (read(tensor_of[name]) if name in tensor_of else buffer).to(device)
+            value = (read(tensor_of[name]) if name in tensor_of else buffer).to(device)
+            moved[id(buffer)] = value.float() if value.is_floating_point() else value
         owner, _, own = name.rpartition(".")
         model.get_submodule(owner)._buffers[own] = moved[id(buffer)]

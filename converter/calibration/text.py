@@ -7,7 +7,7 @@ of all.
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,16 @@ from torch import Tensor
 
 from llmint8.formats import SourceError
 
+from ..model.build import meta_model
 from ..model.config import is_trusted
+from ..model.inputs import longest_text, special_ids, takes_text
 from ..model.tokenizer import load_tokenizer
 
 _RANDOM_SEED = 0
-_LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+# Of models that hash code points instead of having a vocabulary.
+_CODE_POINTS = 0x250
+# With more of its tokens unknown, a text shows little of what the model sees in use.
+_MOST_UNKNOWN = 0.1
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Calibration:
 
     tokens: Tensor
     provenance: dict[str, Any]
-    notice: str | None = None
+    notices: list[str] = field(default_factory=list)
 
 
 def load_calibration(source: Path, config: Any, text: Path | None, count: int) -> Calibration:
@@ -45,39 +50,64 @@ def load_calibration(source: Path, config: Any, text: Path | None, count: int) -
         count: so many tokens, or fewer when the text is shorter.
 
     Raises:
-        SourceError: the text cannot be read, or is empty.
+        SourceError: the text cannot be read, or is empty; or the model takes none.
         ValueError: `count` is not positive.
 
     """
     if count < 1:
         raise ValueError(f"calibration tokens {count}, expected at least 1")
     name, content = ("packaged", _packaged_text()) if text is None else (text.name, read_text(text))
-    text_config = config.get_text_config()
-    if not hasattr(text_config, "vocab_size"):
-        raise SourceError(f"{source}: a {config.model_type} model does not take text; convert it with --outliers none")
-    limit = min([count] + [n for key in _LENGTH_KEYS if (n := getattr(text_config, key, None)) and n > 0])
+    if not takes_text(config):
+        raise SourceError(f"{source}: a {config.model_type} model does not take text")
+    vocabulary = getattr(config.get_text_config(), "vocab_size", _CODE_POINTS)
     tokenizer, why = load_tokenizer(source, is_trusted(config))
+    notices = []
     if tokenizer is None:
-        generator = torch.Generator().manual_seed(_RANDOM_SEED)
-        ids = torch.randint(text_config.vocab_size, (count,), generator=generator).tolist()
-        name, content = "random ids", ""
+        ids, name, content = _random_ids(config, vocabulary, count), "random ids", ""
+        notices.append(f"{why}: calibrated with random token ids, which is worse")
+        if text is not None:
+            notices[0] += f"; {text.name} was not used"
     else:
         ids = tokenizer(content, verbose=False)["input_ids"][:count]
+        notices += _unknown_notice(ids, tokenizer, name)
     if not ids:
         raise SourceError(f"{text}: holds no text to calibrate with")
-    if max(ids) >= text_config.vocab_size:
-        raise SourceError(
-            f"{source}: its tokenizer gives id {max(ids)}, its config has {text_config.vocab_size} of them"
-        )
-    length = min(limit, len(ids))
+    if max(ids) >= vocabulary and hasattr(config.get_text_config(), "vocab_size"):
+        raise SourceError(f"{source}: its tokenizer gives id {max(ids)}, its config has {vocabulary} of them")
+    length = min(longest_text(config, meta_model(config)) or len(ids), len(ids))
     tokens = torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length)
     provenance = {
         "text": name,
         "text_sha256": hashlib.sha256(content.encode()).hexdigest() if content else None,
         "tokens": tokens.numel(),
     }
-    notice = None if content else f"{why}: calibrated with random token ids, which is worse"
-    return Calibration(tokens, provenance, notice)
+    return Calibration(tokens, provenance, notices)
+
+
+def without_text() -> Calibration:
+    """Return what stands for a text where a model takes none: two rows of images or sounds are made up then."""
+    return Calibration(torch.zeros(2, 1, dtype=torch.int64), {"text": None, "text_sha256": None, "tokens": 0})
+
+
+def _random_ids(config: Any, vocabulary: int, count: int) -> list[int]:
+    """Return random token ids, none of which stands for padding, an image, or a beginning or end."""
+    special = special_ids(config)
+    allowed = torch.tensor([number for number in range(vocabulary) if number not in special] or [0])
+    generator = torch.Generator().manual_seed(_RANDOM_SEED)
+    ids: list[int] = allowed[torch.randint(len(allowed), (count,), generator=generator)].tolist()
+    return ids
+
+
+def _unknown_notice(ids: list[int], tokenizer: Any, name: str) -> list[str]:
+    """Say it where the tokenizer does not know much of the text."""
+    unknown = ids.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
+    if unknown <= _MOST_UNKNOWN * len(ids):
+        return []
+    text = "the text in the package" if name == "packaged" else name
+    return [
+        f"{unknown} of {len(ids)} tokens of {text} are unknown to the tokenizer ({unknown / len(ids):.0%}): the model "
+        "was calibrated on little; name a text of what it is made for with --calibration"
+    ]
 
 
 def read_text(path: Path) -> str:

@@ -146,7 +146,10 @@ def _echo_uncalibrated(report: Any, verbose: bool) -> None:
     more = "" if verbose else "; --verbose names them"
     calibrated = report.layers - len(report.uncalibrated)
     _echo_notices(
-        [f"{calibrated} of {report.layers} layers are calibrated; the others have no outlier columns: {parts}{more}"]
+        [
+            f"{calibrated} of {report.layers} layers are calibrated; the others have no outlier columns, and search "
+            f"for outliers in every call: {parts}{more}"
+        ]
     )
 
 

@@ -12,12 +12,13 @@ from llmint8.formats.disk.small_files import MODULES_NAME
 from llmint8.formats.writing.journal import Journal
 
 from ..calibration.calibrator import Calibrator, Outliers
-from ..calibration.text import load_calibration
+from ..calibration.text import Calibration, load_calibration, without_text
 from ..hub.card import Subject, new_card
 from ..hub.download import fetch_weights
 from ..hub.front_matter import read_card
 from ..hub.resolve import resolve
 from ..machine import usable_device
+from ..model.inputs import takes_text
 from ..planning.options import Options
 from ..planning.plan import ConversionPlan, make_plan, with_selection
 from ..words import size
@@ -93,9 +94,7 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
     options, device = plan.options, usable_device(plan.options.device)
     _require_room(plan)
     calibrated = plan.criterion.kind != "none"
-    tokens = options.calibration_tokens
-    text = None if options.calibration is None else Path(options.calibration)
-    batch = load_calibration(plan.source.path, plan.config, text, tokens) if calibrated else None
+    batch = _batch(plan) if calibrated else None
     with CheckpointWriter(plan.out, plan.max_shard_bytes, fingerprint(plan), force) as writer:
         plan = _with_weights(plan)
         if options.on_nonfinite == "keep":
@@ -105,18 +104,15 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
         calibrator = Calibrator(plan, batch.tokens, device, writer.journal) if batch else None
         if calibrator:
             calibrator.run(transfer.read, transfer.quantize, transfer.has)
-            if calibrator.failure is not None:
-                writer.give_up()  # this pass would end here again, and no other goes on from here
-                raise SourceError(calibrator.failure)
         transfer.convert_rest()
         outliers = calibrator.choose() if calibrator else Outliers()
         progress("outlier columns", 0)
         transfer.write_outliers(outliers)
         progress("everything to the disk", 0)
-        calibration = {**batch.provenance, "layers": len(outliers.counts)} if batch else None
+        shown = calibrator.shown if calibrator else []
+        calibration, said = _provenance(batch, shown, len(outliers.counts)) if batch else (None, [])
         manifest = _commit(plan, writer, outliers, calibration)
-    notices = [*plan.selection.notices, *outliers.notices]
-    notices += [batch.notice] if batch and batch.notice else []
+    notices = [*plan.selection.notices, *outliers.notices, *said]
     columns = sum(layer.in_features for layer in plan.selection.layers.values())
     return ConversionReport(
         plan.out,
@@ -130,6 +126,28 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
         notices,
         precision=plan.precision,
     )
+
+
+def _batch(plan: ConversionPlan) -> Calibration | None:
+    """Return what the pass shows to the model; None where there is no model to be shown anything."""
+    text = None if plan.options.calibration is None else Path(plan.options.calibration)
+    if plan.config is None:
+        return None
+    if not takes_text(plan.config):
+        return without_text()
+    return load_calibration(plan.source.path, plan.config, text, plan.options.calibration_tokens)
+
+
+def _provenance(batch: Calibration, shown: list[str], layers: int) -> tuple[dict[str, Any] | None, list[str]]:
+    """Return what is recorded of the calibration, None where no layer has been measured, and what to tell the user."""
+    if not layers:
+        return None, ["nothing could be measured: without calibration no outlier columns are stored"]
+    recorded, made_up = batch.provenance, " and ".join(what for what in shown if what != "text")
+    if not made_up:
+        return {**recorded, "layers": layers}, batch.notices
+    what = "what text does not reach was calibrated" if "text" in shown else "calibrated"
+    notices = [*batch.notices, f"{what} with {made_up}, which is worse than what the model is made for"]
+    return {**recorded, "text": recorded["text"] or made_up, "inputs": shown, "layers": layers}, notices
 
 
 def already_done(plan: ConversionPlan, progress: Progress = _no_progress) -> ConversionReport | None:

@@ -182,7 +182,12 @@ def _calibration(calibration: Mapping[str, Any] | None, layers: int) -> str:
     tokens, text = harmless(str(calibration.get("tokens"))), str(calibration.get("text"))
     calibrated = calibration.get("layers", layers)
     reached = "" if calibrated == layers else f"; {harmless(str(calibrated))} of {layers} layers"
-    return f"{tokens} tokens" + (" of llmint8's own text" if text == "packaged" else f": `{harmless(text)}`") + reached
+    if not calibration.get("tokens"):
+        return harmless(text) + reached
+    inputs = calibration.get("inputs")
+    also = [harmless(str(what)) for what in inputs if what != "text"] if isinstance(inputs, list) else []
+    said = f"{tokens} tokens" + (" of llmint8's own text" if text == "packaged" else f": `{harmless(text)}`")
+    return ", and ".join([said, *also]) + reached
 
 
 def _accuracy(evaluation: Mapping[str, Any] | None) -> list[str]:

@@ -8,7 +8,7 @@ real. Memory that nobody writes to is full of NaN, or of the largest integer: it
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from itertools import count
@@ -27,6 +27,9 @@ from .build import building, model_class
 from .limits import MAX_BUFFER_BYTES
 
 log = logging.getLogger("llmint8")
+
+# Sinusoids for a hundred thousand positions take less.
+_MOST_COMPUTED = 1 << 28
 
 
 def model_with_buffers(config: Any) -> Any:
@@ -83,6 +86,46 @@ def _fill(module: nn.Module, built: nn.Module, missing: set[str]) -> None:
     for name, attribute in vars(module).items():
         if isinstance(attribute, Tensor) and attribute.is_meta:
             setattr(module, name, vars(built)[name])
+
+
+def computed_parameters(model: Any, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return those of some parameters that the model's own code computes, float32 on the CPU, such as sinusoids.
+
+    transformers initialises what is in no file. What it then writes twice the same, and is not one value throughout
+    as the weights of norms are, was computed and not drawn.
+    """
+    found: dict[str, Tensor] = {}
+    for owner, own in (name.rpartition(".")[::2] for name in names):
+        module = model.get_submodule(owner)
+        first, second = (_initialized(model, module, own, seed) for seed in (0, 1))
+        if first is None or second is None or not first.equal(second) or bool((first == first.reshape(-1)[0]).all()):
+            continue
+        found[f"{owner}.{own}".lstrip(".")] = first.float()
+    return found
+
+
+def _initialized(model: Any, module: nn.Module, own: str, seed: int) -> Tensor | None:
+    """Return a parameter as the model's code initialises it in a copy of its module, or None where it does not."""
+    parameter = module._parameters[own]
+    assert parameter is not None
+    if type(module).__module__ == "torch.nn.modules.linear" or next(module.children(), None) is not None:
+        return None  # what is large, and always drawn
+    if not 0 < parameter.nbytes <= _MOST_COMPUTED:
+        return None
+    with _poisoned_memory(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
+        torch.default_generator.manual_seed(seed)
+        fresh = copy.copy(module)
+        fresh._parameters = {
+            name: None if one is None else nn.Parameter(torch.empty_like(one, device="cpu"), one.requires_grad)
+            for name, one in module._parameters.items()
+        }
+        try:
+            model._init_weights(fresh)
+        except Exception:  # code that looks at what has no values
+            log.debug("_init_weights", exc_info=True)
+            return None
+    made = fresh._parameters[own]
+    return None if made is None or bool(_is_poison(made).any()) else made.detach()
 
 
 def nobodys_notice(model: nn.Module, stored: AbstractSet[str]) -> str | None:

@@ -99,11 +99,6 @@ def building(config: Any) -> Iterator[None]:
         raise SourceError(f"config.json: {config.architectures} cannot be built from it: {first_line(error)}") from None
 
 
-def text_inputs(model: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return the arguments with which a model of text takes token ids [rows, length]; decoders get the same ones."""
-    return {"input_ids": tokens, **({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {})}
-
-
 def is_linear(module: nn.Module) -> bool:
     """Tell whether a module is a linear layer and nothing more. Subclasses may use their weight in other ways."""
     return type(module) in (nn.Linear, Conv1D)

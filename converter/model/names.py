@@ -42,11 +42,11 @@ def module_names(model: Any, tensor_names: Iterable[str]) -> dict[str, str]:
 
 
 class FusedParameter:
-    """A parameter that transformers makes of several tensors when it loads, as it stacks experts."""
+    """A parameter that transformers makes of tensors when it loads, as it stacks experts, or cuts q, k and v apart."""
 
-    def __init__(self, name: str, converter: Any) -> None:
-        """Take the parameter's name and the WeightConverter that makes it."""
-        self._name, self._converter = name, converter
+    def __init__(self, name: str, converter: Any, first: str) -> None:
+        """Take the parameter's name, the WeightConverter that makes it, and the first of all that it makes."""
+        self._name, self._converter, self._first = name, converter, first
         self._parts: list[tuple[str, str]] = []  # tensor name, the converter's pattern that it matches
 
     def add(self, tensor: str, pattern: str) -> None:
@@ -57,22 +57,22 @@ class FusedParameter:
         """Read the parts and let transformers put them together."""
         converter = copy.deepcopy(self._converter)
         for part, pattern in sorted(self._parts, key=lambda part: dot_natural_key(part[0])):
-            converter.add_tensor(self._name, part, pattern, read(part))
-        made = converter.convert(self._name, model=model, config=model.config)[self._name]
+            converter.add_tensor(self._first, part, pattern, read(part))
+        made = converter.convert(self._first, model=model, config=model.config)[self._name]
         tensor: Tensor = made[0] if isinstance(made, list) else made
         return tensor
 
 
 def fused_parameters(model: Any, tensor_names: Iterable[str]) -> dict[str, FusedParameter]:
-    """Return parameter name -> how it is made, for those that are made of several tensors.
-
-    Left out are rules that make several parameters of their tensors: each would need the others' parts.
-    """
+    """Return parameter name -> how it is made, for those that are made of several tensors, or of a part of one."""
     targets = model.state_dict()
     fused: dict[str, FusedParameter] = {}
     for name, renamed, pattern, rule in _destinations(model, tensor_names):
-        if pattern is not None and renamed in targets and len(rule.target_patterns) == 1:
-            fused.setdefault(renamed, FusedParameter(renamed, rule)).add(name, pattern)
+        # transformers names what it makes by the first of the rule's targets.
+        for target in rule.target_patterns if rule is not None and renamed in targets else ():
+            made = renamed.replace(rule.target_patterns[0], target)
+            if made in targets:
+                fused.setdefault(made, FusedParameter(made, rule, renamed)).add(name, str(pattern))
     return fused
 
 

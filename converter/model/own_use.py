@@ -1,4 +1,10 @@
-"""Weights that the model's own code takes, outside of their layers."""
+"""Weights that the model's own code takes, outside of their layers.
+
+Two ways lead to them, and both are taken. The model runs on the meta device, which takes no memory and no weights; that
+shows what a helper in some other place does, in the branches that are run. And the code of its modules is read: what it
+says of `self.proj.weight` counts whether that branch is run or not. Of code that cannot be read, and that no run
+reaches, nothing is known.
+"""
 
 import logging
 from collections.abc import Iterable
@@ -10,7 +16,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
-from .build import text_inputs
+from .inputs import runs
+from .mentions import weights_mentioned
 
 log = logging.getLogger("llmint8")
 
@@ -18,30 +25,35 @@ log = logging.getLogger("llmint8")
 def weights_used_directly(model: Any, layers: Iterable[str], or_its_dtype: bool = False) -> set[str]:
     """Return the linear layers whose weight the model's own code takes, as Mamba does with that of `dt_proj`.
 
-    Such a weight must stay what it is. The model runs once on the meta device, which takes no memory and no weights;
-    where that is not possible, nothing is known and nothing is returned.
+    Such a weight must stay what it is. So must one whose dtype something is cast to, which would become int8: the code
+    of modules is looked through for that, but what has int8 in mind may look at the dtype.
 
     Args:
         model: a transformers model on the meta device; used up by this.
         layers: names of linear modules in it.
-        or_its_dtype: return those too of which the code looks at the weight's dtype. Within blocks it does so with
-            int8 in mind; what it casts to the dtype of a head's weight would become int8.
+        or_its_dtype: return those too of which any code that runs looks at the weight's dtype.
 
     """
+    names = list(layers)
+    used = weights_mentioned(model.eval(), names)
     weights = {}
-    for name in layers:
+    for name in names:
         module = model.get_submodule(name)
         weights[id(module.weight)] = name
         out_features = module.weight.shape[1 if isinstance(module, Conv1D) else 0]
         module.forward = lambda x, n=out_features: x.new_empty(*x.shape[:-1], n)
     watch = _WeightWatch(weights, or_its_dtype)
-    tokens = torch.zeros(1, 8, dtype=torch.long, device="meta")
-    try:
-        with torch.inference_mode(), watch:
-            model.eval()(**text_inputs(model, tokens))
-    except Exception as error:  # whatever the model's code raises without data
-        log.debug("%s does not run on the meta device: %s", type(model).__name__, error)
-    return watch.used
+    finished = set()
+    for run in runs(model, torch.zeros(1, 8, dtype=torch.long, device="meta")):
+        if run.what in finished:
+            continue
+        try:
+            with torch.inference_mode(), watch:
+                (model if run.method == "forward" else getattr(model, run.method))(**run.arguments)
+            finished.add(run.what)
+        except Exception as error:  # whatever the model's code raises without data
+            log.debug("%s does not run on the meta device: %s: %s", type(model).__name__, run.what, error)
+    return used | watch.used
 
 
 class _WeightWatch(TorchFunctionMode):

@@ -113,7 +113,7 @@ class InputStatistics:
             self._group_of[layer] = call.group
             call.group.layers.append(layer)
         call.norms.append(norms)
-        call.energies.append(out.square().sum(1))
+        call.energies.append(torch.linalg.vector_norm(out, dim=1).square())  # makes no copy: logits are large
         return call.group.dims
 
     def finish(self) -> list[InputGroup]:

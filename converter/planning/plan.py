@@ -134,7 +134,7 @@ class ConversionPlan:
             if (layer and layer.transposed) or not info.file.endswith(".safetensors"):
                 whole = max(whole, int(1.5 * info.nbytes))
         peak = self.options.threads * (whole + 6 * BLOCK_BYTES)
-        if self.criterion.kind != "none":
+        if self.criterion.kind != "none" and self.config is not None:
             # The weight in use, its int8 copy, the one that is read ahead; and the batch's activations in float32.
             layers = self.selection.layers.values()
             activations = _ACTIVATION_COPIES * max(layer.in_features for layer in layers)
@@ -190,8 +190,10 @@ def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> Conv
     selection = select_layers(source, model, options.skip, options.only, head)
     selection.notices[:0] = [*source.notices, *notices]
     if model is None and criterion.kind != "none":
-        criterion = Criterion("none", None)
-        selection.notices.append("without the model there is no calibration: no outlier columns are stored")
+        selection.notices.append(
+            "without the model there is no calibration: no outlier columns are stored, and layers search for their "
+            "outliers in every call"
+        )
     if options.outliers != _DEFAULTS.outliers:  # of what nobody asked for, as much as there can be
         selection.notices.extend(budget_notices(criterion, [layer.in_features for layer in selection.layers.values()]))
     selection.notices.extend(left_behind(origin.path))
