@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from llmint8 import formats
 from llmint8.converter import words
 from llmint8.converter.commands.convert import convert_command
+from llmint8.kernels.cpu import native
 from llmint8.runtime.commands.main import main
 
 CONFIG = transformers.LlamaConfig(
@@ -134,6 +135,8 @@ def test_inspect_table(converted):
     assert row.split()[1:5] == ["1", "32", "48", "0"]
     assert "LlamaForCausalLM, from source" in result.stdout
     assert "Not quantized lm_head" in result.stdout
+    runs_on = native.kinds()[0] if native.kinds() else f"plain torch ({native.why_not()})"
+    assert f"\nOn this CPU   {runs_on}\n" in result.stdout
 
 
 def write_checkpoint(path, layers, others):

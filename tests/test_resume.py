@@ -406,30 +406,6 @@ def test_a_result_without_its_small_files_is_a_damaged_one(source, tmp_path, cha
         convert(source, tmp_path / "out")
 
 
-def fail(out, name, give_up):
-    """Write one tensor, and stop."""
-    with formats.CheckpointWriter(out, 1 << 20, {"the source": "s"}) as writer:
-        writer.plan([[formats.TensorSpec(each, "F32", (4,)) for each in ("a", "b")]])
-        writer.write(name, torch.ones(4))
-        if give_up:
-            writer.give_up()
-        raise ZeroDivisionError
-
-
-def test_giving_up_keeps_what_an_earlier_run_did(tmp_path):
-    for name in ("a", "b"):
-        with pytest.raises(ZeroDivisionError):
-            fail(tmp_path / "out", name, give_up=name == "b")
-    assert formats.is_unfinished(tmp_path / "out")
-    with formats.CheckpointWriter(tmp_path / "out", 1 << 20, {"the source": "s"}) as writer:
-        writer.plan([[formats.TensorSpec(each, "F32", (4,)) for each in ("a", "b")]])
-        assert writer.has("a")
-        assert writer.has("b")
-    with pytest.raises(ZeroDivisionError):
-        fail(tmp_path / "new", "a", give_up=True)
-    assert not (tmp_path / "new").exists()
-
-
 def test_a_journal_whose_beginning_is_damaged_is_not_thrown_away(source, tmp_path, caplog):
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", progress=interrupt_after(14))

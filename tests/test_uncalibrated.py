@@ -94,7 +94,7 @@ def test_inspect_says_how_many_layers_search(checkpoint: Path) -> None:
     assert "Searched" not in inspect()
     assert json.loads(inspect("--json"))["not_calibrated"] == 0
     edit(checkpoint, MANIFEST, lambda manifest: manifest["modules"].pop("model.layers.0.mlp.down_proj"))
-    assert "Searched      in 1 layers that were not calibrated, |x| >= 6\n" in inspect()
+    assert "Searched      in 1 layer that was not calibrated, |x| >= 6\n" in inspect()
     assert json.loads(inspect("--json"))["not_calibrated"] == 1
     (checkpoint / MANIFEST).write_text("{}")
     assert json.loads(inspect("--json"))["not_calibrated"] == 0

@@ -5,6 +5,7 @@ Nothing here or in the other modules of commands imports torch, transformers or 
 """
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -43,13 +44,35 @@ class Command(click.Command):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         try:
-            with _without_torchao(bool(ctx.params.get("trust_remote_code"))), _echoed_notes():
+            without_torchao = _without_torchao(bool(ctx.params.get("trust_remote_code")))
+            with without_torchao, _echoed_notes(), _hub_without_bars(bool(ctx.params.get("quiet"))):
                 return super().invoke(ctx)
         except (click.exceptions.Exit, click.ClickException, click.Abort):
             raise
         except Exception as error:
             logging.getLogger("llmint8").debug("traceback", exc_info=True)
             raise click.ClickException(_message(error, "verbose" in ctx.params)) from None
+
+
+@contextmanager
+def _hub_without_bars(quiet: bool) -> Iterator[None]:
+    """Keep huggingface_hub from drawing bars, if wanted; it asks the environment when it is imported."""
+    if not quiet:
+        yield
+        return
+    if "huggingface_hub" not in sys.modules:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        yield
+        return
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    before = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not before:
+            enable_progress_bars()
 
 
 def _message(error: Exception, verbose: bool) -> str:

@@ -41,8 +41,8 @@ from .shards import Shards, partial_shards
 class CheckpointWriter:
     """A checkpoint being written: a context manager that leaves a directory which is complete, unfinished or as it was.
 
-    When it is left by an error it keeps what is done, for another writer to go on; when nothing is done yet, or after
-    `give_up`, it removes what it wrote.
+    When it is left by an error it keeps what is done, for another writer to go on; when nothing is done yet, it removes
+    what it wrote.
     """
 
     def __init__(
@@ -64,7 +64,6 @@ class CheckpointWriter:
         self._created = not out.exists()
         self._shards = Shards(out, max_shard_bytes)
         self._hashes: dict[str, str] = {}
-        self._given_up = False
         require_writable(out)
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -75,7 +74,6 @@ class CheckpointWriter:
             self._remove()
             self.journal.close()
         self.journal = Journal(out, fingerprint or {})
-        self._goes_on = not self.journal.empty
         take_back(self._out, self.journal)
 
     def __enter__(self) -> "CheckpointWriter":
@@ -84,7 +82,7 @@ class CheckpointWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
         """Close the journal; see the class for what an error leaves. A note on the error says it too."""
-        if error is not None and (self._given_up or self.journal.empty):
+        if error is not None and self.journal.empty:
             self._remove()
             if self._created and not any(self._out.iterdir()):
                 self._out.rmdir()
@@ -92,10 +90,6 @@ class CheckpointWriter:
             error.add_note(f"{self._out} keeps what is done so far; the same command goes on, --force starts over")
         self._shards.close()
         self.journal.close()
-
-    def give_up(self) -> None:
-        """Keep nothing when an error leaves the writer, but for what earlier runs did: theirs may be of use yet."""
-        self._given_up = not self._goes_on
 
     def _remove(self) -> None:
         """Remove what was written, the journal last."""

@@ -35,6 +35,8 @@ def inspect_command(checkpoint: str, revision: str | None, every: bool, as_json:
 
 
 def _facts(opened: Any) -> dict[str, Any]:
+    from llmint8.kernels.cpu import native
+
     quantization = opened.quantization
     taken: Counter[str] = Counter()
     for name, info in opened.tensors.items():
@@ -75,6 +77,7 @@ def _facts(opened: Any) -> dict[str, Any]:
         "activation": quantization.activation,
         "threshold": quantization.threshold,
         "not_calibrated": _not_calibrated(opened),
+        "runs_on": native.kinds()[0] if native.kinds() else f"plain torch ({native.why_not()})",
         "files": opened.files,
         "bytes": taken.total(),
         "int8_layers_bytes": int8,
@@ -107,7 +110,6 @@ def _text(facts: dict[str, Any], every: bool) -> str:
     others = ", ".join(f"{dtype} {size(nbytes)}" for dtype, nbytes in facts["other_bytes_by_dtype"].items())
     columns = sum(layer["outliers"] or 0 for layer in facts["layers"])
     share = columns / max(1, sum(layer["in_features"] for layer in facts["layers"]))
-    activations = f"Activations   {facts['activation']}"
     exact = precision(facts["outlier_dtypes"])
     rows = [
         *_table(facts["layers"], every, exact),
@@ -115,19 +117,25 @@ def _text(facts: dict[str, Any], every: bool) -> str:
         f"Model         {', '.join(map(str, _as_list(facts['architectures']))) or 'unknown'}, from {origin}",
         f"Format        {facts['format']}, written by {facts['producer']}",
         f"Outliers      criterion {facts['criterion'] or 'none stored'}, {share:.2%} of the columns in {exact}",
-        activations,
+        f"Activations   {facts['activation']}",
+        *_searched(facts["not_calibrated"], facts["threshold"]),
+        f"On this CPU   {facts['runs_on']}",
         f"Size          {size(facts['bytes'])} in {count(len(facts['files']), 'file')}: "
         f"{count(len(facts['layers']), 'int8 layer')} {size(facts['int8_layers_bytes'])}"
         + (f", {others}" if others else ""),
         *_placement(facts["block_bytes"], facts["outside_bytes"]),
         f"Not quantized {', '.join(facts['not_quantized']) or 'no linear layer'}",
     ]
-    if searching := facts["not_calibrated"]:
-        what = f"Searched      in {searching} layers that were not calibrated, |x| >= {facts['threshold']:g}"
-        rows.insert(rows.index(activations), what)
     if facts["int8_head"]:
         rows.append(f"Output head   {facts['int8_head']}, in int8 too")
     return printable_lines(rows)
+
+
+def _searched(layers: int, threshold: float) -> list[str]:
+    if not layers:
+        return []
+    were = "was" if layers == 1 else "were"
+    return [f"Searched      in {count(layers, 'layer')} that {were} not calibrated, |x| >= {threshold:g}"]
 
 
 def _table(layers: Sequence[dict[str, Any]], every: bool, exact: str) -> list[str]:
