@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmint8 import runtime
 from llmint8.kernels import reference
@@ -207,6 +208,14 @@ def test_an_instruction_set_that_saturates_is_not_used(monkeypatch: pytest.Monke
         assert native.kinds() == []
     finally:
         native.kinds.cache_clear()
+
+
+@needs_it
+def test_where_tensors_have_no_values_the_instructions_are_tried_on_some_that_have() -> None:
+    before = native.kinds()
+    native.kinds.cache_clear()
+    with FakeTensorMode():
+        assert native.kinds() == before
 
 
 @needs_it

@@ -13,7 +13,6 @@ from llmint8.converter.commands.convert import convert_command
 from llmint8.converter.model.tokenizer import load_tokenizer
 from llmint8.runtime.commands.main import main
 
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 CONFIGS = {
     "llama": transformers.LlamaConfig,
     "bert": transformers.BertConfig,
@@ -63,11 +62,6 @@ def test_none_is_none_also_where_transformers_makes_one_up(directory: Path) -> N
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (
-            write("tokenizer.json", POINTER),
-            "tokenizer.json is a git-lfs pointer and not the file; git lfs pull fetches",
-        ),
-        (write("tokenizer_config.json", POINTER), "tokenizer_config.json is a git-lfs pointer"),
         (write("tokenizer.json", '{"version": '), "tokenizer.json is not valid JSON: Expecting value: line 1"),
         (write("tokenizer_config.json", "\ufeff{"), "tokenizer_config.json is not valid JSON"),
         (write("tokenizer.json", "[]"), "TypeError: "),
@@ -100,9 +94,9 @@ def test_the_commands_say_why(tmp_path: Path) -> None:
     source, out = tmp_path / "source", tmp_path / "out"
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
     transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=16, **sizes)).half().save_pretrained(source)
-    (source / "tokenizer.json").write_text(POINTER)
+    (source / "tokenizer.json").write_text("no JSON")
     (tmp_path / "text.txt").write_text("some text")
-    why = "cannot be loaded (tokenizer.json is a git-lfs pointer"
+    why = "cannot be loaded (tokenizer.json is not valid JSON"
     done = CliRunner().invoke(convert_command, [str(source), str(out)])
     assert done.exit_code == 0
     assert f"Note: the tokenizer beside the source {why}" in done.stderr

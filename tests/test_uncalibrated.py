@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from llmint8 import converter, runtime
 from llmint8.runtime.accuracy import compare
+from llmint8.runtime.accuracy.runs import Runs
 from llmint8.runtime.commands.main import main
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
@@ -76,10 +77,12 @@ def test_eval_lets_such_layers_search_in_the_mode_of_the_checkpoint_and_all_in_t
 ) -> None:
     missed = "model.layers.0.mlp.down_proj"
     edit(checkpoint, MANIFEST, lambda manifest: manifest["modules"].pop(missed))
-    model, tokens = runtime.load(checkpoint), torch.arange(8)[None]
-    ways = {mode: compare._switched(model, mode) for mode in compare._modes(model.config.quantization_config, True)}
-    for mode in [*ways, *ways]:
-        ways[mode](tokens)
+    model, windows = runtime.load(checkpoint), torch.arange(8)[None]
+    modes_to_run = {mode.label: mode for mode in compare._modes(model.config.quantization_config, True)}
+    assert len(modes_to_run) == 3
+    runs = Runs(model, model, modes_to_run, (), windows)
+    for label, mode in [*modes_to_run.items(), *modes_to_run.items()]:
+        runs._in_mode(label, windows, lambda name: None)
         searching = {name for name, outliers in modes(model).items() if outliers == "dynamic"}
         assert searching == ({missed} if mode.outliers == "static" else set(modes(model)))
         assert {model.get_submodule(name).activation for name in modes(model)} == {mode.activation}

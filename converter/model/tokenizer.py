@@ -20,7 +20,6 @@ log = logging.getLogger("llmint8")
 # What holds a vocabulary, by parts of names; without one the other files of a tokenizer are of no use.
 _VOCABULARIES = ("tokenizer.", "vocab", "merges", "spiece", "sentencepiece", ".model", ".spm", ".tiktoken", "tekken")
 _OF_ANY_CLASS = {"tokenizer.json", "tokenizer.model"}
-_LFS_POINTER = b"version https://git-lfs.github.com/"
 
 
 def load_tokenizer(source: Path, trust_remote_code: bool = False, place: str = "the source") -> tuple[Any | None, str]:
@@ -33,6 +32,7 @@ def load_tokenizer(source: Path, trust_remote_code: bool = False, place: str = "
 
     Raises:
         SourceError: a file beside the weights is a link out of the directory.
+        CorruptFileError: one is a pointer of git-lfs.
 
     """
     files = small_files(source)
@@ -67,8 +67,6 @@ def _reason(files: list[Path], error: Exception) -> str:
         return ""
     about = {*vocabularies, *(file for file in files if file.name.startswith(("tokenizer", "special_", "added_")))}
     for file in sorted(about):
-        if file.read_bytes().startswith(_LFS_POINTER):
-            return f"{file.name} is a git-lfs pointer and not the file; git lfs pull fetches it"
         if file.suffix == ".json" and (problem := _json_problem(file)):
             return f"{file.name} is not valid JSON: {problem}"
     # Of a file of SentencePiece transformers says that tiktoken is missing, which it tries next.

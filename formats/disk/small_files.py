@@ -42,7 +42,7 @@ def small_files(path: Path) -> list[Path]:
 def left_behind(path: Path) -> list[str]:
     """Say what lies beside the weights, is none of them, and does not go along."""
     too_large = [
-        f"{file.relative_to(path).as_posix()} ({file.stat().st_size / 1e6:.0f} MB) stays behind: only files of up to "
+        f"{file.relative_to(path).as_posix()} ({file.stat().st_size / 1e6:.1f} MB) stays behind: only files of up to "
         "64 MiB are copied"
         for file in _candidates(path)
         if _is_beside(file, path) and file.stat().st_size > MAX_SMALL_FILE_BYTES

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..checks import padded_outliers
 from ..operands import Operands
@@ -65,7 +66,8 @@ def kinds() -> list[Kind]:
     if isinstance(library, str):
         return []
     supported = library.llmint8_supported()
-    return [kind for kind, number in _KINDS.items() if supported >> number & 1 and _is_exact(kind)]
+    with _disable_current_modes():  # with numbers, whatever stands for tensors where it is asked first
+        return [kind for kind, number in _KINDS.items() if supported >> number & 1 and _is_exact(kind)]
 
 
 def why_not() -> str:
