@@ -99,9 +99,11 @@ class NativeWeight(OperatorWeight):
 
 
 def _is_watched(x: Tensor) -> bool:
-    """Tell whether x stands for another tensor, or somebody transforms or records what is called: see an operator."""
+    """Tell whether x stands for other numbers than its own, or somebody transforms or records what is called."""
     return (
         type(x) is not Tensor
+        or x.is_neg()
+        or x._is_zerotensor()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None

@@ -35,7 +35,8 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.
 def program(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """The layer as an ELF file for a machine without an operating system; it begins with `llmint8_linear`."""
     folder = tmp_path_factory.mktemp("arm")
-    compiler, flags = [sys.executable, "-m", "ziglang", "cc"], ["-O3", "-ffp-contract=off", "-fno-stack-protector"]
+    compiler = [sys.executable, "-m", "ziglang", "cc"]
+    flags = ["-O3", "-ffp-contract=off", "-fwrapv", "-fno-stack-protector"]
     sources = {ROOT / "kernels/cpu/csrc/layer.c": [], ROOT / "soak/arm/library.c": ["-ffreestanding", "-fno-builtin"]}
     for source, more in sources.items():
         target = ["-target", "aarch64-linux-gnu", "-fno-sanitize=all", *flags, *more]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -153,6 +154,18 @@ def test_what_would_write_into_it_is_an_error_that_names_the_layer(write: str) -
     with torch.no_grad(), pytest.raises(LLMInt8Error, match=r"^model\.blocks\.3\.proj: .* int8 and frozen; --skip"):
         WRITES[write](layer.weight)
     assert torch.equal(layer.unpacked_weight(), before)
+
+
+@pytest.mark.parametrize("take", [np.from_dlpack, torch.from_dlpack], ids=["numpy", "torch"])
+def test_other_libraries_get_the_float_weight(take: Any) -> None:
+    layer = make_layer()
+    assert torch.equal(torch.as_tensor(take(layer.weight)), layer.dequantize())
+
+
+@pytest.mark.parametrize("what", ["share_memory_", "untyped_storage"])
+def test_it_has_no_memory_to_hand_over(what: str) -> None:
+    with pytest.raises(LLMInt8Error, match=rf"^model\.blocks\.3\.proj: {what} of its weight, which is int8"):
+        getattr(make_layer().weight, what)()
 
 
 def test_those_who_move_tensors_by_name_see_the_int8_parameter() -> None:

@@ -6,6 +6,7 @@ That it computes the layer is in `test_operators.py`, for every instruction set 
 import ctypes
 import subprocess
 import sys
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ def test_without_the_library_layers_run_and_say_why(
         library.write_bytes(Path(native._library()._name).read_bytes())  # type: ignore[union-attr]
         monkeypatch.setattr(native, "_VERSION", -1)
     expected = {
-        "the library": "installed without a C compiler",
+        "the library": "was not built",
         "another version": "compiled from another version",
         "not a library": "cannot be loaded",
     }
@@ -224,9 +225,65 @@ def test_too_little_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         Int8Weight(torch.ones(3, 4, dtype=torch.int8), torch.ones(3), torch.empty(0).int(), torch.empty(3, 0))
     )
     layer = native.NativeLinear(operands)
-    layer._weight.padded = 1 << 48  # the columns of each thread
+    weight = layer._weight()
+    weight.padded = 1 << 48  # the columns of each thread
+    monkeypatch.setattr(layer, "_weight", lambda: weight)
     with pytest.raises(MemoryError, match="2 rows of 4 values"):
         layer(torch.ones(2, 4), False)
+
+
+@needs_it
+def test_weights_that_move_are_found() -> None:
+    """Pickled for another process, they go to shared memory; and code may put other data under a parameter."""
+    layer, x = runtime.Int8Linear.from_linear(torch.nn.Linear(900, 700)), torch.randn(3, 900)
+    expected = layer(x)
+    ForkingPickler.dumps(layer)
+    assert layer._parameters["weight"].is_shared()  # type: ignore[union-attr]
+    assert torch.equal(layer(x), expected)
+    weight: Any = layer._parameters["weight"]
+    weight.data = weight.data.clone()
+    assert torch.equal(layer(x), expected)
+
+
+@needs_it
+@pytest.mark.parametrize("dim", [-1, 64, 2**30])
+def test_outlier_dims_beyond_the_layer_are_an_error(dim: int) -> None:
+    operands = Operands.prepare(
+        Int8Weight(torch.ones(3, 64, dtype=torch.int8), torch.ones(3), torch.tensor([3, 9]), torch.ones(3, 2))
+    )
+    operands.outlier_dims[1] = dim
+    with pytest.raises(ValueError, match=rf"outlier_dims is \[3, {dim}\], expected numbers from 0 to 63"):
+        torch.ops.llmint8.int8_linear(torch.ones(2, 64), *operands[:6], True)
+
+
+@needs_it
+def test_an_input_that_stands_for_its_negative_or_for_zeros_is_taken_for_it() -> None:
+    layer, x = runtime.Int8Linear.from_linear(torch.nn.Linear(64, 24)), torch.randn(3, 64)
+    with torch.no_grad():
+        assert torch.equal(layer(torch._neg_view(x)), layer(-x))
+        assert torch.equal(layer(torch._efficientzerotensor((3, 64))), layer(torch.zeros(3, 64)))
+
+
+@needs_it
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+def test_the_default_dtype_does_not_matter(dtype: str) -> None:
+    code = f"import torch; torch.set_default_dtype(torch.{dtype})\n"
+    code += "from llmint8.kernels.cpu import native\nprint(*native.kinds(), sep=',')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ",".join(native.kinds())
+
+
+def test_the_longest_rows_there_may_be_are_summed_exactly(kind: native.Kind) -> None:
+    k = 133_144  # 127 * 127 * k < 2**31
+    values = torch.full((3, k), 127, dtype=torch.int8)
+    values[1] = -127
+    values[2, ::2] = -127
+    none = torch.empty(0, dtype=torch.int32), torch.empty(3, 0)
+    operands = Operands(values, torch.ones(3), values.sum(1, dtype=torch.int32), *none, None, None)
+    x = torch.full((70, k), 127.0)
+    for rows in (x[:1], x):
+        found = native.NativeLinear(operands).run(rows, False, kind, 1)
+        assert torch.equal(found, (rows.double() @ values.double().t()).float())
 
 
 def test_the_structure_has_the_size_that_c_gives_it() -> None:

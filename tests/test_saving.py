@@ -51,6 +51,22 @@ def assert_saved(model: Any, path: Path, expected: torch.Tensor) -> None:
     assert None not in kept.values()
 
 
+def test_other_models_are_saved_as_ever(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(tmp_path, True, None, False, "1KB")  # arguments by position, as it has them
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    assert not (tmp_path / MANIFEST).exists()
+
+
+def test_arguments_by_position_count_for_ours_too(checkpoint: Path, tmp_path: Path) -> None:
+    model = runtime.load(checkpoint)
+    model.save_pretrained(tmp_path / "other", False)
+    assert not (tmp_path / "other" / MANIFEST).exists()
+    with pytest.raises(LLMInt8Error, match="uploads no manifest"):
+        model.save_pretrained(tmp_path / "hub", True, None, True)
+
+
 @pytest.mark.parametrize("options", [{}, {"max_shard_size": "20KB"}], ids=["whole", "sharded"])
 def test_it_verifies_and_computes_the_same(checkpoint: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     model = runtime.load(checkpoint)
@@ -132,13 +148,6 @@ def test_a_model_that_nobody_holds_is_gone_at_once(checkpoint: Path) -> None:
         assert gone() is None
     finally:
         gc.enable()
-
-
-def test_other_models_are_saved_as_ever(tmp_path: Path) -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=97, **sizes)).save_pretrained(tmp_path)
-    names = {"config.json", "generation_config.json", "model.safetensors"}
-    assert {path.name for path in tmp_path.iterdir()} == names
 
 
 def test_what_is_uploaded_at_once_would_have_no_manifest(checkpoint: Path, tmp_path: Path) -> None:

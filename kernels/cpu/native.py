@@ -1,9 +1,9 @@
 """The layer on the CPU as one compiled function, `csrc/layer.c`, where llmint8 was installed with a C compiler.
 
 It is a library without headers of Python or PyTorch, called with addresses; so one build does for all versions of
-both. It is compiled with OpenMP and finds the one that PyTorch has loaded, so both share their threads. What is chosen
-here is the instruction set. None is trusted by name: before the first use each multiplies the largest values there are,
-and one that gets it wrong is not used.
+PyTorch. It is compiled with OpenMP and finds that of gcc where PyTorch has loaded it, so both share threads. What is
+chosen here is the instruction set. None is trusted by name: before the first use each multiplies the largest values
+there are, and one that gets it wrong is not used.
 """
 
 import ctypes
@@ -47,7 +47,7 @@ def _library() -> ctypes.CDLL | str:
     """Load the library; or say why there is none."""
     path = Path(__file__).with_name("_layer" + importlib.machinery.EXTENSION_SUFFIXES[0])
     if not path.exists():
-        return "llmint8 was installed without a C compiler"
+        return "the compiled layer was not built, which takes gcc 11 or clang 12 with OpenMP"
     try:
         library = ctypes.CDLL(str(path))
         version = library.llmint8_version()
@@ -71,22 +71,28 @@ def kinds() -> list[Kind]:
 
 
 def why_not() -> str:
-    """Say why `kinds` is empty, and what to do."""
+    """Say why `kinds` is empty."""
     library = _library()
     if isinstance(library, str):
-        return f"{library}; install it again with one for faster layers"
-    return "no instruction set of this processor has a compiled layer"
+        return library
+    supported = library.llmint8_supported()
+    if not supported & 1:
+        return "the compiled layer has no kernels, which takes gcc 11 or clang 12, on x86 or on Arm with Linux"
+    return "the compiled layer needs AVX2" if supported == 1 else "the compiled layer got sums wrong on this processor"
 
 
 def _is_exact(kind: Kind) -> bool:
     """Tell whether it keeps the largest sums, for each of the ways it has for few rows and many."""
     values = torch.full((70, 520), 127, dtype=torch.int8, device="cpu")
     values[::2] = -127
-    ones, sums = torch.ones(70, device="cpu"), values.sum(1, dtype=torch.int32)
-    none = torch.empty(0, dtype=torch.int32, device="cpu"), torch.empty(70, 0, device="cpu")
+    # Dtypes are named, as the default may be another.
+    ones, sums = torch.ones(70, dtype=torch.float32, device="cpu"), values.sum(1, dtype=torch.int32)
+    none = torch.empty(0, dtype=torch.int32, device="cpu"), torch.empty(70, 0, dtype=torch.float32, device="cpu")
     layer = NativeLinear(Operands(values, ones, sums, *none, None, None))
     for rows in (1, 5, 70):
-        x = torch.full((rows, 520), 127.0, device="cpu")  # its scale is 1, and the sums fit in float32
+        x = torch.full(
+            (rows, 520), 127.0, dtype=torch.float32, device="cpu"
+        )  # its scale is 1, and the sums fit in float32
         x[:, -8:] *= -1
         expected = x.double() @ values.double().t()
         if not torch.equal(layer.run(x, False, kind, 1).double(), expected):
@@ -95,7 +101,7 @@ def _is_exact(kind: Kind) -> bool:
 
 
 class NativeLinear:
-    """A weight laid out for the library, with addresses taken at the first call; it keeps what they are of alive."""
+    """A weight laid out for the library. Addresses are taken in every call: what is shared between processes moves."""
 
     def __init__(self, operands: Operands) -> None:
         """Take the weight, on the CPU; what is in float64 is copied to float32."""
@@ -105,7 +111,6 @@ class NativeLinear:
             outlier_weight=columns.float() if columns.dtype == torch.float64 else columns,
         )
 
-    @functools.cached_property
     def _weight(self) -> _Weight:
         values, scale, row_sum, dims, columns, bias, _ = self._operands
         return _Weight(
@@ -139,16 +144,21 @@ class NativeLinear:
 
         Raises:
             MemoryError: there is not enough for the int8 values of x.
+            ValueError: outlier dims are not in the layer.
 
         """
         library = _library()
         assert not isinstance(library, str)
         x = x.contiguous()
         out = x.new_empty(len(x), self._operands.values.shape[0])
-        weight, dtype = ctypes.byref(self._weight), _DTYPES[x.dtype]
-        if library.llmint8_linear(
+        weight, dtype = ctypes.byref(self._weight()), _DTYPES[x.dtype]
+        status = library.llmint8_linear(
             weight, x.data_ptr(), out.data_ptr(), len(x), dtype, zeropoint, _KINDS[kind], threads
-        ):
+        )
+        if status == 2:
+            dims = self._operands.outlier_dims.tolist()
+            raise ValueError(f"outlier_dims is {str(dims)[:80]}, expected numbers from 0 to {x.shape[1] - 1}")
+        if status:
             raise MemoryError(f"int8 layer: no memory for {len(x)} rows of {x.shape[1]} values")
         return out
 

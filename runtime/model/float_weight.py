@@ -5,7 +5,8 @@ or multiply by it themselves, as PyTorch's own attention does. The int8 values w
 `Int8Linear.weight` is a `FloatWeight`: shape, dtype and device are those of the float weight and cost nothing; an
 operator that is given it gets the dequantized weight, stored outlier columns exact, made anew in each call. A warning
 names the layer once, as that is slow, and `--skip` keeps it in 16 bit. What would write into it is refused, as the
-result would be thrown away; what is written into a slice of it, is.
+result would be thrown away. A slice of it is a tensor of its own: what is written into that is lost,
+and nobody says so.
 
 The int8 values stay the module's parameter, so `parameters()`, `state_dict()`, `.to()` and those who move tensors by
 name see them. It answers below the operators (`__torch_dispatch__`) and not above them (`__torch_function__`): PyTorch
@@ -73,6 +74,24 @@ class FloatWeight(Tensor):
     def numpy(self, *, force: bool = False) -> Any:
         """Return the float weight as an array."""
         return dequantized(self.read(), self.dtype).numpy(force=force)
+
+    def share_memory_(self) -> Any:
+        """Refuse: the numbers are in no memory."""
+        raise self._refused("share_memory_")
+
+    def untyped_storage(self) -> Any:
+        """Refuse: the numbers are in no memory."""
+        raise self._refused("untyped_storage")
+
+    def __dlpack__(self, **how: Any) -> Any:
+        """Hand over the float weight, a copy."""
+        return dequantized(self.read(), self.dtype).__dlpack__(**how)
+
+    def _refused(self, what: str) -> LLMInt8Error:
+        return LLMInt8Error(
+            f"{self.layer}: {what} of its weight, which is int8 and dequantized where it is used; "
+            "layer.dequantize() returns a float tensor, and --skip at conversion keeps the layer in 16 bit"
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         """Return a float tensor: a copy belongs to no layer."""

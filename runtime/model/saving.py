@@ -8,6 +8,7 @@ the loaded model in its place would keep the model in memory, and be lost where 
 import functools
 import json
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,17 @@ def write_manifests(provenance: Callable[[Any], bytes | None]) -> None:
     saved = PreTrainedModel.save_pretrained
 
     @functools.wraps(saved)
-    def save_pretrained(
-        self: Any,
-        save_directory: str | Path,
-        is_main_process: bool = True,
-        state_dict: dict[str, Any] | None = None,
-        push_to_hub: bool = False,
-        **options: Any,
-    ) -> None:
+    def save_pretrained(self: Any, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
         known = provenance(self)
-        if known and push_to_hub:
+        if not known:
+            return saved(self, save_directory, *arguments, **options)  # type: ignore[no-any-return]
+        given = signature(saved).bind(self, save_directory, *arguments, **options).arguments
+        if given.get("push_to_hub"):
             raise LLMInt8Error(f"{save_directory}: push_to_hub=True uploads no manifest; call model.push_to_hub(...)")
-        saved(self, save_directory, is_main_process, state_dict, push_to_hub, **options)
+        saved(self, save_directory, *arguments, **options)
         path = Path(save_directory)
         written = any((path / name).exists() for name in (SAFETENSORS_NAME, SAFETENSORS_INDEX_NAME))
-        if known and is_main_process and written:  # with peft it is an adapter
+        if given.get("is_main_process", True) and written:  # with peft it is an adapter
             write_manifest(path, **json.loads(known), files=_FILES)
 
     PreTrainedModel.save_pretrained = save_pretrained

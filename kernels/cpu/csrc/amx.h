@@ -15,6 +15,9 @@
 // Of k in a block: with 32 outputs it takes 32 KB.
 #define BLOCK_K 1024
 
+// A tile is loaded from memory of which compilers do not know that it is read: what was stored stays before that.
+#define STORED() __asm__ volatile("" ::: "memory")
+
 static inline void transpose_from(const void *in, int64_t in_stride, int32_t *out, int64_t out_stride) {
     __m512i a[16];
     for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512((const char *)in + i * in_stride);
@@ -32,9 +35,11 @@ static void quantize_amx(const Weight *w, Rows *rows, int64_t first, int64_t cou
         memset(plain + a * padded + w->k, 0, padded - w->k);
     }
     memset(plain + count * padded, 0, (TILE_ROWS - count) * padded);
+    STORED();
     if (many) return;
     for (int64_t i = 0; i + TILE_K <= padded; i += TILE_K)
         transpose_from(plain + i, padded, (int32_t *)(tiles + i * TILE_ROWS), 16);
+    STORED();
 }
 
 static const struct {
@@ -63,6 +68,7 @@ static void multiply_few(
             for (int64_t i = 0; i < w->k; i += TILE_K)
                 _mm512_storeu_si512(copy + i * PANEL + j * TILE_K, read_weight(w, panel, j, i));
         values = copy, stride = TILE_K, step = TILE_K * PANEL, next = TILE_BYTES;
+        STORED();
     }
     for (int64_t m = first; m < last; m += TILE_ROWS) {
         const uint8_t *x = rows->values + m * padded;
@@ -108,6 +114,7 @@ static void multiply_many(
                     a[j] = read_weight(w, panel, n + i % 2 * TILE_ROWS + j, k + i / 2 * TILE_K);
                 transpose_amx(a, block + i * TILE_BYTES, 16);
             }
+            STORED();
             for (int64_t m = first; m < last; m += 2 * TILE_ROWS) {
                 const uint8_t *x = rows->values + m * padded + k;
                 const uint8_t *x2 = m + TILE_ROWS < last ? x + TILE_ROWS * padded : x;

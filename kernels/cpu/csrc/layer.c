@@ -134,26 +134,27 @@ BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,f16c,amx-til
 #include "amx.h"
 END()
 
-static const Kernels kernels_amx = {TILE_ROWS, TILE_K, 64, quantize_amx, panel_amx, multiply_amx};
+static const Kernels kernels_amx = {TILE_ROWS, TILE_K, 64, PANEL, quantize_amx, panel_amx, multiply_amx};
 static const Kernels *const KERNELS[KINDS] = {
     [AVX2] = &kernels_avx2, [AVXVNNI] = &kernels_avxvnni, [AVX512VNNI] = &kernels_avx512vnni, [AMX] = &kernels_amx};
 
 static int supported(void) {
-    unsigned a, b, c, d, e;
-    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return 0;
+    unsigned a, b, c, d, e = 0;
+    int found = 1 << NONE;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c >> 27 & 1)) return found;
     unsigned low, high;
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    if (!(c >> 12 & 1) || !(c >> 29 & 1) || (low & 6) != 6) return 0;  // FMA, F16C
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b >> 5 & 1)) return 0;
-    int found = 1 << AVX2;
+    if (!(c >> 12 & 1) || !(c >> 29 & 1) || (low & 6) != 6) return found;  // FMA, F16C
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(b >> 5 & 1)) return found;
+    found |= 1 << AVX2;
     if (a && __get_cpuid_count(7, 1, &e, &(unsigned){0}, &(unsigned){0}, &(unsigned){0}) && e >> 4 & 1)
         found |= 1 << AVXVNNI;
     const unsigned wide = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
     if ((b & wide) == wide && c >> 11 & 1 && (low & 0xe0) == 0xe0) {
         found |= 1 << AVX512VNNI;
 #ifdef __linux__
-        // Linux lends a process the tiles when it asks for them.
-        if (d >> 24 & 1 && d >> 25 & 1 && (low >> 17 & 3) == 3 && !syscall(SYS_arch_prctl, 0x1023, 18)) found |= 1 << AMX;
+        // Linux lends a process the tiles when it asks for them. AVX512-BF16 rounds what leaves them.
+        if (e >> 5 & 1 && d >> 24 & 1 && d >> 25 & 1 && (low >> 17 & 3) == 3 && !syscall(SYS_arch_prctl, 0x1023, 18)) found |= 1 << AMX;
 #endif
     }
     return found;
@@ -190,7 +191,7 @@ END()
 
 static const Kernels *const KERNELS[KINDS] = {[DOTPROD] = &kernels_dotprod};
 
-static int supported(void) { return getauxval(AT_HWCAP) >> 20 & 1 ? 1 << DOTPROD : 0; }
+static int supported(void) { return 1 << NONE | (getauxval(AT_HWCAP) >> 20 & 1) << DOTPROD; }
 
 #else
 
@@ -205,13 +206,16 @@ static int64_t up(int64_t size, int64_t multiple) { return (size + multiple - 1)
 // What the caller was written for: the arguments of `llmint8_linear`, and `Weight`.
 int llmint8_version(void) { return 1; }
 
-// A bit for each kind of kernel that this processor can run.
+// A bit for each kind of kernel that this processor can run, and bit 0 where any were compiled.
 int llmint8_supported(void) { return supported(); }
 
-// Compute `out = x @ W.T + bias`; x [m, k] and out [m, n] are contiguous and of one type. 0, or 1 for want of memory.
+// Compute `out = x @ W.T + bias`; x [m, k] and out [m, n] are contiguous and of one type. Returns 0;
+// 1 for want of memory; 2 where an outlier dim is not in the layer.
 int llmint8_linear(
     const Weight *w, const void *x, void *out, int64_t m, int32_t type, int32_t zeropoint, int32_t kind,
     int32_t threads) {
+    for (int64_t i = 0; i < w->outliers; i++)
+        if (w->outlier_dims[i] < 0 || w->outlier_dims[i] >= w->k) return 2;
     const Kernels *kernels = KERNELS[kind];
     const int64_t padded = up(w->k, kernels->vector) + kernels->gap, groups = (m + kernels->group - 1) / kernels->group;
     const int64_t panels = (w->n + PANEL - 1) / PANEL;
@@ -221,7 +225,7 @@ int llmint8_linear(
     const int64_t parts = (m + part - 1) / part;
     // Bytes of each thread: a row in float32 and a group in int8; then the columns, and for AMX sums and a panel.
     const int64_t quantizing = up(padded * (4 + kernels->group), 64), columns = w->padded * PANEL * 4;
-    const int64_t scratch = (PART + 16) * PANEL * 4 + padded * PANEL;
+    const int64_t scratch = (PART + 16) * PANEL * 4 + padded * kernels->copied;
     const int64_t own = quantizing + columns + scratch;
     const int64_t values = up(groups * kernels->group * padded, 64), floats = up(m * (2 + w->outliers) * 4, 64);
     char *memory = NULL;

@@ -45,8 +45,9 @@ typedef struct {
 
 // One way to compute it. Whoever calls it has made sure that the processor has the instructions.
 typedef struct {
-    // Rows of x that are quantized at a time; padded_k is the next multiple of `vector` and then a gap.
-    int64_t group, vector, gap;
+    // Rows of x that are quantized at a time; padded_k is the next multiple of `vector` and then a gap; and bytes that
+    // `multiply` needs for each of padded_k.
+    int64_t group, vector, gap, copied;
     void (*quantize)(const Weight *, Rows *, int64_t first, int64_t count, char *scratch);
     void (*panel)(const Weight *, Panel *);
     void (*multiply)(const Weight *, const Rows *, const Panel *, int64_t first, int64_t last, char *scratch);

@@ -296,7 +296,7 @@ static void FN(multiply)(
     }
 }
 
-static const Kernels FN(kernels) = {1, BYTES, 64, FN(quantize), FN(panel), FN(multiply)};
+static const Kernels FN(kernels) = {1, BYTES, 64, 0, FN(quantize), FN(panel), FN(multiply)};
 #endif
 
 #undef floats
