@@ -101,7 +101,7 @@ def _is_exact(kind: Kind) -> bool:
 
 
 class NativeLinear:
-    """A weight laid out for the library. Addresses are taken in every call: what is shared between processes moves."""
+    """A weight laid out for the library. Addresses are looked at in every call: what processes share moves."""
 
     def __init__(self, operands: Operands) -> None:
         """Take the weight, on the CPU; what is in float64 is copied to float32."""
@@ -110,18 +110,24 @@ class NativeLinear:
             bias=bias.float() if bias is not None and bias.dtype == torch.float64 else bias,
             outlier_weight=columns.float() if columns.dtype == torch.float64 else columns,
         )
+        self._addresses: tuple[int | None, ...] = ()
+        self._made = _Weight()
 
     def _weight(self) -> _Weight:
         values, scale, row_sum, dims, columns, bias, _ = self._operands
-        return _Weight(
-            *values.shape,
-            len(dims),
-            columns.shape[1],
-            *(part.data_ptr() for part in (values, scale, row_sum, dims, columns)),
+        addresses = (
+            values.data_ptr(),
+            scale.data_ptr(),
+            row_sum.data_ptr(),
+            dims.data_ptr(),
+            columns.data_ptr(),
             None if bias is None else bias.data_ptr(),
-            _DTYPES[columns.dtype],
-            0 if bias is None else _DTYPES[bias.dtype],
         )
+        if addresses != self._addresses:
+            types = _DTYPES[columns.dtype], 0 if bias is None else _DTYPES[bias.dtype]
+            self._made = _Weight(*values.shape, len(dims), columns.shape[1], *addresses, *types)
+            self._addresses = addresses
+        return self._made
 
     def __call__(self, x: Tensor, zeropoint: bool) -> Tensor:
         """Run the layer for x [M, K] in float16, bfloat16 or float32: [M, N] in its dtype.

@@ -32,12 +32,12 @@ static void quantize_amx(const Weight *w, Rows *rows, int64_t first, int64_t cou
     uint8_t *plain = many ? tiles : (uint8_t *)(kept + 4 * padded);  // [16, padded_k]
     for (int64_t a = 0; a < count; a++) {
         quantize_row_amx(w, rows, first + a, plain + a * padded, kept);
-        memset(plain + a * padded + w->k, 0, padded - w->k);
+        memset(plain + a * padded + w->k, 0, rows->filled - w->k);
     }
     memset(plain + count * padded, 0, (TILE_ROWS - count) * padded);
     STORED();
     if (many) return;
-    for (int64_t i = 0; i + TILE_K <= padded; i += TILE_K)
+    for (int64_t i = 0; i < rows->filled; i += TILE_K)
         transpose_from(plain + i, padded, (int32_t *)(tiles + i * TILE_ROWS), 16);
     STORED();
 }

@@ -217,10 +217,10 @@ int llmint8_linear(
     for (int64_t i = 0; i < w->outliers; i++)
         if (w->outlier_dims[i] < 0 || w->outlier_dims[i] >= w->k) return 2;
     const Kernels *kernels = KERNELS[kind];
-    const int64_t padded = up(w->k, kernels->vector) + kernels->gap, groups = (m + kernels->group - 1) / kernels->group;
+    const int64_t filled = up(w->k, kernels->vector), padded = filled + kernels->gap, groups = (m + kernels->group - 1) / kernels->group;
     const int64_t panels = (w->n + PANEL - 1) / PANEL;
     // Where panels are too few for the threads, rows of x are split, too.
-    const int64_t split = panels >= 4 * threads ? 1 : threads;
+    const int64_t split = panels >= 16 * threads ? 1 : threads;
     const int64_t most = up((m + split - 1) / split, 2 * kernels->group), part = most < PART ? most : PART;
     const int64_t parts = (m + part - 1) / part;
     // Bytes of each thread: a row in float32 and a group in int8; then the columns, and for AMX sums and a panel.
@@ -231,7 +231,7 @@ int llmint8_linear(
     char *memory = NULL;
     if (posix_memalign((void **)&memory, 64, values + floats + threads * own)) return 1;
     float *found = (float *)(memory + values);
-    Rows rows = {x, out, type, zeropoint, m, padded, (uint8_t *)memory, found, found + m, found + 2 * m};
+    Rows rows = {x, out, type, zeropoint, m, filled, padded, (uint8_t *)memory, found, found + m, found + 2 * m};
     int64_t next_group = 0, next_item = 0;
     const int together = m * w->k >= 1 << 15 && threads > 1;
     if (!together)

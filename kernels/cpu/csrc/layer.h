@@ -23,7 +23,8 @@ typedef struct {
     const void *x;  // [m, k]
     void *out;      // [m, n]
     int32_t type, zeropoint;
-    int64_t m, padded_k;  // padded_k: k rounded up to whole vectors, filled with the value of 0.0, or with 0 for AMX
+    // filled: k rounded up to whole vectors, with the value of 0.0 at the end, or with 0 for AMX; padded_k: and the gap.
+    int64_t m, filled, padded_k;
     uint8_t *values;      // [m, padded_k], the int8 values; with 128 added where a kernel multiplies unsigned by signed
     float *scale;         // [m]
     float *zero_point;    // [m], whole numbers; 0 for absmax

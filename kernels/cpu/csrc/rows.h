@@ -72,29 +72,61 @@ static inline int FN(divides)(float d) {
     return d > 0x1p-100f && d < 0x1p100f && (word & 0x7fffff) != 0x7fffff;
 }
 
+// What does not change in a row is known where these are inlined.
+static inline __attribute__((always_inline)) void FN(range)(
+    int type, const char *x, int64_t count, float *least, float *most, float *zero) {
+    const int64_t size = type == FLOAT32 ? 4 : 2;
+    floats low[4] = {{0}}, high[4] = {{0}}, nothing[4] = {{0}};
+    for (int64_t i = 0; i < count; i += 4 * LANES) {
+        for (int b = 0; b < 4; b++) {
+            const floats v = FN(load)(x + (i + b * LANES) * size, type);
+            low[b] = MIN(low[b], v);
+            high[b] = MAX(high[b], v);
+            nothing[b] += v - v;  // NaN for infinity and NaN
+        }
+    }
+    *least = *most = *zero = 0;
+    low[0] = MIN(MIN(low[0], low[1]), MIN(low[2], low[3]));
+    high[0] = MAX(MAX(high[0], high[1]), MAX(high[2], high[3]));
+    nothing[0] += nothing[1] + nothing[2] + nothing[3];
+    for (int lane = 0; lane < LANES; lane++) {
+        *least = low[0][lane] < *least ? low[0][lane] : *least;
+        *most = high[0][lane] > *most ? high[0][lane] : *most;
+        *zero += nothing[0][lane];
+    }
+}
+
+static inline __attribute__((always_inline)) void FN(round_row)(
+    int type, int fast, const char *x, int64_t count, float factor, float divisor, int32_t zero_point,
+    uint8_t *values) {
+    const int64_t size = type == FLOAT32 ? 4 : 2;
+    const float inverse = 1 / divisor;
+    const int32_t shift = UNSIGNED ? 128 : 0;
+    const ints none = {0}, offset = none + (zero_point + shift), least = none + (shift - 127), most = none + (shift + 127);
+    for (int64_t i = 0; i < count; i += LANES) {
+        const floats v = FN(load)(x + i * size, type) * factor;
+        const ints q = ROUND(fast ? FN(divide)(v, divisor, inverse) : v / divisor) + offset;
+        const bytes narrow = __builtin_convertvector(CLAMP(q, least, most), bytes);
+        memcpy(values + i, &narrow, sizeof narrow);
+    }
+}
+
 static void FN(quantize_row)(const Weight *w, Rows *rows, int64_t m, uint8_t *values, void *scratch) {
-    const int64_t size = rows->type == FLOAT32 ? 4 : 2, whole = w->k * size;
-    char *x = scratch;  // [padded_k], 0 in the outlier dims
+    const int64_t size = rows->type == FLOAT32 ? 4 : 2, whole = w->k * size, count = rows->filled;
+    char *x = scratch;  // [filled], 0 in the outlier dims
     memcpy(x, (const char *)rows->x + m * whole, whole);
-    memset(x + whole, 0, rows->padded_k * size - whole);
+    memset(x + whole, 0, count * size - whole);
     float *outliers = rows->outliers + m * w->outliers;
     for (int64_t t = 0; t < w->outliers; t++) {
         char *here = x + w->outlier_dims[t] * size;
         outliers[t] = FN(load)(here, rows->type)[0];  // of a vector that may reach behind the row, inside of scratch
         memset(here, 0, size);
     }
-    floats low = {0}, high = {0}, nothing = {0};
-    for (int64_t i = 0; i < rows->padded_k; i += LANES) {
-        const floats v = FN(load)(x + i * size, rows->type);
-        low = MIN(low, v);
-        high = MAX(high, v);
-        nothing += v - v;  // NaN for infinity and NaN
-    }
-    float least = 0, most = 0, zero = 0;
-    for (int lane = 0; lane < LANES; lane++) {
-        least = low[lane] < least ? low[lane] : least;
-        most = high[lane] > most ? high[lane] : most;
-        zero += nothing[lane];
+    float least, most, zero;
+    switch (rows->type) {
+        case FLOAT32: FN(range)(FLOAT32, x, count, &least, &most, &zero); break;
+        case FLOAT16: FN(range)(FLOAT16, x, count, &least, &most, &zero); break;
+        default: FN(range)(BFLOAT16, x, count, &least, &most, &zero);
     }
     float scale, divisor, factor = 1, zero_point = 0;
     if (rows->zeropoint) {
@@ -109,17 +141,16 @@ static void FN(quantize_row)(const Weight *w, Rows *rows, int64_t m, uint8_t *va
     }
     rows->scale[m] = scale + zero;
     rows->zero_point[m] = zero_point;
-    const int fast = FN(divides)(divisor);
-    const float inverse = 1 / divisor;
-    const int32_t shift = (UNSIGNED ? 128 : 0), least_value = shift - 127, most_value = shift + 127;
-    const ints offset = (ints){0} + (zero == 0 ? (int32_t)zero_point + shift : 0);
-    for (int64_t i = 0; i < rows->padded_k; i += LANES) {
-        const floats v = FN(load)(x + i * size, rows->type) * factor;
-        ints q = ROUND(fast ? FN(divide)(v, divisor, inverse) : v / divisor) + offset;
-        q = CLAMP(q, (ints){0} + least_value, (ints){0} + most_value);
-        const bytes narrow = __builtin_convertvector(q, bytes);
-        memcpy(values + i, &narrow, sizeof narrow);
+    const int32_t shown = zero == 0 ? (int32_t)zero_point : 0;
+#define ROUND_ROW(type)                                                                                      \
+    if (FN(divides)(divisor)) FN(round_row)(type, 1, x, count, factor, divisor, shown, values);              \
+    else FN(round_row)(type, 0, x, count, factor, divisor, shown, values)
+    switch (rows->type) {
+        case FLOAT32: ROUND_ROW(FLOAT32); break;
+        case FLOAT16: ROUND_ROW(FLOAT16); break;
+        default: ROUND_ROW(BFLOAT16);
     }
+#undef ROUND_ROW
 }
 
 static void FN(panel)(const Weight *w, Panel *panel) {
