@@ -11,7 +11,7 @@ is not importable.
 
 All are in one process and take turns; each generates the same number of tokens greedily, and tokens per second are the
 median of the turns, from the second token on. The first turn, which compiles, is not among them. Printed, and written
-to `results/cpu_generate-NAME.json`.
+to `results/cpu_generate-NAME-INSTRUCTIONS.json`: one kind of machine never replaces another.
 """
 
 import argparse
@@ -32,6 +32,7 @@ import transformers
 from generation import by_transformers, steps_per_second
 
 from llmint8 import converter, runtime
+from llmint8.kernels.cpu import native
 
 PROMPT = torch.arange(10, 18)[None]
 Run = Callable[[int], list[float]]  # number of tokens -> the moment at which each came
@@ -227,15 +228,17 @@ def main() -> None:
         print(f"{row['variant']:14} {row['tokens_per_s']:7.1f} tokens/s   first turn {row['first_turn_s']:6.1f} s")
     cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
     machine = next((line for line in cpuinfo if line.startswith("model name")), "").partition(": ")[2]
+    kind = native.kinds()[0] if native.kinds() else "none"
     result = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": machine,
+        "instructions": native.kinds(),
         "threads": arguments.threads,
         "model": source.name,
         "tokens": arguments.tokens,
         "rows": rows,
     }
-    file = Path(__file__).parent / "results" / f"cpu_generate-{source.name}.json"
+    file = Path(__file__).parent / "results" / f"cpu_generate-{source.name}-{kind}.json"
     file.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -4,7 +4,7 @@
 
 `read` is reading every byte of the weight files, `pack` laying out the weights that the CPU kernels pack, and `load`
 is `runtime.load`. They take turns in one process, with the files in the page cache; medians of three turns, printed and
-written to `results/cpu_load.json`.
+written to `results/cpu_load-INSTRUCTIONS.json`. Where layers are compiled nothing is packed.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import torch
 
 from llmint8 import runtime
 from llmint8.formats import Checkpoint, open_checkpoint
-from llmint8.kernels.cpu import product
+from llmint8.kernels.cpu import native, product
 
 ROUNDS = 3
 
@@ -39,7 +39,7 @@ def pack_seconds(checkpoint: Checkpoint) -> float:
     for record in checkpoint.records:
         weight = checkpoint.read(f"{record}.weight")
         start = time.perf_counter()
-        if product.packable(weight):
+        if not native.kinds() and product.packable(weight):
             product.pack(weight)
         seconds += time.perf_counter() - start
     return seconds
@@ -72,7 +72,7 @@ def main() -> None:
     print(f"{size / 1e9:.2f} GB: read {row['read']:.2f} s, pack {row['pack']:.2f} s, load {row['load']:.2f} s")
     print(f"load / (read + pack): {ratio:.2f}")
     result = {"date": time.strftime("%Y-%m-%d"), "threads": arguments.threads, "bytes": size, "seconds": row}
-    file = Path(__file__).parent / "results" / "cpu_load.json"
+    file = Path(__file__).parent / "results" / f"cpu_load-{native.kinds()[0] if native.kinds() else 'none'}.json"
     file.write_text(json.dumps({**result, "ratio": round(ratio, 2)}, indent=2) + "\n")
 
 
