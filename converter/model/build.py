@@ -42,6 +42,11 @@ def model_class(config: Any) -> Any | None:
     return chosen or next(iter(base_classes(config)), None)
 
 
+def is_named(config: Any, cls: Any) -> bool:
+    """Tell whether a class is the one that `architectures` names, or any will do because it names none."""
+    return not config.architectures or config.architectures[0] == cls.__name__
+
+
 def base_classes(config: Any) -> list[Any]:
     """Return the classes without a head: `AutoModel`'s, and of one that has a decoder its encoder alone."""
     if reference := (getattr(config, "auto_map", None) or {}).get("AutoModel"):
