@@ -17,9 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from llmint8.formats import Source, SourceError
 
-from ..words import count
+from ..words import count, first_line
 from .build import base_classes, built, model_class, other_classes
-from .errors import first_line
 from .limits import bounded_modules
 from .missing import IN_PART, missing_parameters, spared_notice
 from .names import fused_parameters, module_names, without_prefix

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmint8.formats import SourceError
 
-from .errors import first_line
+from ..words import first_line
 from .limits import check_buffers
 
 # What stock transformers makes of a model type when nothing else is known, the first that there is.

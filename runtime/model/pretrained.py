@@ -11,8 +11,8 @@ from transformers.utils import logging as transformers_logging
 
 from llmint8.converter.model.build import is_named, model_class
 from llmint8.converter.model.config import is_trusted, load_config
-from llmint8.converter.model.errors import first_line
 from llmint8.converter.model.missing import missing_parameters as probe
+from llmint8.converter.words import first_line
 from llmint8.formats import DTYPES, Checkpoint, LLMInt8Error
 from llmint8.formats.disk.names import CONFIG_NAME
 from llmint8.formats.disk.small_files import small_files
