@@ -169,6 +169,7 @@ SPARED = {  # config, what is not stored
     "BertModel": (BERT, "pooler"),
     "RobertaModel": (transformers.RobertaConfig(**SMALL), "pooler"),
     "XLMRobertaModel": (transformers.XLMRobertaConfig(**SMALL), "pooler"),
+    "AlbertModel": (transformers.AlbertConfig(**SMALL, embedding_size=16), "pooler"),
     "ViTModel": (transformers.ViTConfig(**VIT, patch_size=16), "pooler"),
     "Wav2Vec2ForCTC": (transformers.Wav2Vec2Config(**SPEECH), "masked_spec_embed"),
     "HubertForCTC": (transformers.HubertConfig(**SPEECH), "masked_spec_embed"),
@@ -232,6 +233,7 @@ def test_a_body_without_a_pooler_under_a_heads_name_is_a_body(tmp_path: Path) ->
         ("BertModel", BERT, r"pooler\.dense\.bias"),
         ("BertForSequenceClassification", BERT, r"bert\.pooler\.dense\.weight"),
         ("BertForSequenceClassification", BERT, r"bert\.pooler\.dense"),
+        ("LayoutLMModel", transformers.LayoutLMConfig(**SMALL), r"pooler\.dense"),
         ("ViTForMaskedImageModeling", transformers.ViTConfig(**VIT, patch_size=16), r"mask_token"),
     ],
 )
