@@ -36,7 +36,7 @@ from random_models import CONFIGS, build, companies
 from result_files import merge, result_file
 from torch import Tensor
 
-from llmint8.converter.model.errors import first_line
+from llmint8.converter.words import first_line
 from llmint8.runtime.model.compiled import compile_decode
 
 PROMPT_TOKENS, TOKENS, ROUNDS = 128, 64, 3

@@ -1,4 +1,4 @@
-"""Sizes, numbers and precisions as they are printed: `7.2 kB`, `1 layer`, `2 layers`, `16 bit`."""
+"""Sizes, numbers, precisions and errors as they are printed: `7.2 kB`, `1 layer`, `2 layers`, `16 bit`."""
 
 from collections.abc import Iterable
 
@@ -31,3 +31,9 @@ def precision(dtypes: Iterable[str]) -> str:
     """Say what safetensors' names of dtypes are, of what is not quantized: `16 bit` or `float32`, or both."""
     found = {"float32" if dtype == "F32" else "16 bit" for dtype in dtypes}
     return " and ".join(sorted(found)) or "16 bit"
+
+
+def first_line(error: Exception) -> str:
+    """Return an error's type and what it says, in one line of bounded length."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {' '.join(text.split())[:200]}" if text else type(error).__name__

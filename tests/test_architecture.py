@@ -13,12 +13,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmint8 import converter, formats, runtime
+from llmint8.converter.commands.convert import convert_command
 from llmint8.converter.conversion.comparison import compare_with_source
 from llmint8.converter.hub.card import Subject, new_card
+from llmint8.runtime.commands.main import main
+from llmint8.runtime.model.pretrained import missing_parameters
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
@@ -143,6 +147,100 @@ def test_what_a_model_computes_itself_need_not_be_stored(tmp_path: Path) -> None
     assert type(runtime.load(tmp_path / "out")).__name__ == "MarianMTModel"
 
 
+def test_a_damaged_part_is_not_taken_for_one_that_was_left_out(tmp_path: Path) -> None:
+    wo = r"decoder\.block\.1\.layer\.2\.DenseReluDense\.wo\.weight"
+    for number, name in enumerate(("T5ForConditionalGeneration", "T5Model")):
+        path = make(tmp_path / str(number) / "s", name, T5, edit=without(wo))
+        refused(path, f"{wo} is in no file, and {name} needs it")
+    path = make(tmp_path / "s", "BertForSequenceClassification", BERT, edit=without(r"classifier\.weight"))
+    refused(path, "classifier.weight is in no file")
+
+
+# What is in no file and not needed
+
+
+SPEECH = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+SPEECH |= {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "vocab_size": 32}
+SPEECH |= {"conv_dim": [16, 16], "conv_stride": [5, 2], "conv_kernel": [10, 3], "num_feat_extract_layers": 2}
+VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 32}
+SEQ = {"vocab_size": 96, "d_model": 32, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "pad_token_id": 0}
+SEQ |= {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+SPARED = {  # config, what is not stored
+    "BertModel": (BERT, "pooler"),
+    "RobertaModel": (transformers.RobertaConfig(**SMALL), "pooler"),
+    "XLMRobertaModel": (transformers.XLMRobertaConfig(**SMALL), "pooler"),
+    "AlbertModel": (transformers.AlbertConfig(**SMALL, embedding_size=16), "pooler"),
+    "ViTModel": (transformers.ViTConfig(**VIT, patch_size=16), "pooler"),
+    "Wav2Vec2ForCTC": (transformers.Wav2Vec2Config(**SPEECH), "masked_spec_embed"),
+    "HubertForCTC": (transformers.HubertConfig(**SPEECH), "masked_spec_embed"),
+    "WavLMForCTC": (transformers.WavLMConfig(**SPEECH), "masked_spec_embed"),
+    "Dinov2Model": (transformers.Dinov2Config(**VIT, patch_size=16), "mask_token"),
+    "PegasusForConditionalGeneration": (transformers.PegasusConfig(**SEQ, decoder_start_token_id=0), "embed_positions"),
+    "MarianMTModel": (transformers.MarianConfig(**SEQ, decoder_start_token_id=0), "embed_positions"),
+}
+
+
+@pytest.mark.parametrize("name", SPARED)
+def test_what_a_model_can_do_without_need_not_be_there(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, what = SPARED[name]
+
+    def edit(tensors: Tensors) -> None:
+        for key in [key for key in tensors if what in key]:  # of Marian none is saved
+            del tensors[key]
+
+    path = make(tmp_path / "s", name, config, edit=edit)
+    report = converter.convert(path, tmp_path / "out", calibration_tokens=32)
+    assert not report.uncalibrated
+    computed = what == "embed_positions"
+    assert any(what in notice and "in no file, and" in notice for notice in report.notices) is not computed
+    assert formats.open_checkpoint(tmp_path / "out").config["architectures"] == [name]
+    model = runtime.load(tmp_path / "out", dtype=torch.float32)
+    assert ("not needed" in caplog.text) is not computed
+    assert missing_parameters(formats.open_checkpoint(tmp_path / "out")) == []
+    original = getattr(transformers, name).from_pretrained(path, dtype=torch.float32).eval()
+    if what == "pooler":
+        assert model.pooler is None
+    for key, value in original.named_parameters():
+        if what in key and what != "pooler":
+            assert torch.equal(model.get_parameter(key), value if computed else torch.zeros_like(value))
+    found, expected = (answer(one) for one in (model, original))
+    assert (found - expected).norm() / expected.norm() < 0.05  # int8 in a tiny random model
+
+
+def answer(model: Any) -> Tensor:
+    torch.manual_seed(0)
+    made = {"pixel_values": torch.randn(1, 3, 32, 32), "input_values": torch.randn(1, 4000)}
+    if model.main_input_name == "input_ids":
+        return outputs(model)
+    with torch.no_grad():
+        found: Tensor = model(**{model.main_input_name: made[model.main_input_name]})[0]
+    return found
+
+
+def test_a_body_without_a_pooler_under_a_heads_name_is_a_body(tmp_path: Path) -> None:
+    path = make(tmp_path / "s", "BertModel", BERT, "BertForMaskedLM", without("pooler"))
+    converter.convert(path, tmp_path / "out", outliers="none")
+    assert type(runtime.load(tmp_path / "out")).__name__ == "BertModel"
+    assert "pooler.dense" in formats.open_checkpoint(tmp_path / "out").quantization.skip_modules
+    stock_agrees(tmp_path / "out", "AutoModel", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "gone"),
+    [
+        ("BertModel", BERT, r"pooler\.dense\.bias"),
+        ("BertForSequenceClassification", BERT, r"bert\.pooler\.dense\.weight"),
+        ("BertForSequenceClassification", BERT, r"bert\.pooler\.dense"),
+        ("LayoutLMModel", transformers.LayoutLMConfig(**SMALL), r"pooler\.dense"),
+        ("ViTForMaskedImageModeling", transformers.ViTConfig(**VIT, patch_size=16), r"mask_token"),
+    ],
+)
+def test_what_a_model_uses_has_to_be_there(name: str, config: Any, gone: str, tmp_path: Path) -> None:
+    refused(make(tmp_path / "s", name, config, edit=without(gone)), gone)
+
+
 # Which class it is
 
 CASES = {  # made as, config, named in config.json, changes, -> the class, transformers' auto class, words of the notice
@@ -216,11 +314,41 @@ def stock_agrees(out: Path, auto: str, model: Any | None) -> Any:
     return stock
 
 
-def test_a_name_that_transformers_lacks_over_other_tensors_is_converted_by_names(tmp_path: Path) -> None:
-    path = make(tmp_path / "s", "LlamaForCausalLM", LLAMA, "MyLlama", renamed(r"^model\.", "body."))
-    report = converter.convert(path, tmp_path / "out")
-    assert "transformers has no MyLlama, and these tensors fill no other of its 'llama' models" in report.notices[0]
-    assert formats.open_checkpoint(tmp_path / "out").config["architectures"] == ["MyLlama"]
+NOBODYS = {  # made as, config, named, changes
+    "MyLlama": ("LlamaForCausalLM", LLAMA, "MyLlama", renamed(r"^model\.", "body.")),
+    "Contriever": ("BertModel", BERT, "Contriever", without(r"embeddings\.LayerNorm\.bias")),
+}
+
+
+@pytest.mark.parametrize("named", NOBODYS)
+def test_a_name_that_transformers_lacks_over_other_tensors_is_converted_by_names(named: str, tmp_path: Path) -> None:
+    path, out = make(tmp_path / "s", *NOBODYS[named]), tmp_path / "out"
+    result = CliRunner().invoke(convert_command, [str(path), str(out)])
+    assert result.exit_code == 0, result.output
+    assert f"transformers has no {named}, and these tensors fill no other of its '" in result.output
+    assert f"transformers has no class {named}: it can be verified and read here" in result.output
+    assert "Load it with" not in result.output
+    assert formats.open_checkpoint(out).config["architectures"] == [named]
+    result = CliRunner().invoke(main, ["verify", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "Not checked whether its model has all parameters: transformers does not know" in result.output
+    with pytest.raises(formats.LLMInt8Error):
+        runtime.load(out)
+
+
+def test_a_body_without_a_pooler_under_a_name_of_its_own_loads(tmp_path: Path) -> None:
+    path, out = make(tmp_path / "s", "BertModel", BERT, "Contriever", without("pooler")), tmp_path / "out"
+    result = CliRunner().invoke(convert_command, [str(path), str(out), "--quiet"])
+    assert "transformers has no Contriever: taken for its BertModel" in result.output
+    assert type(runtime.load(out)).__name__ == "BertModel"
+    assert CliRunner().invoke(main, ["verify", str(out), "--quiet"]).output == ""
+
+
+def test_another_class_is_said_even_when_quiet(tmp_path: Path) -> None:
+    path = make(tmp_path / "s", "LlamaForCausalLM", LLAMA, edit=without("lm_head"))
+    result = CliRunner().invoke(convert_command, [str(path), str(tmp_path / "out"), "--quiet"])
+    assert result.stderr.startswith("Note: lm_head.weight is in no file: taken for a LlamaModel")
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_class_of_the_checkpoints_own_code_is_not_taken_for_another(tmp_path: Path) -> None:

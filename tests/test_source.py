@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from llmint8.formats import CorruptFileError, LLMInt8Error, SourceError, open_source
+from llmint8.formats.disk.small_files import left_behind
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -425,6 +426,30 @@ def test_a_pointer_of_git_lfs_is_called_that(tmp_path: Path, name: str) -> None:
     path = make(tmp_path / "s", "zip" if name.endswith(".bin") else "safetensors", 2 if name == INDEX else 1)
     (path / name).write_text(POINTER)
     refused(path, f"{path / name}: a pointer of git-lfs in place of the file; `git lfs pull` in {path}")
+
+
+@pytest.mark.parametrize(
+    "name", ["vocab.bpe", "merges.txt", "modeling_own.py", "chat_template.jinja", "1/model.safetensors"]
+)
+def test_a_pointer_in_place_of_what_something_reads_is_refused(tmp_path: Path, name: str) -> None:
+    path = make(tmp_path / "s")
+    (path / "1").mkdir()
+    (path / "modules.json").write_text('[{"path": "1"}]')
+    (path / name).write_text(POINTER)
+    refused(path, f"{path / name}: a pointer of git-lfs")
+
+
+def test_other_pointers_stay_behind_with_a_notice(tmp_path: Path) -> None:
+    path = make(tmp_path / "s")
+    names = ["figure.png", "paper.pdf", "1/plot.svg"]
+    (path / "1").mkdir()
+    (path / "modules.json").write_text('[{"path": "1"}]')
+    for name in names:
+        (path / name).write_text(POINTER)
+    (path / "real.png").write_bytes(b"\x89PNG")
+    assert [file.name for file in open_source(path).small_files] == ["modules.json", "real.png"]
+    said = [f"{name} stays behind: a pointer of git-lfs in place of the file" for name in sorted(names)]
+    assert sorted(left_behind(path)) == said
 
 
 def test_an_adapter_is_called_what_it_is(tmp_path: Path) -> None:

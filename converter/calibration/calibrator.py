@@ -25,13 +25,13 @@ from llmint8.kernels.reference import Activation
 from ..machine import return_freed_memory
 from ..model.buffers import nobodys_notice
 from ..model.build import meta_model
-from ..model.errors import first_line
 from ..model.inputs import runs
 from ..model.names import fused_parameters, parameter_tensors
 from ..outliers.choosing import select
 from ..outliers.measuring import Curve, InputStatistics, column_norms, rounded
 from ..planning.plan import ConversionPlan, kept_output_bytes
 from ..planning.selection import SelectedLayer
+from ..words import first_line
 from .streaming import LinearCall, streamed
 
 log = logging.getLogger("llmint8")

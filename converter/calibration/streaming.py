@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..model.buffers import computed_parameters, fill_computed
+from ..model.missing import without_pooler
 from ..model.names import FusedParameter
 from .reading_ahead import Read, ReadAhead
 
@@ -77,6 +78,7 @@ def streamed(
     for module in model.modules():
         if isinstance(getattr(module, "config", None), PreTrainedConfig):  # parts of a model may have one of their own
             module.config.use_cache = False  # keys and values of all layers would outlive them
+    without_pooler(model, model.state_dict().keys() - tensor_of.keys() - fused.keys())
     _fill_buffers(model, tensor_of, read, device)
     with ReadAhead(read, [weight for name, weight in layers.items() if name not in outputs]) as ahead:
         for name, weight in layers.items():

@@ -70,7 +70,9 @@ from .terminal import printable
 @click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
 @click.option("--push-to-hub", metavar="REPO", help="Publish OUT on the Hub then, as `llmint8 push` does.")
 @click.option("--private", is_flag=True, help="Make that repo private, where it is a new one.")
-@click.option("--quiet", is_flag=True, help="Print errors only, and whether layers are not calibrated.")
+@click.option(
+    "--quiet", is_flag=True, help="Print errors only, another class than the named one, and layers not calibrated."
+)
 @click.option("--verbose", is_flag=True, help="Name every tensor, and every layer that stays in 16 bit; log details.")
 @click.version_option(package_name="llmint8")
 def convert_command(
@@ -117,9 +119,8 @@ def convert_command(
             to.create()
         with progress_bar(plan.bytes_before, "Converting", quiet, verbose) as progress:
             report = execute(plan, force, progress)
-        if not quiet:
-            _echo_notices([*report.notices, *size_notices(plan)])
         # Said even when quiet: config.json and the card would have it, and nobody looks there.
+        _echo_notices(plan.class_notices if quiet else [*report.notices, *size_notices(plan)])
         _echo_uncalibrated(report, verbose)
         if not quiet:
             _echo_report(report, verbose, plan.config if chosen.trust_remote_code else None)
@@ -169,12 +170,13 @@ def _echo_report(report: Any, verbose: bool, trusted: Any | None) -> None:
 
 def _how_to_load(out: Path, trusted: Any | None) -> str:
     """Say what loads the checkpoint; or that nothing here does. `trusted` is a config whose code has run already."""
-    from ..model.build import model_class
+    from ..model.build import is_named, model_class
     from ..model.config import load_config
 
     config = trusted or load_config(out)
     cls = None if config is None else model_class(config)
-    if config is None or cls is None:
+    # A class of another name is a guess, which the tensors do not fill: it would stand in config.json.
+    if config is None or cls is None or not is_named(config, cls):
         named = config.architectures if config is not None else None
         what = f"no class {printable(str(named[0]))}" if named else "no class for it"
         return f"transformers has {what}: it can be verified and read here, and loaded where its code is."

@@ -2,29 +2,25 @@
 
 `architectures` in config.json may name a class that transformers does not have, or a head that is in no file: many
 sentence encoders are the body alone under the config of a masked language model. transformers fills what it misses with
-random numbers and says so in a log. Here it is let to load the model on the meta device, where no tensor has any data,
-and asked what it missed: that knows of tied weights, of fused and split ones, and of what a model computes itself.
+random numbers and says so in a log. `missing.py` finds what a class misses; here the class is chosen by it.
 """
 
 import copy
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 
 from llmint8.formats import Source, SourceError
 
-from ..words import count
+from ..words import count, first_line
 from .build import base_classes, built, model_class, other_classes
-from .errors import first_line
 from .limits import bounded_modules
+from .missing import IN_PART, missing_parameters, spared_notice
 from .names import fused_parameters, module_names, without_prefix
 
 log = logging.getLogger("llmint8")
@@ -41,7 +37,6 @@ _WRAPPERS = {
     "module.": "DistributedDataParallel adds it; save `model.module`",
 }
 _WRAPPED = re.compile(rf"(?<![^.])(?:{'|'.join(map(re.escape, _WRAPPERS))})")
-_IN_PART = " (a part of it)"
 
 
 def settle_class(config: Any, source: Source) -> tuple[Any | None, list[str]]:
@@ -65,6 +60,8 @@ def settle_class(config: Any, source: Source) -> tuple[Any | None, list[str]]:
     if missing:
         bodies = [body for body in base_classes(config) if body is not cls]
         body = next((body for body in bodies if not _missing(body, config, shapes)), None)
+        if body is not None and _is_torn(cls, body, config, shapes, missing):
+            body = None
         if body is None and not known:
             return None, []
         if body is None:
@@ -74,11 +71,12 @@ def settle_class(config: Any, source: Source) -> tuple[Any | None, list[str]]:
         why = f"transformers has no {named}: taken for its {cls.__name__}"
     elif missing:
         why = f"{_counted(missing)} in no file: taken for a {cls.__name__}, which is all there"
+    spared = spared_notice(built(cls, config), shapes)
     if cls.__name__ == named:
-        return config, []
+        return config, spared
     config = copy.deepcopy(config)
     config.architectures = [cls.__name__]
-    return config, [f"{why}; the result's config.json says so"] if missing or not known else []
+    return config, [*([f"{why}; the result's config.json says so"] if missing or not known else []), *spared]
 
 
 def linear_elsewhere(model: Any, leftover: Collection[str]) -> list[str]:
@@ -116,32 +114,32 @@ def _counted(missing: list[str]) -> str:
 
 
 def _missing(cls: Any, config: Any, shapes: Shapes) -> list[str]:
-    """Return parameters and persistent buffers that transformers would have to make up, and those of another shape.
-
-    Those of another shape only where they are made of several tensors: the others are held against the model later.
-    """
+    """Return what transformers would have to make up of what the class needs; see `missing_parameters`."""
     tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    arguments = {"config": config, "state_dict": tensors, "dtype": torch.float32}
-    # What it misses needs no values here; some models take long to compute them.
-    probe: Any = type(cls.__name__, (cls,), {"__module__": cls.__module__, "_initialize_missing_keys": lambda *_: None})
     try:
-        with _silent(), bounded_modules(len(shapes)):
-            model, info = probe.from_pretrained(
-                None,
-                **arguments,
-                device_map={"": torch.device("meta")},
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
+        return missing_parameters(cls, config, tensors)
     except SourceError:
         raise
     except Exception as error:  # its own code or the model's; what is fused of tensors may not go together
         return _unmade(cls, config, shapes, error)
-    own = set(module_names(model, shapes).values())
-    in_part = {key[0] for key in info["mismatched_keys"] if key[0] not in own}
-    return [
-        name + _IN_PART * (name in in_part) for name in model.state_dict() if name in info["missing_keys"] | in_part
+
+
+def _is_torn(cls: Any, body: Any, config: Any, shapes: Shapes, missing: list[str]) -> bool:
+    """Tell whether a part of the class that the body has not is there in part: then it is damaged, and not left out.
+
+    Of what `AutoModel` has, a part is an encoder or a decoder; of a head it is a single module.
+    """
+    whole = built(cls, config)
+    own = {*module_names(whole, shapes).values(), *fused_parameters(whole, shapes)} - whole.all_tied_weights_keys.keys()
+    base, smaller = (built(one, config).state_dict() for one in (base_classes(config)[0], body))
+    gone = {without_prefix(whole, name.removesuffix(IN_PART)) for name in missing}
+    left_out = {without_prefix(whole, name) for name in own} - gone - smaller.keys()
+    if left_out and {name.partition(".")[0] for name in gone} & {name.partition(".")[0] for name in smaller}:
+        return True  # the body itself lacks something that the rest, which is there, needs
+    parts = [
+        {name.partition(".")[0] if name in base else name.rpartition(".")[0] for name in n} for n in (gone, left_out)
     ]
+    return bool(parts[0] & parts[1])
 
 
 def _unmade(cls: Any, config: Any, shapes: Shapes, error: Exception) -> list[str]:
@@ -160,7 +158,7 @@ def _unmade(cls: Any, config: Any, shapes: Shapes, error: Exception) -> list[str
         except Exception:
             made = None
         if made != targets[name].shape:
-            found.append(name + _IN_PART)
+            found.append(name + IN_PART)
     return found
 
 
@@ -176,17 +174,3 @@ def _incomplete(cls: Any, config: Any, source: Source, missing: list[str]) -> So
     wrapper = _WRAPPED.findall(tensor)[0]
     file = source.path / source.tensors[tensor].file
     return SourceError(f"{where}. {file}: {tensor}: has {wrapper!r} in its name: {_WRAPPERS[wrapper]}")
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep transformers from saying what is asked of it here anyway."""
-    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(transformers.logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bar:
-            transformers_logging.enable_progress_bar()

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmint8.formats import SourceError
 
-from .errors import first_line
+from ..words import first_line
 from .limits import check_buffers
 
 # What stock transformers makes of a model type when nothing else is known, the first that there is.
@@ -40,6 +40,11 @@ def model_class(config: Any) -> Any | None:
     mappings = [getattr(transformers, f"MODEL_FOR_{choice}_MAPPING", {}) for choice in _CHOICES]
     chosen = next((mapping[type(config)] for mapping in mappings if type(config) in mapping), None)
     return chosen or next(iter(base_classes(config)), None)
+
+
+def is_named(config: Any, cls: Any) -> bool:
+    """Tell whether a class is the one that `architectures` names, or any will do because it names none."""
+    return not config.architectures or config.architectures[0] == cls.__name__
 
 
 def base_classes(config: Any) -> list[Any]:

@@ -10,7 +10,7 @@ import transformers
 from llmint8.formats import SourceError, read_json
 from llmint8.formats.disk.names import CONFIG_NAME
 
-from .errors import first_line
+from ..words import first_line
 from .limits import check_config
 
 

@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from llmint8.formats.disk.small_files import small_files
 
-from .errors import first_line
+from ..words import first_line
 
 log = logging.getLogger("llmint8")
 

@@ -63,6 +63,7 @@ class ConversionPlan:
     dtype: str | None  # safetensors' name of the dtype that unquantized tensors are cast to
     max_shard_bytes: int
     groups: list[list[TensorSpec]]  # the tensors to write, in the order of the source; without outliers not yet chosen
+    class_notices: list[str]  # what `settle_class` has to tell, also among the others
 
     @property
     def untied(self) -> bool:
@@ -197,9 +198,8 @@ def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> Conv
     if options.outliers != _DEFAULTS.outliers:  # of what nobody asked for, as much as there can be
         selection.notices.extend(budget_notices(criterion, [layer.in_features for layer in selection.layers.values()]))
     selection.notices.extend(left_behind(origin.path))
-    dtype = _CAST_DTYPES.get(options.dtype or "")
-    plan = ConversionPlan(source, origin, out, config, head, selection, criterion, options, dtype, max_shard_bytes, [])
-    return with_selection(plan, selection)
+    how = criterion, options, _CAST_DTYPES.get(options.dtype or ""), max_shard_bytes
+    return with_selection(ConversionPlan(source, origin, out, config, head, selection, *how, [], notices), selection)
 
 
 def with_selection(plan: ConversionPlan, selection: Selection) -> ConversionPlan:

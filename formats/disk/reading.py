@@ -42,9 +42,14 @@ def require_inside(path: Path, directory: Path) -> None:
         raise SourceError(f"{path}: a link to {target}, outside of the checkpoint; copy the file itself instead")
 
 
+def is_pointer(beginning: bytes) -> bool:
+    """Tell by the beginning of a file whether it is what git-lfs puts in its place."""
+    return beginning.startswith(_POINTER)
+
+
 def check_is_no_pointer(path: Path, beginning: bytes) -> None:
     """Refuse what git-lfs puts in the place of a file that it has not fetched. Raises CorruptFileError."""
-    if beginning.startswith(_POINTER):
+    if is_pointer(beginning):
         raise CorruptFileError(
             f"{path}: a pointer of git-lfs in place of the file; `git lfs pull` in {path.parent} fetches the file"
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import SourceError
 from .names import ADAPTER_CONFIG_NAME, CONFIG_NAME, LEGACY_QUANTIZATION_NAME
-from .reading import check_is_no_pointer, open_regular, require_inside
+from .reading import check_is_no_pointer, is_pointer, open_regular, require_inside
 from .strict_json import parse_json
 
 WEIGHT_SUFFIXES = tuple(
@@ -21,6 +21,7 @@ MAX_SMALL_FILE_BYTES = 64 << 20
 MAX_SMALL_FILES_BYTES = 512 << 20  # together; they are in memory together
 _TEMPLATES = "additional_chat_templates"
 _MODULE_WEIGHTS = (".safetensors", ".bin")
+_READ_SUFFIXES = (".json", ".jsonl", ".model", ".jinja", ".txt", ".py", ".bpe", ".spm", ".tiktoken", ".vocab", ".yaml")
 _MOST_MODULES = 100
 
 
@@ -29,7 +30,7 @@ def small_files(path: Path) -> list[Path]:
 
     Raises:
         SourceError: a link out of the directory, a name that cannot be printed, a folder outside, or too much of it.
-        CorruptFileError: a pointer of git-lfs in place of a file.
+        CorruptFileError: a pointer of git-lfs in place of a file that something reads.
 
     """
     found = sorted(file for file in _candidates(path) if _is_small_file(file, path))
@@ -47,10 +48,15 @@ def left_behind(path: Path) -> list[str]:
         for file in _candidates(path)
         if _is_beside(file, path) and file.stat().st_size > MAX_SMALL_FILE_BYTES
     ]
+    pointers = [
+        f"{file.relative_to(path).as_posix()} stays behind: a pointer of git-lfs in place of the file"
+        for file in _candidates(path)
+        if _is_idle_pointer(file, path)
+    ]
     taken = {_TEMPLATES, *(folder.partition("/")[0] for folder in module_folders(path))}
     folders = [file for file in sorted(path.iterdir()) if file.is_dir()]
     left = [file.name for file in folders if file.name not in taken and not file.name.startswith((".", "__"))]
-    return too_large + [f"{name}/ stays behind: a folder that no {MODULES_NAME} names" for name in left]
+    return too_large + pointers + [f"{name}/ stays behind: a folder that no {MODULES_NAME} names" for name in left]
 
 
 def module_folders(path: Path, there: bool = True) -> list[str]:
@@ -108,6 +114,23 @@ def _is_small_file(file: Path, directory: Path) -> bool:
             f"{directory}: {file.name[:80]!r} is not a name that can be printed; rename or remove the file"
         )
     require_inside(file, directory)
+    if _is_read(file):
+        with open_regular(file) as opened:
+            check_is_no_pointer(file, opened.read(64) or b"")
+    return not _is_idle_pointer(file, directory)
+
+
+def _is_read(file: Path) -> bool:
+    """Tell whether something that loads the model may read a file: then a pointer in its place is refused."""
+    name, suffix = file.name.lower(), file.suffix.lower()
+    if suffix in _MODULE_WEIGHTS:  # those of a model are none of the small files
+        return True
+    # Vocabularies have any ending: `merges.txt`, `vocab.bpe`, `source.spm`, `qwen.tiktoken`.
+    return suffix in _READ_SUFFIXES or name.startswith(("tokenizer", "vocab", "merges", "spiece"))
+
+
+def _is_idle_pointer(file: Path, directory: Path) -> bool:
+    if _is_read(file) or not _is_beside(file, directory):
+        return False
     with open_regular(file) as opened:
-        check_is_no_pointer(file, opened.read(64) or b"")
-    return True
+        return is_pointer(opened.read(64) or b"")

@@ -13,8 +13,7 @@ from transformers import GenerationConfig, TextStreamer
 
 from llmint8.converter.model.build import model_class
 from llmint8.converter.model.config import load_config
-from llmint8.converter.model.errors import first_line
-from llmint8.converter.words import count, size
+from llmint8.converter.words import count, first_line, size
 from llmint8.formats import LLMInt8Error
 
 from .compiled import is_compiled

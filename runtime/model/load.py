@@ -18,6 +18,7 @@ from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.machine import return_freed_memory
 from llmint8.converter.model.buffers import fill_computed, nobodys_notice
 from llmint8.converter.model.limits import bounded_modules
+from llmint8.converter.model.missing import fill_missing
 from llmint8.converter.model.names import module_names
 from llmint8.formats import Checkpoint, CheckpointError, LLMInt8Error, check_values, open_checkpoint, read_manifest
 from llmint8.formats.disk.names import MANIFEST_NAME
@@ -104,11 +105,14 @@ def load(
         device_map = {"": torch.device(device)}
     with bounded_modules(len(checkpoint.tensors)):
         model, missing = from_pretrained(cls, checkpoint.path, config, dtype=dtype, device_map=device_map)
+        missing, spared = fill_missing(model, missing)
         if missing:
             more = f" and {len(missing) - 1} more" if missing[1:] else ""
             raise LLMInt8Error(f"{checkpoint.path}: {missing[0]}{more}: missing, {cls.__name__} needs it")
         names = module_names(model, checkpoint.tensors)
         fill_computed(model, set(names.values()))
+    if spared:
+        log.warning("%s: %s", checkpoint.path, spared)
     if nobodys := nobodys_notice(model, set(names.values())):
         log.warning("%s", nobodys)
     _prepare(model, checkpoint, names, calibration)

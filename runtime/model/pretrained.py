@@ -9,10 +9,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from llmint8.converter.model.build import model_class
+from llmint8.converter.model.build import is_named, model_class
 from llmint8.converter.model.config import is_trusted, load_config
-from llmint8.converter.model.errors import first_line
-from llmint8.converter.model.limits import bounded_modules
+from llmint8.converter.model.missing import missing_parameters as probe
+from llmint8.converter.words import first_line
 from llmint8.formats import DTYPES, Checkpoint, LLMInt8Error
 from llmint8.formats.disk.names import CONFIG_NAME
 from llmint8.formats.disk.small_files import small_files
@@ -47,7 +47,7 @@ def from_pretrained(cls: Any, path: Path, config: Any, **options: Any) -> tuple[
     try:
         with no_progress_bar():
             model, info = cls.from_pretrained(
-                None if "state_dict" in options else path,
+                path,
                 config=config,
                 **options,
                 use_safetensors=True,
@@ -83,6 +83,7 @@ def missing_parameters(checkpoint: Checkpoint) -> list[str] | None:
     Nothing is read but config.json: transformers loads tensors without data. None where the model is not one of
     transformers' own.
     """
+    config = cls = None
     try:
         config = load_config(checkpoint.path)
         cls = None if config is None else model_class(config)
@@ -94,12 +95,22 @@ def missing_parameters(checkpoint: Checkpoint) -> list[str] | None:
             name: torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta")
             for name, info in checkpoint.tensors.items()
         }
-        options = {"state_dict": tensors, "dtype": torch.float32, "device_map": {"": torch.device("meta")}}
-        with bounded_modules(len(tensors)):
-            missing = from_pretrained(cls, checkpoint.path, config, **options)[1]
+        missing = _missing(cls, config, tensors)
     except LLMInt8Error as error:
-        return [str(error)]
-    return [f"{checkpoint.path}: {name}: missing, {cls.__name__} needs it" for name in missing]
+        lost = [f"{checkpoint.path}: {error}"] if cls is not None else [str(error)]
+    else:
+        lost = [f"{checkpoint.path}: {name}: missing, {cls.__name__} needs it" for name in missing]
+    # Of a name that transformers does not have it takes the class of the type that most models are: a guess.
+    return lost if not lost or cls is None or is_named(config, cls) else None
+
+
+def _missing(cls: Any, config: Any, tensors: dict[str, torch.Tensor]) -> list[str]:
+    try:
+        return probe(cls, config, tensors, use_safetensors=True, local_files_only=True)
+    except LLMInt8Error:
+        raise
+    except Exception as error:  # transformers and the model's code raise whatever they like
+        raise LLMInt8Error(f"{cls.__name__} cannot be loaded: {first_line(error)}") from error
 
 
 @contextmanager
