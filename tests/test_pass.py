@@ -261,6 +261,19 @@ def test_what_is_computed_at_random_is_the_same_in_every_run(own_model: Any, tmp
     assert torch.random.get_rng_state().equal(state)
 
 
+def test_what_is_drawn_at_random_on_the_way_is_the_same_in_every_run(own_model: Any, tmp_path: Path) -> None:
+    """As Reformer draws its hashes."""
+    code = CODE.replace("flatten(0, 1)", "flatten(0, 1) * torch.rand(64).to(input_ids.device)", 1)
+    source = own_model(code.replace("self.embed =", "torch.rand(1, device='cpu')\n        self.embed ="))
+    for out in ("a", "b"):
+        torch.manual_seed(ord(out))
+        state = torch.random.get_rng_state()
+        convert(source, tmp_path / out)
+        assert torch.random.get_rng_state().equal(state)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+
+
 NOBODYS = COMPUTED.replace("torch.full((config.width,), 3.0)", "0").replace(
     "self.lm_head =",
     """self.register_buffer("nobodys", (torch.empty(config.width)).detach(), persistent=False)

@@ -22,7 +22,7 @@ from llmint8.formats import LLMInt8Error
 from llmint8.formats.writing.journal import Journal, Record
 from llmint8.kernels.reference import Activation
 
-from ..machine import return_freed_memory
+from ..machine import return_freed_memory, same_random_numbers
 from ..model.buffers import nobodys_notice
 from ..model.build import meta_model
 from ..model.errors import first_line
@@ -144,7 +144,10 @@ class Calibrator:
         fused = fused_parameters(model, self._plan.source.tensors)
         weights = {name: layers[name].weight.name for name in order}
         ended: dict[str, str] = {}  # what the model was shown -> why that came to no end
-        with streamed(model, tensor_of, fused, weights, known, ours()(read), on_linear, self._device) as call:
+        with (
+            same_random_numbers(self._device),
+            streamed(model, tensor_of, fused, weights, known, ours()(read), on_linear, self._device) as call,
+        ):
             for run in runs(model, self._tokens.to(self._device)):
                 before = len(reached)
                 if before == len(layers) or run.what in finished:

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from llmint8.formats import Source, SourceError
 
+from ..machine import same_random_numbers
 from ..words import count
 from .build import base_classes, built, model_class, other_classes
 from .errors import first_line
@@ -125,7 +126,7 @@ def _missing(cls: Any, config: Any, shapes: Shapes) -> list[str]:
     # What it misses needs no values here; some models take long to compute them.
     probe: Any = type(cls.__name__, (cls,), {"__module__": cls.__module__, "_initialize_missing_keys": lambda *_: None})
     try:
-        with _silent(), bounded_modules(len(shapes)):
+        with _silent(), same_random_numbers(), bounded_modules(len(shapes)):
             model, info = probe.from_pretrained(
                 None,
                 **arguments,
