@@ -43,6 +43,11 @@ class Run(NamedTuple):
     method: str
     arguments: dict[str, Tensor]
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens of text it shows; encoder and decoder get the same ones."""
+        return max((ids.numel() for name, ids in self.arguments.items() if name.endswith("input_ids")), default=0)
+
 
 def takes_text(config: Any) -> bool:
     """Tell whether the model of a config takes token ids."""
