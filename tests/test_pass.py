@@ -440,6 +440,15 @@ def test_a_text_that_is_not_used_is_said(tmp_path: Path, make: Any, outliers: st
         assert (calibration["text"], calibration["tokens"]) == ("made-up pixel_values", 0)
 
 
+def test_the_plan_reckons_with_the_rows_of_sounds(tmp_path: Path) -> None:
+    whisper(tmp_path / "source")
+    plan = converter.make_plan(converter.Resolved(tmp_path / "source"), tmp_path / "out")
+    less = plan.peak_memory
+    plan.config.max_source_positions = 1500  # type: ignore[union-attr]
+    more = plan.peak_memory
+    assert more - less >= (2 * 1500 - 512) * 4 * 8 * 48  # float32, copies, the widest layer
+
+
 @pytest.mark.parametrize("forward", ["return CausalLMOutput()", "raise TypeError('pixels, please')"])
 def test_a_pass_that_reaches_no_layer_leaves_the_search_to_the_loader(
     own_model: Any, tmp_path: Path, forward: str

@@ -67,6 +67,17 @@ def longest_text(config: Any, model: Any | None) -> int | None:
     return min(found, default=None)
 
 
+def made_up_rows(config: Any) -> int:
+    """Return about how many rows of activations made-up images and sounds give a layer; 0 where none are made up."""
+    cls = model_class(config)
+    if cls is None or _names(cls.forward).isdisjoint(_SENSES):
+        return 0
+    vision = _part(config, "vision_config", "image_size", "image_config", "encoder", "backbone_config")
+    edge, patch = _number(vision, 0, "image_size"), _number(vision, 16, "patch_size", "spatial_patch_size")
+    audio = _part(config, "audio_config", "num_mel_bins", "encoder")
+    return 2 * max((edge // patch) ** 2 + 1, _number(audio, _FRAMES, "max_source_positions"))
+
+
 def special_ids(config: Any) -> set[int]:
     """Return the token ids that a config gives a meaning: padding, places of images, beginnings and ends."""
     values: set[int] = set()
