@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterable
 
 _UNITS = ((1, "bytes", 0), (10**3, "kB", 1), (10**6, "MB", 1), (10**9, "GB", 2), (10**12, "TB", 2))
-
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B", re.IGNORECASE)
 
 
