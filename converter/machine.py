@@ -2,8 +2,12 @@
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+
+_CPU = torch.device("cpu")
 
 
 def return_freed_memory() -> None:
@@ -23,3 +27,14 @@ def usable_device(device: str | torch.device) -> torch.device:
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"device {str(device)!r} cannot be used here: {reason}") from None
+
+
+@contextmanager
+def same_random_numbers(device: torch.device = _CPU) -> Iterator[None]:
+    """Let torch draw the same random numbers every time, on the CPU and on a device, and leave the caller its own."""
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        # Not torch.manual_seed: it would seed further GPUs, whose state nobody gives back.
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[gpu.index] for gpu in cuda)):
+            generator.manual_seed(0)
+        yield

@@ -1,8 +1,10 @@
 """Sizes, numbers, precisions and errors as they are printed: `7.2 kB`, `1 layer`, `2 layers`, `16 bit`."""
 
+import re
 from collections.abc import Iterable
 
 _UNITS = ((1, "bytes", 0), (10**3, "kB", 1), (10**6, "MB", 1), (10**9, "GB", 2), (10**12, "TB", 2))
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B", re.IGNORECASE)
 
 
 def size(nbytes: float) -> str:
@@ -37,3 +39,14 @@ def first_line(error: Exception) -> str:
     """Return an error's type and what it says, in one line of bounded length."""
     text = str(error).strip()
     return f"{type(error).__name__}: {' '.join(text.split())[:200]}" if text else type(error).__name__
+
+
+def parse_size(size: str | int) -> int:
+    """Return the bytes that a size such as `500MB` means; a number is that of bytes. Raises ValueError."""
+    if isinstance(size, int):
+        return size
+    match = _SIZE.fullmatch(size.strip())
+    if not match or float(match[1]) <= 0:
+        raise ValueError(f"size {size!r}, expected a number and a unit such as 5GB or 500MB")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))

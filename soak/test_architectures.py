@@ -21,6 +21,8 @@ _spec.loader.exec_module(architectures)
 UNREACHED = {"xmod": 4, "luke": 6, "esm": 1, "flava": 15}
 # None of whose layers are plain linear ones.
 WITHOUT_LAYERS = {"falcon", "ibert"}
+# Where tokens choose experts, or few numbers come out, the error of one model is a matter of luck by a half.
+BY_LUCK = {"nemotron-h", "flex-olmo"} | {n for n, row in architectures.TABLE.items() if "Classification" in row[0]}
 
 
 def error(model: Any, expected: torch.Tensor) -> float:
@@ -43,8 +45,7 @@ def test_an_architecture_is_calibrated_whole_and_no_worse_than_with_bitsandbytes
         f"model's code, error {ours:.4f}" + ("" if theirs is None else f", bitsandbytes {theirs:.4f}")
     )
     assert ours < 0.15
-    # Where tokens choose experts, or few numbers come out, the error of one model is a matter of luck by a half.
-    assert theirs is None or ours <= 1.6 * theirs
+    assert theirs is None or ours <= (1.6 if name in BY_LUCK else 1.1) * theirs
 
 
 def _bitsandbytes(cls: Any, path: Path, expected: torch.Tensor) -> float | None:

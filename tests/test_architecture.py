@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +21,8 @@ from llmint8 import converter, formats, runtime
 from llmint8.converter.commands.convert import convert_command
 from llmint8.converter.conversion.comparison import compare_with_source
 from llmint8.converter.hub.card import Subject, new_card
+from llmint8.converter.planning.leftovers import leftovers
+from llmint8.formats.containers.tensors import TensorInfo
 from llmint8.runtime.commands.main import main
 from llmint8.runtime.model.pretrained import missing_parameters
 
@@ -555,6 +557,23 @@ def test_what_may_be_a_head_of_an_unknown_model_stays_as_it_is(tmp_path: Path) -
     assert any(notice.startswith(said) for notice in report.notices)
     report = converter.convert(path, tmp_path / "only", only=["output", "layers"])
     assert formats.open_checkpoint(tmp_path / "only").records.keys() == {"model.layers.0.wqkv", "output"}
+
+
+def test_thousands_of_experts_are_not_compared_with_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = transformers.MixtralConfig(
+        vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    with torch.device("meta"):
+        model = transformers.MixtralForCausalLM(config)
+    names = [f"model.layers.0.block_sparse_moe.experts.{n}.w{k}.weight" for n in range(1000) for k in (1, 2, 3)]
+    tensors = {n: TensorInfo(n, "BF16", (64, 64), "model.safetensors", 8192 * i) for i, n in enumerate(names)}
+    compared = []
+    equal = TensorInfo.__eq__
+    monkeypatch.setattr(TensorInfo, "__eq__", lambda one, other: compared.append(one) or equal(one, other))
+    foreign, notices = leftovers(SimpleNamespace(tensors=tensors), model, {})  # type: ignore[arg-type]
+    assert foreign == []
+    assert [notice.partition(" (")[0] for notice in notices] == ["3000 matrices of experts"]
+    assert len(compared) <= len(names)
 
 
 def test_other_leftovers_are_not_called_experts(tmp_path: Path) -> None:

@@ -167,8 +167,27 @@ def test_a_tensor_that_is_needed_again_is_fetched_again(hub: Any, source: Path, 
     for name in expected.tensors:
         plan.source.release(name)
     assert not (tmp_path / "out" / "source.partial").exists()
-    plan.source.read(next(iter(expected.tensors)))
+
+
+def test_a_second_run_of_the_pass_fetches_no_shard_tensor_by_tensor(
+    hub: Any, source: Path, tmp_path: Path, most_on_disk: list[int]
+) -> None:
+    """By then nearly all tensors have been released."""
+    hub.add(REPO, files_of(source))
+    plan = converter.make_plan(converter.resolve(REPO, low_disk=True), tmp_path / "out")
+    names = sorted(plan.source.tensors, key=lambda name: plan.source.tensors[name].file)
+    for name in names:
+        plan.source.read(name)
+        if name != names[-1]:
+            plan.source.release(name)
+    for name in names:
+        plan.source.read(name)
+    assert sorted(downloads(hub)) == sorted(2 * shards(source))
+    plan.source.release(names[-1])
     assert not (tmp_path / "out" / "source.partial").exists()
+    # What went with the folder is not taken for present.
+    plan.source.read(next(name for name in names if plan.source.tensors[name].file == shards(source)[2]))
+    assert len(downloads(hub)) == 9
 
 
 def test_threads_share_the_shards(hub: Any, source: Path, tmp_path: Path, most_on_disk: list[int]) -> None:

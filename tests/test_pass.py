@@ -261,6 +261,19 @@ def test_what_is_computed_at_random_is_the_same_in_every_run(own_model: Any, tmp
     assert torch.random.get_rng_state().equal(state)
 
 
+def test_what_is_drawn_at_random_on_the_way_is_the_same_in_every_run(own_model: Any, tmp_path: Path) -> None:
+    """As Reformer draws its hashes."""
+    code = CODE.replace("flatten(0, 1)", "flatten(0, 1) * torch.rand(64).to(input_ids.device)", 1)
+    source = own_model(code.replace("self.embed =", "torch.rand(1, device='cpu')\n        self.embed ="))
+    for out in ("a", "b"):
+        torch.manual_seed(ord(out))
+        state = torch.random.get_rng_state()
+        convert(source, tmp_path / out)
+        assert torch.random.get_rng_state().equal(state)
+    for file in (tmp_path / "a").iterdir():
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
+
+
 NOBODYS = COMPUTED.replace("torch.full((config.width,), 3.0)", "0").replace(
     "self.lm_head =",
     """self.register_buffer("nobodys", (torch.empty(config.width)).detach(), persistent=False)
@@ -384,10 +397,56 @@ def test_a_model_of_sounds_is_calibrated_on_made_up_ones_and_says_so(tmp_path: P
     assert calibration["inputs"] == ["made-up input_features"]
     assert calibration["layers"] == len(checkpoint.records)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| Calibration | 512 tokens: `random ids`, and made-up input_features |" in card
+    # Its decoder takes 64 tokens in a row, and as many rows as there are sounds.
+    assert (
+        calibration["tokens"] == formats.read_manifest(tmp_path / "out").modules["model.decoder.layers.0.fc1"]["tokens"]
+    )
+    assert calibration["tokens"] == 2 * 64
+    assert "| Calibration | 128 tokens: `random ids`, and made-up input_features |" in card
     report = converter.convert(tmp_path / "source", tmp_path / "none", outliers="none")
     assert report.notices == report.uncalibrated == []
     assert formats.open_checkpoint(tmp_path / "none").quantization.calibration is None
+
+
+def vit(path: Path) -> None:
+    config = transformers.ViTConfig(**_VISION, image_size=16, patch_size=8)
+    transformers.ViTForImageClassification(config).half().save_pretrained(path)
+
+
+def unknown(path: Path) -> None:
+    llama().half().save_pretrained(path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"model_type": "nobody-knows", "architectures": ["Nobodys"]}))
+
+
+def known(path: Path) -> None:
+    llama().half().save_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "outliers"), [(vit, "top-k=16"), (unknown, "top-k=16"), (known, "none"), (known, "top-k=16")]
+)
+def test_a_text_that_is_not_used_is_said(tmp_path: Path, make: Any, outliers: str) -> None:
+    """The last one has no tokenizer."""
+    make(tmp_path / "source")
+    (tmp_path / "own.txt").write_text("a text")
+    report = converter.convert(
+        tmp_path / "source", tmp_path / "out", calibration=tmp_path / "own.txt", outliers=outliers
+    )
+    assert [notice.rpartition("own.txt ")[2] for notice in report.notices if "own.txt" in notice] == ["was not used"]
+    if make is vit:
+        calibration = formats.open_checkpoint(tmp_path / "out").quantization.calibration
+        assert calibration is not None
+        assert (calibration["text"], calibration["tokens"]) == ("made-up pixel_values", 0)
+
+
+def test_the_plan_reckons_with_the_rows_of_sounds(tmp_path: Path) -> None:
+    whisper(tmp_path / "source")
+    plan = converter.make_plan(converter.Resolved(tmp_path / "source"), tmp_path / "out")
+    rows = 2 * 150_000  # below, blocks of weights take more than a tiny model's activations
+    assert plan.peak_memory < rows * 4 * 8 * 48
+    plan.config.max_source_positions = rows // 2  # type: ignore[union-attr]
+    assert plan.peak_memory >= rows * 4 * 8 * 48  # float32, copies, the widest layer
 
 
 @pytest.mark.parametrize("forward", ["return CausalLMOutput()", "raise TypeError('pixels, please')"])

@@ -22,7 +22,7 @@ from llmint8.formats import LLMInt8Error
 from llmint8.formats.writing.journal import Journal, Record
 from llmint8.kernels.reference import Activation
 
-from ..machine import return_freed_memory
+from ..machine import return_freed_memory, same_random_numbers
 from ..model.buffers import nobodys_notice
 from ..model.build import meta_model
 from ..model.inputs import runs
@@ -81,10 +81,10 @@ class Calibrator:
         self._statistics = InputStatistics(plan.criterion, ACTIVATION, self._remember_curve)
         self._notices: list[str] = []
         self._overflow = 0.0, ""
-        self.shown: list[str] = []
+        self.shown: dict[str, int] = {}
 
     def run(self, read: Callable[[str], Tensor], quantize: Quantize, has: Callable[[SelectedLayer], bool]) -> None:
-        """Run the model on what it takes, until all layers are reached; `shown` then says on what.
+        """Run the model on what it takes, until all layers are reached; `shown` then has on what, and how many tokens.
 
         What the model's code raises ends a run early, and is noted where layers were left out, not raised.
 
@@ -144,7 +144,10 @@ class Calibrator:
         fused = fused_parameters(model, self._plan.source.tensors)
         weights = {name: layers[name].weight.name for name in order}
         ended: dict[str, str] = {}  # what the model was shown -> why that came to no end
-        with streamed(model, tensor_of, fused, weights, known, ours()(read), on_linear, self._device) as call:
+        with (
+            same_random_numbers(self._device),
+            streamed(model, tensor_of, fused, weights, known, ours()(read), on_linear, self._device) as call,
+        ):
             for run in runs(model, self._tokens.to(self._device)):
                 before = len(reached)
                 if before == len(layers) or run.what in finished:
@@ -159,8 +162,8 @@ class Calibrator:
                         raise
                     log.debug("calibration pass, %s", run.what, exc_info=True)
                     ended.setdefault(run.what, first_line(error))
-                if len(reached) > before and run.what not in self.shown:
-                    self.shown.append(run.what)
+                if len(reached) > before:
+                    self.shown[run.what] = max(self.shown.get(run.what, 0), run.tokens)
         if len(reached) < len(layers):
             early = [
                 error if what == "text" else f"{what}: {error}" for what, error in ended.items() if what not in finished

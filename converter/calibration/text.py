@@ -84,9 +84,10 @@ def load_calibration(source: Path, config: Any, text: Path | None, count: int) -
     return Calibration(tokens, provenance, notices)
 
 
-def without_text() -> Calibration:
-    """Return what stands for a text where a model takes none: two rows of images or sounds are made up then."""
-    return Calibration(torch.zeros(2, 1, dtype=torch.int64), {"text": None, "text_sha256": None, "tokens": 0})
+def without_text(text: Path | None) -> Calibration:
+    """Return what stands for a text where none is shown: two rows of images or sounds are made up then."""
+    unused = [] if text is None else [f"no text was shown to the model: {text.name} was not used"]
+    return Calibration(torch.zeros(2, 1, dtype=torch.int64), {"text": None, "text_sha256": None, "tokens": 0}, unused)
 
 
 def _random_ids(config: Any, vocabulary: int, count: int) -> list[int]:

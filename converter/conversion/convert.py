@@ -109,8 +109,8 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
         progress("outlier columns", 0)
         transfer.write_outliers(outliers)
         progress("everything to the disk", 0)
-        shown = calibrator.shown if calibrator else []
-        calibration, said = _provenance(batch, shown, len(outliers.counts)) if batch else (None, [])
+        shown = calibrator.shown if calibrator else {}
+        calibration, said = _provenance(plan, batch, shown, len(outliers.counts))
         manifest = _commit(plan, writer, outliers, calibration)
     notices = [*plan.selection.notices, *outliers.notices, *said]
     columns = sum(layer.in_features for layer in plan.selection.layers.values())
@@ -130,24 +130,34 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
 
 def _batch(plan: ConversionPlan) -> Calibration | None:
     """Return what the pass shows to the model; None where there is no model to be shown anything."""
-    text = None if plan.options.calibration is None else Path(plan.options.calibration)
     if plan.config is None:
         return None
+    text = _text(plan)
     if not takes_text(plan.config):
-        return without_text()
+        return without_text(text)
     return load_calibration(plan.source.path, plan.config, text, plan.options.calibration_tokens)
 
 
-def _provenance(batch: Calibration, shown: list[str], layers: int) -> tuple[dict[str, Any] | None, list[str]]:
+def _text(plan: ConversionPlan) -> Path | None:
+    return None if plan.options.calibration is None else Path(plan.options.calibration)
+
+
+def _provenance(
+    plan: ConversionPlan, batch: Calibration | None, shown: dict[str, int], layers: int
+) -> tuple[dict[str, Any] | None, list[str]]:
     """Return what is recorded of the calibration, None where no layer has been measured, and what to tell the user."""
+    if batch is None:
+        return None, without_text(_text(plan)).notices
     if not layers:
         return None, ["nothing could be measured: without calibration no outlier columns are stored"]
-    recorded, made_up = batch.provenance, " and ".join(what for what in shown if what != "text")
+    tokens = max(shown.values())
+    batch = batch if tokens else without_text(_text(plan))
+    recorded, made_up = {**batch.provenance, "tokens": tokens}, " and ".join(what for what in shown if what != "text")
     if not made_up:
         return {**recorded, "layers": layers}, batch.notices
     what = "what text does not reach was calibrated" if "text" in shown else "calibrated"
     notices = [*batch.notices, f"{what} with {made_up}, which is worse than what the model is made for"]
-    return {**recorded, "text": recorded["text"] or made_up, "inputs": shown, "layers": layers}, notices
+    return {**recorded, "text": recorded["text"] or made_up, "inputs": list(shown), "layers": layers}, notices
 
 
 def already_done(plan: ConversionPlan, progress: Progress = _no_progress) -> ConversionReport | None:

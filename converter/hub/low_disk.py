@@ -3,7 +3,8 @@
 Names and shapes come from the headers of the shards, which small range requests fetch. A shard is downloaded when the
 first of its tensors is read, into a folder in OUT, and deleted when all of its tensors have been released. A layer may
 straddle two shards; before a third is downloaded, the one that has not been read for longest goes, and is fetched again
-should it be needed after all. Reads and downloads take turns, whatever threads they come from.
+should it be needed after all. So is one that was deleted, when the pass shows a model something else: it stays until a
+third is needed. Reads and downloads take turns, whatever threads they come from.
 
 A download that is cut goes on where it stopped; one that was killed starts again with that shard, for huggingface_hub
 keeps no half of a file. Whole shards that an earlier process has left are used.
@@ -89,9 +90,7 @@ class _Shelf:
     def read(self, info: TensorInfo) -> Tensor:
         with self._lock:
             self._put_up(info.file)
-            tensor = read_tensor(self._folder / info.file, info)
-            self._tidy(info.file)  # some are read again after they were released
-            return tensor
+            return read_tensor(self._folder / info.file, info)
 
     def release(self, name: str) -> None:
         """Take note that a tensor has been converted."""
@@ -132,6 +131,7 @@ class _Shelf:
             self._take_down(name)
         if not any(self._waiting.values()):
             shutil.rmtree(self._folder, ignore_errors=True)
+            self._present = []
 
     def _take_down(self, name: str) -> None:
         (self._folder / name).unlink(missing_ok=True)

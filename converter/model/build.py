@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmint8.formats import SourceError
 
+from ..machine import same_random_numbers
 from ..words import first_line
 from .limits import check_buffers
 
@@ -95,9 +96,10 @@ def built(cls: Any, config: Any) -> Any:
 
 @contextmanager
 def building(config: Any) -> Iterator[None]:
-    """Turn whatever the code of a model raises while it is built into a SourceError."""
+    """Turn whatever the code of a model raises while it is built into a SourceError; what it draws, nobody misses."""
     try:
-        yield
+        with same_random_numbers():
+            yield
     except SourceError:
         raise
     except Exception as error:  # the model's code may raise anything

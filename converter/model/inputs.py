@@ -43,6 +43,11 @@ class Run(NamedTuple):
     method: str
     arguments: dict[str, Tensor]
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens of text it shows; encoder and decoder get the same ones."""
+        return max((ids.numel() for name, ids in self.arguments.items() if name.endswith("input_ids")), default=0)
+
 
 def takes_text(config: Any) -> bool:
     """Tell whether the model of a config takes token ids."""
@@ -60,6 +65,17 @@ def longest_text(config: Any, model: Any | None) -> int | None:
         if isinstance(module, nn.Embedding) and module.padding_idx is not None and "pos" in name.rpartition(".")[2]:
             found.append(module.num_embeddings - module.padding_idx - 1)
     return min(found, default=None)
+
+
+def made_up_rows(config: Any) -> int:
+    """Return about how many rows of activations made-up images and sounds give a layer; 0 where none are made up."""
+    cls = model_class(config)
+    if cls is None or _names(cls.forward).isdisjoint(_SENSES):
+        return 0
+    vision = _part(config, "vision_config", "image_size", "image_config", "encoder", "backbone_config")
+    edge, patch = _number(vision, 0, "image_size"), _number(vision, 16, "patch_size", "spatial_patch_size")
+    audio = _part(config, "audio_config", "num_mel_bins", "encoder")
+    return 2 * max((edge // patch) ** 2 + 1, _number(audio, _FRAMES, "max_source_positions"))
 
 
 def special_ids(config: Any) -> set[int]:

@@ -17,6 +17,7 @@ import transformers
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
+from ..machine import same_random_numbers
 from .buffers import computed_parameters
 from .limits import bounded_modules
 from .names import fused_parameters, module_names, parameter_tensors
@@ -43,7 +44,7 @@ def missing_parameters(cls: Any, config: Any, tensors: Mapping[str, Tensor], **o
     """
     # What it misses needs no values here; some models take long to compute them.
     probe: Any = type(cls.__name__, (cls,), {"__module__": cls.__module__, "_initialize_missing_keys": lambda *_: None})
-    with _silent(), bounded_modules(len(tensors)):
+    with _silent(), same_random_numbers(), bounded_modules(len(tensors)):
         model, info = probe.from_pretrained(
             None,
             config=config,

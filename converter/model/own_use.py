@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
+from ..machine import same_random_numbers
 from .inputs import runs
 from .mentions import weights_mentioned
 
@@ -48,7 +49,7 @@ def weights_used_directly(model: Any, layers: Iterable[str], or_its_dtype: bool 
         if run.what in finished:
             continue
         try:
-            with torch.inference_mode(), watch:
+            with same_random_numbers(), torch.inference_mode(), watch:
                 (model if run.method == "forward" else getattr(model, run.method))(**run.arguments)
             finished.add(run.what)
         except Exception as error:  # whatever the model's code raises without data

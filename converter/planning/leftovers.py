@@ -31,14 +31,14 @@ def leftovers(source: Source, model: Any, mapped: dict[str, str]) -> tuple[list[
     matrices = [info for info in unmapped if _is_layer(info)]
     made = converted_names(model, [info.name for info in matrices])
     fused = [info for info in matrices if info.name in made] + _bare_matrices(source, model, mapped)
-    experts = [info for info in fused if len(info.shape) > 2 or "expert" in info.name]
     # The experts of Mixtral and others are matrices in the file, and stacks in the model.
-    experts += [info for info in fused if info not in experts and made.get(info.name, 0) > 2]
+    experts = [info for info in fused if len(info.shape) > 2 or "expert" in info.name or made.get(info.name, 0) > 2]
+    of_experts = {info.name for info in experts}  # there may be tens of thousands
     name = type(model).__name__
     foreign = [info for info in matrices if info.name not in made]
     notices = [
         *_stay(experts, " of experts", "the model has them in stacks, and no linear layers for them"),
-        *_stay([info for info in fused if info not in experts], "", f"{name} has no linear layer of that name"),
+        *_stay([info for info in fused if info.name not in of_experts], "", f"{name} has no linear layer of that name"),
         *_stay(foreign, "", f"{name} has no place for that"),
     ]
     return [info.name for info in foreign], notices

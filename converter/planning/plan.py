@@ -1,7 +1,6 @@
 """What a conversion will do, before it does it: layers, sizes, memory and disk space."""
 
 import dataclasses
-import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,14 +30,14 @@ from ..model.architecture import settle_class
 from ..model.build import meta_model
 from ..model.config import load_config
 from ..model.head import Head, own_head
+from ..model.inputs import made_up_rows
 from ..model.limits import bounded_modules
 from ..outliers.criterion import Criterion, budget_notices, max_candidates, parse_criterion
-from ..words import precision
+from ..words import parse_size, precision
 from .options import Options
 from .selection import SelectedLayer, Selection, select_layers
 
 _CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B", re.IGNORECASE)
 # What a conversion holds beside its largest tensor: the interpreter's own growth, headers, blocks being quantized.
 _BASE_MEMORY = 64 << 20
 _ACTIVATION_COPIES = 8
@@ -99,12 +98,17 @@ class ConversionPlan:
         if self.criterion.kind != "none":
             for layer in self.selection.layers.values():
                 aside += layer.weight.nbytes * max_candidates(layer.in_features) // layer.in_features
-                aside += kept_output_bytes(layer, self.options.calibration_tokens)
+                aside += max(kept_output_bytes(layer, rows) for rows in self._rows)
         # With --low-disk, the shards that are there at a time.
         shards = sorted(file.size for file in self.source.files)[-MOST_SHARDS:] if self.origin.low_disk else []
         fetched = self.bytes_to_fetch if self.origin.path.stat().st_dev == _existing(self.out).stat().st_dev else 0
         written = self.bytes_after + small + aside + 1024 * sum(len(group) for group in self.groups)
         return written + sum(shards) + fetched
+
+    @property
+    def _rows(self) -> tuple[int, int]:
+        """Rows of activations that the calibrated pass gives a layer: of text, and of images or sounds."""
+        return self.options.calibration_tokens, 0 if self.config is None else made_up_rows(self.config)
 
     @property
     def bytes_to_fetch(self) -> int:
@@ -128,7 +132,7 @@ class ConversionPlan:
     @property
     def peak_memory(self) -> int:
         """An estimate in bytes, the Python process and its libraries not counted."""
-        layer_of, tokens = self.selection.layer_of, self.options.calibration_tokens
+        layer_of, rows = self.selection.layer_of, max(self._rows)
         whole = 0  # the largest tensor that is not handled in blocks of its rows
         for info in self.source.tensors.values():
             layer = layer_of.get(info.name)
@@ -142,7 +146,7 @@ class ConversionPlan:
             if self.head:
                 activations += _LOGIT_COPIES * max(layer.out_features for layer in layers)
             largest = max(info.nbytes for info in self.source.tensors.values())
-            peak = max(peak, int(2.5 * largest) + tokens * 4 * activations)
+            peak = max(peak, int(2.5 * largest) + rows * 4 * activations)
         return peak + _BASE_MEMORY
 
 
@@ -177,7 +181,7 @@ def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> Conv
     criterion = parse_criterion(options.outliers)
     if options.dtype is not None and options.dtype not in _CAST_DTYPES:
         raise ValueError(f"dtype {options.dtype!r}, expected one of {', '.join(_CAST_DTYPES)}")
-    max_shard_bytes = _parse_size(options.max_shard_size)
+    max_shard_bytes = parse_size(options.max_shard_size)
     _check_out(origin.path, out)
     if not origin.name.isprintable():  # it is written into config.json
         raise SourceError(f"{origin.path}: has a name that cannot be printed; rename the directory")
@@ -238,13 +242,3 @@ def _check_out(source: Path, out: Path) -> None:
     # Whether it is a conversion of this source is known later; nothing is written to a finished one in any case.
     if not is_finished(out):
         require_writable(out)
-
-
-def _parse_size(size: str | int) -> int:
-    if isinstance(size, int):
-        return size
-    match = _SIZE.fullmatch(size.strip())
-    if not match or float(match[1]) <= 0:
-        raise ValueError(f"size {size!r}, expected a number and a unit such as 5GB or 500MB")
-    base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))

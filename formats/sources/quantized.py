@@ -32,7 +32,7 @@ def stored_quantization(path: Path, config: Mapping[str, Any]) -> Any:
 def already_quantized(where: object, quantization: Any) -> SourceError:
     """Return the error for a source that is quantized."""
     return SourceError(
-        f"{where}: this model is already quantized ({_method(quantization)}); convert the original 16-bit checkpoint "
+        f"{where}: this model is already quantized{_method(quantization)}; convert the original 16-bit checkpoint "
         "instead"
     )
 
@@ -44,7 +44,7 @@ def check_quantization(path: Path, quantization: Any, tensors: Mapping[str, Tens
     if any(_is_part(info) for info in tensors.values()):
         raise already_quantized(path / CONFIG_NAME, quantization)
     return [
-        f"quantization_config ({_method(quantization)}) in {CONFIG_NAME} is left out: no tensor is quantized, as after "
+        f"quantization_config{_method(quantization)} in {CONFIG_NAME} is left out: no tensor is quantized, as after "
         "a merge"
     ]
 
@@ -55,5 +55,6 @@ def _is_part(info: TensorInfo) -> bool:
 
 
 def _method(quantization: Any) -> str:
+    """Return the method in parentheses, after a space; nothing where none is named."""
     method = quantization.get("quant_method") if isinstance(quantization, dict) else None
-    return str(method or "quantization_config is set")[:80]
+    return f" ({str(method)[:80]})" if method else ""
