@@ -1,6 +1,6 @@
 // The quantized linear layer on the CPU: rows of x quantized, multiplied with the weight, scaled and written, in one
 // call and one parallel region. What the weight is, is said in kernels/operands.py; what is computed, in
-// kernels/reference.py. Neither headers of Python nor of PyTorch are needed: Python finds the two functions at the end.
+// kernels/reference.py. Neither headers of Python nor of PyTorch are needed: Python finds the functions at the end.
 //
 // Few rows: every row of the weight is read once, as it lies, by as many threads as there are. Many rows: the same,
 // for panels of the weight that stay in the cache while all rows of x go by. Kernels differ in how they add up
@@ -37,7 +37,7 @@ static int omp_get_thread_num(void) { return 0; }
 #define END() PRAGMA(GCC pop_options)
 #endif
 
-// In the order of preference; 0 is none of them.
+// 0 is none of them. The numbers are known to native.py.
 enum { NONE, AVX2, AVXVNNI, AVX512VNNI, AMX, DOTPROD, KINDS };
 
 #if defined(__x86_64__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
@@ -49,25 +49,14 @@ enum { NONE, AVX2, AVXVNNI, AVX512VNNI, AMX, DOTPROD, KINDS };
 BEGIN("avx2,fma,f16c")
 #define FN(name) CAT(name, avx2)
 #define BYTES 32
-#define HALVES_AVX2(v) _mm256_cvtepi8_epi16(_mm256_castsi256_si128((__m256i)(v)))
-#define HALVES2_AVX2(v) _mm256_cvtepi8_epi16(_mm256_extracti128_si256((__m256i)(v), 1))
-#define DOT(sum, x, w)                                                          \
-    ((sum) + (ints)_mm256_madd_epi16(HALVES_AVX2(x), HALVES_AVX2(w)) +          \
-     (ints)_mm256_madd_epi16(HALVES2_AVX2(x), HALVES2_AVX2(w)))
-#define SUM(v) (v[0] + v[1] + v[2] + v[3] + v[4] + v[5] + v[6] + v[7])
+#define LOW_HALF(v) _mm256_cvtepi8_epi16(_mm256_castsi256_si128((__m256i)(v)))
+#define HIGH_HALF(v) _mm256_cvtepi8_epi16(_mm256_extracti128_si256((__m256i)(v), 1))
+#define DOT(sum, x, w)                                               \
+    ((sum) + (ints)_mm256_madd_epi16(LOW_HALF(x), LOW_HALF(w)) +     \
+     (ints)_mm256_madd_epi16(HIGH_HALF(x), HIGH_HALF(w)))
 #define UNSIGNED 0
 #define M_TILE 4
 #define N_TILE 2
-#define MIN(a, b) ((floats)_mm256_min_ps((__m256)(a), (__m256)(b)))
-#define MAX(a, b) ((floats)_mm256_max_ps((__m256)(a), (__m256)(b)))
-#define ROUND(v) ((ints)_mm256_cvtps_epi32((__m256)(v)))
-#define CLAMP(v, least, most) \
-    ((ints)_mm256_min_epi32(_mm256_max_epi32((__m256i)(v), (__m256i)(least)), (__m256i)(most)))
-#define FMA(a, b, c) ((floats)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
-#define FNMA(a, b, c) ((floats)_mm256_fnmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
-#define ROWS 2
-#define HALF_TO_FLOAT(p) ((floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p))))
-#define FLOAT_TO_HALF(p, v) _mm_storeu_si128((__m128i *)(p), _mm256_cvtps_ph((__m256)(v), 0))
 #include "rows.h"
 END()
 
@@ -75,20 +64,9 @@ BEGIN("avx2,fma,f16c,avxvnni")
 #define FN(name) CAT(name, avxvnni)
 #define BYTES 32
 #define DOT(sum, x, w) ((ints)_mm256_dpbusd_avx_epi32((__m256i)(sum), (__m256i)(x), (__m256i)(w)))
-#define SUM(v) (v[0] + v[1] + v[2] + v[3] + v[4] + v[5] + v[6] + v[7])
 #define UNSIGNED 1
 #define M_TILE 4
 #define N_TILE 2
-#define MIN(a, b) ((floats)_mm256_min_ps((__m256)(a), (__m256)(b)))
-#define MAX(a, b) ((floats)_mm256_max_ps((__m256)(a), (__m256)(b)))
-#define ROUND(v) ((ints)_mm256_cvtps_epi32((__m256)(v)))
-#define CLAMP(v, least, most) \
-    ((ints)_mm256_min_epi32(_mm256_max_epi32((__m256i)(v), (__m256i)(least)), (__m256i)(most)))
-#define FMA(a, b, c) ((floats)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
-#define FNMA(a, b, c) ((floats)_mm256_fnmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
-#define ROWS 2
-#define HALF_TO_FLOAT(p) ((floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p))))
-#define FLOAT_TO_HALF(p, v) _mm_storeu_si128((__m128i *)(p), _mm256_cvtps_ph((__m256)(v), 0))
 #include "rows.h"
 END()
 
@@ -96,21 +74,9 @@ BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")
 #define FN(name) CAT(name, avx512vnni)
 #define BYTES 64
 #define DOT(sum, x, w) ((ints)_mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(x), (__m512i)(w)))
-#define SUM(v) _mm512_reduce_add_epi32((__m512i)(v))
 #define UNSIGNED 1
 #define M_TILE 6
 #define N_TILE 4
-#define MIN(a, b) ((floats)_mm512_min_ps((__m512)(a), (__m512)(b)))
-#define MAX(a, b) ((floats)_mm512_max_ps((__m512)(a), (__m512)(b)))
-#define ROUND(v) ((ints)_mm512_cvtps_epi32((__m512)(v)))
-#define CLAMP(v, least, most) \
-    ((ints)_mm512_min_epi32(_mm512_max_epi32((__m512i)(v), (__m512i)(least)), (__m512i)(most)))
-#define FMA(a, b, c) ((floats)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
-#define FNMA(a, b, c) ((floats)_mm512_fnmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
-#define ROWS 4
-#define HALF_TO_FLOAT(p) ((floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p))))
-#define FLOAT_TO_HALF(p, v) _mm256_storeu_si256((__m256i *)(p), _mm512_cvtps_ph((__m512)(v), 0))
-#include "transpose.h"
 #include "rows.h"
 END()
 
@@ -118,18 +84,7 @@ BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,f16c,amx-til
 #define FN(name) CAT(name, amx)
 #define BYTES 64
 #define UNSIGNED 0
-#define MIN(a, b) ((floats)_mm512_min_ps((__m512)(a), (__m512)(b)))
-#define MAX(a, b) ((floats)_mm512_max_ps((__m512)(a), (__m512)(b)))
-#define ROUND(v) ((ints)_mm512_cvtps_epi32((__m512)(v)))
-#define CLAMP(v, least, most) \
-    ((ints)_mm512_min_epi32(_mm512_max_epi32((__m512i)(v), (__m512i)(least)), (__m512i)(most)))
-#define FMA(a, b, c) ((floats)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
-#define FNMA(a, b, c) ((floats)_mm512_fnmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
-#define ROWS 4
-#define HALF_TO_FLOAT(p) ((floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p))))
-#define FLOAT_TO_HALF(p, v) _mm256_storeu_si256((__m256i *)(p), _mm512_cvtps_ph((__m512)(v), 0))
 #define FLOAT_TO_BFLOAT(p, v) _mm256_storeu_si256((__m256i *)(p), (__m256i)_mm512_cvtneps_pbh((__m512)(v)))
-#include "transpose.h"
 #include "rows.h"
 #include "amx.h"
 END()
@@ -154,7 +109,8 @@ static int supported(void) {
         found |= 1 << AVX512VNNI;
 #ifdef __linux__
         // Linux lends a process the tiles when it asks for them. AVX512-BF16 rounds what leaves them.
-        if (e >> 5 & 1 && d >> 24 & 1 && d >> 25 & 1 && (low >> 17 & 3) == 3 && !syscall(SYS_arch_prctl, 0x1023, 18)) found |= 1 << AMX;
+        const int amx = e >> 5 & 1 && d >> 24 & 1 && d >> 25 & 1 && (low >> 17 & 3) == 3;
+        if (amx && !syscall(SYS_arch_prctl, 0x1023, 18)) found |= 1 << AMX;
 #endif
     }
     return found;
@@ -172,20 +128,9 @@ BEGIN("arch=armv8.2-a+dotprod")
 #define FN(name) CAT(name, dotprod)
 #define BYTES 16
 #define DOT(sum, x, w) ((ints)vdotq_s32((int32x4_t)(sum), (int8x16_t)(x), (int8x16_t)(w)))
-#define SUM(v) vaddvq_s32((int32x4_t)(v))
 #define UNSIGNED 0
 #define M_TILE 4
 #define N_TILE 4
-#define MIN(a, b) ((floats)vminq_f32((float32x4_t)(a), (float32x4_t)(b)))
-#define MAX(a, b) ((floats)vmaxq_f32((float32x4_t)(a), (float32x4_t)(b)))
-#define ROUND(v) ((ints)vcvtnq_s32_f32((float32x4_t)(v)))
-#define CLAMP(v, least, most) \
-    ((ints)vminq_s32(vmaxq_s32((int32x4_t)(v), (int32x4_t)(least)), (int32x4_t)(most)))
-#define FMA(a, b, c) ((floats)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
-#define FNMA(a, b, c) ((floats)vfmsq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
-#define ROWS 4
-#define HALF_TO_FLOAT(p) ((floats)vcvt_f32_f16(vld1_f16((const __fp16 *)(p))))
-#define FLOAT_TO_HALF(p, v) vst1_f16((__fp16 *)(p), vcvt_f16_f32((float32x4_t)(v)))
 #include "rows.h"
 END()
 
@@ -200,6 +145,8 @@ static const Kernels *const KERNELS[KINDS];
 static int supported(void) { return 0; }
 
 #endif
+
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 static int64_t up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
@@ -217,38 +164,35 @@ int llmint8_linear(
     for (int64_t i = 0; i < w->outliers; i++)
         if (w->outlier_dims[i] < 0 || w->outlier_dims[i] >= w->k) return 2;
     const Kernels *kernels = KERNELS[kind];
-    const int64_t filled = up(w->k, kernels->vector), padded = filled + kernels->gap, groups = (m + kernels->group - 1) / kernels->group;
+    const int64_t filled = up(w->k, kernels->vector), padded = filled + kernels->gap, group = kernels->group;
+    const int64_t groups = (m + group - 1) / group;
     const int64_t panels = (w->n + PANEL - 1) / PANEL;
     // Where panels are too few for the threads, rows of x are split, too.
     const int64_t split = panels >= 16 * threads ? 1 : threads;
-    const int64_t most = up((m + split - 1) / split, 2 * kernels->group), part = most < PART ? most : PART;
+    const int64_t part = least(up((m + split - 1) / split, 2 * group), PART);
     const int64_t parts = (m + part - 1) / part;
     // Bytes of each thread: a row in float32 and a group in int8; then the columns, and for AMX sums and a panel.
-    const int64_t quantizing = up(padded * (4 + kernels->group), 64), columns = w->padded * PANEL * 4;
+    const int64_t quantizing = up(padded * (4 + group), 64), columns = w->padded * PANEL * 4;
     const int64_t scratch = (PART + 16) * PANEL * 4 + padded * kernels->copied;
     const int64_t own = quantizing + columns + scratch;
-    const int64_t values = up(groups * kernels->group * padded, 64), floats = up(m * (2 + w->outliers) * 4, 64);
+    const int64_t values = up(groups * group * padded, 64), floats = up(m * (2 + w->outliers) * 4, 64);
     char *memory = NULL;
     if (posix_memalign((void **)&memory, 64, values + floats + threads * own)) return 1;
     float *found = (float *)(memory + values);
     Rows rows = {x, out, type, zeropoint, m, filled, padded, (uint8_t *)memory, found, found + m, found + 2 * m};
-    int64_t next_group = 0, next_item = 0;
+    int64_t next_row = 0, next_item = 0;
     const int together = m * w->k >= 1 << 15 && threads > 1;
     if (!together)
-        for (int64_t g = 0; g < groups; g++) {
-            const int64_t first = g * kernels->group, left = m - first;
-            kernels->quantize(
-                w, &rows, first, left < kernels->group ? left : kernels->group, memory + values + floats);
-        }
+        for (int64_t first = 0; first < m; first += group)
+            kernels->quantize(w, &rows, first, least(group, m - first), memory + values + floats);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         char *mine = memory + values + floats + omp_get_thread_num() * own;
         if (together) {
             for (;;) {
-                const int64_t g = __atomic_fetch_add(&next_group, 1, __ATOMIC_RELAXED);
-                if (g >= groups) break;
-                const int64_t first = g * kernels->group, left = m - first;
-                kernels->quantize(w, &rows, first, left < kernels->group ? left : kernels->group, mine);
+                const int64_t first = __atomic_fetch_add(&next_row, group, __ATOMIC_RELAXED);
+                if (first >= m) break;
+                kernels->quantize(w, &rows, first, least(group, m - first), mine);
             }
 #pragma omp barrier
         }
@@ -256,13 +200,11 @@ int llmint8_linear(
         for (;;) {
             const int64_t item = __atomic_fetch_add(&next_item, 1, __ATOMIC_RELAXED);
             if (item >= panels * parts) break;
-            const int64_t number = item % panels, first = item / panels * part, left = w->n - number * PANEL;
-            const int64_t last = first + part < m ? first + part : m;
-            if (first >= m) break;
-            panel.first = number * PANEL;
-            panel.count = left < PANEL ? left : PANEL;
+            const int64_t first = item / panels * part;
+            panel.first = item % panels * PANEL;
+            panel.count = least(PANEL, w->n - panel.first);
             kernels->panel(w, &panel);
-            kernels->multiply(w, &rows, &panel, first, last, mine + quantizing + columns);
+            kernels->multiply(w, &rows, &panel, first, least(first + part, m), mine + quantizing + columns);
         }
     }
     free(memory);

@@ -3,13 +3,11 @@
 //     FN(name)       the name of a function of this set
 //     BYTES          of a vector
 //     DOT(sum, x, w) adds up products of bytes four by four: int32 sums, no saturation
-//     SUM(v)         the sum of the int32 in a vector
 //     UNSIGNED       whether DOT takes x unsigned
 //     M_TILE, N_TILE rows of x and of the weight whose sums are held in registers
-//     MIN(a, b), MAX(a, b), FMA(a, b, c) = a * b + c, FNMA(a, b, c) = c - a * b of vectors of float
-//     ROUND(v)       a vector of float to int32, half to even; CLAMP(v, least, most) of int32
-//     ROWS           rows of x whose outputs are held in registers
-//     HALF_TO_FLOAT(p), FLOAT_TO_HALF(p, v)  a vector of float16 in memory
+//     FLOAT_TO_BFLOAT(p, v)  a vector of float to bfloat16 in memory, if there is an instruction for it
+//
+// Without DOT it is all but the products.
 //
 // The integers are those of kernels/reference.py to the bit, so floating-point operations are done as they stand here:
 // nothing may be contracted to a fused multiply-add.
@@ -25,6 +23,46 @@ typedef int8_t FN(bytes) __attribute__((vector_size(BYTES / 4)));
 #define words FN(words)
 #define shorts FN(shorts)
 #define bytes FN(bytes)
+
+// Of vectors of this width: FMA is a * b + c and FNMA c - a * b, ROUND goes to int32, half to even, SUM adds up int32, and
+// the last two read and write float16. ROWS is how many rows of x have their outputs in registers.
+#if BYTES == 64
+#define MIN(a, b) ((floats)_mm512_min_ps((__m512)(a), (__m512)(b)))
+#define MAX(a, b) ((floats)_mm512_max_ps((__m512)(a), (__m512)(b)))
+#define FMA(a, b, c) ((floats)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
+#define FNMA(a, b, c) ((floats)_mm512_fnmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
+#define ROUND(v) ((ints)_mm512_cvtps_epi32((__m512)(v)))
+#define CLAMP(v, least, most) \
+    ((ints)_mm512_min_epi32(_mm512_max_epi32((__m512i)(v), (__m512i)(least)), (__m512i)(most)))
+#define SUM(v) _mm512_reduce_add_epi32((__m512i)(v))
+#define HALF_TO_FLOAT(p) ((floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p))))
+#define FLOAT_TO_HALF(p, v) _mm256_storeu_si256((__m256i *)(p), _mm512_cvtps_ph((__m512)(v), 0))
+#define ROWS 4
+#include "transpose.h"
+#elif BYTES == 32
+#define MIN(a, b) ((floats)_mm256_min_ps((__m256)(a), (__m256)(b)))
+#define MAX(a, b) ((floats)_mm256_max_ps((__m256)(a), (__m256)(b)))
+#define FMA(a, b, c) ((floats)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+#define FNMA(a, b, c) ((floats)_mm256_fnmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
+#define ROUND(v) ((ints)_mm256_cvtps_epi32((__m256)(v)))
+#define CLAMP(v, least, most) \
+    ((ints)_mm256_min_epi32(_mm256_max_epi32((__m256i)(v), (__m256i)(least)), (__m256i)(most)))
+#define SUM(v) (v[0] + v[1] + v[2] + v[3] + v[4] + v[5] + v[6] + v[7])
+#define HALF_TO_FLOAT(p) ((floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p))))
+#define FLOAT_TO_HALF(p, v) _mm_storeu_si128((__m128i *)(p), _mm256_cvtps_ph((__m256)(v), 0))
+#define ROWS 2
+#else
+#define MIN(a, b) ((floats)vminq_f32((float32x4_t)(a), (float32x4_t)(b)))
+#define MAX(a, b) ((floats)vmaxq_f32((float32x4_t)(a), (float32x4_t)(b)))
+#define FMA(a, b, c) ((floats)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
+#define FNMA(a, b, c) ((floats)vfmsq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
+#define ROUND(v) ((ints)vcvtnq_s32_f32((float32x4_t)(v)))
+#define CLAMP(v, least, most) ((ints)vminq_s32(vmaxq_s32((int32x4_t)(v), (int32x4_t)(least)), (int32x4_t)(most)))
+#define SUM(v) vaddvq_s32((int32x4_t)(v))
+#define HALF_TO_FLOAT(p) ((floats)vcvt_f32_f16(vld1_f16((const __fp16 *)(p))))
+#define FLOAT_TO_HALF(p, v) vst1_f16((__fp16 *)(p), vcvt_f16_f32((float32x4_t)(v)))
+#define ROWS 4
+#endif
 
 static inline floats FN(load)(const void *p, int type) {
     if (type == FLOAT32) {
