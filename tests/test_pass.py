@@ -557,11 +557,11 @@ def test_a_weight_that_a_branch_takes_is_kept_and_one_that_none_can_take_is_not(
 def test_what_is_cast_in_blocks_is_the_same(
     own_model: Any, tmp_path: Path, monkeypatch: Any, dtype: str | None
 ) -> None:
-    from llmint8.converter.conversion import transfer
+    from llmint8.formats.containers import tensors
 
     source = own_model()
     convert(source, tmp_path / "whole", dtype=dtype)
-    monkeypatch.setattr(transfer, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(tensors, "BLOCK_BYTES", 1000)
     convert(source, tmp_path / "blocks", dtype=dtype)
     checkpoint = formats.open_checkpoint(tmp_path / "blocks")
     embedding = formats.open_source(source).read("embed.weight")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from llmint8.formats import DTYPES, CheckpointWriter, SourceError, TensorInfo, outlier_specs
-from llmint8.formats.containers.tensors import BLOCK_BYTES
 from llmint8.kernels.reference import quantize_weight
 
 from ..calibration.calibrator import Outliers
@@ -49,8 +48,7 @@ class Transfer:
         if name in self._to_copy:
             if not written:
                 # To cast a tensor, an embedding for example, takes several times its size; so its blocks are cast.
-                step = max(1, BLOCK_BYTES // max(1, tensor[:1].nbytes)) if tensor.ndim else 1
-                blocks = torch.split(tensor, step) if tensor.ndim and tensor.numel() else (tensor,)
+                blocks = torch.split(tensor, info.rows_per_block) if tensor.ndim and tensor.numel() else (tensor,)
                 self._writer.write_rows(name, (self._cast(block, info) for block in blocks))
             self._finish(name, self._to_copy)
         return tensor
