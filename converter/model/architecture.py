@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from llmint8.formats import Source, SourceError
 
 from ..words import count, first_line
-from .build import base_classes, built, model_class, other_classes
+from .build import base_classes, built, is_named, model_class, other_classes
 from .limits import bounded_modules
 from .missing import IN_PART, missing_parameters, spared_notice
 from .names import fused_parameters, module_names, without_prefix
@@ -55,7 +55,7 @@ def settle_class(config: Any, source: Source) -> tuple[Any | None, list[str]]:
         return None, []
     shapes = {name: info.shape for name, info in source.tensors.items()}
     named = str(config.architectures[0]) if config.architectures else None
-    known = named in (None, cls.__name__)
+    known = is_named(config, cls)
     missing = _missing(cls, config, shapes)
     if missing:
         bodies = [body for body in base_classes(config) if body is not cls]

@@ -9,6 +9,7 @@ import transformers
 from torch import nn
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
 
 from llmint8.formats import SourceError
 
@@ -104,6 +105,21 @@ def building(config: Any) -> Iterator[None]:
         raise
     except Exception as error:  # the model's code may raise anything
         raise SourceError(f"config.json: {config.architectures} cannot be built from it: {first_line(error)}") from None
+
+
+@contextmanager
+def quiet_transformers(level: int | None = None) -> Iterator[None]:
+    """Keep transformers from drawing progress bars and, with a level of `logging`, from saying what is below that."""
+    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    if level is not None:
+        transformers_logging.set_verbosity(level)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bar:
+            transformers_logging.enable_progress_bar()
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -7,18 +7,17 @@ last two with random numbers.
 """
 
 import inspect
+import logging
 import re
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from ..machine import same_random_numbers
 from .buffers import computed_parameters
+from .build import quiet_transformers
 from .limits import bounded_modules
 from .names import fused_parameters, module_names, parameter_tensors
 
@@ -44,7 +43,7 @@ def missing_parameters(cls: Any, config: Any, tensors: Mapping[str, Tensor], **o
     """
     # What it misses needs no values here; some models take long to compute them.
     probe: Any = type(cls.__name__, (cls,), {"__module__": cls.__module__, "_initialize_missing_keys": lambda *_: None})
-    with _silent(), same_random_numbers(), bounded_modules(len(tensors)):
+    with quiet_transformers(logging.CRITICAL), same_random_numbers(), bounded_modules(len(tensors)):
         model, info = probe.from_pretrained(
             None,
             config=config,
@@ -93,8 +92,11 @@ def without_pooler(model: Any, missing: Collection[str]) -> bool:
 
 def spared_notice(model: Any, tensor_names: Collection[str]) -> list[str]:
     """Say what no tensor fills and the model can do without, but for what it computes itself."""
+    spare = [name for name in model.state_dict() if _in_pooler(name) or _MASKED.search(name)]
+    if not spare:  # names are not looked up for nothing: that takes long for tens of thousands of experts
+        return []
     filled = parameter_tensors(model, tensor_names).keys() | fused_parameters(model, tensor_names).keys()
-    names = _unneeded(model, [name for name in model.state_dict() if name not in filled])
+    names = _unneeded(model, [name for name in spare if name not in filled])
     said = ", ".join(dict.fromkeys(_POOLER if _in_pooler(name) else name for name in names))
     how = "runtime.load makes nothing up, and stock transformers fills it with random numbers"
     return [f"{said}: in no file, and {type(model).__name__} can do without; {how}"] if said else []
@@ -131,17 +133,3 @@ def _can_go(cls: type) -> bool:
         for one in cls.__mro__
         if "__init__" in vars(one) and one is not object
     )
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """Keep transformers from saying what is asked of it here anyway."""
-    verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(transformers.logging.CRITICAL)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bar:
-            transformers_logging.enable_progress_bar()

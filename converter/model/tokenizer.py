@@ -3,17 +3,15 @@
 import importlib.util
 import json
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
 from llmint8.formats.disk.small_files import small_files
 
 from ..words import first_line
+from .build import quiet_transformers
 
 log = logging.getLogger("llmint8")
 
@@ -37,7 +35,7 @@ def load_tokenizer(source: Path, trust_remote_code: bool = False, place: str = "
     """
     files = small_files(source)
     try:
-        with _quiet():
+        with quiet_transformers(logging.ERROR):  # it warns of what it tries; what came of it is told
             tokenizer = AutoTokenizer.from_pretrained(
                 source, local_files_only=True, trust_remote_code=trust_remote_code
             )
@@ -83,14 +81,3 @@ def _json_problem(file: Path) -> str:
     except (ValueError, RecursionError) as error:
         return str(error)
     return ""
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers from warning of what it tries; what came of it is told."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(level)

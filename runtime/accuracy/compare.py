@@ -16,7 +16,7 @@ from transformers.utils import is_peft_available
 from llmint8.converter.calibration.text import read_text
 from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.machine import usable_device
-from llmint8.converter.model.build import model_class
+from llmint8.converter.model.build import model_class, quiet_transformers
 from llmint8.converter.model.config import load_config
 from llmint8.converter.model.limits import bounded_modules
 from llmint8.converter.model.tokenizer import load_tokenizer
@@ -25,7 +25,6 @@ from llmint8.formats.disk.names import ADAPTER_CONFIG_NAME
 
 from ..model.load import load
 from ..model.misses import outlier_misses
-from ..model.pretrained import no_progress_bar
 from .evaluate import Evaluation, measure, token_windows
 from .methods import METHODS, THRESHOLD
 from .runs import HEAD_OF_THE_SOURCE, Mode, Runs, int8_layers
@@ -122,9 +121,9 @@ def load_reference(path: Path, window: int, device: str) -> Any:
 
     """
     source = open_source(path)
-    if (path / ADAPTER_CONFIG_NAME).exists() and is_peft_available():
+    if (adapter := path / ADAPTER_CONFIG_NAME).exists() and is_peft_available():
         raise LLMInt8Error(
-            f"{path / ADAPTER_CONFIG_NAME}: an adapter, which transformers would load into the model that the "
+            f"{adapter}: an adapter, which transformers would load into the model that the "
             "checkpoint was made from; move it to another directory"
         )
     config = load_config(path)
@@ -137,7 +136,7 @@ def load_reference(path: Path, window: int, device: str) -> Any:
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     if window > longest:
         raise ValueError(f"a window of {window} tokens is too long: {path} was made for {longest} positions")
-    with no_progress_bar(), bounded_modules(len(source.tensors)):
+    with quiet_transformers(), bounded_modules(len(source.tensors)):
         model, info = cls.from_pretrained(
             path,
             config=config,

@@ -1,20 +1,17 @@
 """The class and the config of a checkpoint's model, and transformers' own way of loading it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
-from llmint8.converter.model.build import is_named, model_class
+from llmint8.converter.model.build import is_named, model_class, quiet_transformers
 from llmint8.converter.model.config import is_trusted, load_config
 from llmint8.converter.model.missing import missing_parameters as probe
 from llmint8.converter.words import first_line
 from llmint8.formats import DTYPES, Checkpoint, LLMInt8Error
-from llmint8.formats.disk.names import CONFIG_NAME
+from llmint8.formats.disk.names import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from llmint8.formats.disk.small_files import small_files
 
 from .quantizer import QUANT_METHOD
@@ -23,9 +20,9 @@ from .quantizer import QUANT_METHOD
 def config_and_class(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:
     """Return the config and the class of the model. Raises LLMInt8Error where there is none."""
     file = checkpoint.path / CONFIG_NAME
-    if (checkpoint.path / "adapter_config.json").exists():
+    if (adapter := checkpoint.path / ADAPTER_CONFIG_NAME).exists():
         # With peft installed, transformers would load what it names, from wherever that is.
-        raise LLMInt8Error(f"{checkpoint.path / 'adapter_config.json'}: an adapter; keep it in a directory of its own")
+        raise LLMInt8Error(f"{adapter}: an adapter; keep it in a directory of its own")
     small_files(checkpoint.path)  # transformers reads some of them, and follows any link
     config = load_config(checkpoint.path, trust_remote_code)
     cls = None if config is None else model_class(config)
@@ -45,7 +42,7 @@ def from_pretrained(cls: Any, path: Path, config: Any, **options: Any) -> tuple[
 
     """
     try:
-        with no_progress_bar():
+        with quiet_transformers():
             model, info = cls.from_pretrained(
                 path,
                 config=config,
@@ -111,15 +108,3 @@ def _missing(cls: Any, config: Any, tensors: dict[str, torch.Tensor]) -> list[st
         raise
     except Exception as error:  # transformers and the model's code raise whatever they like
         raise LLMInt8Error(f"{cls.__name__} cannot be loaded: {first_line(error)}") from error
-
-
-@contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """Keep transformers from drawing its progress bar while it loads."""
-    enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            transformers_logging.enable_progress_bar()
