@@ -30,11 +30,11 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 
 @contextmanager
-def same_random_numbers(device: torch.device = _CPU) -> Iterator[None]:
+def same_random_numbers(device: torch.device = _CPU, seed: int = 0) -> Iterator[None]:
     """Let torch draw the same random numbers every time, on the CPU and on a device, and leave the caller its own."""
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(cuda):
         # Not torch.manual_seed: it would seed further GPUs, whose state nobody gives back.
         for generator in (torch.default_generator, *(torch.cuda.default_generators[gpu.index] for gpu in cuda)):
-            generator.manual_seed(0)
+            generator.manual_seed(seed)
         yield

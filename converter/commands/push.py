@@ -66,7 +66,7 @@ def publish(upload: Any, message: str, quiet: bool) -> None:
 
     # It warns of every commit that would be empty, which is what a second push is made of.
     logging.getLogger("huggingface_hub.hf_api").setLevel(logging.ERROR)
-    if quiet or not sys.stderr.isatty():
+    if not sys.stderr.isatty():
         disable_progress_bars()
     if not quiet:
         click.echo(f"{count(len(upload.files), 'file')}, {size(upload.nbytes)}, to {printable(upload.to.repo)}")

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError, LocalEntryNotFoundError
@@ -52,13 +53,14 @@ def download(repo: str, revision: str | None, kind: Kind | None, low_disk: bool,
             _fetch(
                 repo, snapshot.name, [f"{glob.escape(folder)}/{file}" for folder in folders for file in _MODULE_FILES]
             )
-        _check_kind(repo, snapshot, kind)
+        content = read_json(config)
+        quantization = stored_quantization(snapshot, content)
+        _check_kind(repo, quantization, kind)
         origin = Resolved(snapshot, repo, snapshot.name, low_disk=low_disk)
         # The reader of int8 checkpoints says which files it misses.
         whole = not (snapshot / SAFETENSORS_INDEX_NAME).exists()
         has = (lambda name: whole and name == SAFETENSORS_NAME) if kind == "int8" else partial(has_file, origin)
-        named = None if kind == "int8" else read_json(config).get("transformers_weights")
-        quantization = stored_quantization(snapshot, read_json(config))
+        named = None if kind == "int8" else content.get("transformers_weights")
         try:
             names = weight_files(snapshot, has, named).names
         except SourceError:
@@ -107,8 +109,7 @@ def _fetch_config(repo: str, revision: str | None) -> Path:
         raise
 
 
-def _check_kind(repo: str, snapshot: Path, kind: Kind | None) -> None:
-    quantization = stored_quantization(snapshot, read_json(snapshot / CONFIG_NAME))
+def _check_kind(repo: str, quantization: Any, kind: Kind | None) -> None:
     # That of others may be stale: the headers of the weights will tell.
     if kind == "source" and isinstance(quantization, dict) and "llmint8" in quantization:
         raise already_quantized(repo, quantization)

@@ -23,6 +23,7 @@ from torch.utils._device import _device_constructors
 
 from llmint8.formats import SourceError
 
+from ..machine import same_random_numbers
 from .build import building, model_class
 from .limits import MAX_BUFFER_BYTES
 
@@ -111,8 +112,7 @@ def _initialized(model: Any, module: nn.Module, own: str, seed: int) -> Tensor |
         return None  # what is large, and always drawn
     if not 0 < parameter.nbytes <= _MOST_COMPUTED:
         return None
-    with _poisoned_memory(), torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
-        torch.default_generator.manual_seed(seed)
+    with _poisoned_memory(), same_random_numbers(seed=seed), torch.device("cpu"), torch.no_grad():
         fresh = copy.copy(module)
         fresh._parameters = {
             name: None if one is None else nn.Parameter(torch.empty_like(one, device="cpu"), one.requires_grad)

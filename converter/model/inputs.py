@@ -104,16 +104,15 @@ def runs(model: Any, tokens: Tensor) -> Iterator[Run]:
     if main is None and text:
         yield Run("text", "forward", text)
         yield Run("text", "forward", text_inputs(model, _shorter(tokens)))
+    # Texts and images of one call belong together: as many rows of each.
+    few = {key: value[:2] for key, value in text.items()}
     for name in [main] if main else []:
-        # Texts and images of one call belong together: as many rows of each.
-        few = {key: value[:2] for key, value in text.items()}
         for made in _made_up(model, name, names, len(tokens[:2]), tokens.device):
             yield Run(f"made-up {name}", "forward", {**made, **few})
             if "input_ids" in few:
                 yield Run(f"made-up {name}", "forward", made)
     yield from _features(model, tokens)
     for name in senses if main is None and text else []:
-        few = {key: value[:2] for key, value in text.items()}
         for made in _made_up(model, name, names, len(tokens[:2]), tokens.device):
             yield Run(f"made-up {name}", "forward", {**made, **few})
 

@@ -89,10 +89,8 @@ def _is_exact(kind: Kind) -> bool:
     ones, sums = torch.ones(70, dtype=torch.float32, device="cpu"), values.sum(1, dtype=torch.int32)
     none = torch.empty(0, dtype=torch.int32, device="cpu"), torch.empty(70, 0, dtype=torch.float32, device="cpu")
     layer = NativeLinear(Operands(values, ones, sums, *none, None, None))
-    for rows in (1, 5, 70):
-        x = torch.full(
-            (rows, 520), 127.0, dtype=torch.float32, device="cpu"
-        )  # its scale is 1, and the sums fit in float32
+    for rows in (1, 5, 70):  # of scale 1, whose sums fit in float32
+        x = torch.full((rows, 520), 127.0, dtype=torch.float32, device="cpu")
         x[:, -8:] *= -1
         expected = x.double() @ values.double().t()
         if not torch.equal(layer.run(x, False, kind, 1).double(), expected):
