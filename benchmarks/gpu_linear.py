@@ -108,7 +108,7 @@ def variants(m: int, n: int, k: int, device: torch.device) -> tuple[dict[str, li
 def int_mm(rows: reference.QuantizedRows, weight: Tensor, absmax: Tensor, bias: Tensor) -> Tensor:
     """Multiply with cuBLAS in int8, and scale with what PyTorch has."""
     product = torch._int_mm(rows.values, weight.t()).float()
-    return (product * rows.scale[:, None] * (absmax / 127) + bias).half()
+    return (product * rows.scale * (absmax / 127) + bias).half()
 
 
 def bitsandbytes_layer(weight: Tensor, bias: Tensor | None, threshold: float) -> Any:

@@ -5,10 +5,12 @@ gives numbers. So a weight is checked once, when it is prepared, values of its o
 every call. Operators check shapes, dtypes and devices only: values would make them wait for the GPU.
 """
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
-from .reference import Int8Weight
+from .reference import Group, Int8Weight, groups
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_FEATURES = 133_144  # 127 * 127 * K < 2**31
@@ -35,9 +37,16 @@ def check_weight(weight: Int8Weight) -> None:
     _check("outlier_weight", weight.outlier_weight, _COLUMNS, (n, len(dims)), device)
     if weight.bias is not None:
         _check("bias", weight.bias, _COLUMNS, (n,), device)
+    check_group(weight.group)
     # What stands for a tensor, in a graph that is made, has no values.
     if type(dims) is Tensor and not dims.is_meta and len(dims) and not torch.compiler.is_compiling():
         check_outlier_dims(dims, k)
+
+
+def check_group(group: int | None) -> None:
+    """Check how many dimensions of x share a scale. Raises ValueError: it is neither one of `Group` nor None."""
+    if group is not None and group not in get_args(Group):
+        raise ValueError(f"group is {group}, expected one of {get_args(Group)}, or None for the whole row")
 
 
 def check_outlier_dims(outlier_dims: Tensor, in_features: int) -> None:
@@ -74,6 +83,7 @@ def check_operands(
     scale: Tensor,
     row_sum: Tensor,
     bias: Tensor | None,
+    group: Group | None,
     outlier_dims: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> None:
@@ -88,13 +98,20 @@ def check_operands(
     n, k = weight.shape
     _check("x", x, FLOATS, (None, k), device)
     _check("scale", scale, (torch.float32,), (n,), device, contiguous=True)
-    _check("row_sum", row_sum, (torch.int32,), (n,), device, contiguous=True)
+    check_group(group)
+    count, _ = groups(k, group)
+    _check("row_sum", row_sum, (row_sum_dtype(count),), (n, count), device, contiguous=True)
     if bias is not None:
         _check("bias", bias, _COLUMNS, (n,), device, contiguous=True)
     if outlier_dims is not None and columns is not None:
         _check("outlier_dims", outlier_dims, (torch.int32,), (None,), device, contiguous=True)
         padded = padded_outliers(outlier_dims.shape[0])
         _check("columns", columns, _COLUMNS, (n, padded), device, contiguous=True)
+
+
+def row_sum_dtype(groups: int) -> torch.dtype:
+    """Return the dtype of a weight's row sums: of a group of at most 256 they fit in 16 bits."""
+    return torch.int32 if groups == 1 else torch.int16
 
 
 def padded_outliers(count: int) -> int:

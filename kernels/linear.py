@@ -30,10 +30,10 @@ def prepare(weight: Int8Weight, may_pack: bool = True) -> PreparedWeight:
     """
     check_weight(weight)
     if weight.values.device.type == "cpu":
-        if native.kinds():
+        if native.kinds() and weight.group is None:
             return NativeWeight.prepare(weight)
         return CpuWeight.prepare(weight, may_pack)
-    if weight.values.device.type == "cuda" and has_triton():
+    if weight.values.device.type == "cuda" and has_triton() and weight.group is None:
         return GpuWeight.prepare(weight)
     return ReferenceWeight.prepare(weight)
 

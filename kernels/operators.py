@@ -27,18 +27,18 @@ from .cpu.linear import CpuWeight
 from .gpu.tiles import gpu_of, table_for
 from .operands import Operands
 from .prepared import PreparedWeight
-from .reference import Activation, Int8Weight
+from .reference import Activation, Group, Int8Weight
 
 # `Library` dispatches in a fraction of the time that `torch.library.custom_op` takes.
 _LIBRARY = torch.library.Library("llmint8", "FRAGMENT")  # type: ignore[no-untyped-call]
 _WEIGHT = "Tensor weight, Tensor scale, Tensor row_sum"
 _LIBRARY.define(  # type: ignore[no-untyped-call]
-    f"int8_linear(Tensor x, {_WEIGHT}, Tensor outlier_dims, Tensor outlier_weight, Tensor? bias, bool zeropoint) "
-    "-> Tensor",
+    f"int8_linear(Tensor x, {_WEIGHT}, Tensor outlier_dims, Tensor outlier_weight, Tensor? bias, int? group, "
+    "bool zeropoint) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(  # type: ignore[no-untyped-call]
-    f"dynamic_int8_linear(Tensor x, {_WEIGHT}, Tensor? bias, float threshold, bool zeropoint) -> Tensor",
+    f"dynamic_int8_linear(Tensor x, {_WEIGHT}, Tensor? bias, float threshold, int? group, bool zeropoint) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -65,10 +65,10 @@ class OperatorWeight(PreparedWeight):
         """Run the layer; see `PreparedWeight`."""
         zeropoint = activation == "zeropoint"
         if torch.compiler.is_compiling() or _is_watched(x):
-            weight, scale, row_sum, dims, columns, bias, threshold = self.operands
+            weight, scale, row_sum, dims, columns, bias, threshold, group = self.operands
             if threshold is None:
-                return int8_linear(x, weight, scale, row_sum, dims, columns, bias, zeropoint)
-            return dynamic_int8_linear(x, weight, scale, row_sum, bias, threshold, zeropoint)
+                return int8_linear(x, weight, scale, row_sum, dims, columns, bias, group, zeropoint)
+            return dynamic_int8_linear(x, weight, scale, row_sum, bias, threshold, group, zeropoint)
         return self.run(x, zeropoint)
 
     @staticmethod
@@ -124,10 +124,10 @@ def has_triton() -> bool:
 def _run(x: Tensor, operands: Operands, zeropoint: bool) -> Tensor:
     activation: Activation = "zeropoint" if zeropoint else "absmax"
     if operands.device.type == "cpu":
-        if native.kinds():
+        if native.kinds() and operands.group is None:
             return native.NativeLinear(operands)(x, zeropoint)
         return CpuWeight.of_operands(operands).linear(x, activation)
-    if not has_triton():
+    if not has_triton() or operands.group is not None:
         return reference.int8_linear(x, operands.stored(), activation)
     from .gpu.linear import GpuLinear
 
@@ -148,10 +148,12 @@ def _int8_linear(run: Callable[[Tensor, Operands, bool], Tensor]) -> Callable[..
         outlier_dims: Tensor,
         outlier_weight: Tensor,
         bias: Tensor | None,
+        group: Group | None,
         zeropoint: bool,
     ) -> Tensor:
-        check_operands(x, weight, scale, row_sum, bias, outlier_dims, outlier_weight)
-        return run(x, Operands(weight, scale, row_sum, outlier_dims, outlier_weight, bias, None), zeropoint)
+        check_operands(x, weight, scale, row_sum, bias, group, outlier_dims, outlier_weight)
+        operands = Operands(weight, scale, row_sum, outlier_dims, outlier_weight, bias, None, group)
+        return run(x, operands, zeropoint)
 
     return operator
 
@@ -164,11 +166,12 @@ def _dynamic_int8_linear(run: Callable[[Tensor, Operands, bool], Tensor]) -> Cal
         row_sum: Tensor,
         bias: Tensor | None,
         threshold: float,
+        group: Group | None,
         zeropoint: bool,
     ) -> Tensor:
-        check_operands(x, weight, scale, row_sum, bias)
+        check_operands(x, weight, scale, row_sum, bias, group)
         nothing = weight.new_empty(0, dtype=torch.int32), scale.new_empty(weight.shape[0], 0)
-        return run(x, Operands(weight, scale, row_sum, *nothing, bias, threshold), zeropoint)
+        return run(x, Operands(weight, scale, row_sum, *nothing, bias, threshold, group), zeropoint)
 
     return operator
 

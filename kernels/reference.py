@@ -8,6 +8,9 @@ The outlier dimensions of `x` are multiplied in floating point with their own co
 other dimensions go through int8. The int8 weight keeps all K columns, so nothing is compacted: the int8 row
 of `x` holds the value that stands for 0.0 in the outlier dimensions.
 
+A row of `x` has one scale, or one for each group of so many consecutive dimensions. The weight has one for each row in
+any case: the groups are of the inputs alone, so a weight in int8 can be multiplied with any of them.
+
 Nothing here knows a file or a model, and nothing here is tuned: blocks exist to bound memory only.
 """
 
@@ -16,8 +19,10 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 Activation = Literal["absmax", "zeropoint"]
+Group = Literal[64, 128, 256]
 
 # Rows are independent, so the weight is quantized in blocks: their temporaries stay in the cache, and they are large
 # enough for two threads not to wait for each other's turn in the interpreter.
@@ -41,6 +46,7 @@ class Int8Weight:
         threshold: where it is given, nothing of the stored outliers counts: the outliers are searched in every call,
             `|x| >= threshold`, and their columns dequantized from int8, as there is no other copy (LLM.int8() as
             published).
+        group: how many consecutive dimensions of x share a scale in what it is multiplied with; None is all of them.
 
     """
 
@@ -50,21 +56,33 @@ class Int8Weight:
     outlier_weight: Tensor
     bias: Tensor | None = None
     threshold: float | None = None
+    group: Group | None = None
 
 
 class QuantizedRows(NamedTuple):
-    """Rows of activations in int8: `x ~ (values - zero_point) * scale`, outlier dimensions excepted."""
+    """Rows of activations in int8, in G groups: `x ~ (values - zero_point) * scale`, outlier dimensions excepted."""
 
     values: Tensor  # int8 [M, K]
-    scale: Tensor  # float32 [M]
-    zero_point: Tensor | None  # float32 [M], whole numbers; None when symmetric
+    scale: Tensor  # float32 [M, G]
+    zero_point: Tensor | None  # float32 [M, G], whole numbers; None when symmetric
+    group: int  # dimensions in each group, but for the last
 
     def dequantize(self) -> Tensor:
         """Return the values in float32 [M, K]; 0 in the outlier dimensions."""
         values = self.values.float()
         if self.zero_point is not None:
-            values -= self.zero_point[:, None]
-        return values * self.scale[:, None]
+            values -= self._by_dimension(self.zero_point)
+        return values * self._by_dimension(self.scale)
+
+    def _by_dimension(self, of_groups: Tensor) -> Tensor:
+        return of_groups.repeat_interleave(self.group, 1)[:, : self.values.shape[1]]
+
+
+def groups(in_features: int, group: Group | None) -> tuple[int, int]:
+    """Return how many groups K dimensions make, at least one, and how many dimensions a group has."""
+    if group is None or in_features <= group:
+        return 1, max(1, in_features)
+    return -(-in_features // group), group
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,10 +120,12 @@ def dequantize_weight(values: Tensor, absmax: Tensor) -> Tensor:
     return values.float() * (absmax / 127)[:, None]
 
 
-def quantize_rows(x: Tensor, outlier_dims: Tensor, activation: Activation = "absmax") -> QuantizedRows:
-    """Quantize each row of the activations to int8, leaving the outlier dimensions out.
+def quantize_rows(
+    x: Tensor, outlier_dims: Tensor, activation: Activation = "absmax", group: Group | None = None
+) -> QuantizedRows:
+    """Quantize each row of the activations to int8, group by group, leaving the outlier dimensions out.
 
-    `absmax` (vector-wise quantization, section 2.1 of the paper): scale = absmax / 127. `zeropoint`: the row's
+    `absmax` (vector-wise quantization, section 2.1 of the paper): scale = absmax / 127. `zeropoint`: the
     range [min, max], widened to contain 0, is spread over the 255 values -127..127, so that
     scale = (max - min) / 254 and zero_point = round(-127 - min / scale). In the outlier dimensions the result
     holds the value of 0.0: 0, or the zero point.
@@ -114,23 +134,27 @@ def quantize_rows(x: Tensor, outlier_dims: Tensor, activation: Activation = "abs
         x: float [M, K], finite.
         outlier_dims: integer [k], the dimensions left out; k may be 0.
         activation: `absmax` or `zeropoint`.
+        group: how many consecutive dimensions share a scale, the last may be fewer; None takes the whole row.
 
     """
+    m, k = x.shape
+    count, width = groups(k, group)
     kept = x.float()
     if outlier_dims.numel():
         kept = kept.index_fill(1, outlier_dims.long(), 0)
-    spread = kept if x.shape[1] else kept.new_zeros(len(kept), 1)  # a row without dimensions is a row of zeros
+    kept = pad(kept, (0, count * width - k)).view(m, count, width)  # zeros, which every range holds
     if activation == "absmax":
-        absmax = spread.abs().amax(1)
+        absmax = kept.abs().amax(2)
         scale = absmax / 127
-        divisor = torch.where(absmax == 0, 1, absmax)[:, None]
-        return QuantizedRows((kept * 127 / divisor).round().to(torch.int8), scale, None)
-    low, high = spread.amin(1).clamp(max=0), spread.amax(1).clamp(min=0)
-    scale = (high - low) / 254
-    divisor = torch.where(scale == 0, 1, scale)
-    zero_point = (-127 - low / divisor).round()
-    values = ((kept / divisor[:, None]).round() + zero_point[:, None]).clamp(-127, 127)
-    return QuantizedRows(values.to(torch.int8), scale, zero_point)
+        divisor = torch.where(absmax == 0, 1, absmax)[:, :, None]
+        values, zero_point = (kept * 127 / divisor).round(), None
+    else:
+        low, high = kept.amin(2).clamp(max=0), kept.amax(2).clamp(min=0)
+        scale = (high - low) / 254
+        divisor = torch.where(scale == 0, 1, scale)
+        zero_point = (-127 - low / divisor).round()
+        values = ((kept / divisor[:, :, None]).round() + zero_point[:, :, None]).clamp(-127, 127)
+    return QuantizedRows(values.to(torch.int8).view(m, count * width)[:, :k], scale, zero_point, width)
 
 
 def int8_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -164,22 +188,26 @@ def int8_linear(x: Tensor, weight: Int8Weight, activation: Activation = "absmax"
         activation: how the rows of x are quantized.
 
     Returns:
-        [M, N] in the dtype of x; sums are float32 until the end.
+        [M, N] in the dtype of x. The products of a group add up in integers, those of all groups in float32, in their
+        order; sums are float32 until the end.
 
     """
     dims, columns = weight.outlier_dims, weight.outlier_weight
     if weight.threshold is not None:
         dims = dynamic_outlier_dims(x, weight.threshold)
         columns = dequantize_weight(weight.values[:, dims], weight.absmax)
-    rows = quantize_rows(x, dims, activation)
-    if rows.zero_point is None:
-        product = int8_product(rows.values, weight.values).float()
-    else:
-        # A row of ones gives the sums of the weight's rows, without another pass over the weight.
-        ones = rows.values.new_ones(1, x.shape[1])
-        product = int8_product(torch.cat([rows.values, ones]), weight.values).float()
-        product = product[:-1] - rows.zero_point[:, None] * product[-1]
-    out = product * rows.scale[:, None] * (weight.absmax / 127)
+    rows = quantize_rows(x, dims, activation, weight.group)
+    # A row of ones gives the sums of the weight's rows, without another pass over the weight.
+    values = torch.cat([rows.values, rows.values.new_ones(1, x.shape[1])])
+    out = torch.zeros(len(x), len(weight.values), device=x.device)
+    for group in range(rows.scale.shape[1]):
+        columns_of_group = slice(group * rows.group, (group + 1) * rows.group)
+        product = int8_product(values[:, columns_of_group], weight.values[:, columns_of_group]).float()
+        product, row_sum = product[:-1], product[-1]
+        if rows.zero_point is not None:
+            product -= rows.zero_point[:, group, None] * row_sum
+        out += product * rows.scale[:, group, None]
+    out *= weight.absmax / 127
     if dims.numel():
         out += _float32_product(x[:, dims.long()], columns)
     if weight.bias is not None:

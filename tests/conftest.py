@@ -90,17 +90,25 @@ def assert_right() -> Callable[[Any, Any, Any, torch.Tensor], None]:
         if weight.threshold is not None:
             dims = reference.dynamic_outlier_dims(x, weight.threshold)
             columns = weight.values[:, dims].double() * weight.absmax.double()[:, None] / 127
-        rows = reference.quantize_rows(x, dims, activation)
-        values, scale = weight.values.double(), rows.scale.double()[:, None] * (weight.absmax.double() / 127)
-        product = rows.values.double() @ values.t()
-        zeros = torch.zeros(len(x), 1) if rows.zero_point is None else rows.zero_point[:, None]
-        shift = zeros.double() * values.sum(1)
+        rows = reference.quantize_rows(x, dims, activation, weight.group)
+        groups, absmax = rows.scale.shape[1], weight.absmax.double() / 127
         outliers = x[:, dims].double(), columns.t()
-        bias = torch.zeros(len(values)) if weight.bias is None else weight.bias
-        expected = (product - shift) * scale + outliers[0] @ outliers[1] + bias.double()
-        # Each sum of k + 4 terms is wrong by k + 4 roundings at most; tensor cores may cut off where others round.
-        parts = (product.abs() + 4 * shift.abs()) * scale + outliers[0].abs() @ outliers[1].abs() + bias.double().abs()
-        room = 2 * (len(dims) + 6) * 2.0**-24 * parts + step[x.dtype] * expected.abs()
+        bias = torch.zeros(len(weight.values)) if weight.bias is None else weight.bias
+        expected = outliers[0] @ outliers[1] + bias.double()
+        parts = outliers[0].abs() @ outliers[1].abs() + bias.double().abs()
+        for group in range(groups):
+            part = slice(group * rows.group, (group + 1) * rows.group)
+            values, scale = weight.values[:, part].double(), rows.scale[:, group, None].double() * absmax
+            product = rows.values[:, part].double() @ values.t()
+            zeros = torch.zeros(len(x), 1) if rows.zero_point is None else rows.zero_point[:, group, None]
+            shift = zeros.double() * values.sum(1)
+            expected += (product - shift) * scale
+            parts += (product.abs() + 4 * shift.abs()) * scale
+            if groups > 1:  # sums of a few dimensions are rounded on their own, and those of x + 128
+                parts += 255 * values.abs().sum(1) * scale
+        # Each sum of k + 4 terms, and one for each further group, is wrong by as many roundings at most; tensor cores
+        # may cut off where others round.
+        room = 2 * (len(dims) + 5 + groups) * 2.0**-24 * parts + step[x.dtype] * expected.abs()
         assert (found.shape, found.dtype) == (expected.shape, x.dtype)
         difference = (found.double() - expected).abs()
         assert bool((difference <= room).all()), difference.max()

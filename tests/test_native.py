@@ -19,7 +19,7 @@ from llmint8 import runtime
 from llmint8.kernels import reference
 from llmint8.kernels.cpu import native
 from llmint8.kernels.linear import prepare
-from llmint8.kernels.operands import Operands
+from llmint8.kernels.operands import Operands, row_sums
 from llmint8.kernels.reference import Activation, Int8Weight
 
 needs_it = pytest.mark.skipif(not native.kinds(), reason=native.why_not() if not native.kinds() else "")
@@ -83,8 +83,8 @@ def test_the_integers_are_those_of_the_reference(dtype: torch.dtype, activation:
     layer = native.NativeLinear(Operands.prepare(weight))
     x = hard_rows(k, dtype)
     rows = reference.quantize_rows(x, dims, activation)
-    shifted = rows.values.float() if rows.zero_point is None else rows.values.float() - rows.zero_point[:, None]
-    expected = 127 * shifted * rows.scale[:, None]
+    shifted = rows.values.float() if rows.zero_point is None else rows.values.float() - rows.zero_point
+    expected = 127 * shifted * rows.scale
     # In float32, so that nothing of them is rounded away.
     found = layer.run(x.float(), activation == "zeropoint", kind, 2)
     assert len(x) > native._TILE_ROWS
@@ -104,7 +104,7 @@ def test_quotients_are_rounded_as_those_of_the_reference(kind: native.Kind) -> N
     weight = Int8Weight(127 * torch.eye(3, dtype=torch.int8), torch.full((3,), 127.0), dims, torch.empty(3, 0))
     rows = reference.quantize_rows(x, dims, "zeropoint")
     assert rows.zero_point is not None
-    expected = 127 * (rows.values.float() - rows.zero_point[:, None]) * rows.scale[:, None]
+    expected = 127 * (rows.values.float() - rows.zero_point) * rows.scale
     found = native.NativeLinear(Operands.prepare(weight)).run(x, True, kind, 1)
     assert torch.equal(found, expected)
 
@@ -253,7 +253,7 @@ def test_outlier_dims_beyond_the_layer_are_an_error(dim: int) -> None:
     )
     operands.outlier_dims[1] = dim
     with pytest.raises(ValueError, match=rf"outlier_dims is \[3, {dim}\], expected numbers from 0 to 63"):
-        torch.ops.llmint8.int8_linear(torch.ones(2, 64), *operands[:6], True)
+        torch.ops.llmint8.int8_linear(torch.ones(2, 64), *operands[:6], None, True)
 
 
 @needs_it
@@ -279,7 +279,7 @@ def test_the_longest_rows_there_may_be_are_summed_exactly(kind: native.Kind) -> 
     values[1] = -127
     values[2, ::2] = -127
     none = torch.empty(0, dtype=torch.int32), torch.empty(3, 0)
-    operands = Operands(values, torch.ones(3), values.sum(1, dtype=torch.int32), *none, None, None)
+    operands = Operands(values, torch.ones(3), row_sums(values, None), *none, None, None, None)
     x = torch.full((70, k), 127.0)
     for rows in (x[:1], x):
         found = native.NativeLinear(operands).run(rows, False, kind, 1)

@@ -20,7 +20,7 @@ from llmint8.kernels.cpu.linear import CpuWeight
 from llmint8.kernels.operands import Operands
 from llmint8.kernels.operators import GpuWeight, NativeWeight, OperatorWeight
 from llmint8.kernels.prepared import PreparedWeight, ReferenceWeight
-from llmint8.kernels.reference import Activation, Int8Weight, quantize_weight
+from llmint8.kernels.reference import Activation, Group, Int8Weight, quantize_weight
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -56,6 +56,18 @@ SEARCHED = [  # M, N, K, and how many columns hold an outlier
     (3, 0, 64, 2),
     (3, 7, 0, 0),
 ]
+GROUPED = [  # M, N, K, k
+    (1, 5, 64, 1),
+    (1, 192, 576, 13),
+    (2, 130, 130, 0),
+    (3, 40, 704, 30),
+    (5, 33, 1025, 5),
+    (17, 63, 4095, 16),
+    (70, 100, 384, 17),
+    (150, 70, 257, 0),
+    (0, 8, 300, 1),
+    (3, 0, 300, 2),
+]
 THRESHOLD = 6.0
 NATIVE = ["AMX", "AVX512-VNNI", "AVX-VNNI", "AVX2", "Arm dotprod"]
 BACKENDS = [
@@ -77,12 +89,14 @@ def name(layer: tuple[int, int, int, int]) -> str:
     return "M{}-N{}-K{}-k{}".format(*layer)
 
 
-def random_weight(n: int, k: int, outliers: int, dtype: torch.dtype, threshold: float | None = None) -> Int8Weight:
+def random_weight(
+    n: int, k: int, outliers: int, dtype: torch.dtype, threshold: float | None = None, group: Group | None = None
+) -> Int8Weight:
     random = torch.Generator().manual_seed(n + k)
     weight = torch.randn(n, k, generator=random).to(dtype)
     dims = torch.randperm(k, generator=random)[:outliers].sort().values.int()
     bias = torch.randn(n, generator=random).to(dtype)
-    return Int8Weight(*quantize_weight(weight), dims, weight[:, dims.long()], bias, threshold)
+    return Int8Weight(*quantize_weight(weight), dims, weight[:, dims.long()], bias, threshold, group)
 
 
 def random_rows(m: int, weight: Int8Weight) -> Tensor:
@@ -107,11 +121,11 @@ class ThroughTheOperator(OperatorWeight):
     """Calls the operator where the others call what runs them."""
 
     def linear(self, x: Tensor, activation: Activation) -> Tensor:
-        weight, scale, row_sum, dims, columns, bias, threshold = self.operands
+        weight, scale, row_sum, dims, columns, bias, threshold, group = self.operands
         zeropoint = activation == "zeropoint"
         if threshold is None:
-            return operators.int8_linear(x, weight, scale, row_sum, dims, columns, bias, zeropoint)
-        return operators.dynamic_int8_linear(x, weight, scale, row_sum, bias, threshold, zeropoint)
+            return operators.int8_linear(x, weight, scale, row_sum, dims, columns, bias, group, zeropoint)
+        return operators.dynamic_int8_linear(x, weight, scale, row_sum, bias, threshold, group, zeropoint)
 
 
 class GpuThroughTheOperator(ThroughTheOperator, GpuWeight):
@@ -199,6 +213,56 @@ def test_layers_whose_outliers_are_searched(
     x, weight = planted_rows(m, k, outliers, DTYPES[dtype]), random_weight(n, k, 0, DTYPES[dtype], THRESHOLD)
     prepared = prepare(weight)
     assert_right(x, weight, activation, run(prepared, x, activation))
+
+
+@activations
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+@pytest.mark.parametrize("group", [64, 128, 256])
+@pytest.mark.parametrize("layer", GROUPED, ids=name)
+def test_layers_whose_inputs_are_quantized_in_groups(
+    layer: tuple[int, int, int, int],
+    group: Group,
+    dtype: str,
+    activation: Activation,
+    prepare: Prepare,
+    assert_right: Any,
+) -> None:
+    m, n, k, outliers = layer
+    weight = random_weight(n, k, outliers, DTYPES[dtype], group=group)
+    # Groups of magnitudes that differ: to mix up their scales is to be far off.
+    x = random_rows(m, weight) * 4.0 ** (torch.arange(k) // 64 % 3).to(DTYPES[dtype])
+    prepared = prepare(weight)
+    assert_right(x, weight, activation, run(prepared, x, activation))
+    assert torch.equal(prepared.unpack().cpu(), weight.values)
+    searched = dataclasses.replace(weight, threshold=THRESHOLD)
+    x = planted_rows(m, k, outliers, DTYPES[dtype])
+    assert_right(x, searched, activation, run(prepare(searched), x, activation))
+
+
+@activations
+def test_a_group_as_long_as_the_row_is_none(activation: Activation, prepare: Prepare) -> None:
+    weight = random_weight(40, 128, 5, torch.float32)
+    x = random_rows(6, weight)
+    expected = run(prepare(weight), x, activation)
+    for group in (128, 256):
+        assert torch.equal(run(prepare(dataclasses.replace(weight, group=group)), x, activation), expected)
+
+
+@activations
+@pytest.mark.parametrize("m", [1, 3, 20, 70])
+def test_in_groups_the_integers_are_exact(m: int, activation: Activation, prepare: Prepare) -> None:
+    """Scales are powers of two, and so few bits are needed that no float32 sum is rounded."""
+    k, group = 700, 128
+    random = torch.Generator().manual_seed(m)
+    values = torch.randint(-127, 128, (70, k), dtype=torch.int8, generator=random)
+    dims, absmax = torch.empty(0, dtype=torch.int32), torch.full((70,), 127.0)
+    weight = Int8Weight(values, absmax, dims, torch.empty(70, 0), group=group)
+    x = torch.randint(-126, 127, (m, k), generator=random).float()
+    x[:, ::group], x[:, 1::group] = -127, 127
+    x *= 2.0 ** (torch.arange(k) // group % 3)
+    prepared = prepare(weight)
+    exact = x.double() @ values.double().t()
+    assert torch.equal(run(prepared, x, activation).double(), exact)
 
 
 @activations
@@ -334,7 +398,7 @@ def test_input_on_another_device_is_refused(prepare: Prepare) -> None:
         linear.int8_linear(torch.zeros(2, 64, device="meta"), prepared)
 
 
-BAD_WEIGHTS: dict[str, tuple[dict[str, Tensor], str]] = {
+BAD_WEIGHTS: dict[str, tuple[dict[str, Any], str]] = {
     "dim beyond": ({"outlier_dims": torch.tensor([1, 2, 64])}, r"outlier_dims is \[1, 2, 64\], expected strictly"),
     "dim far beyond": ({"outlier_dims": torch.tensor([1, 2, 10_000_000])}, "numbers from 0 to 63"),
     "dim below": ({"outlier_dims": torch.tensor([-1, 2, 3])}, "numbers from 0 to 63"),
@@ -355,6 +419,7 @@ BAD_WEIGHTS: dict[str, tuple[dict[str, Tensor], str]] = {
     "values of floats": ({"values": torch.zeros(48, 64)}, r"values is torch\.float32, expected torch\.int8"),
     "values flat": ({"values": torch.zeros(48, dtype=torch.int8)}, r"values has shape \[48\]"),
     "too long for 32 bits": ({"values": torch.zeros(48, 133_145, dtype=torch.int8)}, "133145 columns, at most 133144"),
+    "another group": ({"group": 100}, r"group is 100, expected one of \(64, 128, 256\), or None"),
     "absmax elsewhere": ({"absmax": torch.zeros(48, device="meta")}, "absmax is on meta, expected cpu"),
 }
 
@@ -373,7 +438,13 @@ BAD_OPERANDS: dict[str, tuple[dict[str, Any], str]] = {
     "weight turned": ({"weight": torch.zeros(64, 48, dtype=torch.int8)}, r"x has shape"),
     "weight strided": ({"weight": torch.zeros(64, 48, dtype=torch.int8).t()}, r"weight has strides \[1, 48\]"),
     "scale short": ({"scale": torch.zeros(47)}, r"scale has shape \[47\]"),
-    "row sums of floats": ({"row_sum": torch.zeros(48)}, r"row_sum is torch\.float32, expected torch\.int32"),
+    "row sums of floats": ({"row_sum": torch.zeros(48, 1)}, r"row_sum is torch\.float32, expected torch\.int32"),
+    "row sums without groups": ({"row_sum": torch.zeros(48).int()}, r"row_sum has shape \[48\], expected \[48, 1\]"),
+    "row sums of one group": (
+        {"weight": torch.zeros(48, 65).char(), "x": torch.zeros(2, 65), "group": 64},
+        r"row_sum is torch\.int32, expected torch\.int16",
+    ),
+    "another group": ({"group": 100}, r"group is 100, expected one of \(64, 128, 256\)"),
     "bias long": ({"bias": torch.zeros(49)}, r"bias has shape \[49\]"),
     "dims in 64 bits": ({"outlier_dims": torch.zeros(3).long()}, r"outlier_dims is torch\.int64"),
     "columns without padding": ({"outlier_weight": torch.zeros(48, 3)}, r"has shape \[48, 3\], expected \[48, 16\]"),
@@ -386,9 +457,9 @@ BAD_OPERANDS: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_bad_call_of_the_operators_is_refused(case: str, fake: bool) -> None:
     """By the implementation, and by what stands for it while a graph is made, in the same words."""
     change, message = BAD_OPERANDS[case]
-    weight, scale, row_sum, dims, columns, bias, _ = Operands.prepare(random_weight(48, 64, 3, torch.float32))
+    weight, scale, row_sum, dims, columns, bias, *_ = Operands.prepare(random_weight(48, 64, 3, torch.float32))
     arguments: dict[str, Any] = {"x": torch.zeros(2, 64), "weight": weight, "scale": scale, "row_sum": row_sum}
-    arguments |= {"outlier_dims": dims, "outlier_weight": columns, "bias": bias} | change
+    arguments |= {"outlier_dims": dims, "outlier_weight": columns, "bias": bias, "group": None} | change
     calls = [lambda given: operators.int8_linear(**given, zeropoint=True)]
     if not change.keys() & {"outlier_dims", "outlier_weight"}:
         stored = ("outlier_dims", "outlier_weight")
@@ -399,7 +470,9 @@ def test_a_bad_call_of_the_operators_is_refused(case: str, fake: bool) -> None:
         )
     with FakeTensorMode() if fake else torch.no_grad() as mode:
         if fake:
-            arguments = {key: mode.from_tensor(value) for key, value in arguments.items()}
+            arguments = {
+                key: mode.from_tensor(value) if isinstance(value, Tensor) else value for key, value in arguments.items()
+            }
         for call in calls:
             with pytest.raises(ValueError, match=message):
                 call(arguments)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from llmint8.kernels.reference import (
     Activation,
+    Group,
     Int8Weight,
     dequantize_weight,
     dynamic_outlier_dims,
@@ -199,6 +200,29 @@ def test_rows_are_quantized_by_the_definition(case: tuple[Tensor, list[int], Act
             item = int(rows.values[i, j])
             assert item == expected or (is_near_tie(value) and abs(item - expected) == 1)
         assert all(int(rows.values[i, j]) == got for j in dims)
+
+
+@given(case=inputs(), group=st.sampled_from([64, 128, 256]), repeats=st.integers(1, 90))
+@settings(max_examples=100, deadline=None)
+def test_each_group_of_a_row_is_quantized_as_a_row(
+    case: tuple[Tensor, list[int], Activation], group: Group, repeats: int
+) -> None:
+    x, dims, activation = case
+    k = x.shape[1]
+    x = torch.cat([x * 2.0 ** (i % 3) for i in range(repeats)], 1)
+    dims = [i * k + dim for i in range(repeats) for dim in dims]
+    rows = quantize_rows(x, torch.tensor(dims, dtype=torch.int32), activation, group)
+    count = -(-x.shape[1] // group)
+    assert rows.scale.shape == (len(x), count)
+    for i in range(count):
+        first, end = i * group, (i + 1) * group
+        inside = torch.tensor([dim - first for dim in dims if first <= dim < end], dtype=torch.int32)
+        alone = quantize_rows(x[:, first:end], inside, activation)
+        assert torch.equal(rows.values[:, first:end], alone.values)
+        assert torch.equal(rows.scale[:, i], alone.scale[:, 0])
+        if alone.zero_point is not None:
+            assert torch.equal(rows.zero_point[:, i], alone.zero_point[:, 0])  # type: ignore[index]
+    assert rows.dequantize()[:, dims].eq(0).all()
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

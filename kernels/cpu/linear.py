@@ -3,6 +3,9 @@
 Everything around the product is written for two readers. Run eagerly, operators work in place and on so many rows
 at a time that what they pass on stays in the cache. Under `torch.compile` all of it fuses into loops before and
 after the product. Where outliers are searched it stays one operator.
+
+Inputs in groups would take an int8 product for each group, and the operators around it as often. So they are
+dequantized, and multiplied in float32.
 """
 
 from dataclasses import dataclass
@@ -11,9 +14,11 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ..operands import Operands
+from .. import reference
+from ..checks import row_sum_dtype
+from ..operands import Operands, row_sums
 from ..prepared import PreparedWeight
-from ..reference import Activation, Int8Weight, QuantizedRows, dynamic_outlier_dims
+from ..reference import Activation, Group, Int8Weight, QuantizedRows, dynamic_outlier_dims, groups
 from . import native
 from .product import Product, int8_product, multiply, pack, packable, unpack, unpacked_product
 
@@ -25,7 +30,7 @@ _TINY = 2.0**-126
 
 
 def quantize_rows(x: Tensor, outlier_dims: Tensor, activation: Activation) -> QuantizedRows:
-    """As `reference.quantize_rows`, to the bit, for K > 0 and dims in int64; scale and zero point are [M, 1].
+    """As `reference.quantize_rows`, to the bit, for K > 0, dims in int64 and one group.
 
     Only a scale below 2**-126 differs: it is 2**-126.
     """
@@ -34,13 +39,13 @@ def quantize_rows(x: Tensor, outlier_dims: Tensor, activation: Activation) -> Qu
     if activation == "absmax":
         absmax = torch.maximum(high, low.neg_()).clamp_(min=_TINY)
         values = kept.mul_(127).div_(absmax).round_()
-        return QuantizedRows(values.to(torch.int8), absmax / 127, None)
+        return QuantizedRows(values.to(torch.int8), absmax / 127, None, x.shape[1])
     if not outlier_dims.numel():  # with outliers there is a zero in every row
         low, high = low.clamp_(max=0), high.clamp_(min=0)
     scale = high.sub_(low).div_(254).clamp_(min=_TINY)
     zero_point = torch.rsub(low.div_(scale), -127).round_()
     values = kept.div_(scale).round_().add_(zero_point).clamp_(-127, 127)
-    return QuantizedRows(values.to(torch.int8), scale, zero_point)
+    return QuantizedRows(values.to(torch.int8), scale, zero_point, x.shape[1])
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -50,11 +55,12 @@ class CpuWeight(PreparedWeight):
     Attributes:
         product: what multiplies it, see `product.py`.
         scale: float32 [N], `absmax / 127`.
-        row_sum: float32 [N], the sums of the rows of `values`.
+        row_sum: float32 [N, G], the sums of the rows of `values` over each group of dimensions.
         outlier_dims: int64 [k].
         outlier_weight: float32 [k, N], contiguous: the columns of W as rows.
         bias: float32 [N] or None.
         threshold: see `Int8Weight`; nothing is packed then, as every call takes columns of `values`.
+        group: see `Int8Weight`; nothing is packed then, as no int8 product is made.
 
     """
 
@@ -65,13 +71,17 @@ class CpuWeight(PreparedWeight):
     outlier_weight: Tensor
     bias: Tensor | None
     threshold: float | None
+    group: Group | None
 
     @classmethod
     def prepare(cls, weight: Int8Weight, may_pack: bool = True) -> Self:
         """Lay out a weight; `may_pack` allows other values in the place of those given."""
         values = weight.values.contiguous()
         n, k = values.shape
-        packs = may_pack and weight.threshold is None and packable(values)
+        grouped = groups(k, weight.group)[0] > 1
+        # A row of ones: the product takes a hundredth of the time of `sum`.
+        row_sum = row_sums(values, weight.group) if grouped else int8_product(values.new_ones(1, k), values).t()
+        packs = may_pack and weight.threshold is None and not grouped and packable(values)
         product = "packed" if packs else unpacked_product()
         return cls(
             in_features=k,
@@ -80,12 +90,12 @@ class CpuWeight(PreparedWeight):
             runs_on=f"{product} on the CPU ({native.why_not()})",
             product=product,
             scale=weight.absmax / 127,
-            # A row of ones: the product takes a hundredth of the time of `sum`.
-            row_sum=int8_product(values.new_ones(1, k), values)[0].float(),
+            row_sum=row_sum.float(),
             outlier_dims=weight.outlier_dims.long(),
             outlier_weight=weight.outlier_weight.float().t().contiguous(),
             bias=None if weight.bias is None else weight.bias.float(),
             threshold=weight.threshold,
+            group=weight.group,
         )
 
     @classmethod
@@ -105,6 +115,7 @@ class CpuWeight(PreparedWeight):
             outlier_weight=operands.outlier_weight[:, :count].float().t(),
             bias=operands.bias,
             threshold=operands.threshold,
+            group=operands.group,
         )
 
     def unpack(self) -> Tensor:
@@ -123,8 +134,9 @@ class CpuWeight(PreparedWeight):
         dims, columns = self.outlier_dims, self.outlier_weight
         if self.threshold is not None and torch.compiler.is_compiling():
             # By the operator of `operators.py`, as the number of outliers is no size that a compiler can know.
+            sums, zeropoint = self.row_sum.to(row_sum_dtype(self.row_sum.shape[1])), activation == "zeropoint"
             found: Tensor = torch.ops.llmint8.dynamic_int8_linear(
-                x, self.values, self.scale, self.row_sum.int(), self.bias, self.threshold, activation == "zeropoint"
+                x, self.values, self.scale, sums, self.bias, self.threshold, self.group, zeropoint
             )
             return found
         if self.threshold is not None:
@@ -138,14 +150,25 @@ class CpuWeight(PreparedWeight):
     def _block(self, x: Tensor, dims: Tensor, columns: Tensor, activation: Activation) -> Tensor:
         # In place from here on: what is large enough to be new memory from the system costs more than all the
         # arithmetic. And what works in place is left alone by autocast.
-        values, scale, zero_point = quantize_in_blocks(x, dims, activation)
-        out = multiply(values, self.values, self.out_features, self.product).float()
-        if zero_point is not None:
-            out = out.addcmul_(zero_point, self.row_sum, value=-1)
-        out = out.mul_(scale).mul_(self.scale)
+        if self.row_sum.shape[1] > 1:
+            rows = reference.quantize_rows(x, dims, activation, self.group).dequantize()
+            out = self._product(rows)
+        else:
+            values, scale, zero_point, _ = quantize_in_blocks(x, dims, activation)
+            out = multiply(values, self.values, self.out_features, self.product).float()
+            if zero_point is not None:
+                out = out.addcmul_(zero_point, self.row_sum[:, 0], value=-1)
+            out = out.mul_(scale)
+        out = out.mul_(self.scale)
         if dims.numel():
             out = out.addmm_(x.index_select(1, dims).float(), columns)
         return (out if self.bias is None else out.add_(self.bias)).to(x.dtype)
+
+    def _product(self, rows: Tensor) -> Tensor:
+        """Multiply float32 [M, K] by the int8 values: float32 [M, N]; of the values, a part at a time is in float32."""
+        parts = torch.split(self.values, max(1, _OUTPUT_ELEMENTS // self.in_features))
+        with torch.autocast("cpu", enabled=False):
+            return torch.cat([rows @ part.float().t() for part in parts], 1)
 
 
 def quantize_in_blocks(x: Tensor, outlier_dims: Tensor, activation: Activation) -> QuantizedRows:
@@ -154,8 +177,9 @@ def quantize_in_blocks(x: Tensor, outlier_dims: Tensor, activation: Activation) 
     if step is None or len(x) <= step:
         return quantize_rows(x, outlier_dims, activation)
     blocks = [quantize_rows(rows, outlier_dims, activation) for rows in torch.split(x, step)]
-    values, scales, zero_points = zip(*blocks, strict=True)
-    return QuantizedRows(torch.cat(values), torch.cat(scales), None if None in zero_points else torch.cat(zero_points))
+    values, scales, zero_points, _ = zip(*blocks, strict=True)
+    zero_point = None if None in zero_points else torch.cat(zero_points)
+    return QuantizedRows(torch.cat(values), torch.cat(scales), zero_point, x.shape[1])
 
 
 def _rows_at_a_time(wanted: int) -> int | None:

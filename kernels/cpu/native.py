@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..checks import padded_outliers
-from ..operands import Operands
+from ..operands import Operands, row_sums
 from ..reference import dynamic_outlier_dims
 
 Kind = Literal["AVX2", "AVX-VNNI", "AVX512-VNNI", "AMX", "Arm dotprod"]
@@ -86,9 +86,9 @@ def _is_exact(kind: Kind) -> bool:
     values = torch.full((70, 520), 127, dtype=torch.int8, device="cpu")
     values[::2] = -127
     # Dtypes are named, as the default may be another.
-    ones, sums = torch.ones(70, dtype=torch.float32, device="cpu"), values.sum(1, dtype=torch.int32)
+    ones, sums = torch.ones(70, dtype=torch.float32, device="cpu"), row_sums(values, None)
     none = torch.empty(0, dtype=torch.int32, device="cpu"), torch.empty(70, 0, dtype=torch.float32, device="cpu")
-    layer = NativeLinear(Operands(values, ones, sums, *none, None, None))
+    layer = NativeLinear(Operands(values, ones, sums, *none, None, None, None))
     for rows in (1, 5, 70):  # of scale 1, whose sums fit in float32
         x = torch.full((rows, 520), 127.0, dtype=torch.float32, device="cpu")
         x[:, -8:] *= -1
@@ -112,7 +112,7 @@ class NativeLinear:
         self._made = _Weight()
 
     def _weight(self) -> _Weight:
-        values, scale, row_sum, dims, columns, bias, _ = self._operands
+        values, scale, row_sum, dims, columns, bias, _, _ = self._operands
         addresses = (
             values.data_ptr(),
             scale.data_ptr(),

@@ -148,7 +148,7 @@ def _product(x: Tensor, weight: Tensor, quantized_weight: QuantizedRows, method:
 
 
 def _quantize(matrix: Tensor, by_row: bool, kind: Activation) -> QuantizedRows:
-    """Quantize a matrix with a scale for each row, or with one, which is [1], for all of it."""
+    """Quantize a matrix with a scale for each row, or with one, which is [1, 1], for all of it."""
     no_dims = torch.empty(0, dtype=torch.int64, device=matrix.device)
     rows = quantize_rows(matrix if by_row else matrix.reshape(1, -1), no_dims, kind)
     return rows._replace(values=rows.values.reshape(matrix.shape).contiguous())
@@ -159,7 +159,7 @@ def _int8_product(x: QuantizedRows, weight: QuantizedRows) -> Tensor:
     product = int8_product(x.values, weight.values)
     if x.zero_point is not None and weight.zero_point is not None:
         # In int64, as the four terms are each far larger than what is left of them.
-        z_x, z_w = x.zero_point.long()[:, None], weight.zero_point.long()
+        z_x, z_w = x.zero_point.long(), weight.zero_point.long().t()
         product = product - z_x * weight.values.sum(1) - z_w * x.values.sum(1)[:, None]
         product += x.values.shape[1] * z_x * z_w
-    return product.float() * x.scale[:, None] * weight.scale
+    return product.float() * x.scale * weight.scale.t()
