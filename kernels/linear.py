@@ -30,7 +30,7 @@ def prepare(weight: Int8Weight, may_pack: bool = True) -> PreparedWeight:
     """
     check_weight(weight)
     if weight.values.device.type == "cpu":
-        if native.kinds() and weight.group is None:
+        if native.kinds():
             return NativeWeight.prepare(weight)
         return CpuWeight.prepare(weight, may_pack)
     if weight.values.device.type == "cuda" and has_triton() and weight.group is None:

@@ -124,7 +124,7 @@ def has_triton() -> bool:
 def _run(x: Tensor, operands: Operands, zeropoint: bool) -> Tensor:
     activation: Activation = "zeropoint" if zeropoint else "absmax"
     if operands.device.type == "cpu":
-        if native.kinds() and operands.group is None:
+        if native.kinds():
             return native.NativeLinear(operands)(x, zeropoint)
         return CpuWeight.of_operands(operands).linear(x, activation)
     if not has_triton() or operands.group is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from llmint8.kernels import reference
 from llmint8.kernels.cpu import native
 from llmint8.kernels.operands import Operands, row_sums
-from llmint8.kernels.reference import Activation, Int8Weight, quantize_weight
+from llmint8.kernels.reference import Activation, Group, Int8Weight, groups, quantize_weight
 
 pytest.importorskip("ziglang")
 unicorn = pytest.importorskip("unicorn")
@@ -69,11 +69,12 @@ def run(program: bytes, operands: Operands, x: Tensor, zeropoint: bool) -> Tenso
         machine.mem_write(address, data)
         return address
 
-    values, scale, row_sum, dims, columns, bias, _, _ = operands
+    values, scale, row_sum, dims, columns, bias, _, group = operands
     parts = [put(raw(part)) for part in (values, scale, row_sum, dims, columns)]
-    sizes = (*values.shape, len(dims), columns.shape[1])
+    count, width = groups(values.shape[1], group)
+    sizes = (*values.shape, len(dims), columns.shape[1], width, count)
     types = (native._DTYPES[columns.dtype], 0 if bias is None else native._DTYPES[bias.dtype])
-    weight = put(struct.pack("<4q6Q2i", *sizes, *parts, 0 if bias is None else put(raw(bias)), *types))
+    weight = put(struct.pack("<6q6Q2i", *sizes, *parts, 0 if bias is None else put(raw(bias)), *types))
     out = torch.empty(len(x), len(values), dtype=x.dtype)
     found = put(raw(out))
     kind = native._KINDS["Arm dotprod"]
@@ -131,17 +132,30 @@ def test_the_largest_sums_are_exact(program: bytes) -> None:
 
 @activations
 @dtypes
-@pytest.mark.parametrize("layer", [(1, 1, 1, 1), (2, 40, 108, 10), (2, 1, 33, 33), (7, 70, 100, 17), (17, 20, 95, 16)])
-def test_layers(layer: tuple[int, int, int, int], dtype: torch.dtype, activation: Activation, program: bytes) -> None:
+@pytest.mark.parametrize("group", [None, 64])
+@pytest.mark.parametrize(
+    "layer", [(1, 1, 1, 1), (2, 40, 108, 10), (2, 1, 33, 33), (7, 70, 100, 17), (17, 20, 95, 16), (38, 20, 200, 5)]
+)
+def test_layers(
+    layer: tuple[int, int, int, int],
+    group: Group | None,
+    dtype: torch.dtype,
+    activation: Activation,
+    program: bytes,
+) -> None:
     m, n, k, outliers = layer
     random = torch.Generator().manual_seed(n + k)
     full = torch.randn(n, k, generator=random).to(dtype)
     dims = torch.randperm(k, generator=random)[:outliers].sort().values.int()
     bias = torch.randn(n, generator=random).to(dtype)
-    weight = Int8Weight(*quantize_weight(full), dims, full[:, dims.long()], bias)
+    weight = Int8Weight(*quantize_weight(full), dims, full[:, dims.long()], bias, group=group)
     x = (3 * torch.randn(m, k, generator=random) + 0.5).to(dtype)
     expected = reference.int8_linear(x.float(), weight, activation)
     found = run(program, Operands.prepare(weight), x, activation == "zeropoint").float()
-    # The sums in float32 add up in another order, and one rounding to the dtype comes after them.
+    # The sums in float32 add up in another order, and one rounding to the dtype comes after them. Of several groups,
+    # sums of a few dimensions are rounded; their terms are at most 254 steps of the row's scale.
     bound = expected.abs().max() * 4 * torch.finfo(torch.float32).eps * (outliers + 4)
+    if group is not None and k > group:
+        terms = 2 * x.float().abs().amax(1, keepdim=True) * full.float().abs().sum(1)
+        bound = bound + terms * torch.finfo(torch.float32).eps * (4 + k / group)
     assert ((found - expected).abs() <= bound + torch.finfo(dtype).eps * expected.abs()).all()

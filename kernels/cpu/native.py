@@ -18,13 +18,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..checks import padded_outliers
 from ..operands import Operands, row_sums
-from ..reference import dynamic_outlier_dims
+from ..reference import dynamic_outlier_dims, groups
 
 Kind = Literal["AVX2", "AVX-VNNI", "AVX512-VNNI", "AMX", "Arm dotprod"]
 
 # The numbers are those of `layer.c`, the order is that of preference.
 _KINDS: dict[Kind, int] = {"AMX": 4, "AVX512-VNNI": 3, "AVX-VNNI": 2, "Arm dotprod": 5, "AVX2": 1}
-_VERSION = 1
+_VERSION = 2
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # Tiles pay from so many rows on; below, they are mostly empty.
 _TILE_ROWS = 4
@@ -36,7 +36,7 @@ class _Weight(ctypes.Structure):
     """`Weight` in `layer.h`."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("n", "k", "outliers", "padded")),
+        *((name, ctypes.c_int64) for name in ("n", "k", "outliers", "padded", "group", "groups")),
         *((name, ctypes.c_void_p) for name in ("values", "scale", "row_sum", "dims", "columns", "bias")),
         *((name, ctypes.c_int32) for name in ("columns_type", "bias_type")),
     )
@@ -112,7 +112,7 @@ class NativeLinear:
         self._made = _Weight()
 
     def _weight(self) -> _Weight:
-        values, scale, row_sum, dims, columns, bias, _, _ = self._operands
+        values, scale, row_sum, dims, columns, bias, _, group = self._operands
         addresses = (
             values.data_ptr(),
             scale.data_ptr(),
@@ -123,7 +123,8 @@ class NativeLinear:
         )
         if addresses != self._addresses:
             types = _DTYPES[columns.dtype], 0 if bias is None else _DTYPES[bias.dtype]
-            self._made = _Weight(*values.shape, len(dims), columns.shape[1], *addresses, *types)
+            count, width = groups(values.shape[1], group)
+            self._made = _Weight(*values.shape, len(dims), columns.shape[1], width, count, *addresses, *types)
             self._addresses = addresses
         return self._made
 

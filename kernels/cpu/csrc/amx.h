@@ -5,6 +5,8 @@
 // column of the sums. Many rows: panels of the weight are, a block of k at a time that stays in the first cache, and
 // the sums have the order of the output.
 //
+// Where dimensions are in groups, the sums of each leave the tiles when it ends, and are added up in float.
+//
 // x is signed here and padded with zeros, so that it does not matter what is read behind the end of a row of W.
 
 #define TILE_BYTES 1024
@@ -56,9 +58,19 @@ static inline __m512i read_weight(const Weight *w, const Panel *panel, int64_t r
     return _mm512_maskz_loadu_epi8(mask, w->values + (panel->first + row) * w->k + i);
 }
 
-static void multiply_few(
+// Add 16 sums of group g to those of the groups before.
+static inline void add_group(
+    const int32_t *found, __m512 row_sum, __m512 zero_point, __m512 scale, int64_t g, float *total) {
+    const __m512 sum = _mm512_cvtepi32_ps(_mm512_loadu_si512(found)), before = _mm512_loadu_ps(total);
+    const __m512 y = _mm512_fnmadd_ps(zero_point, row_sum, sum);
+    _mm512_storeu_ps(total, g ? _mm512_fmadd_ps(y, scale, before) : _mm512_mul_ps(y, scale));
+}
+
+static void multiply_few_amx(
     const Weight *w, const Rows *rows, const Panel *panel, int64_t first, int64_t last, char *scratch) {
-    int32_t *square = (int32_t *)scratch, *sums = square + 16 * 16;  // [16, 16]; [16, PANEL]
+    int32_t *found = (int32_t *)scratch;                  // [PANEL, 16], of a group
+    float *total = (float *)(found + PANEL * TILE_ROWS);  // [PANEL, 16], of all
+    int32_t *sums = (int32_t *)(total + PANEL * TILE_ROWS);  // [16, PANEL]
     const int64_t padded = rows->padded_k, whole = w->k / TILE_K * TILE_K;
     const int8_t *values = w->values + panel->first * w->k;
     int64_t stride = w->k, step = TILE_K, next = TILE_ROWS * w->k;  // between rows, along k, between tiles of a panel
@@ -72,41 +84,48 @@ static void multiply_few(
     }
     for (int64_t m = first; m < last; m += TILE_ROWS) {
         const uint8_t *x = rows->values + m * padded;
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int64_t i = 0; i * TILE_K < w->k; i++) {
-            const int8_t *block = values + i * step;
-            _tile_loadd(6, x + i * TILE_BYTES, 64);
-            _tile_loadd(4, block, stride);
-            _tile_dpbssd(0, 4, 6);
-            _tile_loadd(5, block + next, stride);
-            _tile_dpbssd(1, 5, 6);
-            _tile_loadd(4, block + 2 * next, stride);
-            _tile_dpbssd(2, 4, 6);
-            _tile_loadd(5, block + 3 * next, stride);
-            _tile_dpbssd(3, 5, 6);
+        for (int64_t g = 0, i = 0; g < w->groups; g++) {
+            const int64_t end = g + 1 < w->groups ? (g + 1) * w->group : w->k;
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            for (; i * TILE_K < end; i++) {
+                const int8_t *block = values + i * step;
+                _tile_loadd(6, x + i * TILE_BYTES, 64);
+                _tile_loadd(4, block, stride);
+                _tile_dpbssd(0, 4, 6);
+                _tile_loadd(5, block + next, stride);
+                _tile_dpbssd(1, 5, 6);
+                _tile_loadd(4, block + 2 * next, stride);
+                _tile_dpbssd(2, 4, 6);
+                _tile_loadd(5, block + 3 * next, stride);
+                _tile_dpbssd(3, 5, 6);
+            }
+            _tile_stored(0, found, 64);
+            _tile_stored(1, found + 16 * 16, 64);
+            _tile_stored(2, found + 32 * 16, 64);
+            _tile_stored(3, found + 48 * 16, 64);
+            if (w->groups == 1) break;
+            const int64_t place = m + g * rows->by_group;
+            for (int64_t j = 0; j < PANEL; j++)
+                add_group(found + j * 16, _mm512_set1_ps(panel->group_sums[g * PANEL + j]),
+                    _mm512_loadu_ps(rows->zero_point + place), _mm512_loadu_ps(rows->scale + place), g, total + j * 16);
         }
-#define PUT(tile)                   \
-    _tile_stored(tile, square, 64); \
-    transpose_from(square, 64, sums + (tile) * 16, PANEL)
-        PUT(0);
-        PUT(1);
-        PUT(2);
-        PUT(3);
-#undef PUT
+        for (int64_t j = 0; j < PANEL; j += 16)
+            transpose_from(w->groups == 1 ? found + j * 16 : (const void *)(total + j * 16), 64, sums + j, PANEL);
         finish_amx(w, rows, panel, m, last - m < TILE_ROWS ? last - m : TILE_ROWS, sums);
     }
 }
 
-static void multiply_many(
+static void multiply_many_amx(
     const Weight *w, const Rows *rows, const Panel *panel, int64_t first, int64_t last, char *scratch) {
-    int32_t *sums = (int32_t *)scratch;               // [m, PANEL]
-    int8_t *block = (int8_t *)(sums + PART * PANEL);  // [BLOCK_K / 64, 2, 16, 64], turned over
-    const int64_t padded = rows->padded_k;
-    for (int64_t k = 0; k < w->k; k += BLOCK_K) {
-        const int64_t tiles = ((w->k - k < BLOCK_K ? w->k - k : BLOCK_K) + TILE_K - 1) / TILE_K;
+    int32_t *sums = (int32_t *)scratch;                             // [m, PANEL], or float
+    int32_t *found = sums + PART * PANEL;                           // [32, 32], of a group
+    int8_t *block = (int8_t *)(found + 2 * TILE_ROWS * 2 * TILE_ROWS);  // [step / 64, 2, 16, 64], turned over
+    const int64_t padded = rows->padded_k, step = w->groups == 1 ? BLOCK_K : w->group;
+    for (int64_t k = 0, g = 0; k < w->k; k += step, g++) {
+        const int64_t tiles = ((w->k - k < step ? w->k - k : step) + TILE_K - 1) / TILE_K;
         for (int64_t n = 0; n < panel->count; n += 2 * TILE_ROWS) {
             for (int64_t i = 0; i < 2 * tiles; i++) {
                 __m512i a[16];
@@ -119,7 +138,7 @@ static void multiply_many(
                 const uint8_t *x = rows->values + m * padded + k;
                 const uint8_t *x2 = m + TILE_ROWS < last ? x + TILE_ROWS * padded : x;
                 int32_t *sum = sums + (m - first) * PANEL + n;
-                if (k) {
+                if (k && w->groups == 1) {
                     _tile_loadd(0, sum, 4 * PANEL);
                     _tile_loadd(1, sum + 16, 4 * PANEL);
                     _tile_loadd(2, sum + 16 * PANEL, 4 * PANEL);
@@ -140,10 +159,22 @@ static void multiply_many(
                     _tile_dpbssd(2, 5, 6);
                     _tile_dpbssd(3, 5, 7);
                 }
-                _tile_stored(0, sum, 4 * PANEL);
-                _tile_stored(1, sum + 16, 4 * PANEL);
-                _tile_stored(2, sum + 16 * PANEL, 4 * PANEL);
-                _tile_stored(3, sum + 16 * PANEL + 16, 4 * PANEL);
+                int32_t *out = w->groups == 1 ? sum : found;
+                const int64_t width = w->groups == 1 ? PANEL : 2 * TILE_ROWS;
+                _tile_stored(0, out, 4 * width);
+                _tile_stored(1, out + 16, 4 * width);
+                _tile_stored(2, out + 16 * width, 4 * width);
+                _tile_stored(3, out + 16 * width + 16, 4 * width);
+                if (w->groups == 1) continue;
+                const __m512 low = _mm512_loadu_ps(panel->group_sums + g * PANEL + n);
+                const __m512 high = _mm512_loadu_ps(panel->group_sums + g * PANEL + n + 16);
+                for (int64_t a = 0; a < 2 * TILE_ROWS && m + a < last; a++) {
+                    const int64_t place = m + a + g * rows->by_group;
+                    const __m512 zero_point = _mm512_set1_ps(rows->zero_point[place]);
+                    const __m512 scale = _mm512_set1_ps(rows->scale[place]);
+                    add_group(out + a * width, low, zero_point, scale, g, (float *)sum + a * PANEL);
+                    add_group(out + a * width + 16, high, zero_point, scale, g, (float *)sum + a * PANEL + 16);
+                }
             }
         }
     }
@@ -153,6 +184,6 @@ static void multiply_many(
 static void multiply_amx(
     const Weight *w, const Rows *rows, const Panel *panel, int64_t first, int64_t last, char *scratch) {
     _tile_loadconfig(&TILE_CONFIG);
-    (rows->m >= MANY_ROWS ? multiply_many : multiply_few)(w, rows, panel, first, last, scratch);
+    (rows->m >= MANY_ROWS ? multiply_many_amx : multiply_few_amx)(w, rows, panel, first, last, scratch);
     _tile_release();
 }

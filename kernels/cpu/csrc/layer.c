@@ -49,11 +49,9 @@ enum { NONE, AVX2, AVXVNNI, AVX512VNNI, AMX, DOTPROD, KINDS };
 BEGIN("avx2,fma,f16c")
 #define FN(name) CAT(name, avx2)
 #define BYTES 32
-#define LOW_HALF(v) _mm256_cvtepi8_epi16(_mm256_castsi256_si128((__m256i)(v)))
-#define HIGH_HALF(v) _mm256_cvtepi8_epi16(_mm256_extracti128_si256((__m256i)(v), 1))
-#define DOT(sum, x, w)                                               \
-    ((sum) + (ints)_mm256_madd_epi16(LOW_HALF(x), LOW_HALF(w)) +     \
-     (ints)_mm256_madd_epi16(HIGH_HALF(x), HIGH_HALF(w)))
+// The sign of w goes to x: so one factor is unsigned, and no pair of products exceeds 2 * 128 * 127 in 16 bits.
+#define PAIRS(x, w) _mm256_maddubs_epi16(_mm256_abs_epi8((__m256i)(w)), _mm256_sign_epi8((__m256i)(x), (__m256i)(w)))
+#define DOT(sum, x, w) ((sum) + (ints)_mm256_madd_epi16(PAIRS(x, w), _mm256_set1_epi16(1)))
 #define UNSIGNED 0
 #define M_TILE 4
 #define N_TILE 2
@@ -89,7 +87,7 @@ BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512bf16,fma,f16c,amx-til
 #include "amx.h"
 END()
 
-static const Kernels kernels_amx = {TILE_ROWS, TILE_K, 64, PANEL, quantize_amx, panel_amx, multiply_amx};
+static const Kernels kernels_amx = {TILE_ROWS, MANY_ROWS, 64, PANEL, 1, quantize_amx, panel_amx, multiply_amx};
 static const Kernels *const KERNELS[KINDS] = {
     [AVX2] = &kernels_avx2, [AVXVNNI] = &kernels_avxvnni, [AVX512VNNI] = &kernels_avx512vnni, [AMX] = &kernels_amx};
 
@@ -151,7 +149,7 @@ static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
 // What the caller was written for: the arguments of `llmint8_linear`, and `Weight`.
-int llmint8_version(void) { return 1; }
+int llmint8_version(void) { return 2; }
 
 // A bit for each kind of kernel that this processor can run, and bit 0 where any were compiled.
 int llmint8_supported(void) { return supported(); }
@@ -164,39 +162,48 @@ int llmint8_linear(
     for (int64_t i = 0; i < w->outliers; i++)
         if (w->outlier_dims[i] < 0 || w->outlier_dims[i] >= w->k) return 2;
     const Kernels *kernels = KERNELS[kind];
-    const int64_t filled = up(w->k, kernels->vector), padded = filled + kernels->gap, group = kernels->group;
-    const int64_t groups = (m + group - 1) / group;
+    const int64_t filled = up(w->k, 64), padded = filled + kernels->gap, batch = kernels->batch;
+    const int64_t rows_up = up(m, batch);
     const int64_t panels = (w->n + PANEL - 1) / PANEL;
     // Where panels are too few for the threads, rows of x are split, too.
     const int64_t split = panels >= 16 * threads ? 1 : threads;
-    const int64_t part = least(up((m + split - 1) / split, 2 * group), PART);
+    const int64_t part = least(up((m + split - 1) / split, 2 * batch), PART);
     const int64_t parts = (m + part - 1) / part;
-    // Bytes of each thread: a row in float32 and a group in int8; then the columns, and for AMX sums and a panel.
-    const int64_t quantizing = up(padded * (4 + group), 64), columns = w->padded * PANEL * 4;
-    const int64_t scratch = (PART + 16) * PANEL * 4 + padded * kernels->copied;
-    const int64_t own = quantizing + columns + scratch;
-    const int64_t values = up(groups * group * padded, 64), floats = up(m * (2 + w->outliers) * 4, 64);
+    // Bytes of each thread: a row in float32 and a batch in int8; then the columns and the panel's sums of groups, and for
+    // AMX sums and a panel.
+    const int64_t quantizing = up(padded * (4 + batch), 64), columns = w->padded * PANEL * 4;
+    const int64_t group_sums = w->groups > 1 && (kernels->across || m >= kernels->many) ? w->groups * PANEL * 4 : 0;
+    const int64_t scratch = (PART + 64) * PANEL * 4 + padded * kernels->copied;
+    const int64_t own = quantizing + columns + group_sums + scratch;
+    const int64_t by_row = kernels->across || w->groups == 1 ? 1 : up(w->groups, 16);
+    const int64_t by_group = kernels->across ? up(m, 16) : 1;
+    const int64_t scales = kernels->across ? by_group * w->groups : by_row * m;
+    const int64_t values = up(rows_up * padded, 64), floats = up((2 * scales + m * w->outliers) * 4, 64);
     char *memory = NULL;
     if (posix_memalign((void **)&memory, 64, values + floats + threads * own)) return 1;
     float *found = (float *)(memory + values);
-    Rows rows = {x, out, type, zeropoint, m, filled, padded, (uint8_t *)memory, found, found + m, found + 2 * m};
+    if (w->groups > 1) memset(found, 0, 2 * scales * 4);
+    Rows rows = {
+        x, out, type, zeropoint, m, filled, padded, (uint8_t *)memory, found, found + scales, by_row, by_group,
+        found + 2 * scales};
     int64_t next_row = 0, next_item = 0;
     const int together = m * w->k >= 1 << 15 && threads > 1;
     if (!together)
-        for (int64_t first = 0; first < m; first += group)
-            kernels->quantize(w, &rows, first, least(group, m - first), memory + values + floats);
+        for (int64_t first = 0; first < m; first += batch)
+            kernels->quantize(w, &rows, first, least(batch, m - first), memory + values + floats);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
         char *mine = memory + values + floats + omp_get_thread_num() * own;
         if (together) {
             for (;;) {
-                const int64_t first = __atomic_fetch_add(&next_row, group, __ATOMIC_RELAXED);
+                const int64_t first = __atomic_fetch_add(&next_row, batch, __ATOMIC_RELAXED);
                 if (first >= m) break;
-                kernels->quantize(w, &rows, first, least(group, m - first), mine);
+                kernels->quantize(w, &rows, first, least(batch, m - first), mine);
             }
 #pragma omp barrier
         }
-        Panel panel = {.columns = (float *)(mine + quantizing)};
+        char *behind = mine + quantizing + columns;
+        Panel panel = {.columns = (float *)(mine + quantizing), .group_sums = group_sums ? (float *)behind : NULL};
         for (;;) {
             const int64_t item = __atomic_fetch_add(&next_item, 1, __ATOMIC_RELAXED);
             if (item >= panels * parts) break;
@@ -204,7 +211,7 @@ int llmint8_linear(
             panel.first = item % panels * PANEL;
             panel.count = least(PANEL, w->n - panel.first);
             kernels->panel(w, &panel);
-            kernels->multiply(w, &rows, &panel, first, least(first + part, m), mine + quantizing + columns);
+            kernels->multiply(w, &rows, &panel, first, least(first + part, m), behind + group_sums);
         }
     }
     free(memory);

@@ -7,7 +7,7 @@
 //     M_TILE, N_TILE rows of x and of the weight whose sums are held in registers
 //     FLOAT_TO_BFLOAT(p, v)  a vector of float to bfloat16 in memory, if there is an instruction for it
 //
-// Without DOT it is all but the products.
+// Without DOT it is all but the products, which are those of products.h.
 //
 // The integers are those of kernels/reference.py to the bit, so floating-point operations are done as they stand here:
 // nothing may be contracted to a fused multiply-add.
@@ -17,15 +17,17 @@ typedef float FN(floats) __attribute__((vector_size(BYTES)));
 typedef int32_t FN(ints) __attribute__((vector_size(BYTES)));
 typedef uint32_t FN(words) __attribute__((vector_size(BYTES)));
 typedef uint16_t FN(shorts) __attribute__((vector_size(BYTES / 2)));
+typedef int16_t FN(halves) __attribute__((vector_size(BYTES / 2)));
 typedef int8_t FN(bytes) __attribute__((vector_size(BYTES / 4)));
 #define floats FN(floats)
 #define ints FN(ints)
 #define words FN(words)
 #define shorts FN(shorts)
+#define halves FN(halves)
 #define bytes FN(bytes)
 
-// Of vectors of this width: FMA is a * b + c and FNMA c - a * b, ROUND goes to int32, half to even, SUM adds up int32, and
-// the last two read and write float16. ROWS is how many rows of x have their outputs in registers.
+// Of vectors of this width: FMA is a * b + c and FNMA c - a * b, ROUND goes to int32, half to even, SUM adds up int32,
+// FLOAT_SUM float, and the last two read and write float16. ROWS is how many rows of x have their outputs in registers.
 #if BYTES == 64
 #define MIN(a, b) ((floats)_mm512_min_ps((__m512)(a), (__m512)(b)))
 #define MAX(a, b) ((floats)_mm512_max_ps((__m512)(a), (__m512)(b)))
@@ -35,6 +37,7 @@ typedef int8_t FN(bytes) __attribute__((vector_size(BYTES / 4)));
 #define CLAMP(v, least, most) \
     ((ints)_mm512_min_epi32(_mm512_max_epi32((__m512i)(v), (__m512i)(least)), (__m512i)(most)))
 #define SUM(v) _mm512_reduce_add_epi32((__m512i)(v))
+#define FLOAT_SUM(v) _mm512_reduce_add_ps((__m512)(v))
 #define HALF_TO_FLOAT(p) ((floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p))))
 #define FLOAT_TO_HALF(p, v) _mm256_storeu_si256((__m256i *)(p), _mm512_cvtps_ph((__m512)(v), 0))
 #define ROWS 4
@@ -47,7 +50,8 @@ typedef int8_t FN(bytes) __attribute__((vector_size(BYTES / 4)));
 #define ROUND(v) ((ints)_mm256_cvtps_epi32((__m256)(v)))
 #define CLAMP(v, least, most) \
     ((ints)_mm256_min_epi32(_mm256_max_epi32((__m256i)(v), (__m256i)(least)), (__m256i)(most)))
-#define SUM(v) (v[0] + v[1] + v[2] + v[3] + v[4] + v[5] + v[6] + v[7])
+#define SUM(v) FN(sum)((__m256i)(v))
+#define FLOAT_SUM(v) FN(float_sum)((__m256)(v))
 #define HALF_TO_FLOAT(p) ((floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p))))
 #define FLOAT_TO_HALF(p, v) _mm_storeu_si128((__m128i *)(p), _mm256_cvtps_ph((__m256)(v), 0))
 #define ROWS 2
@@ -59,9 +63,24 @@ typedef int8_t FN(bytes) __attribute__((vector_size(BYTES / 4)));
 #define ROUND(v) ((ints)vcvtnq_s32_f32((float32x4_t)(v)))
 #define CLAMP(v, least, most) ((ints)vminq_s32(vmaxq_s32((int32x4_t)(v), (int32x4_t)(least)), (int32x4_t)(most)))
 #define SUM(v) vaddvq_s32((int32x4_t)(v))
+#define FLOAT_SUM(v) vaddvq_f32((float32x4_t)(v))
 #define HALF_TO_FLOAT(p) ((floats)vcvt_f32_f16(vld1_f16((const __fp16 *)(p))))
 #define FLOAT_TO_HALF(p, v) vst1_f16((__fp16 *)(p), vcvt_f16_f32((float32x4_t)(v)))
 #define ROWS 4
+#endif
+
+#if BYTES == 32
+static inline int32_t FN(sum)(__m256i v) {
+    __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    half = _mm_add_epi32(half, _mm_unpackhi_epi64(half, half));
+    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 1)));
+}
+
+static inline float FN(float_sum)(__m256 v) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
 #endif
 
 static inline floats FN(load)(const void *p, int type) {
@@ -149,17 +168,9 @@ static inline __attribute__((always_inline)) void FN(round_row)(
     }
 }
 
-static void FN(quantize_row)(const Weight *w, Rows *rows, int64_t m, uint8_t *values, void *scratch) {
-    const int64_t size = rows->type == FLOAT32 ? 4 : 2, whole = w->k * size, count = rows->filled;
-    char *x = scratch;  // [filled], 0 in the outlier dims
-    memcpy(x, (const char *)rows->x + m * whole, whole);
-    memset(x + whole, 0, count * size - whole);
-    float *outliers = rows->outliers + m * w->outliers;
-    for (int64_t t = 0; t < w->outliers; t++) {
-        char *here = x + w->outlier_dims[t] * size;
-        outliers[t] = FN(load)(here, rows->type)[0];  // of a vector that may reach behind the row, inside of scratch
-        memset(here, 0, size);
-    }
+// Quantize a group of a row, whose values are in x.
+static void FN(quantize_group)(
+    const Weight *w, Rows *rows, int64_t place, const char *x, int64_t count, uint8_t *values) {
     float least, most, zero;
     switch (rows->type) {
         case FLOAT32: FN(range)(FLOAT32, x, count, &least, &most, &zero); break;
@@ -177,8 +188,8 @@ static void FN(quantize_row)(const Weight *w, Rows *rows, int64_t m, uint8_t *va
         divisor = absmax == 0 ? 1 : absmax;
         factor = 127;
     }
-    rows->scale[m] = scale + zero;
-    rows->zero_point[m] = zero_point;
+    rows->scale[place] = scale + zero;
+    rows->zero_point[place] = zero_point + (UNSIGNED && w->groups > 1 ? 128 : 0);
     const int32_t shown = zero == 0 ? (int32_t)zero_point : 0;
 #define ROUND_ROW(type)                                                                                      \
     if (FN(divides)(divisor)) FN(round_row)(type, 1, x, count, factor, divisor, shown, values);              \
@@ -191,12 +202,30 @@ static void FN(quantize_row)(const Weight *w, Rows *rows, int64_t m, uint8_t *va
 #undef ROUND_ROW
 }
 
+static void FN(quantize_row)(const Weight *w, Rows *rows, int64_t m, uint8_t *values, void *scratch) {
+    const int64_t size = rows->type == FLOAT32 ? 4 : 2, whole = w->k * size, count = rows->filled;
+    char *x = scratch;  // [filled], 0 in the outlier dims
+    memcpy(x, (const char *)rows->x + m * whole, whole);
+    memset(x + whole, 0, count * size - whole);
+    float *outliers = rows->outliers + m * w->outliers;
+    for (int64_t t = 0; t < w->outliers; t++) {
+        char *here = x + w->outlier_dims[t] * size;
+        outliers[t] = FN(load)(here, rows->type)[0];  // of a vector that may reach behind the row, inside of scratch
+        memset(here, 0, size);
+    }
+    for (int64_t g = 0; g < w->groups; g++) {
+        const int64_t first = g * w->group, last = g + 1 < w->groups ? first + w->group : count;
+        const int64_t place = m * rows->by_row + g * rows->by_group;
+        FN(quantize_group)(w, rows, place, x + first * size, last - first, values + first);
+    }
+}
+
 static void FN(panel)(const Weight *w, Panel *panel) {
     const int64_t size = w->outlier_type == FLOAT32 ? 4 : 2;
     for (int64_t j = 0; j < PANEL; j++) {
         const int in = j < panel->count;
         const int64_t n = panel->first + j;
-        const int32_t sum = in ? w->row_sum[n] : 0;
+        const int32_t sum = in && w->groups == 1 ? ((const int32_t *)w->row_sum)[n] : 0;
         panel->offset[j] = UNSIGNED ? (int32_t)(128u * (uint32_t)sum) : 0;
         panel->row_sum[j] = (float)sum;
         panel->scale[j] = in ? w->scale[n] : 0;
@@ -209,6 +238,13 @@ static void FN(panel)(const Weight *w, Panel *panel) {
         for (int64_t j = 0; j < PANEL; j += LANES) {
             floats v = FN(load)(bias + j * width, w->bias_type);
             memcpy(panel->bias + j, &v, sizeof v);
+        }
+    }
+    if (panel->group_sums) {
+        for (int64_t j = 0; j < PANEL; j++) {
+            const int16_t *sums = (const int16_t *)w->row_sum + (panel->first + j) * w->groups;
+            for (int64_t g = 0; g < w->groups; g++)
+                panel->group_sums[g * PANEL + j] = j < panel->count ? (float)sums[g] : 0;
         }
     }
     if (!w->outliers) return;
@@ -256,13 +292,14 @@ static inline __attribute__((always_inline)) void FN(extras)(
 
 // Scale the sums of `ms` rows of x in a panel, and write them.
 static inline __attribute__((always_inline)) void FN(finish_rows)(
-    int ms, const Weight *w, const Rows *rows, const Panel *panel, int64_t m, const int32_t *sums) {
+    int ms, int scaled, const Weight *w, const Rows *rows, const Panel *panel, int64_t m, const int32_t *sums) {
     const int64_t size = rows->type == FLOAT32 ? 4 : 2;
     float extras[ROWS * 4 * LANES];
     for (int64_t j = 0; j < panel->count; j += 4 * LANES) {
         FN(extras)(ms, w, rows, panel, m, j, extras);
         for (int a = 0; a < ms; a++) {
-            const floats scale = (floats){0} + rows->scale[m + a], zero_point = (floats){0} + rows->zero_point[m + a];
+            const floats scale = (floats){0} + rows->scale[scaled ? 0 : m + a];
+            const floats zero_point = (floats){0} + rows->zero_point[scaled ? 0 : m + a];
             char *out = (char *)rows->out + ((m + a) * w->n + panel->first) * size;
             for (int b = 0; b < 4 && j + b * LANES < panel->count; b++) {
                 const int64_t here = j + b * LANES, left = panel->count - here;
@@ -274,7 +311,9 @@ static inline __attribute__((always_inline)) void FN(finish_rows)(
                 memcpy(&weight_scale, panel->scale + here, BYTES);
                 memcpy(&extra, extras + (a * 4 + b) * LANES, BYTES);
                 if (UNSIGNED) sum -= offset;
-                const floats y = FNMA(zero_point, row_sum, __builtin_convertvector((ints)sum, floats)) * scale;
+                const floats y =
+                    scaled ? (floats)sum
+                           : FNMA(zero_point, row_sum, __builtin_convertvector((ints)sum, floats)) * scale;
                 const floats found = FMA(y, weight_scale, extra);
                 if (left >= LANES) {
                     FN(store)(out + here * size, found, rows->type);
@@ -288,99 +327,43 @@ static inline __attribute__((always_inline)) void FN(finish_rows)(
     }
 }
 
+// `sums` are int32, or float where there are groups, as `Panel` has it.
 static void FN(finish)(
-    const Weight *w, const Rows *rows, const Panel *panel, int64_t m, int64_t ms, const int32_t *sums) {
-    int64_t a = 0;
-    for (; a + ROWS <= ms; a += ROWS) FN(finish_rows)(ROWS, w, rows, panel, m + a, sums + a * PANEL);
-    for (; a < ms; a++) FN(finish_rows)(1, w, rows, panel, m + a, sums + a * PANEL);
+    const Weight *w, const Rows *rows, const Panel *panel, int64_t m, int64_t ms, const void *sums) {
+    const int32_t *of_row = sums;
+    if (w->groups == 1) {
+        int64_t a = 0;
+        for (; a + ROWS <= ms; a += ROWS) FN(finish_rows)(ROWS, 0, w, rows, panel, m + a, of_row + a * PANEL);
+        for (; a < ms; a++) FN(finish_rows)(1, 0, w, rows, panel, m + a, of_row + a * PANEL);
+    } else {
+        int64_t a = 0;
+        for (; a + ROWS <= ms; a += ROWS) FN(finish_rows)(ROWS, 1, w, rows, panel, m + a, of_row + a * PANEL);
+        for (; a < ms; a++) FN(finish_rows)(1, 1, w, rows, panel, m + a, of_row + a * PANEL);
+    }
 }
 
 #ifdef DOT
-static void FN(quantize)(const Weight *w, Rows *rows, int64_t first, int64_t count, char *kept) {
-    for (int64_t m = first; m < first + count; m++)
-        FN(quantize_row)(w, rows, m, rows->values + m * rows->padded_k, kept);
-}
-
-// The sums of `ms` rows of x and `ns` rows of the weight; both are known where it is inlined.
-static inline __attribute__((always_inline)) void FN(tile)(
-    int ms, int ns, const uint8_t *x, int64_t x_stride, const int8_t *w, int64_t k, int32_t *sums) {
-    ints sum[M_TILE][N_TILE] = {{{0}}};
-    int64_t i = 0;
-    for (; i + BYTES <= k; i += BYTES) {
-        ints weight[N_TILE];
-        for (int b = 0; b < ns; b++) {
-            memcpy(&weight[b], w + b * k + i, BYTES);
-            KEEP(weight[b]);
-        }
-        for (int a = 0; a < ms; a++) {
-            ints row;
-            memcpy(&row, x + a * x_stride + i, BYTES);
-            for (int b = 0; b < ns; b++) sum[a][b] = DOT(sum[a][b], row, weight[b]);
-        }
-    }
-    if (i < k) {
-        ints weight[N_TILE];
-        for (int b = 0; b < ns; b++) {
-            weight[b] = (ints){0};
-            memcpy(&weight[b], w + b * k + i, k - i);
-        }
-        for (int a = 0; a < ms; a++) {
-            ints row;
-            memcpy(&row, x + a * x_stride + i, BYTES);
-            for (int b = 0; b < ns; b++) sum[a][b] = DOT(sum[a][b], row, weight[b]);
-        }
-    }
-    for (int a = 0; a < ms; a++)
-        for (int b = 0; b < ns; b++) sums[a * PANEL + b] = SUM(sum[a][b]);
-}
-
-static void FN(multiply)(
-    const Weight *w, const Rows *rows, const Panel *panel, int64_t first, int64_t last, char *scratch) {
-    int32_t *sums = (int32_t *)scratch;  // [M_TILE, PANEL]
-    const int8_t *values = w->values + panel->first * w->k;
-    const int64_t stride = rows->padded_k, k = w->k;
-    for (int64_t m = first; m < last; m += M_TILE) {
-        const int64_t ms = last - m < M_TILE ? last - m : M_TILE;
-        const uint8_t *x = rows->values + m * stride;
-        for (int64_t j = 0; j < panel->count;) {
-            const int8_t *block = values + j * k;
-            if (j + N_TILE > panel->count) {
-                for (int64_t a = 0; a < ms; a++)
-                    FN(tile)(1, 1, x + a * stride, stride, block, k, sums + a * PANEL + j);
-                j++;
-                continue;
-            }
-#define TILE(count) \
-    case count: FN(tile)(count, N_TILE, x, stride, block, k, sums + j); break;
-            switch (ms) {
-                TILE(1) TILE(2) TILE(3) TILE(4)
-#if M_TILE > 4
-                TILE(5) TILE(6)
-#endif
-            }
-#undef TILE
-            j += N_TILE;
-        }
-        FN(finish)(w, rows, panel, m, ms, sums);
-    }
-}
-
-static const Kernels FN(kernels) = {1, BYTES, 64, 0, FN(quantize), FN(panel), FN(multiply)};
+#include "products.h"
 #endif
 
 #undef floats
 #undef ints
 #undef words
 #undef shorts
+#undef halves
 #undef bytes
 #undef LANES
 #undef FN
 #undef BYTES
 #undef DOT
 #undef SUM
+#undef FLOAT_SUM
 #undef UNSIGNED
 #undef M_TILE
 #undef N_TILE
+#undef STRIP
+#undef BLOCK
+#undef MANY
 #undef MIN
 #undef MAX
 #undef FMA

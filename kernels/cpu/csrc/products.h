@@ -1,0 +1,237 @@
+// The products for an instruction set that adds up four bytes in each lane of a vector; included by rows.h.
+//
+// Few rows: the lanes are dimensions, and the weight is read as it lies. Many rows: the lanes are outputs. A block of the
+// weight is turned over for that, which pays when many rows use it, and then the sums of a group of dimensions are
+// scaled for all lanes at once.
+
+static void FN(quantize)(const Weight *w, Rows *rows, int64_t first, int64_t count, char *kept) {
+    for (int64_t m = first; m < first + count; m++)
+        FN(quantize_row)(w, rows, m, rows->values + m * rows->padded_k, kept);
+}
+
+// Load a vector of row b of the weight, and of row a of x. What is behind k in x is the value of 0.0, or whatever the
+// weight has there 0s for.
+static inline __attribute__((always_inline)) void FN(step)(
+    int ms, int ns, const uint8_t *x, int64_t x_stride, const int8_t *w, int64_t k, int64_t left,
+    ints sum[M_TILE][N_TILE]) {
+    ints weight[N_TILE];
+    for (int b = 0; b < ns; b++) {
+        weight[b] = (ints){0};
+        memcpy(&weight[b], w + b * k, left < BYTES ? left : BYTES);
+        KEEP(weight[b]);
+    }
+    for (int a = 0; a < ms; a++) {
+        ints row;
+        memcpy(&row, x + a * x_stride, BYTES);
+        for (int b = 0; b < ns; b++) sum[a][b] = DOT(sum[a][b], row, weight[b]);
+    }
+}
+
+// The sums of `ms` rows of x and `ns` rows of the weight; both are known where it is inlined.
+static inline __attribute__((always_inline)) void FN(tile)(
+    int ms, int ns, const uint8_t *x, int64_t x_stride, const int8_t *w, int64_t k, int32_t *sums) {
+    ints sum[M_TILE][N_TILE] = {{{0}}};
+    int64_t i = 0;
+    for (; i + BYTES <= k; i += BYTES) FN(step)(ms, ns, x + i, x_stride, w + i, k, BYTES, sum);
+    if (i < k) FN(step)(ms, ns, x + i, x_stride, w + i, k, k - i, sum);
+    for (int a = 0; a < ms; a++)
+        for (int b = 0; b < ns; b++) sums[a * PANEL + b] = SUM(sum[a][b]);
+}
+
+// The same in groups, scaled: float sums. Each lane adds up its share of them, int32 within a group; their own sum, and
+// the zero points, come last.
+static inline __attribute__((always_inline)) void FN(scaled_tile)(
+    int ms, int ns, const Weight *w, const Rows *rows, int64_t m, int64_t n, float *sums) {
+    floats total[M_TILE][N_TILE] = {{{0}}};
+    const uint8_t *x = rows->values + m * rows->padded_k;
+    const int8_t *values = w->values + n * w->k;
+    const float *scale = rows->scale + m * rows->by_row, *zero_point = rows->zero_point + m * rows->by_row;
+    int64_t i = 0;
+    for (int64_t g = 0; g < w->groups; g++) {
+        ints sum[M_TILE][N_TILE] = {{{0}}};
+        const int64_t end = g + 1 < w->groups ? i + w->group : w->k;
+        for (; i + BYTES <= end; i += BYTES) FN(step)(ms, ns, x + i, rows->padded_k, values + i, w->k, BYTES, sum);
+        if (i < end) FN(step)(ms, ns, x + i, rows->padded_k, values + i, w->k, end - i, sum);
+        for (int a = 0; a < ms; a++) {
+            const floats by = (floats){0} + scale[a * rows->by_row + g];
+            for (int b = 0; b < ns; b++)
+                total[a][b] = FMA(__builtin_convertvector(sum[a][b], floats), by, total[a][b]);
+        }
+    }
+    if (UNSIGNED || rows->zeropoint) {
+        for (int64_t g = 0; g < w->groups; g += LANES) {
+            for (int b = 0; b < ns; b++) {
+                // What belongs to the next row meets a scale of 0; but nothing is read behind the last.
+                const int64_t place = (n + b) * w->groups + g, left = w->n * w->groups - place;
+                halves narrow = {0};
+                if (left >= LANES) memcpy(&narrow, (const int16_t *)w->row_sum + place, sizeof narrow);
+                else memcpy(&narrow, (const int16_t *)w->row_sum + place, left * 2);
+                const floats row_sum = __builtin_convertvector(narrow, floats);
+                for (int a = 0; a < ms; a++) {
+                    floats by, zero;
+                    memcpy(&by, scale + a * rows->by_row + g, BYTES);
+                    memcpy(&zero, zero_point + a * rows->by_row + g, BYTES);
+                    total[a][b] = FNMA(by * zero, row_sum, total[a][b]);
+                }
+            }
+        }
+    }
+    for (int a = 0; a < ms; a++)
+        for (int b = 0; b < ns; b++) sums[a * PANEL + b] = FLOAT_SUM(total[a][b]);
+}
+
+static void FN(multiply_few)(
+    const Weight *w, const Rows *rows, const Panel *panel, int64_t first, int64_t last, char *scratch) {
+    int32_t *sums = (int32_t *)scratch;  // [M_TILE, PANEL], or float
+    const int8_t *values = w->values + panel->first * w->k;
+    const int64_t stride = rows->padded_k, k = w->k;
+    for (int64_t m = first; m < last; m += M_TILE) {
+        const int64_t ms = last - m < M_TILE ? last - m : M_TILE;
+        const uint8_t *x = rows->values + m * stride;
+        for (int64_t j = 0; j < panel->count;) {
+            const int8_t *block = values + j * k;
+            const int64_t n = panel->first + j;
+            if (j + N_TILE > panel->count) {
+                for (int64_t a = 0; a < ms; a++) {
+                    if (w->groups == 1) FN(tile)(1, 1, x + a * stride, stride, block, k, sums + a * PANEL + j);
+                    else FN(scaled_tile)(1, 1, w, rows, m + a, n, (float *)sums + a * PANEL + j);
+                }
+                j++;
+                continue;
+            }
+#define TILE(count)                                                                       \
+    case count:                                                                           \
+        if (w->groups == 1) FN(tile)(count, N_TILE, x, stride, block, k, sums + j);       \
+        else FN(scaled_tile)(count, N_TILE, w, rows, m, n, (float *)sums + j);            \
+        break;
+            switch (ms) {
+                TILE(1) TILE(2) TILE(3) TILE(4)
+#if M_TILE > 4
+                TILE(5) TILE(6)
+#endif
+            }
+#undef TILE
+            j += N_TILE;
+        }
+        FN(finish)(w, rows, panel, m, ms, sums);
+    }
+}
+
+// Outputs whose sums are held in registers where their words lie beside each other.
+#define STRIP (N_TILE * LANES)
+
+// Turn over words of four dimensions: from rows of the panel, `count` dimensions from k on, to [PANEL / STRIP, words, STRIP].
+static void FN(turn_over)(const Weight *w, const Panel *panel, int64_t k, int64_t count, int32_t *out) {
+    const int64_t words = (count + 3) / 4;
+    for (int64_t j = 0; j < PANEL; j += 16) {
+        int32_t *strip = out + j / STRIP * STRIP * words + j % STRIP;
+        for (int64_t i = 0; i < words; i += 16) {
+#if BYTES == 64
+            __m512i a[16];
+#endif
+            for (int64_t b = 0; b < 16; b++) {
+                const int64_t left = count - 4 * i;
+                const int8_t *from = w->values + (panel->first + j + b) * w->k + k + 4 * i;
+                int32_t word[16] = {0};
+                if (j + b >= panel->count) ;
+                else if (left >= 64) memcpy(word, from, 64);
+                else memcpy(word, from, left);
+#if BYTES == 64
+                a[b] = _mm512_loadu_si512(word);
+#else
+                for (int64_t t = 0; t < 16 && i + t < words; t++) strip[(i + t) * STRIP + b] = word[t];
+#endif
+            }
+#if BYTES == 64
+            if (words - i >= 16) {
+                FN(transpose)(a, strip + i * STRIP, STRIP);
+            } else {
+                int32_t square[16 * 16];
+                FN(transpose)(a, square, 16);
+                for (int64_t t = 0; i + t < words; t++) memcpy(strip + (i + t) * STRIP, square + t * 16, 64);
+            }
+#endif
+        }
+    }
+}
+
+// Add the products of `ms` rows and a strip over a block of dimensions to their sums: int32, or float where there are
+// groups, of which the block is one.
+static inline __attribute__((always_inline)) void FN(block)(
+    int ms, int scaled, const Rows *rows, int64_t m, int64_t g, const uint8_t *x, const int32_t *strip, int64_t words,
+    const float *row_sum, int32_t *sums) {
+    ints sum[M_TILE][N_TILE] = {{{0}}};
+    for (int64_t i = 0; i < words; i++) {
+        ints weight[N_TILE];
+        for (int b = 0; b < N_TILE; b++) {
+            memcpy(&weight[b], strip + i * STRIP + b * LANES, BYTES);
+            KEEP(weight[b]);
+        }
+        for (int a = 0; a < ms; a++) {
+            int32_t word;
+            memcpy(&word, x + a * rows->padded_k + 4 * i, 4);
+            const ints row = (ints){0} + word;
+            for (int b = 0; b < N_TILE; b++) sum[a][b] = DOT(sum[a][b], row, weight[b]);
+        }
+    }
+    for (int a = 0; a < ms; a++) {
+        const int64_t place = (m + a) * rows->by_row + g * rows->by_group;
+        const floats scale = (floats){0} + rows->scale[scaled ? place : 0];
+        const floats zero_point = (floats){0} + rows->zero_point[scaled ? place : 0];
+        for (int b = 0; b < N_TILE; b++) {
+            int32_t *total = sums + a * PANEL + b * LANES;
+            if (scaled) {
+                floats by, before = {0};
+                memcpy(&by, row_sum + b * LANES, BYTES);
+                if (g) memcpy(&before, total, BYTES);
+                const floats y = FNMA(zero_point, by, __builtin_convertvector(sum[a][b], floats));
+                before = FMA(y, scale, before);
+                memcpy(total, &before, BYTES);
+            } else {
+                ints before = {0};
+                if (g) memcpy(&before, total, BYTES);
+                before += sum[a][b];
+                memcpy(total, &before, BYTES);
+            }
+        }
+    }
+}
+
+// Dimensions in a block where there are no groups; and from how many rows on, measured with groups on AVX2.
+#define BLOCK 256
+#define MANY 33
+
+static void FN(multiply_many)(
+    const Weight *w, const Rows *rows, const Panel *panel, int64_t first, int64_t last, char *scratch) {
+    int32_t *sums = (int32_t *)scratch, *words = sums + PART * PANEL;  // [PART, PANEL]; [PANEL / STRIP, words, STRIP]
+    const int64_t step = w->groups > 1 ? w->group : BLOCK;
+    for (int64_t k = 0, g = 0; k < w->k; k += step, g++) {
+        const int64_t dimensions = w->k - k < step ? w->k - k : step, count = (dimensions + 3) / 4;
+        FN(turn_over)(w, panel, k, dimensions, words);
+        for (int64_t j = 0; j < panel->count; j += STRIP) {
+            const int32_t *strip = words + j * count;
+            const float *row_sum = panel->group_sums + g * PANEL + j;
+            for (int64_t m = first; m < last;) {
+                const int64_t ms = last - m < M_TILE ? 1 : M_TILE;
+                const uint8_t *x = rows->values + m * rows->padded_k + k;
+                int32_t *sum = sums + (m - first) * PANEL + j;
+                if (w->groups > 1) {
+                    if (ms > 1) FN(block)(M_TILE, 1, rows, m, g, x, strip, count, row_sum, sum);
+                    else FN(block)(1, 1, rows, m, g, x, strip, count, row_sum, sum);
+                } else {
+                    if (ms > 1) FN(block)(M_TILE, 0, rows, m, g, x, strip, count, NULL, sum);
+                    else FN(block)(1, 0, rows, m, g, x, strip, count, NULL, sum);
+                }
+                m += ms;
+            }
+        }
+    }
+    FN(finish)(w, rows, panel, first, last - first, sums);
+}
+
+static void FN(multiply)(
+    const Weight *w, const Rows *rows, const Panel *panel, int64_t first, int64_t last, char *scratch) {
+    (rows->m >= MANY ? FN(multiply_many) : FN(multiply_few))(w, rows, panel, first, last, scratch);
+}
+
+static const Kernels FN(kernels) = {1, MANY, 64, 0, 0, FN(quantize), FN(panel), FN(multiply)};
