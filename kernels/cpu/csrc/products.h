@@ -120,7 +120,7 @@ static void FN(multiply_few)(
 // Outputs whose sums are held in registers where their words lie beside each other.
 #define STRIP (N_TILE * LANES)
 
-// Turn over words of four dimensions: from rows of the panel, `count` dimensions from k on, to [PANEL / STRIP, words, STRIP].
+// Turn over words of four dimensions: `count` dimensions from k on, of the panel's rows, to [PANEL / STRIP, words, STRIP].
 static void FN(turn_over)(const Weight *w, const Panel *panel, int64_t k, int64_t count, int32_t *out) {
     const int64_t words = (count + 3) / 4;
     for (int64_t j = 0; j < PANEL; j += 16) {
@@ -130,11 +130,10 @@ static void FN(turn_over)(const Weight *w, const Panel *panel, int64_t k, int64_
             __m512i a[16];
 #endif
             for (int64_t b = 0; b < 16; b++) {
-                const int64_t left = count - 4 * i;
+                const int64_t left = j + b < panel->count ? count - 4 * i : 0;
                 const int8_t *from = w->values + (panel->first + j + b) * w->k + k + 4 * i;
                 int32_t word[16] = {0};
-                if (j + b >= panel->count) ;
-                else if (left >= 64) memcpy(word, from, 64);
+                if (left >= 64) memcpy(word, from, 64);
                 else memcpy(word, from, left);
 #if BYTES == 64
                 a[b] = _mm512_loadu_si512(word);
@@ -156,7 +155,7 @@ static void FN(turn_over)(const Weight *w, const Panel *panel, int64_t k, int64_
 }
 
 // Add the products of `ms` rows and a strip over a block of dimensions to their sums: int32, or float where there are
-// groups, of which the block is one.
+// groups, of which the block is one. No sum of a group exceeds 2**23, so floats hold it, and what its zero point takes off.
 static inline __attribute__((always_inline)) void FN(block)(
     int ms, int scaled, const Rows *rows, int64_t m, int64_t g, const uint8_t *x, const int32_t *strip, int64_t words,
     const float *row_sum, int32_t *sums) {
@@ -210,7 +209,7 @@ static void FN(multiply_many)(
         FN(turn_over)(w, panel, k, dimensions, words);
         for (int64_t j = 0; j < panel->count; j += STRIP) {
             const int32_t *strip = words + j * count;
-            const float *row_sum = panel->group_sums + g * PANEL + j;
+            const float *row_sum = w->groups > 1 ? panel->group_sums + g * PANEL + j : NULL;
             for (int64_t m = first; m < last;) {
                 const int64_t ms = last - m < M_TILE ? 1 : M_TILE;
                 const uint8_t *x = rows->values + m * rows->padded_k + k;
