@@ -97,6 +97,18 @@ def check_operands(
         _check("columns", columns, _COLUMNS, (n, padded), device, contiguous=True)
 
 
+def is_watched(x: Tensor) -> bool:
+    """Tell whether x stands for other numbers than its own, or somebody transforms or records what is called."""
+    return (
+        type(x) is not Tensor
+        or x.is_neg()
+        or x._is_zerotensor()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
+
+
 def padded_outliers(count: int) -> int:
     """Return the columns that `count` outliers take in the product on a GPU: 0, 16, or a multiple of 32.
 

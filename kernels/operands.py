@@ -1,5 +1,6 @@
 """A weight laid out for a GPU: the arguments of the operators, in their order."""
 
+from collections.abc import Callable
 from typing import NamedTuple, Self
 
 import torch
@@ -8,6 +9,10 @@ from torch.nn.functional import pad
 
 from .checks import padded_outliers
 from .reference import Int8Weight
+
+
+def _row_sums(values: Tensor) -> Tensor:
+    return values.sum(1, dtype=torch.int32)
 
 
 class Operands(NamedTuple):
@@ -33,8 +38,8 @@ class Operands(NamedTuple):
     threshold: float | None
 
     @classmethod
-    def prepare(cls, weight: Int8Weight) -> Self:
-        """Lay out a weight on its device."""
+    def prepare(cls, weight: Int8Weight, row_sums: Callable[[Tensor], Tensor] = _row_sums) -> Self:
+        """Lay out a weight on its device; `row_sums` adds up the rows of int8 [N, K], contiguous, to int32 [N]."""
         dims, columns = weight.outlier_dims, weight.outlier_weight
         if weight.threshold is not None:
             dims, columns = dims.new_empty(0), columns.new_empty(len(columns), 0)
@@ -43,7 +48,7 @@ class Operands(NamedTuple):
             values=values,
             # By a tensor: on a GPU torch divides by a number as it likes, and by a tensor as IEEE does.
             scale=weight.absmax / torch.full_like(weight.absmax, 127),
-            row_sum=values.sum(1, dtype=torch.int32),
+            row_sum=row_sums(values.detach()),
             outlier_dims=dims.int().contiguous(),
             outlier_weight=pad(columns, (0, padded_outliers(len(dims)) - len(dims))).contiguous(),
             bias=None if weight.bias is None else weight.bias.contiguous(),

@@ -1,0 +1,31 @@
+"""The facade for weights before they are in a layer: it picks what quantizes one, and what adds up its rows.
+
+On the CPU these are compiled functions where there are any; elsewhere, and for what stands for other numbers than its
+own, the reference and torch. All return the same bits.
+"""
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .checks import FLOATS, is_watched
+from .cpu import native, weights
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize each row of a weight; see `reference.quantize_weight`."""
+    if _is_compiled(weight) and weight.dtype in FLOATS:
+        return weights.quantize_weight(weight)
+    return reference.quantize_weight(weight)
+
+
+def row_sums(values: Tensor) -> Tensor:
+    """Return the sums of the rows of int8 [N, K], contiguous: int32 [N]."""
+    if _is_compiled(values):
+        return weights.row_sums(values).flatten()
+    return values.sum(1, dtype=torch.int32)
+
+
+def _is_compiled(tensor: Tensor) -> bool:
+    here = tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_watched(tensor)
+    return here and bool(native.kinds())
