@@ -10,7 +10,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from .reference import Group, Int8Weight, groups
+from .reference import Group, Int8Weight, groups, row_sum_dtype
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_FEATURES = 133_144  # 127 * 127 * K < 2**31
@@ -109,9 +109,16 @@ def check_operands(
         _check("columns", columns, _COLUMNS, (n, padded), device, contiguous=True)
 
 
-def row_sum_dtype(groups: int) -> torch.dtype:
-    """Return the dtype of a weight's row sums: of a group of at most 256 they fit in 16 bits."""
-    return torch.int32 if groups == 1 else torch.int16
+def is_watched(x: Tensor) -> bool:
+    """Tell whether x stands for other numbers than its own, or somebody transforms or records what is called."""
+    return (
+        type(x) is not Tensor
+        or x.is_neg()
+        or x._is_zerotensor()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def padded_outliers(count: int) -> int:

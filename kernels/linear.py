@@ -38,6 +38,11 @@ def prepare(weight: Int8Weight, may_pack: bool = True) -> PreparedWeight:
     return ReferenceWeight.prepare(weight)
 
 
+def is_laid_out_anew(weight: Int8Weight) -> bool:
+    """Tell whether `prepare` lays the values of a weight out anew, where it may, or shares those given."""
+    return weight.threshold is None and not native.kinds() and product.packable(weight.values)
+
+
 def int8_linear(x: Tensor, weight: PreparedWeight, activation: Activation = "absmax") -> Tensor:
     """Compute `x @ dequantized(weight).T + bias`; see `reference.int8_linear`.
 

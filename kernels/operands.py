@@ -1,13 +1,17 @@
 """A weight laid out for a GPU: the arguments of the operators, in their order."""
 
+from collections.abc import Callable
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .checks import padded_outliers, row_sum_dtype
-from .reference import Group, Int8Weight, groups
+from . import reference
+from .checks import padded_outliers
+from .reference import Group, Int8Weight
+
+RowSums = Callable[[Tensor, Group | None], Tensor]
 
 
 class Operands(NamedTuple):
@@ -34,8 +38,8 @@ class Operands(NamedTuple):
     group: Group | None
 
     @classmethod
-    def prepare(cls, weight: Int8Weight) -> Self:
-        """Lay out a weight on its device."""
+    def prepare(cls, weight: Int8Weight, row_sums: RowSums = reference.row_sums) -> Self:
+        """Lay out a weight on its device; `row_sums` is that of the reference, or gives the same."""
         dims, columns = weight.outlier_dims, weight.outlier_weight
         if weight.threshold is not None:
             dims, columns = dims.new_empty(0), columns.new_empty(len(columns), 0)
@@ -44,7 +48,7 @@ class Operands(NamedTuple):
             values=values,
             # By a tensor: on a GPU torch divides by a number as it likes, and by a tensor as IEEE does.
             scale=weight.absmax / torch.full_like(weight.absmax, 127),
-            row_sum=row_sums(values, weight.group),
+            row_sum=row_sums(values.detach(), weight.group),
             outlier_dims=dims.int().contiguous(),
             outlier_weight=pad(columns, (0, padded_outliers(len(dims)) - len(dims))).contiguous(),
             bias=None if weight.bias is None else weight.bias.contiguous(),
@@ -68,15 +72,3 @@ class Operands(NamedTuple):
         """Whether rows of the values begin and end at multiples of 16 bytes."""
         k = self.values.shape[1]
         return k > 0 and not (k % 16 or self.values.data_ptr() % 16)
-
-
-def row_sums(values: Tensor, group: Group | None) -> Tensor:
-    """Return the sums of the rows of int8 [N, K] over each of G groups of dimensions: int32 [N, 1], or int16 [N, G]."""
-    k = values.shape[1]
-    count, width = groups(k, group)
-    dtype = row_sum_dtype(count)
-    if count == 1:
-        return values.sum(1, keepdim=True, dtype=dtype)
-    whole = k // width
-    sums = values[:, : whole * width].reshape(-1, whole, width).sum(2, dtype=dtype)
-    return sums if whole == count else torch.cat([sums, values[:, whole * width :].sum(1, True, dtype=dtype)], 1)

@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .checks import check_operands
+from .checks import check_operands, is_watched
 from .cpu import native
 from .cpu.linear import CpuWeight
 from .gpu.tiles import gpu_of, table_for
 from .operands import Operands
 from .prepared import PreparedWeight
 from .reference import Activation, Group, Int8Weight
+from .weights import row_sums
 
 # `Library` dispatches in a fraction of the time that `torch.library.custom_op` takes.
 _LIBRARY = torch.library.Library("llmint8", "FRAGMENT")  # type: ignore[no-untyped-call]
@@ -56,7 +57,7 @@ class OperatorWeight(PreparedWeight):
     @classmethod
     def prepare(cls, weight: Int8Weight) -> Self:
         """Lay out a weight on its device."""
-        operands = Operands.prepare(weight)
+        operands = Operands.prepare(weight, row_sums)
         n, k = operands.values.shape
         runs_on, run = cls._runner(operands)
         return cls(in_features=k, out_features=n, values=operands.values, runs_on=runs_on, operands=operands, run=run)
@@ -64,7 +65,7 @@ class OperatorWeight(PreparedWeight):
     def linear(self, x: Tensor, activation: Activation) -> Tensor:
         """Run the layer; see `PreparedWeight`."""
         zeropoint = activation == "zeropoint"
-        if torch.compiler.is_compiling() or _is_watched(x):
+        if torch.compiler.is_compiling() or is_watched(x):
             weight, scale, row_sum, dims, columns, bias, threshold, group = self.operands
             if threshold is None:
                 return int8_linear(x, weight, scale, row_sum, dims, columns, bias, group, zeropoint)
@@ -96,18 +97,6 @@ class NativeWeight(OperatorWeight):
     @staticmethod
     def _runner(operands: Operands) -> tuple[str, Run]:
         return f"{native.kinds()[0]} on the CPU", native.NativeLinear(operands)
-
-
-def _is_watched(x: Tensor) -> bool:
-    """Tell whether x stands for other numbers than its own, or somebody transforms or records what is called."""
-    return (
-        type(x) is not Tensor
-        or x.is_neg()
-        or x._is_zerotensor()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
-    )
 
 
 @functools.cache

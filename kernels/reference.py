@@ -85,6 +85,11 @@ def groups(in_features: int, group: Group | None) -> tuple[int, int]:
     return -(-in_features // group), group
 
 
+def row_sum_dtype(groups: int) -> torch.dtype:
+    """Return the dtype of a weight's row sums: those of a group, of at most 256 dimensions, fit in 16 bits."""
+    return torch.int32 if groups == 1 else torch.int16
+
+
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize each row of a weight to int8: `round_half_even(127 * w / absmax)`, in exact arithmetic.
 
@@ -172,6 +177,18 @@ def _float32_product(x: Tensor, weight: Tensor) -> Tensor:
     """Return `x @ weight.T` in float32 [M, N]; autocast leaves alone what is told where to write."""
     out = torch.empty(x.shape[0], weight.shape[0], device=x.device)
     return torch.mm(x.float(), weight.float().t(), out=out)
+
+
+def row_sums(values: Tensor, group: Group | None) -> Tensor:
+    """Add up the rows of int8 [N, K] over each of G groups of dimensions: int32 [N, 1], or int16 [N, G]."""
+    k = values.shape[1]
+    count, width = groups(k, group)
+    dtype = row_sum_dtype(count)
+    if count == 1:
+        return values.sum(1, keepdim=True, dtype=dtype)
+    whole = k // width
+    sums = values[:, : whole * width].reshape(-1, whole, width).sum(2, dtype=dtype)
+    return sums if whole == count else torch.cat([sums, values[:, whole * width :].sum(1, True, dtype=dtype)], 1)
 
 
 def dynamic_outlier_dims(x: Tensor, threshold: float) -> Tensor:

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from llmint8.kernels import reference
 from llmint8.kernels.cpu import native
-from llmint8.kernels.operands import Operands, row_sums
-from llmint8.kernels.reference import Activation, Group, Int8Weight, groups, quantize_weight
+from llmint8.kernels.operands import Operands
+from llmint8.kernels.reference import Activation, Group, Int8Weight, groups, quantize_weight, row_sums
 
 pytest.importorskip("ziglang")
 unicorn = pytest.importorskip("unicorn")
@@ -73,12 +73,12 @@ def run(program: bytes, operands: Operands, x: Tensor, zeropoint: bool) -> Tenso
     parts = [put(raw(part)) for part in (values, scale, row_sum, dims, columns)]
     count, width = groups(values.shape[1], group)
     sizes = (*values.shape, len(dims), columns.shape[1], width, count)
-    types = (native._DTYPES[columns.dtype], 0 if bias is None else native._DTYPES[bias.dtype])
+    types = (native.DTYPES[columns.dtype], 0 if bias is None else native.DTYPES[bias.dtype])
     weight = put(struct.pack("<6q6Q2i", *sizes, *parts, 0 if bias is None else put(raw(bias)), *types))
     out = torch.empty(len(x), len(values), dtype=x.dtype)
     found = put(raw(out))
-    kind = native._KINDS["Arm dotprod"]
-    arguments = (weight, put(raw(x)), found, len(x), native._DTYPES[x.dtype], int(zeropoint), kind, 1)
+    kind = native.KINDS["Arm dotprod"]
+    arguments = (weight, put(raw(x)), found, len(x), native.DTYPES[x.dtype], int(zeropoint), kind, 1)
     for number, value in enumerate(arguments):
         machine.reg_write(arm.UC_ARM64_REG_X0 + number, value)
     machine.reg_write(arm.UC_ARM64_REG_SP, STACK + (1 << 19))

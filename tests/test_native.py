@@ -19,8 +19,8 @@ from llmint8 import runtime
 from llmint8.kernels import reference
 from llmint8.kernels.cpu import native
 from llmint8.kernels.linear import prepare
-from llmint8.kernels.operands import Operands, row_sums
-from llmint8.kernels.reference import Activation, Int8Weight
+from llmint8.kernels.operands import Operands
+from llmint8.kernels.reference import Activation, Int8Weight, row_sums
 
 needs_it = pytest.mark.skipif(not native.kinds(), reason=native.why_not() if not native.kinds() else "")
 activations = pytest.mark.parametrize("activation", ["absmax", "zeropoint"])
@@ -174,14 +174,14 @@ def test_without_the_library_layers_run_and_say_why(
     if missing == "another version":
         if not native.kinds():
             pytest.skip(native.why_not())
-        library.write_bytes(Path(native._library()._name).read_bytes())  # type: ignore[union-attr]
+        library.write_bytes(Path(native.compiled()._name).read_bytes())  # type: ignore[union-attr]
         monkeypatch.setattr(native, "_VERSION", -1)
     expected = {
         "the library": "was not built",
         "another version": "compiled from another version",
         "not a library": "cannot be loaded",
     }
-    native._library.cache_clear()
+    native.compiled.cache_clear()
     native.kinds.cache_clear()
     try:
         assert native.kinds() == []
@@ -194,7 +194,7 @@ def test_without_the_library_layers_run_and_say_why(
         x = torch.randn(2, 9)
         torch.testing.assert_close(prepared.linear(x, "absmax"), reference.int8_linear(x, weight, "absmax"))
     finally:
-        native._library.cache_clear()
+        native.compiled.cache_clear()
         native.kinds.cache_clear()
 
 

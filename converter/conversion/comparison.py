@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from llmint8.formats import DTYPES, Checkpoint, Source
-from llmint8.kernels.reference import dequantize_weight, quantize_weight
+from llmint8.kernels.reference import dequantize_weight
+from llmint8.kernels.weights import quantize_weight
 
 from ..model.architecture import settle_class
 from ..model.build import meta_model

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from llmint8.formats import DTYPES, CheckpointWriter, SourceError, TensorInfo, outlier_specs
-from llmint8.kernels.reference import quantize_weight
+from llmint8.kernels.weights import quantize_weight
 
 from ..calibration.calibrator import Outliers
 from ..planning.plan import ConversionPlan, in_file_order, output_dtype

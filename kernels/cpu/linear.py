@@ -15,10 +15,18 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import row_sum_dtype
-from ..operands import Operands, row_sums
+from ..operands import Operands
 from ..prepared import PreparedWeight
-from ..reference import Activation, Group, Int8Weight, QuantizedRows, dynamic_outlier_dims, groups
+from ..reference import (
+    Activation,
+    Group,
+    Int8Weight,
+    QuantizedRows,
+    dynamic_outlier_dims,
+    groups,
+    row_sum_dtype,
+    row_sums,
+)
 from . import native
 from .product import Product, int8_product, multiply, pack, packable, unpack, unpacked_product
 

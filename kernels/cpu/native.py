@@ -17,15 +17,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..checks import padded_outliers
-from ..operands import Operands, row_sums
-from ..reference import dynamic_outlier_dims, groups
+from ..operands import Operands
+from ..reference import dynamic_outlier_dims, groups, row_sums
 
 Kind = Literal["AVX2", "AVX-VNNI", "AVX512-VNNI", "AMX", "Arm dotprod"]
 
 # The numbers are those of `layer.c`, the order is that of preference.
-_KINDS: dict[Kind, int] = {"AMX": 4, "AVX512-VNNI": 3, "AVX-VNNI": 2, "Arm dotprod": 5, "AVX2": 1}
+KINDS: dict[Kind, int] = {"AMX": 4, "AVX512-VNNI": 3, "AVX-VNNI": 2, "Arm dotprod": 5, "AVX2": 1}
 _VERSION = 2
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # Tiles pay from so many rows on; below, they are mostly empty.
 _TILE_ROWS = 4
 # A thread for so many products: fewer are done before another has woken up.
@@ -43,7 +43,7 @@ class _Weight(ctypes.Structure):
 
 
 @functools.cache
-def _library() -> ctypes.CDLL | str:
+def compiled() -> ctypes.CDLL | str:
     """Load the library; or say why there is none."""
     path = Path(__file__).with_name("_layer" + importlib.machinery.EXTENSION_SUFFIXES[0])
     if not path.exists():
@@ -62,17 +62,17 @@ def _library() -> ctypes.CDLL | str:
 @functools.cache
 def kinds() -> list[Kind]:
     """Return the instruction sets that can be used here, the best one first."""
-    library = _library()
+    library = compiled()
     if isinstance(library, str):
         return []
     supported = library.llmint8_supported()
     with _disable_current_modes():  # with numbers, whatever stands for tensors where it is asked first
-        return [kind for kind, number in _KINDS.items() if supported >> number & 1 and _is_exact(kind)]
+        return [kind for kind, number in KINDS.items() if supported >> number & 1 and _is_exact(kind)]
 
 
 def why_not() -> str:
     """Say why `kinds` is empty."""
-    library = _library()
+    library = compiled()
     if isinstance(library, str):
         return library
     supported = library.llmint8_supported()
@@ -122,7 +122,7 @@ class NativeLinear:
             None if bias is None else bias.data_ptr(),
         )
         if addresses != self._addresses:
-            types = _DTYPES[columns.dtype], 0 if bias is None else _DTYPES[bias.dtype]
+            types = DTYPES[columns.dtype], 0 if bias is None else DTYPES[bias.dtype]
             count, width = groups(values.shape[1], group)
             self._made = _Weight(*values.shape, len(dims), columns.shape[1], width, count, *addresses, *types)
             self._addresses = addresses
@@ -152,13 +152,13 @@ class NativeLinear:
             ValueError: outlier dims are not in the layer.
 
         """
-        library = _library()
+        library = compiled()
         assert not isinstance(library, str)
         x = x.contiguous()
         out = x.new_empty(len(x), self._operands.values.shape[0])
-        weight, dtype = ctypes.byref(self._weight()), _DTYPES[x.dtype]
+        weight, dtype = ctypes.byref(self._weight()), DTYPES[x.dtype]
         status = library.llmint8_linear(
-            weight, x.data_ptr(), out.data_ptr(), len(x), dtype, zeropoint, _KINDS[kind], threads
+            weight, x.data_ptr(), out.data_ptr(), len(x), dtype, zeropoint, KINDS[kind], threads
         )
         if status == 2:
             dims = self._operands.outlier_dims.tolist()

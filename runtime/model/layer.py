@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 from llmint8.kernels.checks import check_outlier_dims
 from llmint8.kernels.linear import int8_linear
-from llmint8.kernels.reference import Activation, Int8Weight, quantize_weight
+from llmint8.kernels.reference import Activation, Int8Weight
+from llmint8.kernels.weights import quantize_weight
 
 from .arguments import Outliers, check_choice, check_threshold
 from .float_weight import dequantized

@@ -22,6 +22,7 @@ from llmint8.converter.model.missing import fill_missing
 from llmint8.converter.model.names import module_names
 from llmint8.formats import Checkpoint, CheckpointError, LLMInt8Error, check_values, open_checkpoint, read_manifest
 from llmint8.formats.disk.names import MANIFEST_NAME
+from llmint8.kernels.linear import is_laid_out_anew
 from llmint8.kernels.reference import Activation
 
 from .arguments import Outliers, check_choice, outlier_mode, settled_dtype
@@ -123,14 +124,15 @@ def load(
 
 
 def _prepare(model: Any, checkpoint: Checkpoint, names: dict[str, str], calibration: Calibration) -> None:
-    """Let every layer prepare its weight, on the CPU in memory of its own, and give it its limit.
+    """Let every layer prepare its weight, and give it its limit.
 
-    Pages of a mapped file stay in memory once read, beside the packed weight. What accelerate moves stays as it is.
+    Where its values are laid out anew, it reads them into memory of its own first: pages of a mapped file stay in
+    memory once read, beside the packed weight. What accelerate moves stays as it is.
     """
     layers = {
         record: model.get_submodule(names[f"{record}.weight"].removesuffix(".weight")) for record in checkpoint.records
     }
-    own = {r for r, layer in layers.items() if layer.SCB.device.type == "cpu" and not hasattr(layer, "_hf_hook")}
+    own = {r for r, layer in layers.items() if not hasattr(layer, "_hf_hook") and is_laid_out_anew(layer.stored())}
     # First all of them let go of the file: what was cast to another dtype is then no longer there twice either.
     for record in own:
         layers[record].weight = None

@@ -7,6 +7,7 @@
 // products; they are compiled for every instruction set, and the caller says which to use.
 
 #include "layer.h"
+#include "sets.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -17,9 +18,6 @@
 static int omp_get_thread_num(void) { return 0; }
 #endif
 
-#define CAT_(a, b) a##_##b
-#define CAT(a, b) CAT_(a, b)
-
 // Has a compiler hold a vector in a register that it would rather read again for every use.
 #ifdef __aarch64__
 #define KEEP(v) __asm__("" : "+w"(v))
@@ -27,22 +25,8 @@ static int omp_get_thread_num(void) { return 0; }
 #define KEEP(v) __asm__("" : "+v"(v))
 #endif
 
-// What stands between these is compiled for the instructions named.
-#define PRAGMA(text) _Pragma(#text)
-#ifdef __clang__
-#define BEGIN(target_) PRAGMA(clang attribute push(__attribute__((target(target_))), apply_to = function))
-#define END() PRAGMA(clang attribute pop)
-#else
-#define BEGIN(target_) PRAGMA(GCC push_options) PRAGMA(GCC target(target_))
-#define END() PRAGMA(GCC pop_options)
-#endif
-
-// 0 is none of them. The numbers are known to native.py.
-enum { NONE, AVX2, AVXVNNI, AVX512VNNI, AMX, DOTPROD, KINDS };
-
-#if defined(__x86_64__) && (__GNUC__ >= 11 || __clang_major__ >= 12)
+#if defined(X86)
 #include <cpuid.h>
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -114,8 +98,7 @@ static int supported(void) {
     return found;
 }
 
-#elif defined(__aarch64__) && defined(__linux__)
-#include <arm_neon.h>
+#elif defined(ARM)
 #include <sys/auxv.h>
 
 #ifdef __clang__
