@@ -8,16 +8,14 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reference import Group
-
 # Groups whose sums in float32 are kept apart, where a row's result must not depend on the kernel that has it.
 _CHAINS = 8
 # Dimensions from one group of a chain to its next, at most: a block of `decode.py` that fits its registers.
 _CHAIN_STEP = 1024
 
 
-def chains(group: Group) -> int:
-    """Return how many sums in float32 a row is, in calls of up to 16 rows: group g belongs to sum g modulo that.
+def chains(group: int) -> int:
+    """Return how many sums in float32 a row has, in calls of up to 16 rows: group g belongs to sum g modulo that.
 
     Each is begun with 0 and takes its groups in their order, `in_pairs` adds them up. So whoever has a sum, a program
     of `matmul.py` or the threads of a group in `decode.py`, does the same operations in the same order.
