@@ -2,8 +2,9 @@
 
 Every tile that `kernels/gpu/tiles.json` ships is compiled for its architecture as the launcher would launch it, in the
 heaviest form: float16, zero point, bias, 64 outlier columns; and once more for outliers that are searched, or where a
-layer is one launch for 16. Printed for each: registers, bytes spilled, shared memory, instructions that multiply int8
-(tensor cores or dp4a), and what is wrong with it, if anything. Needs Triton and its interpreter off, and no GPU.
+layer is one launch for 16; and both again with inputs in groups of 128. Printed for each: registers, bytes spilled,
+shared memory, instructions that multiply int8 (tensor cores or dp4a), and what is wrong with it, if anything. Needs
+Triton and its interpreter off, and no GPU.
 
     python benchmarks/kernel_resources.py [--json]
 """
@@ -28,17 +29,19 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from llmint8.kernels.gpu import decode, linear, matmul, outlier_search, quantize_rows
-from llmint8.kernels.gpu.tiles import DecodeTile, Tile, shipped_table
+from llmint8.kernels.gpu.tiles import TENSOR_CORE_ROWS, DecodeTile, Gpu, Tile, shipped_table
 from llmint8.kernels.operands import Operands
-from llmint8.kernels.reference import Int8Weight
+from llmint8.kernels.reference import Group, Int8Weight
 
 # Bytes of shared memory that one program may have. The tiles of `any` are compiled for sm_80, and have to do with the
 # shared memory of the smallest GPUs.
 LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "any": 64 * 1024}
 TARGETS = {"sm_80": 80, "sm_90": 90, "any": 80}
 WIDTHS = (64, 4096, 8192, 16384, 65536)  # K of the row quantization: each number of warps, and the loop
+GROUP: Group = 128
 SETTINGS = ("num_warps", "num_stages", "enable_fp_fusion")
-POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int8: "i8", torch.int32: "i32"}
+POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+POINTERS |= {torch.int8: "i8", torch.int16: "i16", torch.int32: "i32"}
 
 
 @dataclass
@@ -59,8 +62,9 @@ class Recorder:
     """Stands where a kernel stands, and compiles for `architecture` what would be launched."""
 
     def __init__(self, kernel: Any, architecture: str) -> None:
-        """Keep the kernel; `compiled` is the last one."""
+        """Keep the kernel; `compiled` is the last one, `options` are its arguments by name."""
         self.kernel, self.architecture, self.compiled = kernel, architecture, None
+        self.options: dict[str, Any] = {}
         self.arg_names = kernel.arg_names
 
     def __getitem__(self, grid: Any) -> Any:
@@ -70,6 +74,7 @@ class Recorder:
     def compile(self, *args: Any, **options: Any) -> None:
         """Compile for these arguments, specialized as Triton's launcher specializes."""
         names = [parameter.name for parameter in self.kernel.params]
+        self.options = dict(options)
         settings = {name: options.pop(name) for name in SETTINGS if name in options}
         values = dict(zip(names, args, strict=False)) | options
         signature, constants, attributes = {}, {}, {}
@@ -145,17 +150,19 @@ def layer_resources(
     zeropoint: bool = True,
     k: int = 4096,
     searched: bool = False,
+    group: Group | None = None,
 ) -> Resources:
     """Compile the product, or the whole, of a layer with K inputs; one without a zero point has no bias either.
 
-    `searched`: with outliers that `outlier_search` found, in place of stored ones.
+    `searched`: with outliers that `outlier_search` found, in place of stored ones. `group`: of the inputs.
     """
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=kind, device="meta")
 
     few = isinstance(tile, DecodeTile)
-    m, n = tile.block_m if few else 512, 4096
+    # With groups, a call of so many rows is a kernel of its own.
+    m, n = tile.block_m if few or tile.block_m == TENSOR_CORE_ROWS else 512, 4096
     weight = Int8Weight(
         empty(n, k, kind=torch.int8),
         empty(n, kind=torch.float32),
@@ -163,27 +170,31 @@ def layer_resources(
         empty(n, outliers),
         empty(n) if zeropoint else None,
         6.0 if searched else None,
+        group,
     )
     layer = linear.GpuLinear(Operands.prepare(weight), tile)
     module, kernel = (decode, "int8_decode_kernel") if few else (matmul, "int8_matmul_kernel")
     recorder = Recorder(getattr(module, kernel), architecture)
     others = {"flag_kernel": Nothing(), "list_kernel": Nothing()}
     with (
+        patch.object(matmul, "gpu_of", lambda device: Gpu(architecture)),
         patch.object(module, kernel, recorder),
         patch.object(quantize_rows, "quantize_rows_kernel", Nothing()),
         patch.multiple(outlier_search, **others),
     ):
         layer(empty(m, k), zeropoint)
+    grouped = f", groups of {group}" if group else ""
     name = f"{kernel.removesuffix('_kernel')} {tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps"
     if few:
-        found = resources(recorder.compiled, architecture, f"{name}, {outliers} outliers", "IDP")
+        found = resources(recorder.compiled, architecture, f"{name}, {outliers} outliers{grouped}", "IDP")
         # Triton chooses which of two operands it moves between threads; the rows of x take a fraction of the time.
-        block = f"x{tile.block_n}x{tile.block_k // 16}x4xi32"
+        block_k = recorder.options["BLOCK_K"]
+        block = f"x{tile.block_n}x{block_k // 16}x4xi32"
         if re.search(f"convert_layout .*{block}", recorder.compiled.asm["ttgir"]):
             found.problems.append("moves the weight through shared memory")
         return found
     name += f", {tile.num_stages} stages" + (", TMA" if tile.tma else "") + (", K divided" if tile.split_k > 1 else "")
-    name += ", searched" if searched else ""
+    name += (", searched" if searched else "") + grouped
     # Hopper's own instruction needs 64 rows; below, its tensor cores take Ampere's.
     instruction = "IGMMA" if architecture == "sm_90" and tile.block_m >= 64 else "IMMA"
     return resources(recorder.compiled, architecture, name, instruction)
@@ -203,14 +214,16 @@ def row_resources(
     outliers: int = 64,
     zeropoint: bool = True,
     searched: bool = False,
+    group: Group | None = None,
 ) -> Resources:
     """Compile the row quantization for K dimensions."""
     x = torch.empty(512, k, dtype=dtype, device="meta")
     dims = torch.empty(0 if searched else outliers, dtype=torch.int32, device="meta")
     recorder = Recorder(quantize_rows.quantize_rows_kernel, architecture)
     with patch.object(quantize_rows, "quantize_rows_kernel", recorder):
-        quantize_rows.QuantizeRows(k, dims, zeropoint)(x, (k, 1), outliers_of(x) if searched else None)
-    return resources(recorder.compiled, architecture, f"quantize_rows K={k}" + (", searched" if searched else ""))
+        quantize_rows.QuantizeRows(k, dims, zeropoint, group)(x, (k, 1), outliers_of(x) if searched else None)
+    name = f"quantize_rows K={k}" + (", searched" if searched else "") + (f", groups of {group}" if group else "")
+    return resources(recorder.compiled, architecture, name)
 
 
 def search_resources(architecture: str, kernel: str, m: int, dtype: torch.dtype = torch.float16) -> Resources:
@@ -234,9 +247,14 @@ def main() -> None:
         decode = isinstance(tile[1], DecodeTile)
         # What takes the most registers of a whole layer is not the number of its outliers.
         jobs.append(partial(layer_resources, *tile, **({"outliers": 16} if decode else {"searched": True})))
+    jobs += [partial(job, group=GROUP) for job in jobs]
     for architecture in ("sm_80", "sm_90"):
         for searched in (False, True):
-            jobs += [partial(row_resources, architecture, width, searched=searched) for width in WIDTHS]
+            jobs += [
+                partial(row_resources, architecture, width, searched=searched, group=group)
+                for width in WIDTHS
+                for group in ((None, GROUP) if width > GROUP else (None,))
+            ]
         jobs += [partial(search_resources, architecture, "flag_kernel", m) for m in (1, 16, 512)]
         jobs += [partial(search_resources, architecture, "list_kernel", 1)]
     with ProcessPoolExecutor() as pool:

@@ -33,7 +33,7 @@ def prepare(weight: Int8Weight, may_pack: bool = True) -> PreparedWeight:
         if native.kinds():
             return NativeWeight.prepare(weight)
         return CpuWeight.prepare(weight, may_pack)
-    if weight.values.device.type == "cuda" and has_triton() and weight.group is None:
+    if weight.values.device.type == "cuda" and has_triton():
         return GpuWeight.prepare(weight)
     return ReferenceWeight.prepare(weight)
 

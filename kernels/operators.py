@@ -116,7 +116,7 @@ def _run(x: Tensor, operands: Operands, zeropoint: bool) -> Tensor:
         if native.kinds():
             return native.NativeLinear(operands)(x, zeropoint)
         return CpuWeight.of_operands(operands).linear(x, activation)
-    if not has_triton() or operands.group is not None:
+    if not has_triton():
         return reference.int8_linear(x, operands.stored(), activation)
     from .gpu.linear import GpuLinear
 

@@ -25,8 +25,9 @@ def test_what_ships_compiles_without_a_spill_and_into_int8_instructions(tmp_path
     assert [item for item in found if item["problems"]] == []
     products = [item for item in found if item["int8_instructions"]]
     tiles = {(entry.architecture, entry.tile) for entry in shipped_table()}
-    # Each with the outliers that are stored and with those that are searched, or with two numbers of them.
-    assert len(products) == 2 * len(tiles)
+    # Each with the outliers that are stored and with those that are searched, or with two numbers of them; and all of
+    # that again in groups.
+    assert len(products) == 4 * len(tiles)
     assert {item["kernel"].split()[0] for item in found} == {
         "flag_kernel",
         "int8_decode",
@@ -50,10 +51,12 @@ def test_layers_of_every_kind_compile(tmp_path: Path) -> None:
         "    k.search_resources('sm_90', 'flag_kernel', 17, dtype)\n"
         "    for tile in (MatmulTile(64, 64, 64, 8, 4, 3), MatmulTile(16, 64, 64, 8, 4, 3, False, 4)):\n"
         "        for searched in (False, True):\n"
-        "            k.layer_resources('sm_90', tile, dtype, *kind, searched=searched)\n"
+        "            for group in (None, 64, 256):\n"
+        "                k.layer_resources('sm_90', tile, dtype, *kind, searched=searched, group=group)\n"
         "for kind in ((torch.float16, 0, False, 4096), (torch.bfloat16, 512, True, 4080),"
         " (torch.float32, 5, True, 64)):\n"
-        "    k.layer_resources('sm_90', DecodeTile(1, 16, 128, 4), *kind)\n"
+        "    for group in (None, 64, 256):\n"
+        "        k.layer_resources('sm_90', DecodeTile(1, 16, 128, 4), *kind, group=group)\n"
         "print('true')"
     )
     assert run(["-c", code], tmp_path)

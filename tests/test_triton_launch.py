@@ -36,7 +36,8 @@ def launcher(source, metadata):
             kind, constant = source.signature[name], source.constants.get((position,), launch)
             divides = any(name == "tt.divisibility" for name, _ in source.attrs.get((position,), ()))
             divided = (value.data_ptr() if tensor else value) if divides else 0
-            short = {torch.float16: "fp16", torch.float32: "fp32", torch.int8: "i8", torch.int32: "i32"}
+            short = {torch.float16: "fp16", torch.float32: "fp32", torch.int8: "i8", torch.int16: "i16",
+                     torch.int32: "i32"}
             right = constant == value if kind == "constexpr" else kind == "*" + short[value.dtype] if tensor else (
                 isinstance(value, float) if kind == "fp32" else kind == "i32" and -(2**31) <= value < 2**31
             )
@@ -51,30 +52,30 @@ triton.runtime.driver.set_active(driver)
 run = JITFunction.run
 JITFunction.run = lambda self, *a, **k: (asked.append(self.fn.__name__), run(self, *a, **k))[1]
 
-def layer(threshold):
-    k = 64
+def layer(threshold, group):
+    k = 64 if group is None else 192
     values, dims = torch.ones(48, k, dtype=torch.int8), torch.tensor([3, 9], dtype=torch.int32)
-    return GpuWeight.prepare(Int8Weight(values, torch.ones(48), dims, torch.ones(48, 2).half(), None, threshold))
+    return GpuWeight.prepare(Int8Weight(values, torch.ones(48), dims, torch.ones(48, 2).half(), None, threshold, group))
 
-def calls(m, dtype):
-    room = torch.empty(m * 64 + 1, dtype=dtype)
-    yield torch.empty(m, 64, dtype=dtype)
-    yield room[1:].view(m, 64)
-    yield torch.empty_strided((m, 64), (67, 1), dtype=dtype)
-    yield torch.empty_strided((m, 64), (80, 1), dtype=dtype)
-    yield torch.empty_strided((m, 64), (1, m), dtype=dtype)
+def calls(m, k, dtype):
+    room = torch.empty(m * k + 1, dtype=dtype)
+    yield torch.empty(m, k, dtype=dtype)
+    yield room[1:].view(m, k)
+    yield torch.empty_strided((m, k), (k + 3, 1), dtype=dtype)
+    yield torch.empty_strided((m, k), (k + 16, 1), dtype=dtype)
+    yield torch.empty_strided((m, k), (1, m), dtype=dtype)
 
 found = {}
-for threshold, rows in ((None, (1, 2, 17)), (6.0, (2,))):
-    weight = layer(threshold)
+for threshold, group, rows in ((None, None, (1, 2, 17)), (6.0, None, (2,)), (None, 64, (1, 5, 17))):
+    weight = layer(threshold, group)
     for repeat in range(2):
         before = len(asked), len(launched)
         for m in rows:
             for dtype in (torch.float16, torch.float32):
-                for x in calls(m, dtype):
+                for x in calls(m, weight.in_features, dtype):
                     weight.linear(x, "zeropoint")
-        found[f"{threshold} {repeat}"] = [len(asked) - before[0], len(launched) - before[1]]
-    for m in (3, 4) if threshold is None else ():  # one plan for both
+        found[f"{threshold} {group} {repeat}"] = [len(asked) - before[0], len(launched) - before[1]]
+    for m in (3, 4) if threshold is group is None else ():  # one plan for both
         weight.linear(torch.empty(m, 64, dtype=torch.float16), "zeropoint")
 print(json.dumps({"wrong": wrong, "found": found, "kernels": sorted(set(launched))}))
 """
@@ -104,7 +105,7 @@ def test_every_launch_is_of_the_kernel_for_its_arguments(report: Any) -> None:
 
 
 def test_triton_is_asked_once_for_each_kind_of_call(report: Any) -> None:
-    for stored in ("None", "6.0"):
-        asked, launched = report["found"][f"{stored} 0"]
+    for kind in ("None None", "6.0 None", "None 64"):
+        asked, launched = report["found"][f"{kind} 0"]
         assert 0 < asked <= launched
-        assert report["found"][f"{stored} 1"] == [0, launched]
+        assert report["found"][f"{kind} 1"] == [0, launched]

@@ -27,13 +27,15 @@ SHIPPED = dict.fromkeys((entry.architecture, entry.tile) for entry in shipped_ta
 TILES = [(architecture, tile) for architecture, tile in SHIPPED if isinstance(tile, MatmulTile)]
 
 
-def make_layer(n: int, k: int, outliers: int, dtype: torch.dtype) -> reference.Int8Weight:
+def make_layer(
+    n: int, k: int, outliers: int, dtype: torch.dtype, group: reference.Group | None = None
+) -> reference.Int8Weight:
     """A random layer [N, K] with k outlier columns, on the CPU, where the reference divides as IEEE does."""
     random = torch.Generator().manual_seed(n + k)
     weight = torch.randn(n, k, generator=random).to(dtype)
     dims = torch.randperm(k, generator=random)[:outliers].sort().values
     bias = torch.randn(n, generator=random).to(dtype)
-    return reference.Int8Weight(*reference.quantize_weight(weight), dims.int(), weight[:, dims], bias)
+    return reference.Int8Weight(*reference.quantize_weight(weight), dims.int(), weight[:, dims], bias, None, group)
 
 
 def rows(m: int, layer: reference.Int8Weight) -> Tensor:
@@ -174,6 +176,45 @@ def test_more_outliers_than_one_step_multiplies_take_two_launches(
     monkeypatch.setattr(gpu, "int8_decode", None)
     layer = make_layer(40, 528, 300, torch.float16)
     assert_right(rows(1, layer), layer, "absmax", run(layer, rows(1, layer), "absmax", device))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tile"),
+    SHIPPED,
+    ids=[f"{name}-{'x'.join(str(int(part)) for part in tile)}" for name, tile in SHIPPED],
+)
+def test_groups_with_every_tile_that_ships(
+    architecture: str, tile: Tile, monkeypatch: pytest.MonkeyPatch, device: torch.device, assert_right: Any
+) -> None:
+    """Rows beyond those of one tile, too, with sums that begin as they do on that GPU."""
+    if device.type == "cuda" and architecture not in ("any", tiles.gpu_of(device).architecture):
+        pytest.skip("a tile for another GPU")
+    monkeypatch.setattr(matmul, "gpu_of", lambda device: tiles.Gpu(architecture))
+    layer = make_layer(70, 1136, 5, torch.float16, 128)
+    x = rows(tile.block_m if isinstance(tile, DecodeTile) else tile.block_m + 1, layer)
+    assert_right(x, layer, "zeropoint", run(layer, x, "zeropoint", device, tile))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("group", [64, 128, 256])
+@pytest.mark.parametrize("k", [272, 1040])
+def test_in_groups_a_row_does_not_depend_on_up_to_16_rows_it_is_called_with(
+    k: int, group: reference.Group, activation: reference.Activation, device: torch.device
+) -> None:
+    """To the bit: one launch, two, whatever the tile would divide K into. Scales of all groups differ."""
+    layer = make_layer(70, k, 0, torch.float32, group)
+    x = rows(16, layer) * torch.linspace(0.3, 5, k)
+    together = run(layer, x, activation, device)
+    for m in (1, 2, 3, 16):
+        assert torch.equal(run(layer, x[16 - m :], activation, device), together[16 - m :]), m
+    for tile in (
+        DecodeTile(4, 16, 32, 4),
+        DecodeTile(1, 8, 2048, 4),
+        MatmulTile(16, 32, 32, 1, 4, 2, False, 3),
+        MatmulTile(16, 16, 512, 1, 4, 2),
+    ):
+        some = x[: tile.block_m]
+        assert torch.equal(run(layer, some, activation, device, tile), together[: tile.block_m]), tile
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -7,8 +7,9 @@ outlier columns, and each further block while the one before is multiplied.
 
 Products are those of four int8 pairs at a time (`dp4a` on NVIDIA). The threads of a program divide K among themselves
 and add up their int32 sums at the end. They are exact, so K needs no division among programs, and no order matters.
-The epilogue is that of `matmul.py` for up to 16 rows, operation for operation: a row gives the same result in
-both, to the bit.
+Of inputs in groups a block is quantized by itself, when it comes, and the threads of a group add up its sums in every
+block; of these, in float32, the order is that of `epilogue.chains`. The epilogue is that of `matmul.py` for up to 16
+rows, operation for operation: a row gives the same result in both, to the bit.
 
 Rows of the weight have to be aligned to 16 bytes, K to 16, and outliers, multiplied in one step, not to be too many;
 `accepts` tells.
@@ -22,14 +23,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..operands import Operands
-from .epilogue import multiply_in_float32, scaled
+from ..reference import groups
+from .epilogue import chains, in_pairs, multiply_in_float32, scaled
 from .launch import Launch, ceil_div, next_power_of_2
-from .quantize_rows import WARP_ELEMENTS, kept, load_rows, quantized, row_block, row_parameters
+from .quantize_rows import WARP_ELEMENTS, kept, load_rows, quantized, quantized_groups, row_block, row_parameters
 from .tiles import TENSOR_CORE_ROWS, DecodeTile
 
 _TENSOR_CORE_ROWS = tl.constexpr(TENSOR_CORE_ROWS)
 # Outlier columns that shared memory holds, with every tile that ships and in every dtype; 1,024 spill registers.
 _MOST_OUTLIERS = 256
+_MOST_WARPS = 16
 
 
 @triton.jit
@@ -75,13 +78,17 @@ def int8_decode_kernel(
     BLOCK_K: tl.constexpr,
     RANGE_K: tl.constexpr,
     RANGES: tl.constexpr,
+    GROUP: tl.constexpr,
     ZEROPOINT: tl.constexpr,
     DP4A: tl.constexpr,
     PADDED: tl.constexpr,
     OUTLIERS: tl.constexpr,
     FLOAT32_OUTLIERS: tl.constexpr,
 ):
-    """Compute columns `program_id(0) * BLOCK_N` and on; w is in int32 words of four values, K in units of 16."""
+    """Compute columns `program_id(0) * BLOCK_N` and on; w is in int32 words of four values, K in units of 16.
+
+    GROUP is 0 where rows are one group; else BLOCK_K has one group for each of the `chains`.
+    """
     # In this form the compiler sees that every row of w is aligned to 16 bytes.
     K = 16 * K16  # noqa: N806
     first_n = tl.program_id(0) * BLOCK_N
@@ -99,7 +106,7 @@ def int8_decode_kernel(
     x_first = load_rows(x_rows, 0, K, stride_xk, RANGE_K)
     w_scale = tl.load(w_scale_ptr + column)
     row_sum = tl.zeros([BLOCK_N], tl.int32)
-    if ZEROPOINT:
+    if row_sum_ptr is not None:
         row_sum = tl.load(row_sum_ptr + column)
     if PADDED > 0:
         index = tl.arange(0, OUTLIERS)
@@ -108,9 +115,10 @@ def int8_decode_kernel(
         tl.load(w_outlier_pointers, mask=(index < PADDED)[None, :], other=0.0, volatile=True)
     tl.debug_barrier()
 
-    scale, divisor, zero_point, _ = row_parameters(
-        x_rows, x_first, dims_ptr, None, K, outliers, stride_xk, ROWS, RANGE_K, RANGES, PADDED, ZEROPOINT
-    )
+    if GROUP == 0:
+        scale, divisor, zero_point, _ = row_parameters(
+            x_rows, x_first, dims_ptr, None, K, outliers, stride_xk, ROWS, RANGE_K, RANGES, PADDED, ZEROPOINT
+        )
     # The tensor cores' rows are the rows of x, again and again.
     m = tl.arange(0, _TENSOR_CORE_ROWS)
     product = tl.zeros([_TENSOR_CORE_ROWS, BLOCK_N], tl.float32)
@@ -123,20 +131,45 @@ def int8_decode_kernel(
             x_outliers, w_outliers = x_outliers.to(tl.float32), w_outliers.to(tl.float32)
         product = tl.dot(x_outliers, tl.trans(w_outliers), product, input_precision="ieee")
 
-    sums = tl.zeros([ROWS, BLOCK_N, BLOCK_K // 16], tl.int32)
-    for start in range(0, K, BLOCK_K):
-        # Before the weight: Triton then moves x between the threads for their product, and not the weight.
-        x_block = load_rows(x_rows, start, K, stride_xk, BLOCK_K)
-        w = w_next
-        w_pointers += BLOCK_K // 4
-        w_next = tl.load(w_pointers, mask=word < (K - start - BLOCK_K) // 4, other=0)
-        x = kept(x_block, dims_ptr, None, start, K, outliers, PADDED)
-        x = _packed(quantized(x, divisor, zero_point, ZEROPOINT), ROWS, BLOCK_K)
-        sums += tl.sum(_dot4(tl.reshape(x, [ROWS, 1, BLOCK_K // 16, 4]), w, DP4A), 3)
-
-    total = _repeated(tl.sum(sums, 2), ROWS, BLOCK_N)
-    row_scale, row_zero_point = _repeated(scale[:, None], ROWS, 1), _repeated(zero_point[:, None], ROWS, 1)
-    out = scaled(total, row_scale, row_zero_point, row_sum, ZEROPOINT) * w_scale[None, :] + product
+    if GROUP > 0:
+        groups: tl.constexpr = BLOCK_K // GROUP
+        of_groups = tl.zeros([ROWS, BLOCK_N, groups], tl.float32)
+        x_next = x_first
+        for start in range(0, K, BLOCK_K):
+            x_block = x_next
+            # Before the weight: as below.
+            x_next = load_rows(x_rows, start + BLOCK_K, K, stride_xk, BLOCK_K)
+            w = w_next
+            w_pointers += BLOCK_K // 4
+            w_next = tl.load(w_pointers, mask=word < (K - start - BLOCK_K) // 4, other=0)
+            x = kept(x_block, dims_ptr, None, start, K, outliers, PADDED)
+            x, scale, zero_point = quantized_groups(x, GROUP, ZEROPOINT)
+            x = tl.reshape(_packed(x, ROWS, BLOCK_K), [ROWS, 1, BLOCK_K // 16, 4])
+            sums = tl.sum(_dot4(x, w, DP4A), 3)
+            if ZEROPOINT:
+                # Products with ones: the weight is here, its sums would have to be loaded.
+                zeros = tl.reshape(zero_point.to(tl.int32), [ROWS, 1, groups, 1])
+                zeros = tl.reshape(tl.broadcast_to(zeros, [ROWS, 1, groups, GROUP // 16]), [ROWS, 1, BLOCK_K // 16])
+                sums -= zeros * tl.sum(_dot4(tl.full([1, 1, 1, 1], 0x01010101, tl.int32), w, DP4A), 3)
+            # Over the threads of a group in integers, so that no order matters yet.
+            part = tl.sum(tl.reshape(sums, [ROWS, BLOCK_N, groups, GROUP // 16]), 3).to(tl.float32)
+            of_groups = tl.fma(part, tl.reshape(scale, [ROWS, 1, groups]), of_groups)
+        out = _repeated(in_pairs(of_groups), ROWS, BLOCK_N)
+    else:
+        sums = tl.zeros([ROWS, BLOCK_N, BLOCK_K // 16], tl.int32)
+        for start in range(0, K, BLOCK_K):
+            # Before the weight: Triton then moves x between the threads for their product, and not the weight.
+            x_block = load_rows(x_rows, start, K, stride_xk, BLOCK_K)
+            w = w_next
+            w_pointers += BLOCK_K // 4
+            w_next = tl.load(w_pointers, mask=word < (K - start - BLOCK_K) // 4, other=0)
+            x = kept(x_block, dims_ptr, None, start, K, outliers, PADDED)
+            x = _packed(quantized(x, divisor, zero_point, ZEROPOINT), ROWS, BLOCK_K)
+            sums += tl.sum(_dot4(tl.reshape(x, [ROWS, 1, BLOCK_K // 16, 4]), w, DP4A), 3)
+        total = _repeated(tl.sum(sums, 2), ROWS, BLOCK_N)
+        row_scale, row_zero_point = _repeated(scale[:, None], ROWS, 1), _repeated(zero_point[:, None], ROWS, 1)
+        out = scaled(total, row_scale, row_zero_point, row_sum, ZEROPOINT)
+    out = out * w_scale[None, :] + product
     if bias_ptr is not None:
         out += tl.load(bias_ptr + column).to(tl.float32)[None, :]
     tl.store(
@@ -171,7 +204,16 @@ def int8_decode(weight: Operands, dtype: torch.dtype, zeropoint: bool, tile: Dec
     """
     n, k = weight.values.shape
     count, padded = len(weight.outlier_dims), weight.outlier_weight.shape[1]
-    range_k, ranges = row_block(k, WARP_ELEMENTS * tile.num_warps // tile.block_m)
+    in_groups, width = groups(k, weight.group)
+    if in_groups > 1:
+        block_k = chains(width) * width
+        # As much of the weight for each thread as before.
+        num_warps = min(max(1, tile.num_warps * block_k // tile.block_k), _MOST_WARPS)
+        tile = tile._replace(block_k=block_k, num_warps=num_warps)
+        range_k, ranges = block_k, 0
+    else:
+        width = 0
+        range_k, ranges = row_block(k, WARP_ELEMENTS * tile.num_warps // tile.block_m)
     launch = Launch(
         int8_decode_kernel,
         num_warps=tile.num_warps,
@@ -180,6 +222,7 @@ def int8_decode(weight: Operands, dtype: torch.dtype, zeropoint: bool, tile: Dec
         BLOCK_K=tile.block_k,
         RANGE_K=range_k,
         RANGES=ranges,
+        GROUP=width,
         ZEROPOINT=zeropoint,
         # The other form runs in the interpreter and on AMD's GPUs.
         DP4A=weight.device.type != "cpu" and not torch.version.hip,
@@ -188,7 +231,7 @@ def int8_decode(weight: Operands, dtype: torch.dtype, zeropoint: bool, tile: Dec
         FLOAT32_OUTLIERS=padded > 0 and multiply_in_float32(dtype, weight.outlier_weight.dtype, weight.device),
     )
     words = weight.values.view(torch.int32)
-    row_sum = weight.row_sum if zeropoint else None
+    row_sum = weight.row_sum if zeropoint and not width else None
     dims, columns = (weight.outlier_dims, weight.outlier_weight) if count else (None, None)
     scale, bias = weight.scale, weight.bias
     grid = (ceil_div(n, tile.block_n), 1, 1)

@@ -8,6 +8,20 @@ import torch
 import triton
 import triton.language as tl
 
+# Groups whose sums in float32 are kept apart, where a row's result must not depend on the kernel that has it.
+_CHAINS = 8
+# Dimensions from one group of a chain to its next, at most: a block of `decode.py` that fits its registers.
+_CHAIN_STEP = 1024
+
+
+def chains(group: int) -> int:
+    """Return how many sums in float32 a row has, in calls of up to 16 rows: group g belongs to sum g modulo that.
+
+    Each is begun with 0 and takes its groups in their order, `in_pairs` adds them up. So whoever has a sum, a program
+    of `matmul.py` or the threads of a group in `decode.py`, does the same operations in the same order.
+    """
+    return min(_CHAINS, _CHAIN_STEP // group)
+
 
 @triton.jit
 def scaled(sums, row_scale, zero_point, row_sum, ZEROPOINT: tl.constexpr):
@@ -15,6 +29,16 @@ def scaled(sums, row_scale, zero_point, row_sum, ZEROPOINT: tl.constexpr):
     if ZEROPOINT:
         sums -= zero_point.to(tl.int32) * row_sum[None, :]
     return sums.to(tl.float32) * row_scale
+
+
+@triton.jit
+def in_pairs(parts):
+    """Add up the last dimension of [A, B, C], C a power of two up to 64: neighbours, then their sums, and so on."""
+    for _ in tl.static_range(6):
+        if parts.shape[2] > 1:
+            # A sum of two has one order, whichever threads have them.
+            parts = tl.sum(tl.reshape(parts, [parts.shape[0], parts.shape[1], parts.shape[2] // 2, 2]), 3)
+    return tl.reshape(parts, [parts.shape[0], parts.shape[1]])
 
 
 @triton.jit

@@ -7,7 +7,13 @@ the bias; only the result is rounded to the dtype of the output, so nothing over
 
 Both operands are row-major with K innermost, which is what int8 tensor cores read. Aligned rows (K a multiple of 16)
 are read 16 bytes at a time; any other M, N, K and number of outliers is right, and slower. The exact correction of the
-zero point holds to K = 66,000, the products to 133,000. Tiles come from `tiles.py`. For few rows several programs
+zero point holds to K = 66,000, the products to 133,000.
+
+Of inputs in groups the int32 sums of each group are exact, and float32 from there on: a second accumulator, beside
+which tiles are narrower. Up to 16 rows have the sums of `epilogue.chains`; in larger calls the zero points are
+subtracted in the end, by a product of their own.
+
+Tiles come from `tiles.py`. For few rows several programs
 divide K, so that the weight streams in through every multiprocessor: the last to be done adds up the sums of all.
 
 Over 250 lines: the kernel, its parts and its launch are one argument, and read together.
@@ -22,10 +28,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..operands import Operands
-from .epilogue import add_found, add_outliers, multiply_in_float32, scaled
+from ..reference import groups
+from .epilogue import add_found, add_outliers, chains, in_pairs, multiply_in_float32, scaled
 from .launch import Launch, ceil_div, next_power_of_2
-from .quantize_rows import QuantizedInput
-from .tiles import MatmulTile
+from .quantize_rows import ROUND, ROUND_BITS, QuantizedInput
+from .tiles import TENSOR_CORE_ROWS, MatmulTile, gpu_of
 
 # Outlier columns multiplied in one step; `padded_outliers` pads to it. With more, the widest tiles spill registers.
 _OUTLIER_STEP = 32
@@ -78,6 +85,82 @@ def _int8_sums(
 
 
 @triton.jit
+def _sums_of_groups(
+    x, w, row_scale_ptr, zero_point_ptr, row_sum_ptr, first_m, first_n, first, M, row, column, K,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SPLIT_K: tl.constexpr,
+    WHOLE_K: tl.constexpr, TMA: tl.constexpr, WGMMA: tl.constexpr,
+):  # fmt: skip
+    """Return the float32 [BLOCK_M, BLOCK_N] sums over every SPLIT_K-th group, each scaled by the row's scale of it.
+
+    Those of few rows are without their zero points, as in `decode.py`.
+    """
+    out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    k = tl.arange(0, BLOCK_K)
+    present = (first_m + tl.arange(0, BLOCK_M))[:, None] < M
+    groups = tl.cdiv(K, GROUP)
+    exact: tl.constexpr = BLOCK_M == 16 and zero_point_ptr is not None
+    for group in range(first, groups, SPLIT_K):
+        # Asked for before the product, which takes longer. Places fit 32 bits where the int8 values fit a GPU.
+        scale = tl.load(row_scale_ptr + group * M + row)
+        if exact:
+            zero_point = tl.load(zero_point_ptr + group * M + row)
+            row_sum = tl.load(row_sum_ptr + column * groups + group).to(tl.float32)
+        # Hopper's instruction begins with zeros for nothing, the others with any integer, and no conversion follows.
+        sums = tl.full([BLOCK_M, BLOCK_N], 0 if WGMMA else ROUND_BITS, tl.int32)
+        for step in tl.static_range(0, GROUP, BLOCK_K):
+            start = group * GROUP + step
+            if TMA:
+                x_block = x.load([first_m, start])
+                w_block = w.load([first_n, start])
+            else:
+                x_pointers = x + row.to(tl.int64)[:, None] * K + start + k[None, :]
+                w_pointers = w + column.to(tl.int64)[:, None] * K + start + k[None, :]
+                if not WHOLE_K:
+                    x_block = tl.load(x_pointers, mask=present & (k[None, :] < K - start), other=0)
+                    w_block = tl.load(w_pointers, mask=k[None, :] < K - start, other=0)
+                elif BLOCK_M < 64:
+                    x_block = tl.load(x_pointers, mask=present, other=0)
+                    w_block = tl.load(w_pointers)
+                else:
+                    x_block = tl.load(x_pointers)
+                    w_block = tl.load(w_pointers)
+            sums = tl.dot(x_block, tl.trans(w_block), sums, out_dtype=tl.int32)
+        # Sums of up to 256 dimensions are below 2**22, and 2**23 without the zero point: nothing is rounded before
+        # the scale, and the bits of 1.5 * 2**23 plus such an integer are those of their sum.
+        part = sums.to(tl.float32) if WGMMA else sums.to(tl.float32, bitcast=True) - ROUND
+        if exact:
+            part = tl.fma(-zero_point[:, None], row_sum[None, :], part)
+        out = tl.fma(part, scale[:, None], out)
+    return out
+
+
+@triton.jit
+def _subtract_zero_points(
+    out, row_scale_ptr, zero_point_ptr, row_sum_ptr, M, row, column, groups, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Subtract, for all groups, the zero point times the scale times the sum of the weight's row.
+
+    A product of tensor cores, which take 11 bits of a float32: so 16 groups of the sums are multiplied in two steps,
+    their upper bits and their lower ones, and the other factor in two parts, 22 bits of it.
+    """
+    step = 0
+    # Not a `for`, as in `add_found`.
+    while step < 2 * tl.cdiv(groups, 16):
+        group = step // 2 * 16 + tl.arange(0, 16)
+        present = (group < groups)[None, :]
+        place = row[:, None] + group[None, :] * M
+        shift = -tl.load(row_scale_ptr + place, mask=present, other=0)
+        shift *= tl.load(zero_point_ptr + place, mask=present, other=0)  # [BLOCK_M, 16]
+        row_sum = tl.load(row_sum_ptr + column[:, None] * groups + group[None, :], mask=present, other=0)
+        row_sum = (row_sum & tl.where(step % 2 == 0, -32, 31)).to(tl.float32)  # [BLOCK_N, 16]
+        upper = (shift.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        out = tl.dot(upper, tl.trans(row_sum), out, input_precision=PRECISION)
+        out = tl.dot(shift - upper, tl.trans(row_sum), out, input_precision=PRECISION)
+        step += 1
+    return out
+
+
+@triton.jit
 def _sums_of_all(sums, partial_ptr, counter_ptr, M, N, m, n, SPLIT_K: tl.constexpr):
     """Hand in the sums over a part of K. The last program of a tile to do so gets those over all of it, and True."""
     place = m.to(tl.int64)[:, None] * N + n[None, :]
@@ -88,10 +171,14 @@ def _sums_of_all(sums, partial_ptr, counter_ptr, M, N, m, n, SPLIT_K: tl.constex
     tl.debug_barrier()
     last = tl.atomic_add(counter_ptr + tl.program_id(0), 1, sem="acq_rel") == SPLIT_K - 1
     if last:
-        sums = tl.zeros_like(sums)
-        for split in range(SPLIT_K):
-            # Past the L1 cache, which does not see what others wrote.
-            sums += tl.load(partial_ptr + split * part + place, mask=inside, other=0, cache_modifier=".cg")
+        # The loads go past the L1 cache, which does not see what others wrote.
+        if sums.dtype == tl.float32:
+            pointers = partial_ptr + place[:, :, None] + tl.arange(0, SPLIT_K)[None, None, :] * part
+            sums = in_pairs(tl.load(pointers, mask=inside[:, :, None], other=0, cache_modifier=".cg"))
+        else:
+            sums = tl.zeros_like(sums)
+            for split in range(SPLIT_K):
+                sums += tl.load(partial_ptr + split * part + place, mask=inside, other=0, cache_modifier=".cg")
     return sums, last
 
 
@@ -120,9 +207,12 @@ def int8_matmul_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    GROUP: tl.constexpr,
     SPLIT_K: tl.constexpr,
     WHOLE_K: tl.constexpr,
     TMA: tl.constexpr,
+    WGMMA: tl.constexpr,
+    PRECISION: tl.constexpr,
     PADDED: tl.constexpr,
     OUTLIER_STEP: tl.constexpr,
     FLOAT32_OUTLIERS: tl.constexpr,
@@ -130,22 +220,31 @@ def int8_matmul_kernel(
     """Compute tile `program_id(0)`, over part `program_id(1)` of K; the pointers to what a layer lacks are None.
 
     With `total_ptr` the outliers are x and the int8 weight themselves, in the first `total` of the `dims`. An int32
-    output takes the sums.
+    output takes the sums. GROUP is 0 where rows are one group.
     """
     tile_m, tile_n = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # Beyond the edge the first rows are read again: loads without a mask are the faster ones.
     row, column = m % M, n % N
-    first_k, end_k = 0, K
-    if SPLIT_K > 1:
-        length = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
-        first_k = tl.program_id(1) * length
-        end_k = tl.minimum(first_k + length, K)
-    sums = _int8_sums(
-        x, w, tile_m * BLOCK_M, tile_n * BLOCK_N, first_k, end_k, M, row, column, K,
-        BLOCK_M, BLOCK_N, BLOCK_K, WHOLE_K, TMA,
-    )  # fmt: skip
+    if GROUP > 0:
+        first = 0
+        if SPLIT_K > 1:
+            first = tl.program_id(1)
+        sums = _sums_of_groups(
+            x, w, row_scale_ptr, zero_point_ptr, row_sum_ptr, tile_m * BLOCK_M, tile_n * BLOCK_N, first, M, row, column,
+            K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, SPLIT_K, WHOLE_K, TMA, WGMMA,
+        )  # fmt: skip
+    else:
+        first_k, end_k = 0, K
+        if SPLIT_K > 1:
+            length = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
+            first_k = tl.program_id(1) * length
+            end_k = tl.minimum(first_k + length, K)
+        sums = _int8_sums(
+            x, w, tile_m * BLOCK_M, tile_n * BLOCK_N, first_k, end_k, M, row, column, K,
+            BLOCK_M, BLOCK_N, BLOCK_K, WHOLE_K, TMA,
+        )  # fmt: skip
     if SPLIT_K > 1:
         sums, last = _sums_of_all(sums, partial_ptr, counter_ptr, M, N, m, n, SPLIT_K)
         if not last:
@@ -155,11 +254,18 @@ def int8_matmul_kernel(
         out = sums
     else:
         column_scale = tl.load(w_scale_ptr + column)
-        zero_point, row_sum = None, None
-        if zero_point_ptr is not None:
-            zero_point, row_sum = tl.load(zero_point_ptr + row)[:, None], tl.load(row_sum_ptr + column)
-        row_scale = tl.load(row_scale_ptr + row)[:, None]
-        out = scaled(sums, row_scale, zero_point, row_sum, zero_point_ptr is not None)
+        if GROUP > 0:
+            out = sums
+            if BLOCK_M > 16 and zero_point_ptr is not None:
+                out = _subtract_zero_points(
+                    out, row_scale_ptr, zero_point_ptr, row_sum_ptr, M, row, column, tl.cdiv(K, GROUP), PRECISION
+                )
+        else:
+            zero_point, row_sum = None, None
+            if zero_point_ptr is not None:
+                zero_point, row_sum = tl.load(zero_point_ptr + row)[:, None], tl.load(row_sum_ptr + column)
+            row_scale = tl.load(row_scale_ptr + row)[:, None]
+            out = scaled(sums, row_scale, zero_point, row_sum, zero_point_ptr is not None)
         if total_ptr is not None:
             out = add_found(
                 out, x_outliers_ptr, w_outliers_ptr, dims_ptr, total_ptr, row, column, stride_xm, stride_xk, K,
@@ -203,8 +309,12 @@ class Int8Matmul:
             most_rows: the largest M there will be.
 
         """
-        self._weight, self._dtype, self._tile = weight, dtype, tile
         n, k = weight.values.shape
+        count, width = groups(k, weight.group)
+        if count > 1:
+            tile = _for_groups(tile, width, count, most_rows)
+        self._weight, self._dtype, self._tile = weight, dtype, tile
+        self._partial = torch.float32 if count > 1 else torch.int32
         # With outliers that are searched in the call, the columns are those of the int8 weight.
         searched, padded = weight.threshold is not None, weight.outlier_weight.shape[1]
         kind = dtype if searched else weight.outlier_weight.dtype
@@ -223,9 +333,13 @@ class Int8Matmul:
             BLOCK_N=tile.block_n,
             BLOCK_K=tile.block_k,
             GROUP_M=tile.group_m,
+            GROUP=width if count > 1 else 0,
             SPLIT_K=tile.split_k,
-            WHOLE_K=k % tile.block_k == 0,
+            # A group takes all of its steps, those beyond K, too.
+            WHOLE_K=k % (width if count > 1 else tile.block_k) == 0,
             TMA=self._tma,
+            WGMMA=tile.block_m >= 64 and gpu_of(weight.device).architecture == "sm_90",
+            PRECISION="ieee" if torch.version.hip else "tf32",
             PADDED=padded,
             # Products in float32 take more registers still, and so does finding the columns by a list.
             OUTLIER_STEP=16 if float32 or searched or padded == 16 else _OUTLIER_STEP,
@@ -239,7 +353,7 @@ class Int8Matmul:
         out = torch.empty(m, n, dtype=self._dtype, device=weight.device)
         if out.numel() == 0:
             return out
-        partial = torch.empty(tile.split_k, m, n, dtype=torch.int32, device=weight.device) if self._split else None
+        partial = torch.empty(tile.split_k, m, n, dtype=self._partial, device=weight.device) if self._split else None
         self._launch(
             (ceil_div(m, tile.block_m) * ceil_div(n, tile.block_n), tile.split_k, 1),
             _descriptor(rows.values, tile.block_m, tile.block_k) if self._tma else rows.values,
@@ -262,6 +376,22 @@ class Int8Matmul:
             *(found.strides if found else (0, 0)),
         )
         return out
+
+
+def _for_groups(tile: MatmulTile, width: int, count: int, most_rows: int) -> MatmulTile:
+    """Return the tile that takes the place of one for rows of one group, where there are `count` of this width."""
+    # A step is a group or a part of one, with as many bytes on their way as before.
+    block_k = min(tile.block_k, width)
+    num_stages = tile.num_stages * tile.block_k // block_k
+    # An accumulator of integers and one of floats: no more than 64 registers of a thread for each.
+    block_n = tile.block_n
+    while tile.block_m * block_n > 64 * 32 * tile.num_warps and block_n > TENSOR_CORE_ROWS:
+        block_n //= 2
+    # In calls of so many rows the sums are those of `decode.py`.
+    few = most_rows <= TENSOR_CORE_ROWS
+    most = chains(width) if few else 1 << (tile.split_k.bit_length() - 1)
+    split_k = min(most, next_power_of_2(count))
+    return tile._replace(block_n=block_n, block_k=block_k, num_stages=num_stages, split_k=split_k)
 
 
 def _descriptor(matrix: Tensor, rows: int, columns: int) -> Any:

@@ -2,6 +2,7 @@
 
 One program per row. The row stays in registers between the search for its range and the rounding; a row longer
 than `_LONGEST_BLOCK` is read twice. The same launch gathers the outlier dimensions for the 16-bit product.
+Groups of dimensions lie within one block, so a row in groups is read once, however long.
 
 Which dimensions are outliers is kept as bits, one 32-bit word for 32 neighbouring dimensions, made by comparing the
 words' numbers with the k outlier dims: K * k / 32 comparisons where a test of every dimension would take K * k.
@@ -24,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import padded_outliers
+from ..reference import Group, groups
 from .launch import Launch, ceil_div, next_power_of_2
 from .outlier_search import Found
 
@@ -32,16 +34,16 @@ _LONGEST_BLOCK = 16384
 # What a warp holds of it.
 WARP_ELEMENTS = 1024
 # Adding and subtracting 1.5 * 2**23 rounds half to even; Triton's own rounding is a library call on NVIDIA only.
-_ROUND = tl.constexpr(12582912.0)
-_ROUND_BITS = tl.constexpr(0x4B400000)
+ROUND = tl.constexpr(12582912.0)
+ROUND_BITS = tl.constexpr(0x4B400000)
 
 
 class QuantizedInput(NamedTuple):
     """x in int8, `x ~ (values - zero_point) * scale` but for the outlier dimensions: `outliers` or `found`."""
 
     values: Tensor  # int8 [M, K]
-    scale: Tensor  # float32 [M]
-    zero_point: Tensor | None  # float32 [M], whole numbers; None when symmetric
+    scale: Tensor  # float32 [M], or of G > 1 groups [G, M]
+    zero_point: Tensor | None  # float32 as the scale, whole numbers; None when symmetric
     outliers: Tensor | None  # [M, padded_outliers(k)] in the dtype of x, zero beyond k; None when k is 0
     counters: Tensor | None = None  # int32, zeros, for a product that divides K among programs
     found: Found | None = None
@@ -108,17 +110,24 @@ def row_parameters(
     for start in range(BLOCK_K, BLOCKS * BLOCK_K, BLOCK_K):
         more = kept(load_rows(x_rows, start, K, stride_xk, BLOCK_K), dims_ptr, flags_ptr, start, K, outliers, PADDED)
         low, high = _extend(low, high, more, ZEROPOINT)
+    scale, divisor, zero_point = _parameters(low, high, ZEROPOINT)
+    return scale, divisor, zero_point, first
+
+
+@triton.jit
+def _parameters(low, high, ZEROPOINT: tl.constexpr):
+    """Return scale, divisor and zero point, float32 [R] each, of the ranges that `_extend` found."""
     upper = high.to(tl.float32, bitcast=True)
     if ZEROPOINT:
         lower = (low ^ ((low >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
         scale = tl.div_rn(upper - lower, 254.0)
         divisor = tl.where(scale == 0, 1.0, scale)
-        zero_point = ((-127 - tl.div_rn(lower, divisor)) + _ROUND) - _ROUND
+        zero_point = ((-127 - tl.div_rn(lower, divisor)) + ROUND) - ROUND
     else:
         scale = tl.div_rn(upper, 127.0)
         divisor = tl.where(upper == 0, 1.0, upper)
-        zero_point = tl.zeros([ROWS], tl.float32)
-    return scale, divisor, zero_point, first
+        zero_point = tl.zeros_like(upper)
+    return scale, divisor, zero_point
 
 
 @triton.jit
@@ -145,11 +154,25 @@ def quantized(x, divisor, zero_point, ZEROPOINT: tl.constexpr):
     else:
         quotient = tl.div_rn(numerator, divisors)
     # The sum's last bits are the integer, in two's complement, without a conversion.
-    values = (quotient + _ROUND).to(tl.int32, bitcast=True)
+    values = (quotient + ROUND).to(tl.int32, bitcast=True)
     if ZEROPOINT:
-        values += zero_point.to(tl.int32)[:, None, None] - _ROUND_BITS
+        values += zero_point.to(tl.int32)[:, None, None] - ROUND_BITS
         values = tl.minimum(tl.maximum(values, -127), 127)
     return values
+
+
+@triton.jit
+def quantized_groups(x, GROUP: tl.constexpr, ZEROPOINT: tl.constexpr):
+    """Quantize a block of `kept` whose groups are rows of their own: to values as `quantized` does, of the same shape.
+
+    Returns scale and zero point, too, float32 [R * groups of the block] each.
+    """
+    groups: tl.constexpr = x.shape[0] * x.shape[1] * 32 // GROUP
+    rows = tl.reshape(x, [groups, GROUP // 32, 32])
+    nothing = tl.zeros([groups], tl.int32)
+    low, high = _extend(nothing, nothing, rows, ZEROPOINT)
+    scale, divisor, zero_point = _parameters(low, high, ZEROPOINT)
+    return tl.reshape(quantized(rows, divisor, zero_point, ZEROPOINT), x.shape), scale, zero_point
 
 
 @triton.jit
@@ -158,7 +181,7 @@ def _store(values_rows, values, start, K, BLOCK_K: tl.constexpr):
     tl.store(values_rows[:, None, None] + column[None, :, :], values.to(tl.int8), mask=(column < K)[None, :, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def quantize_rows_kernel(
     x_ptr,
     dims_ptr,
@@ -168,17 +191,22 @@ def quantize_rows_kernel(
     zero_point_ptr,
     gathered_ptr,
     counters_ptr,
+    M,
     K,
     outliers,
     stride_xm,
     stride_xk,
     BLOCK_K: tl.constexpr,
     BLOCKS: tl.constexpr,
+    GROUP: tl.constexpr,
     PADDED: tl.constexpr,
     ZEROPOINT: tl.constexpr,
     COUNTERS: tl.constexpr,
 ):
-    """Quantize row `program_id(0)`. BLOCKS blocks of BLOCK_K dimensions cover K; PADDED is 0 without outlier dims."""
+    """Quantize row `program_id(0)`. BLOCKS blocks of BLOCK_K dimensions cover K; PADDED is 0 without outlier dims.
+
+    GROUP is 0 where the row is one group.
+    """
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     x_rows = x_ptr + row * stride_xm
     values_rows = values_ptr + row * K
@@ -186,18 +214,28 @@ def quantize_rows_kernel(
         if tl.program_id(0) == 0:
             tl.store(counters_ptr + tl.arange(0, COUNTERS), tl.zeros([COUNTERS], tl.int32))
 
-    first = load_rows(x_rows, 0, K, stride_xk, BLOCK_K)
-    scale, divisor, zero_point, first = row_parameters(
-        x_rows, first, dims_ptr, flags_ptr, K, outliers, stride_xk, 1, BLOCK_K, BLOCKS, PADDED, ZEROPOINT
-    )
-    tl.store(scale_ptr + row, scale)
-    if ZEROPOINT:
-        tl.store(zero_point_ptr + row, zero_point)
-
-    _store(values_rows, quantized(first, divisor, zero_point, ZEROPOINT), 0, K, BLOCK_K)
-    for start in range(BLOCK_K, BLOCKS * BLOCK_K, BLOCK_K):
-        more = kept(load_rows(x_rows, start, K, stride_xk, BLOCK_K), dims_ptr, flags_ptr, start, K, outliers, PADDED)
-        _store(values_rows, quantized(more, divisor, zero_point, ZEROPOINT), start, K, BLOCK_K)
+    if GROUP > 0:
+        for start in range(0, BLOCKS * BLOCK_K, BLOCK_K):
+            x = kept(load_rows(x_rows, start, K, stride_xk, BLOCK_K), dims_ptr, flags_ptr, start, K, outliers, PADDED)
+            values, scale, zero_point = quantized_groups(x, GROUP, ZEROPOINT)
+            group = start // GROUP + tl.arange(0, BLOCK_K // GROUP)
+            place = group.to(tl.int64) * M + row
+            tl.store(scale_ptr + place, scale, mask=group * GROUP < K)
+            if ZEROPOINT:
+                tl.store(zero_point_ptr + place, zero_point, mask=group * GROUP < K)
+            _store(values_rows, values, start, K, BLOCK_K)
+    else:
+        first = load_rows(x_rows, 0, K, stride_xk, BLOCK_K)
+        scale, divisor, zero_point, first = row_parameters(
+            x_rows, first, dims_ptr, flags_ptr, K, outliers, stride_xk, 1, BLOCK_K, BLOCKS, PADDED, ZEROPOINT
+        )
+        tl.store(scale_ptr + row, scale)
+        if ZEROPOINT:
+            tl.store(zero_point_ptr + row, zero_point)
+        _store(values_rows, quantized(first, divisor, zero_point, ZEROPOINT), 0, K, BLOCK_K)
+        for start in range(BLOCK_K, BLOCKS * BLOCK_K, BLOCK_K):
+            x = kept(load_rows(x_rows, start, K, stride_xk, BLOCK_K), dims_ptr, flags_ptr, start, K, outliers, PADDED)
+            _store(values_rows, quantized(x, divisor, zero_point, ZEROPOINT), start, K, BLOCK_K)
 
     if PADDED > 0:
         for start in range(0, PADDED, 16):
@@ -217,13 +255,21 @@ def row_block(in_features: int, longest: int) -> tuple[int, int]:
 class QuantizeRows:
     """The launch that quantizes rows and gathers their outlier dimensions; see `reference.quantize_rows`."""
 
-    def __init__(self, in_features: int, outlier_dims: Tensor, zeropoint: bool, counters: int = 0) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        outlier_dims: Tensor,
+        zeropoint: bool,
+        group: Group | None = None,
+        counters: int = 0,
+    ) -> None:
         """Prepare the launch.
 
         Args:
             in_features: K.
             outlier_dims: int32 [k] on the device of x, unique; k may be 0. What a search finds is not gathered.
             zeropoint: spread the row's range over the int8 values, in place of its absmax.
+            group: how many consecutive dimensions share a scale; None is the whole row.
             counters: how many zeros to return in `QuantizedInput.counters`, 0 or a power of two.
 
         """
@@ -231,12 +277,14 @@ class QuantizeRows:
         self._count = len(outlier_dims)
         self._dims = outlier_dims if self._count else None
         self._padded = padded_outliers(self._count)
+        self._groups, width = groups(in_features, group)
         block, blocks = row_block(in_features, _LONGEST_BLOCK)
         self._launch = Launch(
             quantize_rows_kernel,
             num_warps=max(1, block // WARP_ELEMENTS),
             BLOCK_K=block,
             BLOCKS=blocks,
+            GROUP=width if self._groups > 1 else 0,
             PADDED=self._padded,
             ZEROPOINT=zeropoint,
             COUNTERS=counters,
@@ -245,10 +293,11 @@ class QuantizeRows:
     def __call__(self, x: Tensor, strides: tuple[int, int], found: Found | None = None) -> QuantizedInput:
         """Quantize x, float16, bfloat16 or float32 [M, K] of these strides, but for what a search has found in it."""
         m, k = x.shape[0], self._in_features
+        scales = (m,) if self._groups == 1 else (self._groups, m)
         out = QuantizedInput(
             x.new_empty(m, k, dtype=torch.int8),
-            x.new_empty(m, dtype=torch.float32),
-            x.new_empty(m, dtype=torch.float32) if self._zeropoint else None,
+            x.new_empty(scales, dtype=torch.float32),
+            x.new_empty(scales, dtype=torch.float32) if self._zeropoint else None,
             x.new_empty(m, self._padded) if self._count else None,
             x.new_empty(self._counters, dtype=torch.int32) if self._counters else None,
             found,
@@ -264,6 +313,7 @@ class QuantizeRows:
                 out.zero_point,
                 out.outliers,
                 out.counters,
+                m,
                 k,
                 self._count,
                 *strides,
