@@ -4,7 +4,8 @@ A synthetic OPT with 2 billion random fp16 parameters (4 GB in shards of 500 MB)
 `cp -r` and the data-free conversion take turns, each into a new directory after a `sync`; the medians are compared.
 Ours waits until its files are on the disk, `cp` does not, so `cp -r` with a `sync` after it stands beside. The
 calibrated conversion runs once. Each conversion has a process of its own; its time begins after the imports. The peak
-is of the resident memory over its value after the imports; the bound is what the project promises.
+is of the resident memory over its value after the imports; the bound is what the project promises. Printed, and written
+to `results/convert-INSTRUCTIONS.json`, so that runs on other machines stand beside.
 
     python benchmarks/convert.py [DIRECTORY]
 """
@@ -19,6 +20,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from llmint8.kernels.cpu import native
 
 CHILD = """
 import json, sys, time
@@ -124,7 +127,8 @@ def main() -> None:
         "seconds": times,
         "rows": rows,
     }
-    file = Path(__file__).parent / "results" / "convert.json"
+    kind = native.kinds()[0] if native.kinds() else "none"
+    file = Path(__file__).parent / "results" / f"convert-{kind}.json"
     file.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""The compiled layer for Arm processors in an emulator, cross-compiled with clang: its integers are the reference's.
+"""The compiled functions for Arm processors in an emulator, cross-compiled with clang: the integers of the reference.
 
 Needs the packages ziglang, which is a clang for every target, and unicorn, which is QEMU's emulator as a library.
 """
@@ -31,62 +31,82 @@ activations = pytest.mark.parametrize("activation", ["absmax", "zeropoint"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The layer as an ELF file for a machine without an operating system; it begins with `llmint8_linear`."""
-    folder = tmp_path_factory.mktemp("arm")
+def build(folder: Path, source: str, entry: str) -> bytes:
+    """Compile a part of the library to an ELF file for a machine without an operating system, with `entry` first."""
     compiler = [sys.executable, "-m", "ziglang", "cc"]
     flags = ["-O3", "-ffp-contract=off", "-fwrapv", "-fno-stack-protector"]
-    sources = {ROOT / "kernels/cpu/csrc/layer.c": [], ROOT / "soak/arm/library.c": ["-ffreestanding", "-fno-builtin"]}
-    for source, more in sources.items():
+    sources = {
+        ROOT / "kernels/cpu/csrc" / source: [],
+        ROOT / "soak/arm/library.c": ["-ffreestanding", "-fno-builtin"],
+    }
+    for path, more in sources.items():
         target = ["-target", "aarch64-linux-gnu", "-fno-sanitize=all", *flags, *more]
-        subprocess.run([*compiler, *target, "-c", str(source), "-o", str(folder / f"{source.stem}.o")], check=True)
-    objects = [str(folder / f"{source.stem}.o") for source in sources]
-    link = ["-target", "aarch64-freestanding", "-nostdlib", "-static", "-Wl,--entry=llmint8_linear"]
-    subprocess.run([*compiler, *link, *objects, "-o", str(folder / "layer.elf")], check=True)
-    return (folder / "layer.elf").read_bytes()
+        subprocess.run([*compiler, *target, "-c", str(path), "-o", str(folder / f"{path.stem}.o")], check=True)
+    objects = [str(folder / f"{path.stem}.o") for path in sources]
+    link = ["-target", "aarch64-freestanding", "-nostdlib", "-static", f"-Wl,--entry={entry}"]
+    subprocess.run([*compiler, *link, *objects, "-o", str(folder / "program.elf")], check=True)
+    return (folder / "program.elf").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The layer."""
+    return build(tmp_path_factory.mktemp("layer"), "layer.c", "llmint8_linear")
+
+
+class Machine:
+    """A fresh one, with a program and what its entry is called with."""
+
+    def __init__(self, program: bytes) -> None:
+        self._machine = machine = unicorn.Uc(unicorn.UC_ARCH_ARM64, unicorn.UC_MODE_ARM)
+        machine.ctl_set_cpu_model(arm.UC_CPU_ARM64_MAX)
+        machine.reg_write(arm.UC_ARM64_REG_CPACR_EL1, 3 << 20)  # vector registers may be used
+        self._entry, headers = struct.unpack_from("<QQ", program, 24)
+        machine.mem_map(0x1000000, 1 << 20)
+        for number in range(struct.unpack_from("<H", program, 56)[0]):
+            kind, _, offset, address, _, size, _, _ = struct.unpack_from("<IIQQQQQQ", program, headers + 56 * number)
+            if kind == 1:
+                machine.mem_write(address, program[offset : offset + size])
+        for start in (HEAP, DATA):
+            machine.mem_map(start, SIZE)
+        machine.mem_map(STACK, 1 << 20)
+        self._used = DATA
+
+    def put(self, data: bytes) -> int:
+        address, self._used = self._used, self._used + len(data) + 64 & ~63
+        self._machine.mem_write(address, data)
+        return address
+
+    def call(self, *arguments: int) -> int:
+        """Run the program with up to eight arguments, and return what it does."""
+        for number, value in enumerate(arguments):
+            self._machine.reg_write(arm.UC_ARM64_REG_X0 + number, value)
+        self._machine.reg_write(arm.UC_ARM64_REG_SP, STACK + (1 << 19))
+        self._machine.reg_write(arm.UC_ARM64_REG_LR, END)
+        self._machine.emu_start(self._entry, END)
+        return int(self._machine.reg_read(arm.UC_ARM64_REG_W0))
+
+    def get(self, address: int, like: Tensor) -> Tensor:
+        """Return what a tensor of this shape and dtype holds there."""
+        result = bytearray(self._machine.mem_read(address, like.numel() * like.element_size()))
+        return torch.frombuffer(result, dtype=like.dtype).reshape(like.shape)
 
 
 def run(program: bytes, operands: Operands, x: Tensor, zeropoint: bool) -> Tensor:
     """Run the layer on a fresh machine."""
-    machine = unicorn.Uc(unicorn.UC_ARCH_ARM64, unicorn.UC_MODE_ARM)
-    machine.ctl_set_cpu_model(arm.UC_CPU_ARM64_MAX)
-    machine.reg_write(arm.UC_ARM64_REG_CPACR_EL1, 3 << 20)  # vector registers may be used
-    entry, headers = struct.unpack_from("<QQ", program, 24)
-    machine.mem_map(0x1000000, 1 << 20)
-    for number in range(struct.unpack_from("<H", program, 56)[0]):
-        kind, _, offset, address, _, size, _, _ = struct.unpack_from("<IIQQQQQQ", program, headers + 56 * number)
-        if kind == 1:
-            machine.mem_write(address, program[offset : offset + size])
-    for start in (HEAP, DATA):
-        machine.mem_map(start, SIZE)
-    machine.mem_map(STACK, 1 << 20)
-    used = DATA
-
-    def put(data: bytes) -> int:
-        nonlocal used
-        address, used = used, used + len(data) + 64 & ~63
-        machine.mem_write(address, data)
-        return address
-
+    machine = Machine(program)
     values, scale, row_sum, dims, columns, bias, _, group = operands
-    parts = [put(raw(part)) for part in (values, scale, row_sum, dims, columns)]
+    parts = [machine.put(raw(part)) for part in (values, scale, row_sum, dims, columns)]
     count, width = groups(values.shape[1], group)
     sizes = (*values.shape, len(dims), columns.shape[1], width, count)
     types = (native.DTYPES[columns.dtype], 0 if bias is None else native.DTYPES[bias.dtype])
-    weight = put(struct.pack("<6q6Q2i", *sizes, *parts, 0 if bias is None else put(raw(bias)), *types))
+    weight = machine.put(struct.pack("<6q6Q2i", *sizes, *parts, 0 if bias is None else machine.put(raw(bias)), *types))
     out = torch.empty(len(x), len(values), dtype=x.dtype)
-    found = put(raw(out))
+    found = machine.put(raw(out))
     kind = native.KINDS["Arm dotprod"]
-    arguments = (weight, put(raw(x)), found, len(x), native.DTYPES[x.dtype], int(zeropoint), kind, 1)
-    for number, value in enumerate(arguments):
-        machine.reg_write(arm.UC_ARM64_REG_X0 + number, value)
-    machine.reg_write(arm.UC_ARM64_REG_SP, STACK + (1 << 19))
-    machine.reg_write(arm.UC_ARM64_REG_LR, END)
-    machine.emu_start(entry, END)
-    assert machine.reg_read(arm.UC_ARM64_REG_W0) == 0
-    result = bytearray(machine.mem_read(found, out.numel() * out.element_size()))
-    return torch.frombuffer(result, dtype=x.dtype).reshape(out.shape)
+    arguments = (weight, machine.put(raw(x)), found, len(x), native.DTYPES[x.dtype], int(zeropoint), kind, 1)
+    assert machine.call(*arguments) == 0
+    return machine.get(found, out)
 
 
 def raw(tensor: Tensor) -> bytes:
@@ -159,3 +179,25 @@ def test_layers(
         terms = 2 * x.float().abs().amax(1, keepdim=True) * full.float().abs().sum(1)
         bound = bound + terms * torch.finfo(torch.float32).eps * (4 + k / group)
     assert ((found - expected).abs() <= bound + torch.finfo(dtype).eps * expected.abs()).all()
+
+
+@dtypes
+def test_weights_are_those_of_the_reference(dtype: torch.dtype, tmp_path: Path, rows: Any) -> None:
+    machine = Machine(build(tmp_path, "weight.c", "llmint8_quantize_weight"))
+    weight = rows.hard_rows(200, dtype)
+    values, absmax = quantize_weight(weight)
+    found = machine.put(raw(values * 0)), machine.put(raw(absmax * 0))
+    machine.call(machine.put(raw(weight)), *found, *weight.shape, native.DTYPES[dtype], native.KINDS["Arm dotprod"], 1)
+    assert torch.equal(machine.get(found[0], values), values)
+    assert torch.equal(machine.get(found[1], absmax), absmax)
+
+
+@pytest.mark.parametrize("group", [0, 64, 256])
+def test_sums_of_rows_are_exact(group: int, tmp_path: Path) -> None:
+    machine = Machine(build(tmp_path, "weight.c", "llmint8_row_sums"))
+    values = torch.randint(-127, 128, (5, 600), dtype=torch.int8, generator=torch.Generator().manual_seed(group))
+    expected = torch.stack([part.sum(1) for part in values.split(group or 600, 1)], 1)
+    expected = expected.to(torch.int16 if group else torch.int32)
+    found = machine.put(raw(expected * 0))
+    machine.call(machine.put(raw(values)), found, *values.shape, group, native.KINDS["Arm dotprod"], 1)
+    assert torch.equal(machine.get(found, expected), expected)

@@ -1,4 +1,4 @@
-"""The compiled layer of the CPU under the address and undefined-behaviour sanitizers of gcc: no access beyond a tensor.
+"""The compiled functions of the CPU under the address and undefined-behaviour sanitizers of gcc: none reads too far.
 
 It is compiled with them and put in the place of the library; the table of all layers and the tests of its integers run
 on it. That they find what they are there for is tried first, with a weight that claims a row more than it has.
@@ -46,8 +46,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         pytest.skip("needs gcc and the compiled layer")
     folder = tmp_path_factory.mktemp("sanitized")
     library = folder / ("_layer" + importlib.machinery.EXTENSION_SUFFIXES[0])
-    source = ROOT / "kernels" / "cpu" / "csrc" / "layer.c"
-    subprocess.run([gcc, *FLAGS, *SANITIZERS, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    sources = [str(ROOT / "kernels" / "cpu" / "csrc" / name) for name in ("layer.c", "weight.c")]
+    subprocess.run([gcc, *FLAGS, *SANITIZERS, "-shared", "-fPIC", *sources, "-o", str(library)], check=True)
     (folder / "sanitized.py").write_text(PLUGIN.format(path=str(folder / "native.py")))
     # The sanitizer looks for what throws in libstdc++ when it is loaded, so that comes with it.
     names = [f"-print-file-name={name}" for name in ("libasan.so", "libstdc++.so.6")]
@@ -72,6 +72,7 @@ def test_an_access_beyond_a_tensor_is_found(environment: dict[str, str]) -> None
     [
         ("tests/test_operators.py", "AMX or AVX or dotprod or compiled"),
         ("tests/test_native.py", "integers or threads or finite or quotients or longest"),
+        ("tests/test_weights.py", "shape or nearest or range or strides or threads or sums"),
     ],
 )
 def test_the_tests_of_the_layer_find_none(environment: dict[str, str], tests: str, chosen: str) -> None:

@@ -457,8 +457,9 @@ for dtype in sys.argv[3:]:
     gc.collect()
     open("/proc/self/clear_refs", "w").write("5")  # resets the peak
     before = status("VmRSS:")
+    anonymous = status("RssAnon:")
     model = runtime.load(sys.argv[2], dtype=dtype)
-    print(dtype, status("VmHWM:") - before)
+    print(dtype, status("VmHWM:") - before, status("RssAnon:") - anonymous)
     del model
 """
 
@@ -474,9 +475,12 @@ def test_peak_memory_while_loading(plain: Path, tmp_path: Path) -> None:
     dtypes = ["float16", "bfloat16"]
     command = [sys.executable, "-c", MEASURE, str(plain), str(tmp_path / "out"), *dtypes]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    peaks = dict(line.split() for line in done.stdout.splitlines())
-    assert peaks.keys() == set(dtypes)
-    assert max(int(peak) for peak in peaks.values()) <= 1.2 * size, peaks
+    found = {dtype: (int(peak), int(own)) for dtype, peak, own in map(str.split, done.stdout.splitlines())}
+    assert found.keys() == set(dtypes)
+    assert max(peak for peak, _ in found.values()) <= 1.2 * size, found
+    # In the dtype they are stored in, tensors stay in the file, but for those that are laid out anew.
+    if native.kinds():
+        assert found["float16"][1] <= 0.2 * size, found
 
 
 def test_packed_layers_are_saved_as_they_were(

@@ -1,8 +1,8 @@
 """Load an int8 checkpoint into the ordinary transformers class.
 
 The directory is opened and its structure checked by the formats room; transformers sees it only after that,
-so an index that leads elsewhere or a header that lies never reaches it. On the CPU the int8 layers are read and laid
-out for the kernels; what is not quantized is mapped from the files, which must stay as they are meanwhile.
+so an index that leads elsewhere or a header that lies never reaches it. On the CPU tensors are mapped from the files,
+which must stay as they are meanwhile; but for int8 values that are laid out anew for their kernel.
 """
 
 import logging
@@ -20,7 +20,15 @@ from llmint8.converter.model.buffers import fill_computed, nobodys_notice
 from llmint8.converter.model.limits import bounded_modules
 from llmint8.converter.model.missing import fill_missing
 from llmint8.converter.model.names import module_names
-from llmint8.formats import Checkpoint, CheckpointError, LLMInt8Error, check_values, open_checkpoint, read_manifest
+from llmint8.formats import (
+    DTYPES,
+    Checkpoint,
+    CheckpointError,
+    LLMInt8Error,
+    check_values,
+    open_checkpoint,
+    read_manifest,
+)
 from llmint8.formats.disk.names import MANIFEST_NAME
 from llmint8.kernels.linear import is_laid_out_anew
 from llmint8.kernels.reference import Activation
@@ -126,14 +134,16 @@ def load(
 def _prepare(model: Any, checkpoint: Checkpoint, names: dict[str, str], calibration: Calibration) -> None:
     """Let every layer prepare its weight, and give it its limit.
 
-    Where its values are laid out anew, it reads them into memory of its own first: pages of a mapped file stay in
-    memory once read, beside the packed weight. What accelerate moves stays as it is.
+    Pages of a mapped file stay in memory once read. So where values are laid out anew, or anything was cast, the layers
+    let go of the file and read their values into memory of their own. What accelerate moves stays as it is.
     """
     layers = {
         record: model.get_submodule(names[f"{record}.weight"].removesuffix(".weight")) for record in checkpoint.records
     }
-    own = {r for r, layer in layers.items() if not hasattr(layer, "_hf_hook") and is_laid_out_anew(layer.stored())}
-    # First all of them let go of the file: what was cast to another dtype is then no longer there twice either.
+    cast = _was_cast(model, checkpoint, names)
+    here = [r for r, layer in layers.items() if layer.SCB.device.type == "cpu" and not hasattr(layer, "_hf_hook")]
+    own = {record for record in here if cast or is_laid_out_anew(layers[record].stored())}
+    # First all of them: until then the file stays mapped.
     for record in own:
         layers[record].weight = None
         for name, buffer in layers[record].named_buffers():
@@ -150,6 +160,14 @@ def _prepare(model: Any, checkpoint: Checkpoint, names: dict[str, str], calibrat
     halves = {record for record, layer in layers.items() if layer.dtype == torch.float16}
     if notice := calibration.overflow(halves):
         log.warning("%s", notice)
+
+
+def _was_cast(model: Any, checkpoint: Checkpoint, names: dict[str, str]) -> bool:
+    """Tell whether a tensor of the model is of another dtype than in the file."""
+    dtypes = {name: tensor.dtype for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    return any(
+        dtypes.get(name) not in (None, DTYPES[checkpoint.tensors[stored].dtype]) for stored, name in names.items()
+    )
 
 
 def _int8_layers(model: Any) -> list[Int8Linear]:
