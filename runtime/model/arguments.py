@@ -2,16 +2,19 @@
 
 import math
 from collections import Counter
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from llmint8.formats import DTYPES, FLOAT_DTYPES, Checkpoint, Quantization
+from llmint8.kernels.reference import Group
 
 Outliers = Literal["static", "dynamic", "none"]
+ActivationGroup = Group | Literal["row"]
+ACTIVATION_GROUPS: tuple[ActivationGroup, ...] = (*get_args(Group), "row")
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Refuse a value that is not None and not one of the choices. Raises ValueError."""
     if value is not None and value not in choices:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")
