@@ -174,8 +174,10 @@ def test_inputs_are_quantized_in_the_groups_asked_for_or_recorded(
         groups = {layer.stored().group for layer in int8_layers(model).values()}
         assert groups == {None if found == "row" else found}
         model.save_pretrained(tmp_path / "saved")  # which keeps what the checkpoint records
-        saved = formats.open_checkpoint(tmp_path / "saved").quantization
-        assert (saved.format_version, saved.activation_group) == (version, 64 if version == "1.1" else None)
+        saved = formats.open_checkpoint(tmp_path / "saved")
+        assert formats.check_values(saved) == []  # and the manifest says the same
+        assert saved.quantization.format_version == version
+        assert saved.quantization.activation_group == (64 if version == "1.1" else None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "float32"], ids=str)

@@ -227,8 +227,7 @@ def error_curve(
         norms: per layer, from `column_norms`.
         energies: per layer, the squared norm of its output for each token, float32 [T].
         dims: the candidates by falling magnitude, int64 [C].
-        activation: how rows will be quantized.
-        group: how many dimensions of a row will share a scale; None takes the whole row.
+        activation, group: how rows will be quantized.
 
     """
     weight_norms = torch.stack([norm for norm, _ in norms], 1)  # [K, L]

@@ -15,7 +15,7 @@ from torch import Tensor
 from llmint8.converter.words import activations
 from llmint8.kernels.reference import Activation
 
-from ..model.arguments import ActivationGroup, Outliers
+from ..model.arguments import ActivationGroup, Outliers, kernels_group
 from ..model.layer import Int8Linear
 from .evaluate import Logits
 from .halves import Halves
@@ -40,8 +40,7 @@ class Mode(NamedTuple):
     def label(self) -> str:
         """What the table calls it."""
         outliers = f"dynamic {self.threshold:.1f}" if self.outliers == "dynamic" else self.outliers
-        group = None if self.activation_group == "row" else self.activation_group
-        return f"{outliers}, {activations(self.activation, group)}"
+        return f"{outliers}, {activations(self.activation, kernels_group(self.activation_group))}"
 
 
 class Runs:

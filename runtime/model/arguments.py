@@ -14,6 +14,11 @@ ActivationGroup = Group | Literal["row"]
 ACTIVATION_GROUPS: tuple[ActivationGroup, ...] = (*get_args(Group), "row")
 
 
+def kernels_group(activation_group: ActivationGroup) -> Group | None:
+    """Return the group as the kernels have it: None is the whole row."""
+    return None if activation_group == "row" else activation_group
+
+
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Refuse a value that is not None and not one of the choices. Raises ValueError."""
     if value is not None and value not in choices:

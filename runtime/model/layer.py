@@ -15,7 +15,7 @@ from llmint8.kernels.checks import check_outlier_dims
 from llmint8.kernels.linear import int8_linear
 from llmint8.kernels.reference import Activation, Int8Weight, quantize_weight
 
-from .arguments import ACTIVATION_GROUPS, ActivationGroup, Outliers, check_choice, check_threshold
+from .arguments import ACTIVATION_GROUPS, ActivationGroup, Outliers, check_choice, check_threshold, kernels_group
 from .float_weight import dequantized
 from .tensors import QuantizedTensors
 
@@ -148,8 +148,7 @@ class Int8Linear(QuantizedTensors):
 
     def stored(self) -> Int8Weight:
         """Return the tensors as they are stored, without the outliers that do not count, and how they are to run."""
-        group = None if self.activation_group == "row" else self.activation_group
-        weight = replace(super().stored(), group=group)
+        weight = replace(super().stored(), group=kernels_group(self.activation_group))
         if self.outliers == "static":
             return weight
         threshold = self.threshold if self.outliers == "dynamic" else None

@@ -25,7 +25,15 @@ from llmint8.formats import Checkpoint, CheckpointError, LLMInt8Error, check_val
 from llmint8.formats.disk.names import MANIFEST_NAME
 from llmint8.kernels.reference import Activation
 
-from .arguments import ACTIVATION_GROUPS, ActivationGroup, Outliers, check_choice, outlier_mode, settled_dtype
+from .arguments import (
+    ACTIVATION_GROUPS,
+    ActivationGroup,
+    Outliers,
+    check_choice,
+    kernels_group,
+    outlier_mode,
+    settled_dtype,
+)
 from .calibration import Calibration, read_calibration
 from .compiled import compile_decode
 from .layer import Int8Linear
@@ -168,5 +176,5 @@ def _log_summary(model: Any) -> None:
     kernels = "".join(f", {count} x {path}" for path, count in paths.items())
     if searching := sum(layer.outliers == "dynamic" for layer in layers) if config.outliers == "static" else 0:
         mode += f" (but in {searching} that were not calibrated: dynamic, |x| >= {config.threshold:g})"
-    how = activations(config.activation, None if config.activation_group == "row" else config.activation_group)
+    how = activations(config.activation, kernels_group(config.activation_group))
     log.info("%d Int8Linear layers, outliers %s, activation %s%s", len(layers), mode, how, kernels)
