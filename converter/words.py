@@ -35,6 +35,11 @@ def precision(dtypes: Iterable[str]) -> str:
     return " and ".join(sorted(found)) or "16 bit"
 
 
+def activations(kind: str, group: int | None) -> str:
+    """Say how inputs are quantized: `zeropoint`, or `zeropoint in groups of 128`."""
+    return kind if group is None else f"{kind} in groups of {group}"
+
+
 def first_line(error: Exception) -> str:
     """Return an error's type and what it says, in one line of bounded length."""
     text = str(error).strip()

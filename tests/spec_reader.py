@@ -272,6 +272,8 @@ def checked_quantization(said: Any) -> dict[str, Any] | None:
     require("E03", isinstance(block, dict) and is_readable(block.get("format_version")), "format_version")
     require("E03", isinstance(block.get("producer"), str), "producer")
     require("E03", block.get("activation") in ("absmax", "zeropoint"), "activation")
+    group = block.get("activation_group")
+    require("E03", group is None or (type(group) is int and group in (64, 128, 256)), "activation_group")
     require("E03", isinstance(block.get("calibration"), dict | None), "calibration")
     require("E03", is_source(block.get("source")), "source")
     outliers = block.get("outliers")
@@ -494,10 +496,23 @@ def quantize_weight(weight: Array) -> tuple[Array, Array]:
     return np.array(values, dtype=np.int8).reshape(shape), np.array([float(a) for a in absmax], dtype=np.float32)
 
 
-def quantize_rows(x: Array, dims: Array, activation: str) -> tuple[Array, Array, Array]:
-    """Return q [M, K], s [M] and z [M] of an input, float64 [M, K]."""
+def groups(k: int, group: int | None) -> list[slice]:
+    """Return the dimensions of each group; where K is 0, of the one group without any."""
+    size = group or max(1, k)
+    return [slice(start, start + size) for start in range(0, max(1, k), size)]
+
+
+def quantize_rows(x: Array, dims: Array, activation: str, group: int | None) -> tuple[Array, Array, Array]:
+    """Return q [M, K], s [M, G] and z [M, G] of an input, float64 [M, K]."""
     kept = x.astype(np.float64)
     kept[:, dims] = 0  # changes neither the absmax nor a range that contains 0
+    found = [quantize_group(kept[:, part], activation) for part in groups(x.shape[1], group)]
+    q, s, z = zip(*found, strict=True)
+    return np.concatenate(q, axis=1), np.stack(s, axis=1), np.stack(z, axis=1)
+
+
+def quantize_group(kept: Array, activation: str) -> tuple[Array, Array, Array]:
+    """Return q [M, b], s [M] and z [M] of a group."""
     if activation == "absmax":
         a = abs(kept).max(axis=1, initial=0)
         safe = np.where(a == 0, 1, a)[:, None]
@@ -509,14 +524,17 @@ def quantize_rows(x: Array, dims: Array, activation: str) -> tuple[Array, Array,
     return np.clip(np.rint(kept / safe[:, None]) + z[:, None], -127, 127), s, z
 
 
-def linear(x: Array, layer: Mapping[str, Array], activation: str) -> Array:
+def linear(x: Array, layer: Mapping[str, Array], activation: str, group: int | None) -> Array:
     """Return y, float64 [M, N], of x [M, K]; `layer` has the tensors of section 6 by their last component."""
     weight, absmax = layer["weight"].astype(np.float64), layer["SCB"].astype(np.float64)
     dims = layer["outlier_dims"].astype(np.int64)
-    q, s, z = quantize_rows(x, dims, activation)
-    # Whole numbers below 2^53: exact.
-    sums = q @ weight.T - z[:, None] * weight.sum(axis=1)
-    y: Array = s[:, None] * absmax / 127 * sums
+    q, s, z = quantize_rows(x, dims, activation, group)
+    y: Array = np.zeros((len(x), len(weight)))
+    for g, part in enumerate(groups(x.shape[1], group)):
+        # Whole numbers below 2^53: exact.
+        sums = q[:, part] @ weight[:, part].T - z[:, g, None] * weight[:, part].sum(axis=1)
+        y += s[:, g, None] * sums
+    y *= absmax / 127
     y += x[:, dims].astype(np.float64) @ layer["outlier_weight"].astype(np.float64).T
     return y + layer["bias"].astype(np.float64) if "bias" in layer else y
 
@@ -529,7 +547,8 @@ def compute(checkpoint: Checkpoint, name: str, x: Array, activation: str | None 
     }
     layer.setdefault("outlier_dims", np.zeros(0, dtype=np.int32))
     layer.setdefault("outlier_weight", np.zeros((len(layer["SCB"]), 0), dtype=np.float32))
-    return linear(x, layer, activation or (checkpoint.block or {}).get("activation", "absmax"))
+    block = checkpoint.block or {}
+    return linear(x, layer, activation or block.get("activation", "absmax"), block.get("activation_group"))
 
 
 def main(directory: str) -> int:

@@ -1,5 +1,6 @@
 """One directory, two runtimes: llmint8 and stock transformers + bitsandbytes, which both run on the CPU."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ bitsandbytes = pytest.importorskip("bitsandbytes")
 
 SHAPES = [(1, 64, 32), (1, 1000, 8), (2, 95, 63), (17, 576, 192), (64, 96, 33)]  # M, K, N
 THRESHOLD = 6.0
+AS_BITSANDBYTES: dict[str, Any] = {"outliers": "dynamic", "activation": "absmax", "activation_group": "row"}
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
@@ -108,6 +110,8 @@ def linear8bitlts(model: Any) -> dict[str, Any]:
 
 
 def test_stock_transformers_loads_and_generates(checkpoint: Path) -> None:
+    block = json.loads((checkpoint / "config.json").read_text())["quantization_config"]["llmint8"]
+    assert block["activation_group"] == 128  # which it does not know
     model = stock(checkpoint)
     layers = linear8bitlts(model)
     stored = load_file(checkpoint / "model.safetensors")
@@ -124,7 +128,7 @@ def test_both_are_equally_far_from_the_16_bit_model(source: Path, checkpoint: Pa
     theirs = kl(expected, log_probabilities(stock(checkpoint)))
     ours = kl(
         expected,
-        log_probabilities(runtime.load(checkpoint, outliers="dynamic", threshold=THRESHOLD, activation="absmax")),
+        log_probabilities(runtime.load(checkpoint, threshold=THRESHOLD, **AS_BITSANDBYTES)),
     )
     uniform = kl(expected, torch.full_like(expected, 1 / expected.shape[1]).log())
     assert uniform > 1  # nats
@@ -141,7 +145,7 @@ def test_conv1d_is_stored_as_bitsandbytes_expects(tmp_path: Path) -> None:
     model = stock(tmp_path / "out")
     assert len(linear8bitlts(model)) == 8
     theirs = log_probabilities(model)
-    ours = log_probabilities(runtime.load(tmp_path / "out", outliers="dynamic", activation="absmax"))
+    ours = log_probabilities(runtime.load(tmp_path / "out", **AS_BITSANDBYTES))
     assert relative_error(ours, theirs) < 0.01
 
 

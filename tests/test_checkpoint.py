@@ -239,6 +239,22 @@ def test_unknown_keys_and_tensors_are_accepted(tmp_path: Path, all_codes: Codes)
     assert checkpoint.quantization.format_version == "1.42"
 
 
+@pytest.mark.parametrize("version", ["1.0", "1.1", "1.42"])
+@pytest.mark.parametrize("group", ["missing", None, 64, 128, 256])
+def test_inputs_have_groups_where_the_checkpoint_says_so(
+    tmp_path: Path, all_codes: Codes, version: str, group: Any
+) -> None:
+    draft = Draft()
+    draft.block["format_version"] = draft.manifest["format_version"] = version
+    if group != "missing":
+        draft.block["activation_group"] = group
+    path = draft.write(tmp_path / "c")
+    assert all_codes(path) == []
+    quantization = open_checkpoint(path).quantization
+    assert quantization.activation_group == (None if group == "missing" else group)
+    assert quantization.format_version == version
+
+
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")], ids=str)
 def test_what_transformers_writes_for_infinity_is_read_in_config_json(
     tmp_path: Path, all_codes: Codes, value: float
@@ -452,6 +468,21 @@ breaks_each(
 )
 breaks_each(
     "E03", "activation", "activation", {"row": put("block", "activation", "row"), "3": put("block", "activation", 3)}
+)
+breaks_each(
+    "E03",
+    "activation_group",
+    "activation_group",
+    {
+        "100": put("block", "activation_group", 100),
+        "0": put("block", "activation_group", 0),
+        "-64": put("block", "activation_group", -64),
+        "true": put("block", "activation_group", True),
+        "64.0": put("block", "activation_group", 64.0),
+        "a string": put("block", "activation_group", "64"),
+        "row": put("block", "activation_group", "row"),
+        "a list": put("block", "activation_group", [64]),
+    },
 )
 breaks_each("E03", "producer", "producer", {"missing": put("block", "producer", None)})
 breaks_each(

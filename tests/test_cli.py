@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -137,6 +138,18 @@ def test_inspect_table(converted):
     assert "Not quantized lm_head" in result.stdout
     runs_on = native.kinds()[0] if native.kinds() else f"plain torch ({native.why_not()})"
     assert f"\nOn this CPU   {runs_on}\n" in result.stdout
+    assert "\nActivations   zeropoint in groups of 128\n" in result.stdout
+
+
+def test_inspect_says_where_inputs_have_no_groups_and_that_they_may(converted, tmp_path):
+    shutil.copytree(converted, tmp_path / "copy")
+    config = json.loads((tmp_path / "copy" / "config.json").read_text())
+    block = config["quantization_config"]["llmint8"]
+    del block["activation_group"]
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(config))
+    found = "zeropoint, one scale for the whole row; it loads with activation_group=64, 128 or 256 too"
+    assert f"\nActivations   {found}\n" in run(main, "inspect", tmp_path / "copy").stdout
+    assert json.loads(run(main, "inspect", tmp_path / "copy", "--json").stdout)["activation_group"] is None
 
 
 def write_checkpoint(path, layers, others):
@@ -206,7 +219,7 @@ def test_inspect_finds_blocks_behind_names_with_digits(tmp_path):
 
 def test_inspect_json(converted):
     facts = json.loads(run(main, "inspect", converted, "--json").stdout)
-    assert facts["format"] == "llmint8 1.0"
+    assert (facts["format"], facts["activation"], facts["activation_group"]) == ("llmint8 1.1", "zeropoint", 128)
     assert len(facts["layers"]) == 7
     assert facts["layers"][0].keys() >= {"name", "out_features", "in_features", "outliers", "bytes"}
     sizes = sum(layer["bytes"] for layer in facts["layers"])

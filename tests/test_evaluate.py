@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ from transformers.pytorch_utils import Conv1D
 
 from llmint8 import converter, runtime
 from llmint8.converter.model.build import is_linear
+from llmint8.converter.words import activations
 from llmint8.formats import LLMInt8Error, open_checkpoint
 from llmint8.kernels.reference import QuantizedRows
 from llmint8.runtime.accuracy import methods
-from llmint8.runtime.accuracy.compare import compare
+from llmint8.runtime.accuracy.compare import _modes, compare
 from llmint8.runtime.accuracy.evaluate import Logits, measure, token_windows
 from llmint8.runtime.accuracy.halves import Halves
 from llmint8.runtime.accuracy.methods import METHODS, Method, NotRowsError, Simulation
@@ -123,7 +125,9 @@ def simulated(model: Any, method: Method) -> Whole:
 
 
 def recorded(path: Path) -> str:
-    return open_checkpoint(path).quantization.activation
+    """How the checkpoint's own mode is called."""
+    quantization = open_checkpoint(path).quantization
+    return activations(quantization.activation, quantization.activation_group)
 
 
 def run(*arguments: object) -> Result:
@@ -522,7 +526,7 @@ def test_json_is_the_table(folder: Path) -> None:
     assert ours["kl_mean"] == pytest.approx(expected.kl_mean, rel=1e-3)
     assert ours["kl_mean"] > 0
     assert ours["perplexity_difference"] == ours["perplexity"] - facts["reference_perplexity"]
-    row = run(folder / "out", *options(folder)).stdout.splitlines()[2].split()[3:]
+    row = run(folder / "out", *options(folder)).stdout.splitlines()[2].split()[-6:]
     assert row == [
         f"{ours['kl_mean']:.5f}",
         f"{ours['kl_median']:.5f}",
@@ -548,14 +552,26 @@ def test_methods_against_ours(folder: Path) -> None:
     result = run(folder / "planted8", *options(folder, reference=folder / "planted"), "--methods", "--json")
     facts = json.loads(result.stdout)
     kl = {row["name"]: row["kl_mean"] for row in facts["methods"]}
-    absmax, zeropoint, dynamic = (
-        f"planted8: {mode}" for mode in ("static, absmax", "static, zeropoint", "dynamic 6.0, absmax")
-    )
-    own, other = (absmax, zeropoint) if recorded(folder / "planted8") == "absmax" else (zeropoint, absmax)
-    assert list(kl) == [*METHOD, own, other, dynamic]
+    modes = ("static, zeropoint in groups of 128", "static, absmax in groups of 128", "static, zeropoint")
+    assert modes[0] == f"static, {recorded(folder / 'planted8')}"
+    zeropoint, absmax, row, dynamic = (f"planted8: {mode}" for mode in (*modes, "dynamic 6.0, absmax"))
+    assert list(kl) == [*METHOD, zeropoint, absmax, row, dynamic]
     assert kl[absmax] == pytest.approx(kl["absmax vector-wise"], rel=1e-2)
     assert kl[dynamic] < kl[absmax] / 2
     assert kl[zeropoint] < kl[absmax] / 1.2
+    assert kl[row] == pytest.approx(kl[zeropoint], rel=1e-2)  # all of its inputs are one group
+
+
+def test_the_checkpoint_beside_itself_in_other_modes() -> None:
+    def labels(activation: Any, group: Any, methods: bool = True) -> list[str]:
+        config = SimpleNamespace(outliers="static", threshold=6.0, activation=activation, activation_group=group)
+        return [mode.label for mode in _modes(config, methods)]
+
+    grouped = ["static, absmax in groups of 64", "static, zeropoint in groups of 64", "static, absmax"]
+    assert labels("absmax", 64) == [*grouped, "dynamic 6.0, absmax"]
+    plain = ["static, zeropoint", "static, absmax", "static, zeropoint in groups of 128"]
+    assert labels("zeropoint", "row") == [*plain, "dynamic 6.0, absmax"]
+    assert labels("zeropoint", 128, methods=False) == ["static, zeropoint in groups of 128"]
 
 
 def test_text_from_jsonl(folder: Path, tmp_path: Path) -> None:

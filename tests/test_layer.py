@@ -202,22 +202,51 @@ def test_a_layer_runs_as_it_is_configured() -> None:
             assert torch.equal(layer(x), fresh(x))
 
 
+@pytest.mark.parametrize("outliers", ["static", "dynamic", "none"])
+@pytest.mark.parametrize("activation", ["absmax", "zeropoint"])
+def test_inputs_are_quantized_in_the_groups_that_are_configured(
+    activation: Any, outliers: Any, assert_right: Any
+) -> None:
+    layer, x = make_layer(300, 40, 5), make_input(3, 300, torch.float16)
+    x *= 4.0 ** (torch.arange(300) // 64 % 3).half()  # groups of other magnitudes
+    layer.configure(outliers=outliers, activation=activation)
+    plain = layer(x)
+    assert layer.stored().group is None
+    for group in (64, 128, 256):
+        layer.configure(activation_group=group)
+        weight = layer.stored()
+        assert (layer.activation_group, weight.group) == (group, group)
+        assert_right(x, weight, activation, layer(x))
+        assert not torch.equal(layer(x), plain)
+        fresh = Int8Linear(300, 40, outlier_count=5, outliers=outliers, activation=activation, activation_group=group)
+        fresh.half().load_state_dict(layer.state_dict())
+        assert torch.equal(layer(x), fresh(x))
+        assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+    layer.activation_group = "row"
+    assert torch.equal(layer(x), plain)
+
+
 def test_settings_are_left_as_they_are_where_nothing_is_given() -> None:
     layer = make_layer(96, 40, 5)
-    layer.configure(outliers="dynamic", threshold=4.0)
+    layer.configure(outliers="dynamic", threshold=4.0, activation_group=64)
     before = layer.prepared
     layer.configure(activation="zeropoint")
     layer.configure(outliers="dynamic", threshold=4.0)
+    layer.configure(activation_group=64)
     assert (layer.outliers, layer.threshold, layer.activation) == ("dynamic", 4.0, "zeropoint")
+    assert layer.activation_group == 64
     assert layer.prepared is before
 
 
-@pytest.mark.parametrize(("name", "value"), [("outliers", "some"), ("activation", "absmin")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("outliers", "some"), ("activation", "absmin"), ("activation_group", 100), ("activation_group", "all")],
+)
 def test_unknown_settings_are_refused(name: str, value: Any) -> None:
     layer = make_layer(30, 8, 2)
-    with pytest.raises(ValueError, match=f"{name} is '{value}', expected one of"):
+    with pytest.raises(ValueError, match=f"{name} is {value!r}, expected one of"):
         layer.configure(**{name: value})
-    with pytest.raises(ValueError, match=f"{name} is '{value}', expected one of"):
+    with pytest.raises(ValueError, match=f"{name} is {value!r}, expected one of"):
         setattr(layer, name, value)
 
 
@@ -563,4 +592,6 @@ def test_repr_says_how_the_layer_runs() -> None:
     layer = make_layer(30, 8, 2, bias=False)
     assert "in_features=30, out_features=8, bias=False, outlier_dims=2, outliers='static'" in repr(layer)
     layer.outliers, layer.threshold, layer.activation = "dynamic", 5.5, "zeropoint"
-    assert "outliers='dynamic', threshold=5.5, activation='zeropoint'" in repr(layer)
+    assert "outliers='dynamic', threshold=5.5, activation='zeropoint', activation_group='row'" in repr(layer)
+    layer.activation_group = 64
+    assert repr(layer).endswith("activation='zeropoint', activation_group=64)")

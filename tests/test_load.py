@@ -121,7 +121,7 @@ def test_gives_the_ordinary_class_with_int8_layers(source: Path, checkpoint: Pat
 
 def test_layers_hold_and_use_what_the_checkpoint_stores(source: Path, checkpoint: Path) -> None:
     stored, original = load_file(checkpoint / WEIGHTS), load_file(source / WEIGHTS)
-    model = runtime.load(checkpoint, activation="absmax")
+    model = runtime.load(checkpoint, activation="absmax", activation_group="row")
     for name, layer in int8_layers(model).items():
         for part, tensor in layer.state_dict().items():
             assert tensor.dtype == stored[f"{name}.{part}"].dtype
@@ -154,6 +154,30 @@ def test_what_the_checkpoint_records_is_the_default(checkpoint: Path, tmp_path: 
     assert {layer.activation for layer in int8_layers(runtime.load(path)).values()} == {"zeropoint"}
     dynamic = int8_layers(runtime.load(path, outliers="dynamic", activation="absmax"))
     assert {(layer.activation, layer.threshold) for layer in dynamic.values()} == {("absmax", 4.5)}
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_inputs_are_quantized_in_the_groups_asked_for_or_recorded(
+    checkpoint: Path, tmp_path: Path, version: str
+) -> None:
+    def change(tensors: Tensors, config: dict[str, Any]) -> None:
+        block = config["quantization_config"]["llmint8"]
+        assert (block["format_version"], block.pop("activation_group")) == ("1.1", 128)
+        block["format_version"] = version
+        block |= {"activation_group": 64} if version == "1.1" else {}
+
+    path = edit(checkpoint, tmp_path / "out", change)
+    expected: dict[Any, Any] = {None: 64 if version == "1.1" else "row", 64: 64, 128: 128, 256: 256, "row": "row"}
+    for given, found in expected.items():
+        model = runtime.load(path, activation_group=given)
+        assert {layer.activation_group for layer in int8_layers(model).values()} == {found}
+        groups = {layer.stored().group for layer in int8_layers(model).values()}
+        assert groups == {None if found == "row" else found}
+        model.save_pretrained(tmp_path / "saved")  # which keeps what the checkpoint records
+        saved = formats.open_checkpoint(tmp_path / "saved")
+        assert formats.check_values(saved) == []  # and the manifest says the same
+        assert saved.quantization.format_version == version
+        assert saved.quantization.activation_group == (64 if version == "1.1" else None)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "float32"], ids=str)
@@ -317,6 +341,7 @@ def test_quantization_config_in_a_file_of_its_own(bitsandbytes_checkpoint: Path,
     [
         ({"outliers": "sometimes"}, "outliers is 'sometimes', expected one of 'static', 'dynamic', 'none'"),
         ({"activation": "minmax"}, "activation is 'minmax', expected one of 'absmax', 'zeropoint'"),
+        ({"activation_group": 32}, "activation_group is 32, expected one of 64, 128, 256, 'row'"),
         ({"outliers": "dynamic", "threshold": 0.0}, "threshold is 0.0, expected a number above 0"),
         ({"outliers": "dynamic", "threshold": -1.0}, "threshold is -1.0, expected a number above 0"),
         ({"outliers": "dynamic", "threshold": float("nan")}, "threshold is nan, expected a number above 0"),
@@ -427,9 +452,12 @@ def test_dims_that_are_not_in_the_layer_are_refused_by_name(checkpoint: Path, tm
 def test_one_log_line_says_how_the_model_runs(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="llmint8"):
         runtime.load(checkpoint, outliers="dynamic")
+        runtime.load(checkpoint, activation="absmax", activation_group="row")
     lines = [record.getMessage() for record in caplog.records if record.name == "llmint8"]
-    assert len(lines) == 1
-    assert lines[0].startswith("14 Int8Linear layers, outliers dynamic (|x| >= 6), activation zeropoint, 14 x ")
+    assert len(lines) == 2
+    start = "14 Int8Linear layers, outliers dynamic (|x| >= 6), activation zeropoint in groups of 128, 14 x "
+    assert lines[0].startswith(start)
+    assert lines[1].startswith("14 Int8Linear layers, outliers static, activation absmax, 14 x ")
 
 
 def test_nothing_is_printed(checkpoint: Path, bitsandbytes_checkpoint: Path) -> None:

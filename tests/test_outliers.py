@@ -10,6 +10,8 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from llmint8 import converter, formats, runtime
+from llmint8.converter.calibration import calibrator
+from llmint8.converter.conversion import provenance
 from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.outliers.choosing import select
 from llmint8.converter.outliers.criterion import Criterion, parse_criterion
@@ -232,15 +234,16 @@ def test_criteria_are_written_as_they_are_read():
 
 
 def _statistics(criterion, x, weights):
-    statistics = InputStatistics(criterion, "zeropoint")
+    statistics = InputStatistics(criterion, "zeropoint", None)
     for number, weight in enumerate(weights):
         norms = column_norms(weight, *quantize_weight(weight))
         statistics.see(f"layer{number}", x, x.view_as(x), norms, functional.linear(x, weight))
     return statistics.finish()
 
 
+@pytest.mark.parametrize("group", [None, 64])
 @pytest.mark.parametrize("activation", ["absmax", "zeropoint"])
-def test_error_curve_predicts_the_error_of_the_layer(activation):
+def test_error_curve_predicts_the_error_of_the_layer(activation, group):
     torch.manual_seed(0)
     x = torch.randn(128, 192) * torch.exp(torch.randn(192))
     weight = torch.randn(80, 192)
@@ -248,17 +251,34 @@ def test_error_curve_predicts_the_error_of_the_layer(activation):
     out = functional.linear(x, weight)
     dims = x.abs().amax(0).argsort(descending=True)
     norms = column_norms(weight, values, absmax)
-    ks, errors = error_curve(x, [norms], [out.square().sum(1)], dims[:48], activation)
+    ks, errors = error_curve(x, [norms], [out.square().sum(1)], dims[:48], activation, group)
     assert ks == [0, 2, 4, 8, 12, 16, 24, 32, 48]
     for k, predicted in zip(ks, errors, strict=True):
         restored = dequantize_weight(values, absmax)
         restored[:, dims[:k]] = weight[:, dims[:k]]
-        rows = quantize_rows(x, dims[:k], activation).dequantize()
+        rows = quantize_rows(x, dims[:k], activation, group).dequantize()
         rows[:, dims[:k]] = x[:, dims[:k]]
         error = (functional.linear(rows, restored) - out).square().sum(1)
         energy = out.square().sum(1)
         measured = float((error / energy).mean() + error.sum() / energy.sum()) / 2
         assert predicted == pytest.approx(measured, rel=0.15)
+
+
+def test_the_errors_are_those_of_the_groups_in_which_inputs_will_be_quantized(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**_LLAMA | {"intermediate_size": 512})
+    transformers.LlamaForCausalLM(config).half().save_pretrained(tmp_path / "source")
+    errors = {}
+    for group in (64, 128, None):
+        for module in (calibrator, provenance):
+            monkeypatch.setattr(module, "ACTIVATION_GROUP", group)
+        out = tmp_path / str(group)
+        converter.convert(tmp_path / "source", out)
+        assert formats.open_checkpoint(out).quantization.activation_group == group
+        for name, statistics in formats.read_manifest(out).modules.items():
+            errors[group, name.rpartition(".")[2]] = statistics.get("errors")
+    assert errors[64, "down_proj"][0] < errors[128, "down_proj"][0] < errors[None, "down_proj"][0]
+    assert errors[64, "q_proj"] == errors[128, "q_proj"] == errors[None, "q_proj"]  # 64 dimensions are one group
 
 
 def test_column_norms():
@@ -333,7 +353,7 @@ def test_an_input_is_not_held_longer_than_the_model_does():
     import gc
     import weakref
 
-    statistics = InputStatistics(Criterion("top-k", 2), "zeropoint")
+    statistics = InputStatistics(Criterion("top-k", 2), "zeropoint", None)
     references = []
     for number in range(5):
         x = torch.randn(16, 32)

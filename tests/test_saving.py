@@ -110,7 +110,7 @@ def test_statistics_of_layers_that_share_an_input_go_with_their_names(checkpoint
     statistics = read_manifest(tmp_path).modules["model.layers.1.self_attn.v_proj"]
     assert statistics == {"shares_input_with": "model.layers.1.self_attn.q_proj"}
     modules: dict[str, Any] = {"h.0.q": {"kept_absmax": 2.0}, "h.0.v": {"shares_input_with": "h.0.q"}}
-    manifest = Manifest("somebody", {"name": "x", "options": {}}, {}, modules)
+    manifest = Manifest("1.0", "somebody", {"name": "x", "options": {}}, {}, modules)
     kept = json.loads(provenance_of(manifest, {name: f"model.{name}" for name in modules}))
     assert kept["source"] == {"name": "x"}
     assert kept["modules"] == {

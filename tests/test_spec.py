@@ -141,20 +141,21 @@ def test_quantize_rows(vector: dict[str, Any]) -> None:
         torch.tensor(vector["x"], dtype=torch.float32),
         torch.tensor(vector["outlier_dims"], dtype=torch.int32),
         vector["activation"],
+        vector["group"],
     )
     assert rows.values.tolist() == vector["int8"]
-    assert rows.scale[:, 0].tolist() == vector["scale"]
-    assert (None if rows.zero_point is None else rows.zero_point[:, 0].tolist()) == vector["zero_point"]
+    assert rows.scale.tolist() == vector["scale"]
+    assert (None if rows.zero_point is None else rows.zero_point.tolist()) == vector["zero_point"]
 
 
 @pytest.mark.parametrize("vector", vectors("quantize_rows"))
 def test_the_other_reader_quantizes_rows(vector: dict[str, Any], spec_reader: ModuleType) -> None:
     x, dims = np.array(vector["x"]), np.array(vector["outlier_dims"], dtype=np.int64)
-    values, scale, zero_point = spec_reader.quantize_rows(x, dims, vector["activation"])
+    values, scale, zero_point = spec_reader.quantize_rows(x, dims, vector["activation"], vector["group"])
     # In the outlier dimensions q holds z, as the text says; it adds nothing.
     assert values.tolist() == vector["int8"]
     assert scale.tolist() == vector["scale"]
-    assert zero_point.tolist() == (vector["zero_point"] or [0] * len(x))
+    assert zero_point.tolist() == (vector["zero_point"] or np.zeros_like(scale).tolist())
 
 
 @pytest.mark.parametrize("facade", [False, True], ids=["reference", "facade"])
@@ -167,6 +168,7 @@ def test_linear(vector: dict[str, Any], facade: bool) -> None:
         torch.tensor(vector["outlier_dims"], dtype=torch.int32),
         torch.tensor(vector["outlier_weight"], dtype=torch.float16),
         torch.tensor(vector["bias"], dtype=torch.float16),
+        group=vector["group"],
     )
     if facade:
         y = linear.int8_linear(x, linear.prepare(weight), vector["activation"])
@@ -180,7 +182,8 @@ def test_the_other_reader_computes_a_layer(vector: dict[str, Any], spec_reader: 
     parts = {"weight": "int8", "SCB": "SCB", "outlier_weight": "outlier_weight", "bias": "bias"}
     layer = {part: np.array(vector[key]) for part, key in parts.items()}
     layer["outlier_dims"] = np.array(vector["outlier_dims"], dtype=np.int32)
-    assert spec_reader.linear(np.array(vector["x"]), layer, vector["activation"]).tolist() == vector["y"]
+    y = spec_reader.linear(np.array(vector["x"]), layer, vector["activation"], vector["group"])
+    assert y.tolist() == vector["y"]
 
 
 @pytest.mark.parametrize("vector", vectors("sha256"))
@@ -209,8 +212,9 @@ def test_the_minimal_checkpoint_is_valid(minimal: Path) -> None:
     assert (record.name, record.out_features, record.in_features) == ("proj", 2, 4)
     assert (record.outlier_count, record.has_bias) == (1, True)
     quantization = checkpoint.quantization
-    assert (quantization.llmint8, quantization.format_version) == (True, FORMAT_VERSION)
+    assert (quantization.llmint8, quantization.format_version) == (True, "1.0")  # it has nothing of a later one
     assert (quantization.criterion, quantization.activation, quantization.threshold) == ("top-k=1", "absmax", 6.0)
+    assert quantization.activation_group is None
     assert quantization.skip_modules == ["lm_head"]
 
 

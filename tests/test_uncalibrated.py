@@ -65,7 +65,7 @@ def test_a_layer_without_statistics_searches_and_load_says_so(
     assert sorted(name for name, mode in modes(model).items() if mode == "dynamic") == missed
     assert "outliers static (but in 2 that were not calibrated: dynamic, |x| >= 2.5), activation" in last_line(caplog)
     layer, x = model.get_submodule(missed[0]), torch.randn(3, 48).bfloat16()
-    assert (layer.threshold, layer.activation) == (2.5, "zeropoint")
+    assert (layer.threshold, layer.activation, layer.activation_group) == (2.5, "zeropoint", 128)
     found = layer(x)
     layer.configure(outliers="none")
     assert not torch.equal(found, layer(x))
@@ -79,13 +79,16 @@ def test_eval_lets_such_layers_search_in_the_mode_of_the_checkpoint_and_all_in_t
     edit(checkpoint, MANIFEST, lambda manifest: manifest["modules"].pop(missed))
     model, windows = runtime.load(checkpoint), torch.arange(8)[None]
     modes_to_run = {mode.label: mode for mode in compare._modes(model.config.quantization_config, True)}
-    assert len(modes_to_run) == 3
+    assert len(modes_to_run) == 4
     runs = Runs(model, model, modes_to_run, (), windows)
     for label, mode in [*modes_to_run.items(), *modes_to_run.items()]:
         runs._in_mode(label, windows, lambda name: None)
         searching = {name for name, outliers in modes(model).items() if outliers == "dynamic"}
         assert searching == ({missed} if mode.outliers == "static" else set(modes(model)))
-        assert {model.get_submodule(name).activation for name in modes(model)} == {mode.activation}
+        layers = [model.get_submodule(name) for name in modes(model)]
+        assert {(layer.activation, layer.activation_group) for layer in layers} == {
+            (mode.activation, mode.activation_group)
+        }
 
 
 def test_inspect_says_how_many_layers_search(checkpoint: Path) -> None:

@@ -249,7 +249,7 @@ def test_shards(
 def test_a_statistic_that_overflowed_does_not_spoil_the_manifest(tmp_path: Path) -> None:
     """Squared errors of a model with huge activations may; NaN is no JSON, and the manifest would be refused."""
     statistics = {"m.a": {"errors": [1.0, math.inf, math.nan], "kept_absmax": -math.inf, "dims": [1]}}
-    stored = Manifest("test 1", {}, {}, statistics).to_dict()["modules"]
+    stored = Manifest("1.0", "test 1", {}, {}, statistics).to_dict()["modules"]
     assert stored == {"m.a": {"errors": [1.0, None, None], "kept_absmax": None, "dims": [1]}}
 
 

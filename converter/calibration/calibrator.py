@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 
 from llmint8.formats import LLMInt8Error
 from llmint8.formats.writing.journal import Journal, Record
-from llmint8.kernels.reference import Activation
+from llmint8.kernels.reference import Activation, Group
 
 from ..machine import return_freed_memory, same_random_numbers
 from ..model.buffers import nobodys_notice
@@ -36,8 +36,9 @@ from .streaming import LinearCall, streamed
 
 log = logging.getLogger("llmint8")
 
-# How rows of activations are quantized unless the user asks otherwise: lower KL than absmax (docs/accuracy.md).
+# How rows of activations are quantized unless the user asks otherwise, by measured KL (docs/accuracy.md).
 ACTIVATION: Activation = "zeropoint"
+ACTIVATION_GROUP: Group = 128
 # Statistics of so many candidates go into the manifest, of a layer's chosen ones in any case.
 _RECORDED_CANDIDATES = 64
 _FLOAT16_MAX = torch.finfo(torch.float16).max
@@ -78,7 +79,7 @@ class Calibrator:
     def __init__(self, plan: ConversionPlan, tokens: Tensor, device: torch.device, journal: Journal) -> None:
         """Take the plan, a batch of token ids [rows, length], where to run, and where to put columns aside."""
         self._plan, self._tokens, self._device, self._journal = plan, tokens, device, journal
-        self._statistics = InputStatistics(plan.criterion, ACTIVATION, self._remember_curve)
+        self._statistics = InputStatistics(plan.criterion, ACTIVATION, ACTIVATION_GROUP, self._remember_curve)
         self._notices: list[str] = []
         self._overflow = 0.0, ""
         self.shown: dict[str, int] = {}

@@ -9,7 +9,7 @@ from typing import Any
 
 from llmint8.formats import DTYPES, Quantization
 
-from ..calibration.calibrator import ACTIVATION
+from ..calibration.calibrator import ACTIVATION, ACTIVATION_GROUP
 from ..hub.origin import is_repo_id
 from ..planning.plan import ConversionPlan
 
@@ -53,6 +53,7 @@ def describe(plan: ConversionPlan, outliers: dict[str, int], calibration: dict[s
         {name: outliers.get(name, 0) for name in plan.selection.layers},
         criterion=str(plan.criterion),
         activation=ACTIVATION,
+        activation_group=ACTIVATION_GROUP,
         producer=f"llmint8 {_version('llmint8')}",
         source=_origin(plan),
         calibration=calibration,

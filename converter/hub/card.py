@@ -17,7 +17,7 @@ from huggingface_hub import ModelCardData
 from llmint8.formats import Checkpoint, LLMInt8Error, Quantization, read_json, read_manifest
 from llmint8.formats.disk.small_files import MODULES_NAME
 
-from ..words import size
+from ..words import activations, size
 from .front_matter import metadata, strings
 from .origin import is_repo_id
 from .usage import harmless, named_class, usage
@@ -145,7 +145,8 @@ def _conversion(subject: Subject) -> list[str]:
             f"in a layer; criterion `{harmless(quantization.criterion)}`"
         )
         rows["Calibration"] = _calibration(quantization.calibration, len(quantization.outliers))
-        rows["Activations"] = f"int8 when the model runs, one scale per token ({quantization.activation})"
+        kind = activations(quantization.activation, quantization.activation_group)
+        rows["Activations"] = f"int8 when the model runs ({kind})"
         rows["Format"] = f"llmint8 {harmless(quantization.format_version)}, which bitsandbytes reads too"
     files = subject.source.get("files")
     before = sum(nbytes for nbytes in files.values() if isinstance(nbytes, int)) if isinstance(files, dict) else 0

@@ -1,6 +1,6 @@
 """What error is left in a layer's output when some of its input columns stay in 16 bit.
 
-Quantizing a row of activations costs in proportion to its range, and a few dimensions set the range. So the dimensions
+Quantizing what shares a scale costs in proportion to its range, and a few dimensions set the range. So the dimensions
 of an input are ranked by their largest magnitude, and for a grid of k it is measured what error is left in the layer's
 output when the first k of them stay in 16 bit. With the column norms a_j = |W_j|^2 and e_j = |W_j - Wq_j|^2, the error
 of token t is, by expectation over independent rounding errors,
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmint8.kernels.reference import Activation, quantize_rows
+from llmint8.kernels.reference import Activation, Group, quantize_rows
 
 from .criterion import GRID, OUTLIER_MAGNITUDE, OUTLIER_POSITIONS, Criterion, max_candidates
 
@@ -78,13 +78,15 @@ def _compute(layer: str, measure: Callable[[], Curve]) -> Curve:
 class InputStatistics:
     """Collects what a streamed forward pass shows, call by call; holds an input as long as the model does."""
 
-    def __init__(self, criterion: Criterion, activation: Activation, remember: Remember = _compute) -> None:
+    def __init__(
+        self, criterion: Criterion, activation: Activation, group: Group | None, remember: Remember = _compute
+    ) -> None:
         """Take the criterion, which bounds the candidates, and the way activations will be quantized.
 
         `remember` gets the names of the layers that share an input, with the number of the call after the first, and a
         function that measures the error curve there, and returns the curve.
         """
-        self._criterion, self._activation, self._remember = criterion, activation, remember
+        self._criterion, self._how, self._remember = criterion, (activation, group), remember
         self._open: list[_Call] = []
         self._group_of: dict[str, _Group] = {}
 
@@ -124,7 +126,7 @@ class InputStatistics:
     def _close(self, calls: list["_Call"]) -> None:
         for call in calls:
             group = call.group
-            measure = partial(error_curve, call.rows, call.norms, call.energies, group.dims, self._activation)
+            measure = partial(error_curve, call.rows, call.norms, call.energies, group.dims, *self._how)
             names, number = " ".join(group.layers), len(group.curves) + 1
             curve = self._remember(names if number == 1 else f"{names}, call {number}", measure)
             group.curves.append((len(call.rows), len(call.norms), curve))
@@ -216,6 +218,7 @@ def error_curve(
     energies: Sequence[Tensor],
     dims: Tensor,
     activation: Activation,
+    group: Group | None,
 ) -> Curve:
     """Return the k of the grid and the relative output error at each, summed over the layers of a group.
 
@@ -224,7 +227,7 @@ def error_curve(
         norms: per layer, from `column_norms`.
         energies: per layer, the squared norm of its output for each token, float32 [T].
         dims: the candidates by falling magnitude, int64 [C].
-        activation: how rows will be quantized.
+        activation, group: how rows will be quantized.
 
     """
     weight_norms = torch.stack([norm for norm, _ in norms], 1)  # [K, L]
@@ -236,7 +239,7 @@ def error_curve(
     ks, errors = [k for k in GRID if k <= largest], []
     for k in ks:
         kept = x.index_fill(1, dims[:k].to(x.device), 0)
-        quantized = quantize_rows(kept, dims[:0], activation).dequantize()  # what is left out is 0 already
+        quantized = quantize_rows(kept, dims[:0], activation, group).dequantize()  # what is left out is 0 already
         error = (kept - quantized).square_() @ weight_norms + quantized.square() @ weight_errors
         errors.append(float((error * (per_token + overall)).sum() / 2))
     return ks, errors

@@ -39,12 +39,12 @@ class Manifest:
     `files` has the SHA-256 of config.json, tokenizer and all other files that hold no tensor, but the model card.
     """
 
+    format_version: str
     producer: str
     source: dict[str, Any]
     tensors: dict[str, ManifestEntry]
     modules: dict[str, dict[str, Any]] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
-    format_version: str = FORMAT_VERSION
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object that goes into the file."""
@@ -97,12 +97,12 @@ def _manifest(raw: dict[str, Any]) -> Manifest:
             raise ValueError(f"modules: {name[:80]!r} is {str(statistics)[:80]!r}, expected an object for each layer")
     hashes = member(raw, "files", dict) if "files" in raw else {}
     return Manifest(
+        version,
         member(raw, "producer", str),
         source,
         {name: _entry(name, entry) for name, entry in member(raw, "tensors", dict).items()},
         modules,
         {_file_name(name): _hash(name, value) for name, value in hashes.items()},
-        version,
     )
 
 

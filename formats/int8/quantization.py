@@ -8,7 +8,8 @@ from typing import Any
 from ..containers.tensors import is_tensor_name
 from ..disk.strict_json import member
 
-FORMAT_VERSION = "1.0"
+FORMAT_VERSION = "1.1"
+_ACTIVATION_GROUPS = (64, 128, 256)
 PRODUCER_NAME = "llmint8"
 # What stock bitsandbytes uses for its dynamic search; the value of the paper.
 BITSANDBYTES_THRESHOLD = 6.0
@@ -20,18 +21,25 @@ class Quantization:
     """What a checkpoint says about its quantization; spec.md, section "config.json", gives each field's meaning.
 
     `llmint8` is False for a checkpoint that bitsandbytes wrote: then only `threshold` and `skip_modules` are known.
+    `read_version` is the version that a checkpoint says it has; None for one that is to be written.
     """
 
     skip_modules: list[str]
     outliers: dict[str, int]  # module -> number of 16-bit columns
     criterion: str = "none"
     activation: str = "absmax"
+    activation_group: int | None = None  # dimensions of an input that share a scale; None is all of them
     threshold: float = BITSANDBYTES_THRESHOLD
-    format_version: str = FORMAT_VERSION
+    read_version: str | None = None
     producer: str = PRODUCER_NAME
     source: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
     llmint8: bool = True
+
+    @property
+    def format_version(self) -> str:
+        """The version that was read; of what is written, the oldest that has all of it."""
+        return self.read_version or ("1.0" if self.activation_group is None else "1.1")
 
     @property
     def int8_head(self) -> str | None:
@@ -52,6 +60,7 @@ class Quantization:
                 "format_version": self.format_version,
                 "producer": self.producer,
                 "activation": self.activation,
+                **({} if self.activation_group is None else {"activation_group": self.activation_group}),
                 "outliers": {"criterion": self.criterion, "counts": self.outliers},
                 "calibration": self.calibration,
                 "source": self.source,
@@ -95,6 +104,9 @@ class Quantization:
         activation = member(block, "activation", str)
         if activation not in ("absmax", "zeropoint"):
             raise ValueError(f"activation is {activation!r}, expected 'absmax' or 'zeropoint'")
+        group = block.get("activation_group")
+        if group is not None and (type(group) is not int or group not in _ACTIVATION_GROUPS):
+            raise ValueError(f"activation_group is {str(group)[:80]!r}, expected 64, 128, 256 or null")
         if "calibration" in block:
             member(block, "calibration", dict, type(None))
         return Quantization(
@@ -102,8 +114,9 @@ class Quantization:
             counts,
             criterion=member(block, "outliers.criterion", str),
             activation=activation,
+            activation_group=group,
             threshold=self.threshold,
-            format_version=version,
+            read_version=version,
             producer=member(block, "producer", str),
             source=check_source(block),
             calibration=block.get("calibration"),

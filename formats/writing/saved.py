@@ -33,6 +33,7 @@ def write_manifest(
         for name, info in checkpoint.tensors.items()
     }
     hashes = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in files if (path / name).is_file()}
-    manifest = Manifest(checkpoint.quantization.producer, source, entries, modules, hashes)
+    version, producer = checkpoint.quantization.format_version, checkpoint.quantization.producer
+    manifest = Manifest(version, producer, source, entries, modules, hashes)
     with named_errors(path / MANIFEST_NAME):
         write_durably(path / MANIFEST_NAME, encode_json(manifest.to_dict()))

@@ -195,7 +195,7 @@ class CheckpointWriter:
         # The card is for its readers to edit.
         hashed = {name: data for name, data in files.items() if name != CARD_NAME} | {CONFIG_NAME: stored_config}
         hashes = {name: hashlib.sha256(data).hexdigest() for name, data in hashed.items()}
-        manifest = Manifest(quantization.producer, source, entries, modules, hashes)
+        manifest = Manifest(quantization.format_version, quantization.producer, source, entries, modules, hashes)
         files[MANIFEST_NAME] = encode_json(manifest.to_dict())
         publish(self._out, self.journal, finals, files, stored_config)
         return manifest

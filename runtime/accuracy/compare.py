@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers.utils import is_peft_available
 
+from llmint8.converter.calibration.calibrator import ACTIVATION_GROUP
 from llmint8.converter.calibration.text import read_text
 from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.machine import usable_device
@@ -69,8 +70,8 @@ def compare(
         text: a `.jsonl` file with a `text` field in each line, or any text file.
         tokens: so many from the beginning of the text, cut to whole windows.
         window: tokens in a forward pass.
-        methods: measure the paper's methods too, and the checkpoint with the other kind of activations and with
-            outliers searched in every call.
+        methods: measure the paper's methods too, and the checkpoint with the other kind of activations, with one scale
+            for each row or else in groups, and with outliers searched in every call.
         device: where both models run.
         progress: called after each forward pass with a name and the number of all passes.
 
@@ -152,11 +153,12 @@ def load_reference(path: Path, window: int, device: str) -> Any:
 
 def _modes(config: Any, methods: bool) -> list[Mode]:
     """Return the checkpoint's own mode; beside the paper's methods also other activations, and LLM.int8()."""
-    own = Mode(config.outliers, config.threshold, config.activation)
+    own = Mode(config.outliers, config.threshold, config.activation, config.activation_group)
     if not methods:
         return [own]
     other = own._replace(activation="zeropoint" if own.activation == "absmax" else "absmax")
-    return list(dict.fromkeys([own, other, Mode("dynamic", THRESHOLD, "absmax")]))
+    grouped = own._replace(activation_group=ACTIVATION_GROUP if own.activation_group == "row" else "row")
+    return list(dict.fromkeys([own, other, grouped, Mode("dynamic", THRESHOLD, "absmax", "row")]))
 
 
 def _beyond_calibration(model: Any) -> BeyondCalibration:

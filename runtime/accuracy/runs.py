@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from llmint8.converter.words import activations
 from llmint8.kernels.reference import Activation
 
-from ..model.arguments import Outliers
+from ..model.arguments import ActivationGroup, Outliers, kernels_group
 from ..model.layer import Int8Linear
 from .evaluate import Logits
 from .halves import Halves
@@ -33,12 +34,13 @@ class Mode(NamedTuple):
     outliers: Outliers
     threshold: float
     activation: Activation
+    activation_group: ActivationGroup
 
     @property
     def label(self) -> str:
         """What the table calls it."""
         outliers = f"dynamic {self.threshold:.1f}" if self.outliers == "dynamic" else self.outliers
-        return f"{outliers}, {self.activation}"
+        return f"{outliers}, {activations(self.activation, kernels_group(self.activation_group))}"
 
 
 class Runs:

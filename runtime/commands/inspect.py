@@ -11,7 +11,7 @@ import click
 from llmint8.converter.commands.command import Command, set_up_logging
 from llmint8.converter.commands.output import echo_result
 from llmint8.converter.commands.terminal import printable_lines
-from llmint8.converter.words import count, precision, size, sizes
+from llmint8.converter.words import activations, count, precision, size, sizes
 
 # The name of a block ends with the first part that is a number: `model.layers.11` of `model.layers.11.mlp.up_proj`.
 _BLOCK = re.compile(r"(.+?\.\d+)(?:\.|$)")
@@ -75,6 +75,7 @@ def _facts(opened: Any) -> dict[str, Any]:
         "criterion": quantization.criterion if quantization.llmint8 else None,
         "outlier_dtypes": sorted(columns),
         "activation": quantization.activation,
+        "activation_group": quantization.activation_group,
         "threshold": quantization.threshold,
         "not_calibrated": _not_calibrated(opened),
         "runs_on": native.kinds()[0] if native.kinds() else f"plain torch ({native.why_not()})",
@@ -117,7 +118,7 @@ def _text(facts: dict[str, Any], every: bool) -> str:
         f"Model         {', '.join(map(str, _as_list(facts['architectures']))) or 'unknown'}, from {origin}",
         f"Format        {facts['format']}, written by {facts['producer']}",
         f"Outliers      criterion {facts['criterion'] or 'none stored'}, {share:.2%} of the columns in {exact}",
-        f"Activations   {facts['activation']}",
+        f"Activations   {_activations(facts)}",
         *_searched(facts["not_calibrated"], facts["threshold"]),
         f"On this CPU   {facts['runs_on']}",
         f"Size          {size(facts['bytes'])} in {count(len(facts['files']), 'file')}: "
@@ -129,6 +130,13 @@ def _text(facts: dict[str, Any], every: bool) -> str:
     if facts["int8_head"]:
         rows.append(f"Output head   {facts['int8_head']}, in int8 too")
     return printable_lines(rows)
+
+
+def _activations(facts: dict[str, Any]) -> str:
+    kind, group = facts["activation"], facts["activation_group"]
+    if group is not None:
+        return activations(kind, group)
+    return f"{kind}, one scale for the whole row; it loads with activation_group=64, 128 or 256 too"
 
 
 def _searched(layers: int, threshold: float) -> list[str]:

@@ -2,16 +2,24 @@
 
 import math
 from collections import Counter
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
 from llmint8.formats import DTYPES, FLOAT_DTYPES, Checkpoint, Quantization
+from llmint8.kernels.reference import Group
 
 Outliers = Literal["static", "dynamic", "none"]
+ActivationGroup = Group | Literal["row"]
+ACTIVATION_GROUPS: tuple[ActivationGroup, ...] = (*get_args(Group), "row")
 
 
-def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+def kernels_group(activation_group: ActivationGroup) -> Group | None:
+    """Return the group as the kernels have it: None is the whole row."""
+    return None if activation_group == "row" else activation_group
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Refuse a value that is not None and not one of the choices. Raises ValueError."""
     if value is not None and value not in choices:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(repr, choices))}")

@@ -16,7 +16,7 @@ from llmint8.kernels.linear import int8_linear
 from llmint8.kernels.reference import Activation, Int8Weight
 from llmint8.kernels.weights import quantize_weight
 
-from .arguments import Outliers, check_choice, check_threshold
+from .arguments import ACTIVATION_GROUPS, ActivationGroup, Outliers, check_choice, check_threshold, kernels_group
 from .float_weight import dequantized
 from .tensors import QuantizedTensors
 
@@ -40,7 +40,7 @@ class Int8Linear(QuantizedTensors):
     """`y = x W^T + b` with W in int8, in the decomposition of LLM.int8() (arXiv 2208.07339, section 3.2).
 
     Attributes:
-        outliers, threshold, activation: how it runs, see `configure`.
+        outliers, threshold, activation, activation_group: how it runs, see `configure`.
         kept_limit: the magnitude that x should not exceed outside of the stored outliers, or None where it is unknown.
         miss_counter: counts the rows of x that do; None until `outlier_misses` begins.
 
@@ -49,6 +49,7 @@ class Int8Linear(QuantizedTensors):
     outliers: Outliers = _setting("outliers")
     threshold: float = _setting("threshold")
     activation: Activation = _setting("activation")
+    activation_group: ActivationGroup = _setting("activation_group")
 
     def __init__(
         self,
@@ -60,13 +61,15 @@ class Int8Linear(QuantizedTensors):
         outliers: Outliers = "static",
         threshold: float = 6.0,
         activation: Activation = "absmax",
+        activation_group: ActivationGroup = "row",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         """Make a layer of zeros, to be filled and prepared; `dtype` is that of the bias and the outlier columns."""
         super().__init__(in_features, out_features, bias, outlier_count, device, dtype)
-        self._outliers, self._threshold, self._activation = outliers, threshold, activation
-        self.configure(outliers=outliers, threshold=threshold, activation=activation)
+        self._outliers, self._threshold = outliers, threshold
+        self._activation, self._activation_group = activation, activation_group
+        self.configure(outliers=outliers, threshold=threshold, activation=activation, activation_group=activation_group)
         self.kept_limit: float | None = None
         self.miss_counter: nn.Module | None = None
 
@@ -111,7 +114,12 @@ class Int8Linear(QuantizedTensors):
         return layer
 
     def configure(
-        self, *, outliers: Outliers | None = None, threshold: float | None = None, activation: Activation | None = None
+        self,
+        *,
+        outliers: Outliers | None = None,
+        threshold: float | None = None,
+        activation: Activation | None = None,
+        activation_group: ActivationGroup | None = None,
     ) -> None:
         """Change how the layer runs; None leaves a setting as it is. Assigning to the attributes does the same.
 
@@ -120,6 +128,7 @@ class Int8Linear(QuantizedTensors):
                 with any |x| >= `threshold` in the call, `none` none.
             threshold: see there.
             activation: how the rows of x are quantized, `absmax` or `zeropoint`.
+            activation_group: how many consecutive dimensions of x share a scale, 64, 128 or 256; `row` is all of them.
 
         Raises:
             ValueError: a setting is not one of those, or the threshold of a search not a number above 0.
@@ -127,18 +136,20 @@ class Int8Linear(QuantizedTensors):
         """
         check_choice("outliers", outliers, get_args(Outliers))
         check_choice("activation", activation, get_args(Activation))
+        check_choice("activation_group", activation_group, ACTIVATION_GROUPS)
         outliers, threshold = outliers or self._outliers, self._threshold if threshold is None else threshold
         check_threshold(outliers, threshold)
+        group = activation_group or self._activation_group
         self._activation = activation or self._activation
         searches = "dynamic" in (outliers, self._outliers) and threshold != self._threshold
-        other = outliers != self._outliers or searches
-        self._outliers, self._threshold = outliers, threshold
+        other = outliers != self._outliers or searches or group != self._activation_group
+        self._outliers, self._threshold, self._activation_group = outliers, threshold, group
         if other and self.prepared is not None:
             self.prepare()
 
     def stored(self) -> Int8Weight:
-        """Return the tensors as they are stored, without the outliers that do not count."""
-        weight = super().stored()
+        """Return the tensors as they are stored, without the outliers that do not count, and how they are to run."""
+        weight = replace(super().stored(), group=kernels_group(self.activation_group))
         if self.outliers == "static":
             return weight
         threshold = self.threshold if self.outliers == "dynamic" else None
@@ -169,5 +180,6 @@ class Int8Linear(QuantizedTensors):
         threshold = f", threshold={self.threshold}" if self.outliers == "dynamic" else ""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-            f"{count}, outliers={self.outliers!r}{threshold}, activation={self.activation!r}"
+            f"{count}, outliers={self.outliers!r}{threshold}, activation={self.activation!r}, "
+            f"activation_group={self.activation_group!r}"
         )

@@ -20,6 +20,7 @@ from llmint8.converter.model.buffers import fill_computed, nobodys_notice
 from llmint8.converter.model.limits import bounded_modules
 from llmint8.converter.model.missing import fill_missing
 from llmint8.converter.model.names import module_names
+from llmint8.converter.words import activations
 from llmint8.formats import (
     DTYPES,
     Checkpoint,
@@ -33,7 +34,15 @@ from llmint8.formats.disk.names import MANIFEST_NAME
 from llmint8.kernels.linear import is_laid_out_anew
 from llmint8.kernels.reference import Activation
 
-from .arguments import Outliers, check_choice, outlier_mode, settled_dtype
+from .arguments import (
+    ACTIVATION_GROUPS,
+    ActivationGroup,
+    Outliers,
+    check_choice,
+    kernels_group,
+    outlier_mode,
+    settled_dtype,
+)
 from .calibration import Calibration, read_calibration
 from .compiled import compile_decode
 from .layer import Int8Linear
@@ -51,6 +60,7 @@ def load(
     outliers: Outliers | None = None,
     threshold: float | None = None,
     activation: Activation | None = None,
+    activation_group: ActivationGroup | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
     verify: bool = False,
@@ -69,6 +79,8 @@ def load(
             checkpoint of bitsandbytes what it would do.
         threshold: for `dynamic`; the checkpoint's `llm_int8_threshold` by default.
         activation: how inputs are quantized, `absmax` or `zeropoint`; what the checkpoint records by default.
+        activation_group: how many consecutive dimensions of an input share a scale: 64, 128, 256, or `row` for all of
+            them; what the checkpoint records by default, and `row` where it records none.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run the model code in the directory, if its config.json names any.
         verify: check every value and every hash first, rules E12 to E19 too. All tensors are read once more for it,
@@ -88,6 +100,7 @@ def load(
     """
     check_choice("outliers", outliers, get_args(Outliers))
     check_choice("activation", activation, get_args(Activation))
+    check_choice("activation_group", activation_group, ACTIVATION_GROUPS)
     if device is not None and device_map is not None:
         raise ValueError(f"device is {device!r} and device_map is {device_map!r}; give one of them")
     checkpoint = open_checkpoint(resolve(path_or_repo, revision, "int8").path)
@@ -107,6 +120,7 @@ def load(
         "outliers": mode,
         "threshold": threshold,
         "activation": activation or checkpoint.quantization.activation,
+        "activation_group": activation_group or checkpoint.quantization.activation_group or "row",
         "searched": searched,
         "manifest": manifest,
     }
@@ -182,4 +196,5 @@ def _log_summary(model: Any) -> None:
     kernels = "".join(f", {count} x {path}" for path, count in paths.items())
     if searching := sum(layer.outliers == "dynamic" for layer in layers) if config.outliers == "static" else 0:
         mode += f" (but in {searching} that were not calibrated: dynamic, |x| >= {config.threshold:g})"
-    log.info("%d Int8Linear layers, outliers %s, activation %s%s", len(layers), mode, config.activation, kernels)
+    how = activations(config.activation, kernels_group(config.activation_group))
+    log.info("%d Int8Linear layers, outliers %s, activation %s%s", len(layers), mode, how, kernels)

@@ -86,7 +86,7 @@ def missing_parameters(checkpoint: Checkpoint) -> list[str] | None:
         cls = None if config is None else model_class(config)
         if config is None or cls is None:
             return None
-        how = {"outliers": "none", "threshold": 0.0, "activation": checkpoint.quantization.activation}
+        how = {"outliers": "none", "threshold": 0.0, "activation": "absmax", "activation_group": "row"}
         config.quantization_config = {**int8_config(checkpoint), **how}
         tensors = {
             name: torch.empty(info.shape, dtype=DTYPES[info.dtype], device="meta")

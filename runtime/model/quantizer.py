@@ -20,7 +20,7 @@ from llmint8.converter.model.names import module_names
 from llmint8.formats import Int8Record, LLMInt8Error, Manifest
 from llmint8.kernels.reference import Activation
 
-from .arguments import Outliers
+from .arguments import ActivationGroup, Outliers
 from .layer import Int8Linear
 from .saving import provenance_of, write_manifests
 
@@ -39,6 +39,7 @@ class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
         outliers: Outliers,
         threshold: float,
         activation: Activation,
+        activation_group: ActivationGroup,
         searched: frozenset[str] = frozenset(),
         manifest: Manifest | None = None,
         quant_method: str = QUANT_METHOD,
@@ -53,6 +54,7 @@ class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
         self.outliers = outliers
         self.threshold = threshold
         self.activation = activation
+        self.activation_group = activation_group
         self.searched = searched
         self.manifest = manifest
         self.provenance: bytes | None = None  # what is kept of it for a model that is saved
@@ -87,6 +89,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
                 outliers="dynamic" if record.name in config.searched else config.outliers,
                 threshold=config.threshold,
                 activation=config.activation,
+                activation_group=config.activation_group,
                 device="meta",
                 dtype=dtype,
             )

@@ -7,7 +7,7 @@ import base64
 from collections.abc import Mapping
 from html import escape
 
-from llmint8.converter.words import size
+from llmint8.converter.words import activations, size
 
 from .findings import Findings
 from .sections import SIZES_TEXT, errors_text, heat_map_text, kept_text, ranges_text, removal_text, table4_text
@@ -102,7 +102,7 @@ def _summary(findings: Findings) -> str:
         "Layers in int8": f"{layers}, of which {measured} were measured",
         f"Columns in {findings.precision}": f"{kept / max(1, columns):.2%}, {kept / max(1, layers):.1f} in a layer",
         "Chosen by": quantization.criterion,
-        "Activations": quantization.activation,
+        "Activations": activations(quantization.activation, quantization.activation_group),
         "Calibration": f"{calibration.get('tokens', '?')} tokens, text: {text}",
     }
     cells = "".join(f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in rows.items())
