@@ -15,9 +15,9 @@ from llmint8.formats.int8.records import MAX_IN_FEATURES
 
 from ..model.architecture import linear_elsewhere
 from ..model.build import is_linear, meta_model
-from ..model.head import Head
 from ..model.names import module_names
 from ..model.own_use import weights_used_directly
+from .head import Head
 from .leftovers import MIN_FEATURES, NOT_LINEAR, doubtful_notices, leftovers, reason_to_doubt
 
 _ROUTER = re.compile(r"(^|[._])router([._]|$)|(^|\.)(((shared_)?experts?_|moe_)?gate|gating)(\.|$)")
