@@ -72,9 +72,8 @@ class Selection:
         Under their names in other classes of the model's type, too, but for those with which bitsandbytes would skip an
         int8 layer: it takes names that end like one of these for it.
         """
-        own = {self.module_of[name] for name in self.kept}
+        own, int8 = {self.module_of[name] for name in self.kept}, Endings(self.module_of[name] for name in self.layers)
         others = {name.removeprefix(self.prefix) for name in own} | set(self.elsewhere)
-        int8 = Endings(self.module_of[name] for name in self.layers)
         return sorted(own | {name for name in others if not int8.count(name)})
 
     def without(self, reasons: dict[str, str]) -> "Selection":
