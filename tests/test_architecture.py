@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
+from random import Random
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from llmint8 import converter, formats, runtime
 from llmint8.converter.commands.convert import convert_command
 from llmint8.converter.conversion.comparison import compare_with_source
+from llmint8.converter.endings import Endings
 from llmint8.converter.hub.card import Subject, new_card
 from llmint8.converter.planning.leftovers import leftovers
 from llmint8.formats.containers.tensors import TensorInfo
@@ -366,13 +368,21 @@ def test_a_class_of_the_checkpoints_own_code_is_not_taken_for_another(tmp_path: 
         runtime.load(tmp_path / "out")
 
 
-def test_a_checkpoint_of_bitsandbytes_under_such_a_name_loads(tmp_path: Path) -> None:
+def test_a_checkpoint_of_bitsandbytes_under_such_a_name_loads_and_the_guess_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     converter.convert(make(tmp_path / "s", "LlamaForCausalLM", LLAMA), tmp_path / "out", outliers="none")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     config["architectures"] = ["LLaMAForCausalLM"]
     del config["quantization_config"]["llmint8"]
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
     assert type(runtime.load(tmp_path / "out")).__name__ == "LlamaForCausalLM"
+    guess = f"{tmp_path / 'out'}: transformers has no 'LLaMAForCausalLM': taken for its LlamaForCausalLM"
+    assert [line for line in caplog.messages if "taken for" in line] == [guess]
+    config["architectures"] = ["LlamaForCausalLM"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    runtime.load(tmp_path / "out")
+    assert len([line for line in caplog.messages if "taken for" in line]) == 1
 
 
 def test_verify_knows_the_class_too(tmp_path: Path) -> None:
@@ -427,6 +437,14 @@ def test_no_name_for_other_classes_hides_an_int8_layer() -> None:
     layers: Any = {"model.tower.layers.0.q": None}
     selection = Selection(layers, kept, module_of, [], "model.", ["score"])
     assert selection.skip_modules == ["layers.1.q", "model.layers.0.q", "model.layers.1.q", "score"]
+
+
+def test_names_that_end_alike_are_counted_as_one_by_one() -> None:
+    random = Random(0)
+    for _ in range(300):
+        names = ["".join(random.choices("ab.", k=random.randint(1, 6))) for _ in range(random.randint(0, 12))]
+        ending = "".join(random.choices("ab.", k=random.randint(0, 4)))
+        assert Endings(names).count(ending) == sum(name.endswith(ending) for name in names)
 
 
 # The lines of the card

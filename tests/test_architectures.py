@@ -11,7 +11,7 @@ from llmint8 import converter, formats, runtime
 from llmint8.converter.model.buffers import computed_parameters
 from llmint8.converter.model.build import meta_model
 from llmint8.converter.model.config import load_config
-from llmint8.converter.model.inputs import longest_text
+from llmint8.converter.model.limits import longest_text
 from llmint8.converter.model.own_use import weights_used_directly
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")

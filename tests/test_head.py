@@ -17,8 +17,8 @@ from llmint8.converter.conversion.comparison import compare_with_source
 from llmint8.converter.hub.front_matter import read_card
 from llmint8.converter.model.build import meta_model
 from llmint8.converter.model.config import load_config
-from llmint8.converter.model.head import own_head
 from llmint8.converter.model.names import parameter_tensors
+from llmint8.converter.planning.head import own_head
 from llmint8.converter.planning.selection import select_layers
 from llmint8.formats import SourceError, check_values, open_checkpoint, open_source, read_manifest
 from llmint8.kernels.reference import quantize_weight

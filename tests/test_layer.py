@@ -553,6 +553,21 @@ def test_from_linear_refuses_what_does_not_fit() -> None:
         Int8Linear.from_linear(linear)
 
 
+def test_a_derivative_in_forward_mode_is_refused_and_not_zero() -> None:
+    layer = Int8Linear.from_linear(nn.Linear(30, 8))
+    x, tangent = torch.randn(3, 30), torch.randn(3, 30)
+    words = r"^there is no derivative in forward mode \(jvp\) through Int8Linear yet$"
+    with pytest.raises(NotImplementedError, match=words):
+        torch.func.jvp(layer, (x,), (tangent,))
+    with pytest.raises(NotImplementedError, match=words):
+        torch.func.jacfwd(layer)(x)
+    with torch.autograd.forward_ad.dual_level():
+        for mode in (torch.enable_grad, torch.no_grad):
+            with mode(), pytest.raises(NotImplementedError, match=words):
+                layer(torch.autograd.forward_ad.make_dual(x, tangent))
+        assert torch.equal(layer(x), layer(x.clone()))  # what has no tangent passes
+
+
 def test_dequantize() -> None:
     linear = make_linear(30, 8, torch.float32)
     layer = Int8Linear.from_linear(linear, torch.tensor([2, 9]))

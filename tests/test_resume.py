@@ -325,7 +325,7 @@ def test_the_calibration_text_may_move_but_not_change(source, tmp_path):
         file.write_text(text)
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out", calibration=texts[0], progress=interrupt_after(5))
-    with pytest.raises(formats.OutputError, match=r"the calibration text was \w+ and is \w+"):
+    with pytest.raises(formats.OutputError, match=r"the calibration was \w+ and is \w+"):
         convert(source, tmp_path / "out", calibration=texts[2])
     convert(source, tmp_path / "out", calibration=str(texts[1]))
 

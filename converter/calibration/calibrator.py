@@ -33,6 +33,7 @@ from ..planning.plan import ConversionPlan, kept_output_bytes
 from ..planning.selection import SelectedLayer
 from ..words import first_line
 from .streaming import LinearCall, streamed
+from .text import Calibration
 
 log = logging.getLogger("llmint8")
 
@@ -76,9 +77,9 @@ class Outliers:
 class Calibrator:
     """Runs the pass and chooses the outliers."""
 
-    def __init__(self, plan: ConversionPlan, tokens: Tensor, device: torch.device, journal: Journal) -> None:
-        """Take the plan, a batch of token ids [rows, length], where to run, and where to put columns aside."""
-        self._plan, self._tokens, self._device, self._journal = plan, tokens, device, journal
+    def __init__(self, plan: ConversionPlan, batch: Calibration, device: torch.device, journal: Journal) -> None:
+        """Take the plan, what to show to the model, where to run, and where to put columns aside."""
+        self._plan, self._batch, self._device, self._journal = plan, batch, device, journal
         self._statistics = InputStatistics(plan.criterion, ACTIVATION, ACTIVATION_GROUP, self._remember_curve)
         self._notices: list[str] = []
         self._overflow = 0.0, ""
@@ -149,7 +150,7 @@ class Calibrator:
             same_random_numbers(self._device),
             streamed(model, tensor_of, fused, weights, known, ours()(read), on_linear, self._device) as call,
         ):
-            for run in runs(model, self._tokens.to(self._device)):
+            for run in runs(model, self._batch.tokens.to(self._device), self._batch.given):
                 before = len(reached)
                 if before == len(layers) or run.what in finished:
                     continue

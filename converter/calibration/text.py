@@ -19,7 +19,8 @@ from llmint8.formats import SourceError
 
 from ..model.build import meta_model
 from ..model.config import is_trusted
-from ..model.inputs import longest_text, special_ids, takes_text
+from ..model.inputs import Given, special_ids, takes_text
+from ..model.limits import longest_text
 from ..model.tokenizer import load_tokenizer
 
 _RANDOM_SEED = 0
@@ -31,11 +32,15 @@ _MOST_UNKNOWN = 0.1
 
 @dataclass(frozen=True)
 class Calibration:
-    """A batch of token ids [rows, length], and what to record about it in the checkpoint."""
+    """A batch of token ids [rows, length], and what to record about it in the checkpoint.
+
+    Beside them may be images and sounds that were given, by the name of the model's argument for them.
+    """
 
     tokens: Tensor
     provenance: dict[str, Any]
     notices: list[str] = field(default_factory=list)
+    given: dict[str, Given] = field(default_factory=dict)
 
 
 def load_calibration(source: Path, config: Any, text: Path | None, count: int) -> Calibration:
@@ -84,10 +89,9 @@ def load_calibration(source: Path, config: Any, text: Path | None, count: int) -
     return Calibration(tokens, provenance, notices)
 
 
-def without_text(text: Path | None) -> Calibration:
+def without_text() -> Calibration:
     """Return what stands for a text where none is shown: two rows of images or sounds are made up then."""
-    unused = [] if text is None else [f"no text was shown to the model: {text.name} was not used"]
-    return Calibration(torch.zeros(2, 1, dtype=torch.int64), {"text": None, "text_sha256": None, "tokens": 0}, unused)
+    return Calibration(torch.zeros(2, 1, dtype=torch.int64), {"text": None, "text_sha256": None, "tokens": 0})
 
 
 def _random_ids(config: Any, vocabulary: int, count: int) -> list[int]:

@@ -26,9 +26,9 @@ from .terminal import printable
 )
 @click.option(
     "--calibration",
-    metavar="FILE",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="Text to calibrate with: .txt, or .jsonl with a text field. A text in the package otherwise.",
+    metavar="PATH",
+    type=click.Path(exists=True, path_type=Path),
+    help="Text to calibrate with: .txt, or .jsonl with a text field; or a directory of images or sounds.",
 )
 @click.option(
     "--calibration-tokens",
@@ -36,7 +36,7 @@ from .terminal import printable
     type=click.IntRange(1, 65536),
     default=512,
     show_default=True,
-    help="How much of it.",
+    help="How much of the text.",
 )
 @click.option("--device", default="cpu", show_default=True, help="Where the calibration runs, such as cuda.")
 @click.option(

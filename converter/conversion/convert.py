@@ -11,14 +11,13 @@ from llmint8.formats.disk.names import CARD_NAME
 from llmint8.formats.disk.small_files import MODULES_NAME
 from llmint8.formats.writing.journal import Journal
 
+from ..calibration.batch import load_batch, record
 from ..calibration.calibrator import Calibrator, Outliers
-from ..calibration.text import Calibration, load_calibration, without_text
 from ..hub.card import Subject, new_card
 from ..hub.download import fetch_weights
 from ..hub.front_matter import read_card
 from ..hub.resolve import resolve
 from ..machine import usable_device
-from ..model.inputs import takes_text
 from ..planning.options import Options
 from ..planning.plan import ConversionPlan, make_plan, with_selection
 from ..words import size
@@ -94,14 +93,14 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
     options, device = plan.options, usable_device(plan.options.device)
     _require_room(plan)
     calibrated = plan.criterion.kind != "none"
-    batch = _batch(plan) if calibrated else None
+    batch = load_batch(plan) if calibrated else None
     with CheckpointWriter(plan.out, plan.max_shard_bytes, fingerprint(plan), force) as writer:
         plan = _with_weights(plan)
         if options.on_nonfinite == "keep":
             plan = _without_nonfinite(plan, writer.journal, progress)
         writer.plan(plan.groups)
         transfer = Transfer(plan, writer, device, progress)
-        calibrator = Calibrator(plan, batch.tokens, device, writer.journal) if batch else None
+        calibrator = Calibrator(plan, batch, device, writer.journal) if batch else None
         if calibrator:
             calibrator.run(transfer.read, transfer.quantize, transfer.has)
         transfer.convert_rest()
@@ -110,7 +109,7 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
         transfer.write_outliers(outliers)
         progress("everything to the disk", 0)
         shown = calibrator.shown if calibrator else {}
-        calibration, said = _provenance(plan, batch, shown, len(outliers.counts))
+        calibration, said = record(plan, batch, shown, len(outliers.counts))
         manifest = _commit(plan, writer, outliers, calibration)
     notices = [*plan.selection.notices, *outliers.notices, *said]
     columns = sum(layer.in_features for layer in plan.selection.layers.values())
@@ -126,38 +125,6 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
         notices,
         precision=plan.precision,
     )
-
-
-def _batch(plan: ConversionPlan) -> Calibration | None:
-    """Return what the pass shows to the model; None where there is no model to be shown anything."""
-    if plan.config is None:
-        return None
-    text = _text(plan)
-    if not takes_text(plan.config):
-        return without_text(text)
-    return load_calibration(plan.source.path, plan.config, text, plan.options.calibration_tokens)
-
-
-def _text(plan: ConversionPlan) -> Path | None:
-    return None if plan.options.calibration is None else Path(plan.options.calibration)
-
-
-def _provenance(
-    plan: ConversionPlan, batch: Calibration | None, shown: dict[str, int], layers: int
-) -> tuple[dict[str, Any] | None, list[str]]:
-    """Return what is recorded of the calibration, None where no layer has been measured, and what to tell the user."""
-    if batch is None:
-        return None, without_text(_text(plan)).notices
-    if not layers:
-        return None, ["nothing could be measured: without calibration no outlier columns are stored"]
-    tokens = max(shown.values())
-    batch = batch if tokens else without_text(_text(plan))
-    recorded, made_up = {**batch.provenance, "tokens": tokens}, " and ".join(what for what in shown if what != "text")
-    if not made_up:
-        return {**recorded, "layers": layers}, batch.notices
-    what = "what text does not reach was calibrated" if "text" in shown else "calibrated"
-    notices = [*batch.notices, f"{what} with {made_up}, which is worse than what the model is made for"]
-    return {**recorded, "text": recorded["text"] or made_up, "inputs": list(shown), "layers": layers}, notices
 
 
 def already_done(plan: ConversionPlan, progress: Progress = _no_progress) -> ConversionReport | None:

@@ -83,7 +83,7 @@ def fingerprint(plan: ConversionPlan) -> dict[str, str]:
     """Return what the work of a conversion depends on, in words: with the same fingerprint it can be used again."""
     source = plan.source
     found = {"the source": plan.origin.name, "its commit": str(plan.origin.commit), **plan.options.spelled()}
-    found["the calibration text"] = _calibration(plan)
+    found["the calibration"] = _calibration(plan)
     for file in [source.path / "config.json", *source.small_files]:
         found[f"the source's {file.relative_to(source.path)}"] = _short_hash(file)
     for weights in source.files:
@@ -95,6 +95,8 @@ def fingerprint(plan: ConversionPlan) -> dict[str, str]:
 
 
 def _calibration(plan: ConversionPlan) -> str:
+    if plan.samples is not None:
+        return plan.samples.sha256[:16]
     text = plan.options.calibration
     return "the packaged text" if text is None else _short_hash(Path(text))
 

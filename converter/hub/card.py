@@ -17,6 +17,7 @@ from huggingface_hub import ModelCardData
 from llmint8.formats import Checkpoint, LLMInt8Error, Quantization, read_json, read_manifest
 from llmint8.formats.disk.small_files import MODULES_NAME
 
+from ..endings import Endings
 from ..words import activations, size
 from .front_matter import metadata, strings
 from .origin import is_repo_id
@@ -164,11 +165,11 @@ def _conversion(subject: Subject) -> list[str]:
 def _own_layers(subject: Subject) -> list[str]:
     """Return the skipped layers that are this model's: some are listed for loaders that take another class."""
     names = subject.quantization.skip_modules
-    full, stored = ("".join(f"\n.{name}\n" for name in found) for found in (names, subject.tensors))
+    full, stored = (Endings(f".{name}" for name in found) for found in (names, subject.tensors))
     class_name = named_class(subject.config)
     body = class_name.endswith("Model") and not class_name.endswith("LMHeadModel")
     return [
-        name for name in names if full.count(f".{name}\n") == 1 and not (body and f".{name}.weight\n" not in stored)
+        name for name in names if full.count(f".{name}") == 1 and not (body and not stored.count(f".{name}.weight"))
     ]
 
 

@@ -1,36 +1,32 @@
-"""What a model can be given to see its layers at work: token ids, and made-up images and sounds.
+"""What a model can be given to see its layers at work: token ids, and images and sounds, of the user's or made up.
 
-`main_input_name` and the signatures of its methods say what a model takes, its config how large that is. Pictures and
-sounds are noise with a few large shapes in it, of mean 0 and standard deviation 1, and the same in every run. What a
-model takes beside them is given where it is known how it must look; of models that take something else nothing is run.
+`main_input_name` and the signatures of its methods say what a model takes, its config how large that is. What a model
+takes beside images or sounds is given where it is known how it must look; of models that take something else nothing is
+run.
 """
 
 import inspect
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from .build import model_class
+from .made_up import FRAMES, audio_of, make, number, vision_of
 
-_SENSES = ("pixel_values", "input_features", "input_values", "flattened_patches")
-_SAMPLES = 16_000  # of a sound: one second at the usual rate
-_FRAMES = 256
-_LARGE_IMAGE = 256  # from this edge on one image shows enough tokens
-_LENGTHS = (
-    "max_position_embeddings",
-    "n_positions",
-    "max_seq_len",
-    "seq_length",
-    "max_target_positions",
-    "max_text_positions",
-    "max_encoder_position_embeddings",
-    "max_decoder_position_embeddings",
-    "max_sequence_length",
-)
+# What models call their arguments for what is not text.
+_IMAGES, _SOUNDS = ("pixel_values", "flattened_patches"), ("input_features", "input_values")
+_SENSES = (*_IMAGES, *_SOUNDS)
+_FRAMES_OF_SAMPLES = 500  # that models make of the samples of ten seconds
+
+
+class Given(NamedTuple):
+    """Images or sounds that a user has: what they are, how many, and the arguments with which a model takes them."""
+
+    what: str
+    number: int
+    arguments: dict[str, Tensor]
 
 
 class Run(NamedTuple):
@@ -55,27 +51,25 @@ def takes_text(config: Any) -> bool:
     return cls is not None and not _names(cls.forward).isdisjoint(("input_ids", "decoder_input_ids"))
 
 
-def longest_text(config: Any, model: Any | None) -> int | None:
-    """Return how many tokens a row may have, or None where nothing says it.
-
-    Positions that begin behind the index of padding, as those of RoBERTa do, are fewer than the config says.
-    """
-    found = [n for key in _LENGTHS if isinstance(n := getattr(config.get_text_config(), key, None), int) and n > 0]
-    for name, module in model.named_modules() if model is not None else ():
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None and "pos" in name.rpartition(".")[2]:
-            found.append(module.num_embeddings - module.padding_idx - 1)
-    return min(found, default=None)
-
-
-def made_up_rows(config: Any) -> int:
-    """Return about how many rows of activations made-up images and sounds give a layer; 0 where none are made up."""
+def senses(config: Any) -> dict[str, list[str]]:
+    """Return the kinds of things beside text that the model of a config takes, and what it calls them."""
     cls = model_class(config)
-    if cls is None or _names(cls.forward).isdisjoint(_SENSES):
+    names = set() if cls is None else _names(cls.forward)
+    kinds = {"image": _IMAGES, "sound": _SOUNDS}
+    return {kind: found for kind, all_names in kinds.items() if (found := [one for one in all_names if one in names])}
+
+
+def rows_of_one(config: Any) -> int:
+    """Return about how many rows of activations an image or a sound gives a layer; 0 where the model takes neither."""
+    names = [name for found in senses(config).values() for name in found]
+    if not names:
         return 0
-    vision = _part(config, "vision_config", "image_size", "image_config", "encoder", "backbone_config")
-    edge, patch = _number(vision, 0, "image_size"), _number(vision, 16, "patch_size", "spatial_patch_size")
-    audio = _part(config, "audio_config", "num_mel_bins", "encoder")
-    return 2 * max((edge // patch) ** 2 + 1, _number(audio, _FRAMES, "max_source_positions"))
+    edge, patch = (
+        number(vision_of(config), 0, "image_size"),
+        number(vision_of(config), 16, "patch_size", "spatial_patch_size"),
+    )
+    frames = _FRAMES_OF_SAMPLES if "input_values" in names else FRAMES
+    return max((edge // patch) ** 2 + 1, number(audio_of(config), frames, "max_source_positions"))
 
 
 def special_ids(config: Any) -> set[int]:
@@ -88,36 +82,46 @@ def special_ids(config: Any) -> set[int]:
     return values
 
 
-def runs(model: Any, tokens: Tensor) -> Iterator[Run]:
+def runs(model: Any, tokens: Tensor, given: Mapping[str, Given] | None = None) -> Iterator[Run]:
     """Yield the calls that show a model's layers at work, those of its main input first.
 
     Args:
         model: a transformers model, on any device.
         tokens: token ids [rows, length] on the device of the runs; they are left out where the model takes none.
+        given: images or sounds by the name of the model's argument; those of other arguments are made up.
 
     """
+    given = given or {}
     text = text_inputs(model, tokens)
     mains = [model.main_input_name] if isinstance(model.main_input_name, str) else list(model.main_input_name)
     names = _names(model.forward)
-    senses = [name for name in _SENSES if name in names]
-    main = next((name for name in mains if name in senses), None)
+    found = [name for name in _SENSES if name in names]
+    main = next((name for name in mains if name in found), None)
     if main is None and text:
         yield Run("text", "forward", text)
         yield Run("text", "forward", text_inputs(model, _shorter(tokens)))
-    # Texts and images of one call belong together: as many rows of each.
-    few = {key: value[:2] for key, value in text.items()}
     for name in [main] if main else []:
-        for made in _made_up(model, name, names, len(tokens[:2]), tokens.device):
-            yield Run(f"made-up {name}", "forward", {**made, **few})
+        for what, shown, few in _beside_text(model, name, names, text, tokens, given):
+            yield Run(what, "forward", {**shown, **few})
             if "input_ids" in few:
-                yield Run(f"made-up {name}", "forward", made)
-    yield from _features(model, tokens)
-    for name in senses if main is None and text else []:
-        for made in _made_up(model, name, names, len(tokens[:2]), tokens.device):
-            yield Run(f"made-up {name}", "forward", {**made, **few})
+                yield Run(what, "forward", shown)
+    yield from _features(model, tokens, given)
+    for name in found if main is None and text else []:
+        for what, shown, few in _beside_text(model, name, names, text, tokens, given):
+            yield Run(what, "forward", {**shown, **few})
 
 
-def _features(model: Any, tokens: Tensor) -> Iterator[Run]:
+def _beside_text(
+    model: Any, name: str, names: set[str], text: dict[str, Tensor], tokens: Tensor, given: Mapping[str, Given]
+) -> Iterator[tuple[str, dict[str, Tensor], dict[str, Tensor]]]:
+    """Yield images or sounds and the text to go with them: in one call they belong together, as many rows of each."""
+    count = given[name].number if name in given else len(tokens[:2])
+    few = {key: _in_rows(value, count) for key, value in text.items()}
+    for what, shown in _shown(model, name, names, count, tokens.device, given):
+        yield what, shown, few
+
+
+def _features(model: Any, tokens: Tensor, given: Mapping[str, Given]) -> Iterator[Run]:
     """Yield calls of the methods that models of several kinds of input have for each of them."""
     for sense, argument in (("text", "input_ids"), ("image", "pixel_values"), ("audio", "input_features")):
         method = f"get_{sense}_features"
@@ -127,8 +131,8 @@ def _features(model: Any, tokens: Tensor) -> Iterator[Run]:
         if sense == "text":
             yield Run("text", method, {argument: tokens})
             continue
-        for made in _made_up(model, argument, names, 2, tokens.device):
-            yield Run(f"made-up {argument}", method, made)
+        for what, shown in _shown(model, argument, names, 2, tokens.device, given):
+            yield Run(what, method, shown)
 
 
 def text_inputs(model: Any, tokens: Tensor) -> dict[str, Tensor]:
@@ -149,6 +153,14 @@ def _shorter(tokens: Tensor) -> Tensor:
     return tokens[:, : 2 * half].reshape(-1, half)
 
 
+def _in_rows(tokens: Tensor, count: int) -> Tensor:
+    """Return token ids in so many rows: the first of those that there are, or shorter ones."""
+    if len(tokens) >= count:
+        return tokens[:count]
+    flat = tokens.flatten().repeat(-(-count // tokens.numel()))
+    return flat[: len(flat) // count * count].reshape(count, -1)
+
+
 def _names(method: Callable[..., Any] | None) -> set[str]:
     try:
         return set(inspect.signature(method).parameters) if method is not None else set()
@@ -156,92 +168,14 @@ def _names(method: Callable[..., Any] | None) -> set[str]:
         return set()
 
 
-def _made_up(
-    model: Any, name: str, names: Iterable[str], count: int, device: torch.device
-) -> Iterator[dict[str, Tensor]]:
-    """Yield arguments for images or sounds, made up, in each form in which this model may take them."""
-    make = {"pixel_values": _images, "input_features": _spectrograms, "input_values": _sounds}.get(name, _patches)
-    for made in make(model.config, set(names), count):
+def _shown(
+    model: Any, name: str, names: Iterable[str], count: int, device: torch.device, given: Mapping[str, Given]
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield images or sounds with what they are: those given, or made-up ones in each form that the model may take."""
+    if name in given:
+        arguments = given[name].arguments
+        yield given[name].what, {key: arguments[key].to(device) for key in arguments if key == name or key in names}
+        return
+    for made in make(model.config, name, set(names), count):
         arguments = {key: value.to(device) for key, value in made.items()}
-        yield {name: arguments.pop(""), **arguments}
-
-
-def _images(config: Any, names: set[str], count: int) -> Iterator[dict[str, Tensor]]:
-    vision = _part(config, "vision_config", "image_size", "image_config", "encoder", "backbone_config")
-    channels = _number(vision, 3, "num_channels", "in_channels", "in_chans")
-    patch = _number(vision, 16, "patch_size", "spatial_patch_size")
-    if "image_grid_thw" in names:  # Qwen2-VL and its kind: a list of patches, so many in each direction
-        rows, values = 16, channels * _number(vision, 2, "temporal_patch_size") * patch**2
-        grid = torch.tensor([[1, rows, rows]])
-        yield {"": _noise(rows**2, values), "image_grid_thw": grid}
-        return
-    if "spatial_shapes" in names:  # SigLIP2: patches up to a number of them, and which of them there are
-        rows = math.isqrt(_number(vision, 256, "num_patches"))
-        mask = torch.ones(count, rows**2, dtype=torch.int64)
-        shapes = torch.full((count, 2), rows)
-        yield {"": _noise(count, rows**2, channels * patch**2), "spatial_shapes": shapes, "pixel_attention_mask": mask}
-        return
-    size = getattr(vision, "image_size", None) or getattr(config, "image_size", None) or 14 * patch
-    height, width = (size[0], size[1]) if isinstance(size, list | tuple) else (size, size)
-    if "decoder_input_ids" not in names and "input_ids" not in names and max(height, width) > _LARGE_IMAGE:
-        count = 1
-    images = _noise(count, channels, height, width)
-    yield {"": images}
-    yield {"": images[:, None]}  # several images for each text
-    yield {"": images[:, None], "image_sizes": torch.tensor([[height, width]] * count)}
-
-
-def _patches(config: Any, names: set[str], count: int) -> Iterator[dict[str, Tensor]]:
-    """Yield Pix2Struct's images: patches, each after its row and its column."""
-    vision, edge = _part(config, "vision_config", "patch_size"), 16
-    places = torch.cartesian_prod(torch.arange(1.0, edge + 1), torch.arange(1.0, edge + 1)).expand(count, -1, -1)
-    values = _noise(count, edge**2, _number(vision, 3, "num_channels") * _number(vision, 16, "patch_size") ** 2)
-    yield {"": torch.cat([places, values], -1), "attention_mask": torch.ones(count, edge**2)}
-
-
-def _spectrograms(config: Any, names: set[str], count: int) -> Iterator[dict[str, Tensor]]:
-    audio = _part(config, "audio_config", "num_mel_bins", "encoder")
-    bins = _number(audio, 80, "num_mel_bins", "feature_projection_input_dim", "input_feat_per_channel", "mel_bins")
-    frames = 2 * _number(audio, _FRAMES // 2, "max_source_positions")  # Whisper takes no other number
-    masks: list[str] = [name for name in ("input_features_mask", "feature_attention_mask") if name in names]
-    mask = {name: torch.ones(count, frames, dtype=torch.int64) for name in masks}
-    yield {"": _noise(count, bins, frames), **mask}
-    yield {"": _noise(count, _FRAMES, bins)}
-    size = _number(audio, _FRAMES, "spec_size")
-    yield {"": _noise(count, 1, size * (size // bins), bins)}
-
-
-def _sounds(config: Any, names: set[str], count: int) -> Iterator[dict[str, Tensor]]:
-    bins, length = getattr(config, "num_mel_bins", None), getattr(config, "max_length", None)
-    if bins and length:  # the spectrogram transformer calls its pictures of sound so
-        yield {"": _noise(count, length, bins)}
-    yield {"": _noise(count, 1, _SAMPLES)[:, 0]}
-
-
-def _part(config: Any, name: str, key: str, *others: str) -> Any:
-    """Return the part of a config that describes images, or sounds; all of it where that has the key itself."""
-    for attribute in (name, *others):
-        part = getattr(config, attribute, None)
-        if part is not None and not isinstance(part, str | int) and hasattr(part, "to_dict"):
-            return part
-    thinker = getattr(config, "thinker_config", None)
-    return config if thinker is None or hasattr(config, key) else _part(thinker, name, key, *others)
-
-
-def _number(config: Any, default: int, *names: str) -> int:
-    for name in names:
-        value = getattr(config, name, None)
-        value = value[0] if isinstance(value, list | tuple) and value else value
-        if isinstance(value, int) and value > 0:
-            return value
-    return default
-
-
-def _noise(*shape: int) -> Tensor:
-    """Return noise with a few large shapes in its last two dimensions, float32, mean 0 and standard deviation 1."""
-    generator = torch.Generator().manual_seed(0)
-    height, width = shape[-2:]
-    coarse = torch.randn(1, math.prod(shape[:-2]), min(8, height), min(8, width), generator=generator)
-    shapes = functional.interpolate(coarse, size=(height, width), mode="bilinear")
-    values = shapes.reshape(shape) + torch.randn(shape, generator=generator) / 2
-    return (values - values.mean()) / values.std()
+        yield f"made-up {name}", {name: arguments.pop(""), **arguments}

@@ -1,4 +1,4 @@
-"""What a config.json may ask for. It comes from strangers, and transformers does what it says.
+"""What a config.json may ask for, and how long a text it allows. It comes from strangers, and transformers obeys it.
 
 A model is built on the meta device, where tensors take no memory; modules do, and so do the buffers that are filled
 with real values afterwards. Both are bounded by what the checkpoint holds. Some keys have a meaning for transformers
@@ -23,6 +23,17 @@ _MODULES_PER_TENSOR, _MODULES_ANYWAY = 16, 10_000
 MAX_BUFFER_BYTES = 4 << 30
 _COUNT = re.compile(r"(layers?|blocks?|experts|depths?|heads?|labels)$")
 _KERNEL_KEYS = ("attn_implementation", "experts_implementation")
+_LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "max_target_positions",
+    "max_text_positions",
+    "max_encoder_position_embeddings",
+    "max_decoder_position_embeddings",
+    "max_sequence_length",
+)
 
 
 def check_config(config: Mapping[str, Any], where: object) -> None:
@@ -83,3 +94,15 @@ def check_buffers(model: nn.Module) -> None:
     size = sum(buffer.nbytes for buffer in model.buffers() if buffer.device == torch.device("meta"))
     if size > MAX_BUFFER_BYTES:
         raise SourceError(f"{type(model).__name__} would need {size / 1e9:.1f} GB for buffers; check its config")
+
+
+def longest_text(config: Any, model: Any | None) -> int | None:
+    """Return how many tokens a row may have, or None where nothing says it.
+
+    Positions that begin behind the index of padding, as those of RoBERTa do, are fewer than the config says.
+    """
+    found = [n for key in _LENGTHS if isinstance(n := getattr(config.get_text_config(), key, None), int) and n > 0]
+    for name, module in model.named_modules() if model is not None else ():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None and "pos" in name.rpartition(".")[2]:
+            found.append(module.num_embeddings - module.padding_idx - 1)
+    return min(found, default=None)

@@ -11,7 +11,7 @@ import torch
 OnNonfinite = Literal["error", "keep"]
 
 _MAX_JOBS = 8
-# And the calibration text, of which the content counts and not the name.
+# And the calibration, of which the content counts and not the name.
 _OF_THE_PASS = ("outliers", "calibration_tokens", "trust_remote_code")
 
 
@@ -23,8 +23,8 @@ class Options:
         outliers: which columns stay in 16 bit, `top-k=16`, `threshold=6.0`, `systematic` or `none`; see `Criterion`.
             With `none` there is no forward pass.
         calibration: text for the pass, a `.jsonl` file with a `text` field or any text file; the packaged text by
-            default.
-        calibration_tokens: how much of it.
+            default. Or a directory of images or sounds, for a model that takes them, in place of made-up ones.
+        calibration_tokens: how much of the text.
         device: where the pass runs, and where weights are quantized.
         dtype: `float16` or `bfloat16` to cast what stays unquantized, None to leave it.
         skip: regular expressions of layer names to leave in 16 bit.

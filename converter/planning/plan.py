@@ -29,12 +29,13 @@ from ..hub.origin import Resolved
 from ..model.architecture import settle_class
 from ..model.build import meta_model
 from ..model.config import load_config
-from ..model.head import Head, own_head
-from ..model.inputs import made_up_rows
+from ..model.inputs import rows_of_one
 from ..model.limits import bounded_modules
 from ..outliers.criterion import Criterion, budget_notices, max_candidates, parse_criterion
 from ..words import parse_size, precision
+from .head import Head, own_head
 from .options import Options
+from .samples import Samples, choose_samples
 from .selection import SelectedLayer, Selection, select_layers
 
 _CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
@@ -63,6 +64,7 @@ class ConversionPlan:
     max_shard_bytes: int
     groups: list[list[TensorSpec]]  # the tensors to write, in the order of the source; without outliers not yet chosen
     class_notices: list[str]  # what `settle_class` has to tell, also among the others
+    samples: Samples | None  # the images and sounds of a directory that the pass is to show
 
     @property
     def untied(self) -> bool:
@@ -108,7 +110,8 @@ class ConversionPlan:
     @property
     def _rows(self) -> tuple[int, int]:
         """Rows of activations that the calibrated pass gives a layer: of text, and of images or sounds."""
-        return self.options.calibration_tokens, 0 if self.config is None else made_up_rows(self.config)
+        made_up = 0 if self.config is None else 2 * rows_of_one(self.config)
+        return self.options.calibration_tokens, max(made_up, self.samples.rows if self.samples else 0)
 
     @property
     def bytes_to_fetch(self) -> int:
@@ -173,7 +176,7 @@ def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> Conv
     """Open the source, choose the layers and lay out the result. Writes nothing and reads no weight.
 
     Raises:
-        SourceError, CorruptFileError: the source cannot be converted.
+        SourceError, CorruptFileError: the source cannot be converted, or not be calibrated with what the options name.
         OutputError: OUT is or lies inside the source, or holds something that is not a conversion.
         ValueError: an option's value is not valid.
 
@@ -188,12 +191,13 @@ def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> Conv
     source = open_remote(origin, out / WORKING_NAME) if origin.remote else open_source(origin.path)
     config, head = load_config(origin.path, options.trust_remote_code), None
     config, notices = (None, []) if config is None else settle_class(config, source)
+    samples = choose_samples(options.calibration, config if criterion.kind != "none" else None)
     with bounded_modules(len(source.tensors)):
         model = None if config is None else meta_model(config)
         if options.quantize_head:
             config, model, head = own_head(config, model)
     selection = select_layers(source, model, options.skip, options.only, head)
-    selection.notices[:0] = [*source.notices, *notices]
+    selection.notices[:0] = [*source.notices, *notices, *(samples.notices if samples else [])]
     if model is None and criterion.kind != "none":
         selection.notices.append(
             "without the model there is no calibration: no outlier columns are stored, and layers search for their "
@@ -203,7 +207,8 @@ def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> Conv
         selection.notices.extend(budget_notices(criterion, [layer.in_features for layer in selection.layers.values()]))
     selection.notices.extend(left_behind(origin.path))
     how = criterion, options, _CAST_DTYPES.get(options.dtype or ""), max_shard_bytes
-    return with_selection(ConversionPlan(source, origin, out, config, head, selection, *how, [], notices), selection)
+    plan = ConversionPlan(source, origin, out, config, head, selection, *how, [], notices, samples)
+    return with_selection(plan, selection)
 
 
 def with_selection(plan: ConversionPlan, selection: Selection) -> ConversionPlan:

@@ -13,11 +13,12 @@ from transformers.pytorch_utils import Conv1D
 from llmint8.formats import FLOAT_DTYPES, Source, SourceError, TensorInfo
 from llmint8.formats.int8.records import MAX_IN_FEATURES
 
+from ..endings import Endings
 from ..model.architecture import linear_elsewhere
 from ..model.build import is_linear, meta_model
-from ..model.head import Head
 from ..model.names import module_names
 from ..model.own_use import weights_used_directly
+from .head import Head
 from .leftovers import MIN_FEATURES, NOT_LINEAR, doubtful_notices, leftovers, reason_to_doubt
 
 _ROUTER = re.compile(r"(^|[._])router([._]|$)|(^|\.)(((shared_)?experts?_|moe_)?gate|gating)(\.|$)")
@@ -48,8 +49,8 @@ class Selection:
     """The layers to quantize by name, those left alone with the reason, and what to tell the user.
 
     `module_of` has the module name in the model for all of them. It differs from the name in the checkpoint where
-    transformers renames tensors when it loads them. A model without a head has them without
-    `prefix`; `elsewhere` are linear modules that only other classes of the model's type have.
+    transformers renames tensors when it loads them. A model without a head has them without `prefix`; `elsewhere` are
+    linear modules that only other classes of the model's type have.
     """
 
     layers: dict[str, SelectedLayer]
@@ -68,13 +69,12 @@ class Selection:
     def skip_modules(self) -> list[str]:
         """The linear modules left alone, for bitsandbytes, which quantizes whatever it is not told to skip.
 
-        Under the names that they have in other classes of the model's type, too, but for those with which bitsandbytes
-        would skip an int8 layer: it takes names that end like one of these for it.
+        Under their names in other classes of the model's type, too, but for those with which bitsandbytes would skip an
+        int8 layer: it takes names that end like one of these for it.
         """
-        own = {self.module_of[name] for name in self.kept}
+        own, int8 = {self.module_of[name] for name in self.kept}, Endings(self.module_of[name] for name in self.layers)
         others = {name.removeprefix(self.prefix) for name in own} | set(self.elsewhere)
-        int8 = "".join(f"{self.module_of[name]}\n" for name in self.layers)
-        return sorted(own | {name for name in others if f"{name}\n" not in int8})
+        return sorted(own | {name for name in others if not int8.count(name)})
 
     def without(self, reasons: dict[str, str]) -> "Selection":
         """Return the selection with more layers left alone, each for its reason."""

@@ -1,7 +1,7 @@
 """The quantized linear layer: the tensors of a checkpoint (`tensors.py`), and one call into the kernels.
 
 Quantization is a named step, `from_linear`, and forward changes nothing. The layer is frozen, and there is no gradient
-through it yet: backward says so. Who writes into one of its tensors calls `prepare` then.
+through it yet, backward or forward (jvp): it says so. Who writes into one of its tensors calls `prepare` then.
 """
 
 from dataclasses import replace
@@ -9,6 +9,7 @@ from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 from llmint8.kernels.checks import check_outlier_dims
@@ -158,6 +159,8 @@ class Int8Linear(QuantizedTensors):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., K] in float16, bfloat16 or float32 to [..., N] in the dtype of x."""
+        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
+            raise NotImplementedError("there is no derivative in forward mode (jvp) through Int8Linear yet")
         if not torch.is_grad_enabled():
             return self._run(x)
         # The graph through the scales and the outlier columns alone would give gradients that are wrong.

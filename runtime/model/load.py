@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.machine import return_freed_memory
 from llmint8.converter.model.buffers import fill_computed, nobodys_notice
+from llmint8.converter.model.build import is_named
 from llmint8.converter.model.limits import bounded_modules
 from llmint8.converter.model.missing import fill_missing
 from llmint8.converter.model.names import module_names
@@ -109,6 +110,9 @@ def load(
         more = f"; and {len(problems) - 1} more, which llmint8 verify lists" if problems[1:] else ""
         raise CheckpointError(problems[0].code, str(problems[0]).removeprefix(f"{problems[0].code} ") + more)
     config, cls = config_and_class(checkpoint, trust_remote_code)
+    if not is_named(config, cls):
+        named = config.architectures[0]
+        log.warning("%s: transformers has no %r: taken for its %s", checkpoint.path, named, cls.__name__)
     dtype = settled_dtype(dtype, checkpoint, config)
     manifest = read_manifest(checkpoint.path) if (checkpoint.path / MANIFEST_NAME).exists() else None
     needed = mode == "static" or dtype == torch.float16

@@ -5,6 +5,7 @@ tensors find their places by name. `load.py` puts the config together, so that n
 """
 
 import copy
+import logging
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from llmint8.kernels.reference import Activation
 from .arguments import ActivationGroup, Outliers
 from .layer import Int8Linear
 from .saving import provenance_of, write_manifests
+
+log = logging.getLogger("llmint8")
 
 QUANT_METHOD = "llmint8"
 
@@ -59,10 +62,36 @@ class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
         self.manifest = manifest
         self.provenance: bytes | None = None  # what is kept of it for a model that is saved
         self.quant_method = quant_method
+        self._told = False
 
     def to_dict(self) -> dict[str, Any]:
         """Return the `quantization_config` for config.json, under which the saved tensors load again."""
         return copy.deepcopy(self.stored)
+
+    @property
+    def source(self) -> str:
+        """What the checkpoint was converted from, where it says so."""
+        return self.stored.get("llmint8", {}).get("source", {}).get("name") or "its source"
+
+    @property
+    def get_apply_tensor_subclass(self) -> Any:
+        """Say once what to do instead, before PEFT refuses an int8 layer in words of its own.
+
+        PEFT's LoRA asks every quantization config for this, which only that of torchao has, when it is about to put an
+        adapter on a layer. It may be one in 16 bit, which it does as always; so nothing is refused here.
+
+        Raises:
+            AttributeError: always.
+
+        """
+        if not self._told:
+            self._told = True
+            log.warning(
+                "PEFT puts no adapter on an int8 layer yet: put it on the 16-bit model, %s, and convert what "
+                "merge_and_unload() makes of it",
+                self.source,
+            )
+        raise AttributeError("get_apply_tensor_subclass")
 
 
 @register_quantizer(QUANT_METHOD)
@@ -137,10 +166,8 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """Say that there is no way back yet, as above."""
-        source = self.quantization_config.stored.get("llmint8", {}).get("source", {}).get("name")
-        raise LLMInt8Error(
-            f"an int8 model is not turned back into 16 bit; load what it was converted from, {source or 'its source'}"
-        )
+        source = self.quantization_config.source
+        raise LLMInt8Error(f"an int8 model is not turned back into 16 bit; load what it was converted from, {source}")
 
 
 def _linear_for(model: nn.Module, name: str, record: Int8Record) -> nn.Linear | Conv1D:

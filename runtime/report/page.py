@@ -103,7 +103,7 @@ def _summary(findings: Findings) -> str:
         f"Columns in {findings.precision}": f"{kept / max(1, columns):.2%}, {kept / max(1, layers):.1f} in a layer",
         "Chosen by": quantization.criterion,
         "Activations": activations(quantization.activation, quantization.activation_group),
-        "Calibration": f"{calibration.get('tokens', '?')} tokens, text: {text}",
+        "Calibration": f"{calibration['tokens']} tokens, text: {text}" if calibration.get("tokens") else str(text),
     }
     cells = "".join(f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in rows.items())
     return f'<div class="box"><table>{cells}</table></div>'

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 from llmint8.formats import SourceError
 
-from .build import is_linear, meta_model
-from .own_use import weights_used_directly
+from ..model.build import is_linear, meta_model
+from ..model.own_use import weights_used_directly
 
 
 class Head(NamedTuple):
