@@ -65,14 +65,14 @@ def calls(m, dtype):
     yield torch.empty_strided((m, 64), (1, m), dtype=dtype)
 
 found = {}
-kinds = [(1, torch.float16), (2, torch.float32), (17, torch.float16)]
-for threshold, kinds in ((None, kinds), (6.0, [(2, torch.float32)])):
+for threshold, rows in ((None, (1, 2, 17)), (6.0, (2,))):
     weight = layer(threshold)
     for repeat in range(2):
         before = len(asked), len(launched)
-        for m, dtype in kinds:
-            for x in calls(m, dtype):
-                weight.linear(x, "zeropoint")
+        for m in rows:
+            for dtype in (torch.float16, torch.float32):
+                for x in calls(m, dtype):
+                    weight.linear(x, "zeropoint")
         found[f"{threshold} {repeat}"] = [len(asked) - before[0], len(launched) - before[1]]
     for m in (3, 4) if threshold is None else ():  # one plan for both
         weight.linear(torch.empty(m, 64, dtype=torch.float16), "zeropoint")

@@ -185,9 +185,8 @@ def test_more_outliers_than_one_step_multiplies_take_two_launches(
     assert_right(rows(1, layer), layer, "absmax", run(layer, rows(1, layer), "absmax", device))
 
 
-@pytest.mark.parametrize(
-    ("outliers", "activation"), [(0, "absmax"), (1, "zeropoint"), (40, "absmax"), (40, "zeropoint")]
-)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("outliers", [0, 1, 40])
 def test_a_row_does_not_depend_on_up_to_16_rows_it_is_called_with(
     outliers: int, activation: reference.Activation, device: torch.device
 ) -> None:
