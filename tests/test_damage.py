@@ -249,9 +249,10 @@ def test_every_wrong_entry_of_the_index(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", INDEX, "generation_config.json"])
-def test_a_flipped_bit_in_any_byte_of_a_small_file(copy: Path, name: str) -> None:
+def test_a_flipped_bit_in_every_third_byte_of_a_small_file(copy: Path, name: str) -> None:
+    """No position is special: a hash covers them all. What is tried is that none makes the reader fail."""
     whole = (copy / name).read_bytes()
-    damages = ((i, whole[:i] + bytes([whole[i] ^ 1 << i % 8]) + whole[i + 1 :]) for i in range(len(whole)))
+    damages = ((i, flipped(whole, i, i % 8)) for i in range(0, len(whole), 3))
     for position, found in each_damage(copy, damages, copy / name):
         assert found, f"byte {position}"
 

@@ -1,9 +1,11 @@
 """What a command has loaded when it ends: help, mistakes and headers are answered without the large libraries."""
 
 import ast
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -13,13 +15,14 @@ from llmint8 import converter, runtime
 from llmint8.runtime.commands.main import main
 
 LARGE = ("torch", "transformers", "huggingface_hub", "matplotlib", "triton", "bitsandbytes", "torchao")
-COMMAND = """
-import sys
+COMMANDS = """
+import json, sys
 from {module} import {name}
-try:
-    {name}(sys.argv[1:])
-finally:
-    print("loaded:", *[library for library in {large} if library in sys.modules])
+for arguments in json.loads(sys.argv[1]):
+    try:
+        {name}(arguments)
+    except SystemExit as end:
+        print("ended:", end.code, *[library for library in {large} if library in sys.modules])
 """
 PROGRAMS = {
     "llmint8": ("llmint8.runtime.commands.main", "main"),
@@ -27,15 +30,18 @@ PROGRAMS = {
 }
 
 
-def loaded(*arguments: object, code: int = 0, program: str = "llmint8", **environment: str) -> set[str]:
-    """Run a command in a process of its own and return which of the large libraries it has imported."""
+def run(*commands: Sequence[object], program: str = "llmint8", **environment: str) -> list[tuple[int, set[str]]]:
+    """Run commands in one process of their own: each one's exit code, and the large libraries imported by its end."""
     module, name = PROGRAMS[program]
-    script = COMMAND.format(module=module, name=name, large=LARGE)
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
-    assert done.returncode == code, done.stderr
+    script = COMMANDS.format(module=module, name=name, large=LARGE)
+    arguments = json.dumps([[str(argument) for argument in command] for command in commands])
+    done = subprocess.run(
+        [sys.executable, "-c", script, arguments], env=os.environ | environment, capture_output=True, text=True
+    )
     assert "Traceback" not in done.stderr
-    return set(done.stdout.rpartition("loaded:")[2].split())
+    ends = [line.split() for line in done.stdout.splitlines() if line.startswith("ended: ")]
+    assert len(ends) == len(commands), done.stderr
+    return [(int(code), set(libraries)) for _, code, *libraries in ends]
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +62,15 @@ def checkpoint(source: Path) -> Path:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_and_version_load_nothing(program: str) -> None:
-    assert loaded("--help", program=program) == set()
-    assert loaded("--version", program=program) == set()
+    assert run(["--help"], ["--version"], program=program) == [(0, set())] * 2
 
 
-@pytest.mark.parametrize("name", main.commands)
-def test_the_help_of_every_command_loads_nothing(name: str) -> None:
-    assert loaded(name, "--help") == set()
+def test_the_help_of_every_command_loads_nothing() -> None:
+    assert run(*([name, "--help"] for name in main.commands)) == [(0, set())] * len(main.commands)
 
 
-@pytest.mark.parametrize(
-    ("code", "arguments"),
-    [
+def test_a_mistake_in_the_command_line_loads_nothing() -> None:
+    mistakes = [
         (2, ["unheard-of"]),
         (2, ["inspect"]),
         (2, ["convert", "a", "b", "--dtype", "float8"]),
@@ -75,17 +78,13 @@ def test_the_help_of_every_command_loads_nothing(name: str) -> None:
         (2, ["generate", "out"]),
         (1, ["convert", "a", "b", "--private"]),
         (1, ["verify", ".", "--quick", "--source", "."]),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
-)
-def test_a_mistake_in_the_command_line_loads_nothing(code: int, arguments: list[str]) -> None:
-    assert loaded(*arguments, code=code) == set()
+    ]
+    assert run(*(arguments for _, arguments in mistakes)) == [(code, set()) for code, _ in mistakes]
 
 
 def test_headers_are_read_without_transformers_and_without_the_hub(checkpoint: Path) -> None:
-    assert loaded("inspect", checkpoint) == {"torch"}
-    assert loaded("verify", checkpoint, "--quick") == {"torch"}
-    assert loaded("inspect", checkpoint.parent / "source", code=1) == {"torch"}
+    commands = ["inspect", checkpoint], ["verify", checkpoint, "--quick"], ["inspect", checkpoint.parent / "source"]
+    assert run(*commands) == [(0, {"torch"}), (0, {"torch"}), (1, {"torch"})]
 
 
 def test_libraries_that_no_command_needs_are_not_imported(source: Path, tmp_path: Path) -> None:
@@ -97,7 +96,8 @@ def test_libraries_that_no_command_needs_are_not_imported(source: Path, tmp_path
         (tmp_path / name / "__init__.py").write_text(f"print('{name} is here')\n__version__ = '99.0'\n")
         (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 99.0\n")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    found = loaded("convert", source, tmp_path / "out", PYTHONPATH=path)
+    ((code, found),) = run(["convert", source, tmp_path / "out"], PYTHONPATH=path)
+    assert code == 0
     assert found >= {"torch", "transformers", "huggingface_hub"}  # so what is looked for in these tests can be found
     assert not found & optional
     # A script of the user's, which is free to use torchao, gets it as always.
@@ -109,7 +109,7 @@ def test_libraries_that_no_command_needs_are_not_imported(source: Path, tmp_path
 def test_an_error_is_one_line_where_torch_itself_is_broken(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('no such library')")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    assert loaded("inspect", checkpoint, code=1, PYTHONPATH=path) == set()
+    assert run(["inspect", checkpoint], PYTHONPATH=path) == [(1, set())]
 
 
 def test_every_public_name_is_where_the_package_says() -> None:

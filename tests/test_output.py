@@ -104,8 +104,13 @@ def run(name: str, folder: Path, new: Path) -> int:
     return call(main, name.split()[0], *COMMANDS[name][1](folder, new))
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii"])
-@each_command
+@pytest.mark.parametrize(
+    ("is_result", "name", "encoding"),
+    [
+        *((is_result, name, "ascii") for name, (is_result, _) in COMMANDS.items()),
+        *((True, "inspect", encoding) for encoding in ("latin-1", "cp1252")),
+    ],
+)
 def test_an_encoding_that_lacks_a_character_is_no_error(
     is_result: bool, name: str, encoding: str, folder: Path, tmp_path: Path, streams: Any
 ) -> None:

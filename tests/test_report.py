@@ -80,6 +80,12 @@ def planted(folder: Path) -> tuple[str, Findings]:
     return path.read_text(encoding="utf-8"), findings
 
 
+@pytest.fixture
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take most of the time, and here it is the words that count."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, file, **options: file.write(b"PNG"))
+
+
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(main, ["report", *map(str, arguments)])
 
@@ -152,6 +158,7 @@ def test_the_numbers_are_those_of_the_16_bit_model(folder: Path, planted: tuple[
     assert feature.quartiles == pytest.approx(quartiles.tolist(), rel=1e-3)
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_without_outlier_features_the_closest_are_shown(folder: Path, tmp_path: Path) -> None:
     path, findings = write_report(folder / "plain8", tmp_path, text=folder / "text.txt")
     page = Tags(path.read_text(encoding="utf-8"))
@@ -163,6 +170,7 @@ def test_without_outlier_features_the_closest_are_shown(folder: Path, tmp_path: 
     assert "so these stand in" in " ".join(page.text.split())
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_outliers_beyond_those_recorded_are_owned_up_to(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "planted8", tmp_path / "in")
     edit_statistics(tmp_path / "in", lambda entry: entry.update(outlier_features=60))
@@ -443,6 +451,7 @@ def test_the_command_writes_and_says_where(folder: Path, tmp_path: Path, monkeyp
     assert first == {file.name: file.read_bytes() for file in made.iterdir()}
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_the_command_runs_the_model(folder: Path, tmp_path: Path) -> None:
     result = run(folder / "planted8", "--output", tmp_path / "a" / "b", "--text", folder / "text.txt")
     assert result.exit_code == 0, result.output
@@ -451,6 +460,7 @@ def test_the_command_runs_the_model(folder: Path, tmp_path: Path) -> None:
     assert page.row("without the outlier features")[0].endswith(": 5, 40")
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_no_tokenizer_is_said_and_no_error(folder: Path, tmp_path: Path) -> None:
     result = run(folder / "mute8", "--output", tmp_path)
     assert result.exit_code == 0, result.output

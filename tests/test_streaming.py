@@ -83,6 +83,7 @@ def test_every_layer_sees_its_input_and_its_weight(source):
         assert torch.equal(weight.float(), original), name
 
 
+@pytest.mark.parametrize("source", ["gpt2", "t5", "mixtral"], indirect=True)
 def test_at_most_two_linear_weights_are_alive(source):
     """The one in use, and the one that is read ahead."""
     selection = select_layers(source, meta_model(load_config(source.path)), (), ())

@@ -187,20 +187,20 @@ def test_the_tuner_takes_the_fastest_tile_and_keeps_what_was_there(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(tune, "TUNED_M", (16, 17))
+    monkeypatch.setattr(tune, "TUNED_M", (6, 7))
     monkeypatch.setattr(tune, "AMPERE", tune.AMPERE[:1])
     monkeypatch.setattr(tune, "FEW_ROWS", tune.FEW_ROWS[:1])
     monkeypatch.setattr(tune, "SPLITS", (1, 2))
     tiles.forget()
     bench._tune([bench.Shape(64, 128, 3, 1)], CPU, True)
     first = tiles.read_table(tiles.cache_path().read_text())
-    assert [(row.architecture, row.n, row.k, row.m) for row in first] == [("any", 64, 128, m) for m in (16, 17)]
-    assert [row.tile for row in first] == [tune.candidates(m, (8, 0))[0] for m in (16, 17)]
-    assert tiles.choose_tile(CPU, 10, 64, 128) == first[0].tile
+    assert [(row.architecture, row.n, row.k, row.m) for row in first] == [("any", 64, 128, m) for m in (6, 7)]
+    assert [row.tile for row in first] == [tune.candidates(m, (8, 0))[0] for m in (6, 7)]
+    assert tiles.choose_tile(CPU, 5, 64, 128) == first[0].tile
     monkeypatch.setattr(tune, "candidates", lambda m, capability: [tiles.MatmulTile(16, 16, 32, 1, 4, 2)])
     bench._tune([bench.Shape(32, 128, 3, 1), bench.Shape(64, 128, 3, 1)], CPU, True)
     second = tiles.read_table(tiles.cache_path().read_text())
-    assert {(row.n, row.m) for row in second} == {(64, 16), (64, 17), (32, 16), (32, 17)}
+    assert {(row.n, row.m) for row in second} == {(64, 6), (64, 7), (32, 6), (32, 7)}
     assert all(row.tile.block_n == 16 for row in second)
     tiles.forget()
 

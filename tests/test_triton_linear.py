@@ -95,8 +95,7 @@ def test_the_largest_sums_do_not_overflow(sign: int, device: torch.device) -> No
     assert torch.equal(found.cpu().long(), expected.expand(2, 3))
 
 
-@pytest.mark.parametrize(("n", "k"), [(70, 272), (300, 255), (20, 31)], ids=lambda size: str(size))
-@pytest.mark.parametrize("split_k", [2, 3, 8])
+@pytest.mark.parametrize(("split_k", "n", "k"), [(2, 70, 272), (3, 300, 255), (8, 20, 31), (8, 70, 272)])
 def test_sums_are_exact_where_programs_share_k(split_k: int, n: int, k: int, device: torch.device) -> None:
     """Some of them are left without any, too."""
     random = torch.Generator().manual_seed(k)
@@ -106,9 +105,19 @@ def test_sums_are_exact_where_programs_share_k(split_k: int, n: int, k: int, dev
     assert torch.equal(sums(x.to(device), weight.to(device), tile).cpu(), reference.int8_product(x, weight))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("outliers", [0, 1, 17, 100])
+@pytest.mark.parametrize(
+    ("outliers", "dtype", "activation"),
+    [
+        (0, "F16", "absmax"),
+        (0, "BF16", "zeropoint"),
+        (1, "F32", "absmax"),
+        (1, "F16", "zeropoint"),
+        (17, "BF16", "absmax"),
+        (17, "F32", "zeropoint"),
+        (100, "F16", "zeropoint"),
+        (100, "F32", "absmax"),
+    ],
+)
 @pytest.mark.parametrize(
     ("m", "n", "k", "tile"),
     [
@@ -230,7 +239,7 @@ def test_a_row_does_not_depend_on_up_to_16_rows_it_is_called_with(
     x = rows(16, layer)
     x[:, layer.outlier_dims.long()] = x[:, layer.outlier_dims.long()].round()
     together = run(layer, x, activation, device)
-    for m in (1, 2, 3, 5, 16):
+    for m in (1, 2, 5):
         assert torch.equal(run(layer, x[16 - m :], activation, device), together[16 - m :]), m
     for tile in (DecodeTile(4, 16, 32, 4), DecodeTile(1, 8, 64, 4), MatmulTile(16, 32, 32, 1, 4, 2, False, 3)):
         some = x[: tile.block_m]

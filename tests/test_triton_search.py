@@ -60,9 +60,9 @@ def test_the_dimensions_are_those_of_the_reference(m: int, k: int, dtype: str, d
         assert len(assert_found(x, THRESHOLD, device)) == outliers
 
 
-@pytest.mark.parametrize("where", [(0, 0), (63, 127), (64, 128), (199, 4095), (130, 4096), (199, 8199)])
+@pytest.mark.parametrize("where", [(0, 0), (63, 127), (64, 128), (0, 4095), (64, 4096), (63, 8199)])
 def test_one_outlier_is_found_wherever_it_is(where: tuple[int, int], device: torch.device) -> None:
-    x = torch.zeros(200, 8200, dtype=torch.float16)
+    x = torch.zeros(65, 8200, dtype=torch.float16)
     x[where] = -6.0
     assert assert_found(x, THRESHOLD, device).tolist() == [where[1]]
 
@@ -146,7 +146,7 @@ def test_every_tile_that_ships_adds_what_was_found(
 ) -> None:
     if device.type == "cuda" and architecture not in ("any", tiles.gpu_of(device).architecture):
         pytest.skip("a tile for another GPU")
-    x, layer = planted(65, 272, 40, torch.float16), make_layer(70, 272)
+    x, layer = planted(17, 272, 40, torch.float16), make_layer(70, 272)
     assert_right(x, layer, "zeropoint", run(layer, x, device, tile))
 
 
