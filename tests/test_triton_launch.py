@@ -66,14 +66,15 @@ def calls(m, k, dtype):
     yield torch.empty_strided((m, k), (1, m), dtype=dtype)
 
 found = {}
-for threshold, group, rows in ((None, None, (1, 2, 17)), (6.0, None, (2,)), (None, 64, (1, 5, 17))):
+half, whole = torch.float16, torch.float32
+stored, grouped = [(1, half), (2, whole), (17, half)], [(1, whole), (5, half), (17, whole)]
+for threshold, group, kinds in ((None, None, stored), (6.0, None, [(2, whole)]), (None, 64, grouped)):
     weight = layer(threshold, group)
     for repeat in range(2):
         before = len(asked), len(launched)
-        for m in rows:
-            for dtype in (torch.float16, torch.float32):
-                for x in calls(m, weight.in_features, dtype):
-                    weight.linear(x, "zeropoint")
+        for m, dtype in kinds:
+            for x in calls(m, weight.in_features, dtype):
+                weight.linear(x, "zeropoint")
         found[f"{threshold} {group} {repeat}"] = [len(asked) - before[0], len(launched) - before[1]]
     for m in (3, 4) if threshold is group is None else ():  # one plan for both
         weight.linear(torch.empty(m, 64, dtype=torch.float16), "zeropoint")
