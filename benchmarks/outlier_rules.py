@@ -14,6 +14,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +22,7 @@ from unittest.mock import patch
 import torch
 import transformers
 from tokenizers import ByteLevelBPETokenizer
+from torch import Tensor
 
 from llmint8 import converter, runtime
 from llmint8.converter.calibration import calibrator
@@ -88,6 +90,12 @@ def uniform(groups: Any, criterion: Any) -> list[int]:
     return [min(int(criterion.value), len(group.dims)) for group in groups]
 
 
+def logits(model: Any, ids: Tensor) -> Callable[[slice], Tensor]:
+    """Return what gives the logits at positions of a window."""
+    found = model(ids[None]).logits[0]
+    return lambda places: found[places]
+
+
 @torch.no_grad()
 def compare(source: Path, windows: torch.Tensor) -> list[dict[str, Any]]:
     """Convert with every rule and measure each result."""
@@ -101,8 +109,8 @@ def compare(source: Path, windows: torch.Tensor) -> list[dict[str, Any]]:
                 report = converter.convert(source, out, outliers=rule.removeprefix("uniform "))
             for activation in ("absmax", "zeropoint"):
                 model = runtime.load(out, dtype=torch.float32, activation=activation)
-                candidate = {rule: lambda ids, model=model: model(ids).logits}
-                kl = measure(windows, lambda ids: reference(ids).logits, candidate).measurements[0].kl_mean
+                runs = ((ids, logits(reference, ids), {rule: logits(model, ids)}) for ids in windows)
+                kl = measure(runs).measurements[0].kl_mean
                 row = {"model": source.name, "rule": rule, "activation": activation, "kl": round(kl, 5)}
                 rows.append({**row, "columns": round(report.outlier_share, 4)})
                 print(json.dumps(rows[-1]), flush=True)

@@ -45,7 +45,7 @@ def outlier_dims(features: int) -> Tensor:
 def ours(linear: nn.Linear) -> nn.Module:
     """Quantize a layer as the converter's defaults do."""
     layer = Int8Linear.from_linear(linear, outlier_dims(linear.in_features))
-    layer.configure(activation="zeropoint")
+    layer.configure(activation="zeropoint", activation_group=128)
     return layer
 
 

@@ -38,6 +38,13 @@ def prepare(weight: Int8Weight, may_pack: bool = True) -> PreparedWeight:
     return ReferenceWeight.prepare(weight)
 
 
+def has_groups(device: torch.device) -> bool:
+    """Tell whether a weight there has a product for inputs in groups; they cost many times the product elsewhere."""
+    if device.type == "cpu":
+        return bool(native.kinds())
+    return device.type == "cuda" and has_triton()
+
+
 def is_laid_out_anew(weight: Int8Weight) -> bool:
     """Tell whether `prepare` lays the values of a weight out anew, where it may, or shares those given."""
     return weight.threshold is None and not native.kinds() and product.packable(weight.values)

@@ -158,8 +158,10 @@ def test_what_the_checkpoint_records_is_the_default(checkpoint: Path, tmp_path: 
 
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 def test_inputs_are_quantized_in_the_groups_asked_for_or_recorded(
-    checkpoint: Path, tmp_path: Path, version: str
+    checkpoint: Path, tmp_path: Path, version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("llmint8.runtime.model.load.has_groups", lambda device: True)
+
     def change(tensors: Tensors, config: dict[str, Any]) -> None:
         block = config["quantization_config"]["llmint8"]
         assert (block["format_version"], block.pop("activation_group")) == ("1.1", 128)
@@ -178,6 +180,20 @@ def test_inputs_are_quantized_in_the_groups_asked_for_or_recorded(
         assert formats.check_values(saved) == []  # and the manifest says the same
         assert saved.quantization.format_version == version
         assert saved.quantization.activation_group == (64 if version == "1.1" else None)
+
+
+def test_without_kernels_for_groups_those_recorded_are_left_and_those_asked_for_run(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "kinds", list)
+    with caplog.at_level(logging.INFO, logger="llmint8"):
+        model = runtime.load(checkpoint)
+    assert {layer.activation_group for layer in int8_layers(model).values()} == {"row"}
+    assert "one scale for each input, and not one for each 128 dimensions as recorded" in caplog.text
+    caplog.clear()
+    model = runtime.load(checkpoint, activation_group=128)
+    assert {layer.activation_group for layer in int8_layers(model).values()} == {128}
+    assert "one scale for each" not in caplog.text
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "float32"], ids=str)

@@ -228,6 +228,7 @@ def test_the_layers_of_a_checkpoint_are_counted(tmp_path: Path) -> None:
     )
     transformers.LlamaForCausalLM(config).half().save_pretrained(tmp_path / "source")
     converter.convert(tmp_path / "source", tmp_path / "out", outliers="none")
+    assert bench.recorded_group(str(tmp_path / "out")) == bench.recorded_group(None) == 128
     found = bench.checkpoint_shapes(str(tmp_path / "out"))
     assert found == [(32, 32, 0, 8), (32, 48, 0, 2), (48, 32, 0, 4)]
 
@@ -235,7 +236,7 @@ def test_the_layers_of_a_checkpoint_are_counted(tmp_path: Path) -> None:
 def test_layer_times_are_those_of_the_layer_and_of_float16(
     no_clock: dict[str, list[Any]], device: torch.device
 ) -> None:
-    assert bench.layer_times(bench.Shape(48, 64, 3, 1), 5, device) == (1, 2)
+    assert bench.layer_times(bench.Shape(48, 64, 3, 1), 5, device, 128) == (1, 2)
     for found, expected in zip(no_clock["int8"], no_clock["float16"], strict=True):
         assert (found - expected).norm() < 0.03 * expected.norm()
 

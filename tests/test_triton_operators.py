@@ -17,39 +17,42 @@ from llmint8.kernels.operands import Operands
 from llmint8.runtime import Int8Linear
 
 
-def weight(threshold: float | None = None, bias: bool = True) -> reference.Int8Weight:
+def weight(threshold: float | None = None, bias: bool = True, k: int = 64) -> reference.Int8Weight:
+    """With inputs in groups of 64, so that a larger k has several."""
     random = torch.Generator().manual_seed(0)
-    full = torch.randn(48, 64, generator=random).half()
+    full = torch.randn(48, k, generator=random).half()
     dims = torch.tensor([3, 40], dtype=torch.int32)
     shift = torch.randn(48, generator=random).half() if bias else None
-    return reference.Int8Weight(*reference.quantize_weight(full), dims, full[:, dims.long()], shift, threshold)
+    return reference.Int8Weight(*reference.quantize_weight(full), dims, full[:, dims.long()], shift, threshold, 64)
 
 
-def arguments(device: str, m: int = 5, zeropoint: bool = True, bias: bool = True) -> tuple[Any, ...]:
-    x = torch.randn(m, 64, generator=torch.Generator().manual_seed(m)).half()
-    *parts, _ = Operands.prepare(weight(bias=bias))
-    return *(None if part is None else part.to(device) for part in (x, *parts)), zeropoint
+def arguments(device: str, m: int = 5, zeropoint: bool = True, bias: bool = True, k: int = 64) -> tuple[Any, ...]:
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).half()
+    *parts, _, group = Operands.prepare(weight(bias=bias, k=k))
+    return *(None if part is None else part.to(device) for part in (x, *parts)), group, zeropoint
 
 
-def dynamic_arguments(device: str, m: int = 5, zeropoint: bool = True, bias: bool = True) -> tuple[Any, ...]:
+def dynamic_arguments(
+    device: str, m: int = 5, zeropoint: bool = True, bias: bool = True, k: int = 64
+) -> tuple[Any, ...]:
     """Of the operator that searches: two or more of the columns hold an outlier."""
-    x, values, scale, row_sum, dims, _, shift, _ = arguments(device, m, bias=bias)
+    x, values, scale, row_sum, dims, _, shift, group, _ = arguments(device, m, bias=bias, k=k)
     x[:, dims.long()] = 7.0
-    return x, values, scale, row_sum, shift, 3.0, zeropoint
+    return x, values, scale, row_sum, shift, 3.0, group, zeropoint
 
 
 @pytest.mark.parametrize("zeropoint", [False, True])
 @pytest.mark.parametrize("device_type", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_opcheck_passes(device_type: str, zeropoint: bool) -> None:
-    for m, bias in ((0, True), (1, True), (5, True), (2, False)):
-        torch.library.opcheck(operators.int8_linear, arguments(device_type, m, zeropoint, bias))
+    for m, bias, k in ((0, True, 64), (1, True, 64), (5, True, 130), (2, False, 64)):
+        torch.library.opcheck(operators.int8_linear, arguments(device_type, m, zeropoint, bias, k))
 
 
 @pytest.mark.parametrize("zeropoint", [False, True])
 @pytest.mark.parametrize("device_type", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_opcheck_passes_with_a_search(device_type: str, zeropoint: bool) -> None:
-    for m, bias in ((0, True), (1, True), (5, True), (2, False)):
-        torch.library.opcheck(operators.dynamic_int8_linear, dynamic_arguments(device_type, m, zeropoint, bias))
+    for m, bias, k in ((0, True, 64), (1, True, 64), (5, True, 130), (2, False, 64)):
+        torch.library.opcheck(operators.dynamic_int8_linear, dynamic_arguments(device_type, m, zeropoint, bias, k))
 
 
 @pytest.mark.parametrize("threshold", [None, 3.0], ids=["stored", "searched"])

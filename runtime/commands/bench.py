@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import click
 
@@ -11,6 +11,9 @@ from llmint8.converter.commands.command import Command, set_up_logging
 from llmint8.converter.commands.output import echo_result
 from llmint8.converter.commands.progress import pass_bar
 from llmint8.converter.words import count
+
+if TYPE_CHECKING:
+    from ..model.arguments import ActivationGroup
 
 MEASURED_M = (1, 16, 128, 2048)
 
@@ -35,7 +38,8 @@ COMMON = [Shape(4096, 4096, 16, 64), Shape(1024, 4096, 16, 64), Shape(14336, 409
 def bench_command(checkpoint: str | None, tune: bool, quiet: bool) -> None:
     """Time the layers of CHECKPOINT on this GPU, in int8 and in float16.
 
-    CHECKPOINT is a directory or a Hub repo id; without it the layers are those of Llama 3 8B.
+    CHECKPOINT is a directory or a Hub repo id; without it the layers are those of Llama 3 8B. Inputs are quantized in
+    the groups that it records, or that llmint8-convert would.
     """
     set_up_logging(False)
     import torch
@@ -50,9 +54,10 @@ def bench_command(checkpoint: str | None, tune: bool, quiet: bool) -> None:
     echo_result(
         f"{'out':>7}{'in':>7}{'layers':>8}{'16-bit columns':>16}{'M':>7}{'int8':>10}{'float16':>10}{'ratio':>8}"
     )
+    group = recorded_group(checkpoint)
     for shape in shapes:
         for m in MEASURED_M:
-            int8, float16 = layer_times(shape, m, device)
+            int8, float16 = layer_times(shape, m, device, group)
             echo_result(
                 f"{shape.out_features:>7}{shape.in_features:>7}{shape.layers:>8}{shape.outliers:>16}{m:>7}"
                 f"{int8:>10.1f}{float16:>10.1f}{float16 / int8:>8.2f}"
@@ -70,6 +75,18 @@ def checkpoint_shapes(checkpoint: str) -> list[Shape]:
     for record in records:
         columns[record.out_features, record.in_features] += record.outlier_count or 0
     return [Shape(n, k, round(columns[n, k] / count), count) for (n, k), count in sorted(layers.items())]
+
+
+def recorded_group(checkpoint: str | None) -> "ActivationGroup":
+    """Return how many dimensions of an input share a scale in a checkpoint, or in those that the converter writes."""
+    from llmint8.converter.calibration.calibrator import ACTIVATION_GROUP
+    from llmint8.converter.hub.resolve import resolve
+    from llmint8.formats import open_checkpoint
+
+    if checkpoint is None:
+        return ACTIVATION_GROUP
+    recorded = open_checkpoint(resolve(checkpoint, None, "int8").path).quantization.activation_group
+    return cast("ActivationGroup", recorded or "row")
 
 
 def _tune(shapes: Sequence[Shape], device: Any, quiet: bool) -> None:
@@ -91,7 +108,7 @@ def _tune(shapes: Sequence[Shape], device: Any, quiet: bool) -> None:
     click.echo(f"The fastest kernels for {count(len(sizes), 'size')} of layers are in {path}", err=True)
 
 
-def layer_times(shape: Shape, m: int, device: Any) -> tuple[float, float]:
+def layer_times(shape: Shape, m: int, device: Any, group: "ActivationGroup") -> tuple[float, float]:
     """Return the microseconds of a layer in int8 and in float16, for calls of so many rows."""
     import torch
     from torch.nn.functional import linear
@@ -107,7 +124,7 @@ def layer_times(shape: Shape, m: int, device: Any) -> tuple[float, float]:
     for _ in range(weight_copies(n * k, device)):
         weight = torch.nn.Linear(k, n, bias=False, device=device, dtype=torch.float16)
         layer = Int8Linear.from_linear(weight, dims)
-        layer.configure(activation="zeropoint")
+        layer.configure(activation="zeropoint", activation_group=group)
         made.append((layer, weight.weight))
     x = torch.randn(m, k, dtype=torch.float16, device=device)
     with torch.no_grad():

@@ -8,7 +8,7 @@ which must stay as they are meanwhile; but for int8 values that are laid out ane
 import logging
 from collections import Counter
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ from llmint8.formats import (
     read_manifest,
 )
 from llmint8.formats.disk.names import MANIFEST_NAME
-from llmint8.kernels.linear import is_laid_out_anew
+from llmint8.kernels.linear import has_groups, is_laid_out_anew
 from llmint8.kernels.reference import Activation
 
 from .arguments import (
@@ -81,7 +81,8 @@ def load(
         threshold: for `dynamic`; the checkpoint's `llm_int8_threshold` by default.
         activation: how inputs are quantized, `absmax` or `zeropoint`; what the checkpoint records by default.
         activation_group: how many consecutive dimensions of an input share a scale: 64, 128, 256, or `row` for all of
-            them; what the checkpoint records by default, and `row` where it records none.
+            them. By default what the checkpoint records, and `row` where it records none, or where there are no kernels
+            for groups.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: run the model code in the directory, if its config.json names any.
         verify: check every value and every hash first, rules E12 to E19 too. All tensors are read once more for it,
@@ -124,7 +125,7 @@ def load(
         "outliers": mode,
         "threshold": threshold,
         "activation": activation or checkpoint.quantization.activation,
-        "activation_group": activation_group or checkpoint.quantization.activation_group or "row",
+        "activation_group": activation_group or _recorded_group(checkpoint, device, device_map),
         "searched": searched,
         "manifest": manifest,
     }
@@ -147,6 +148,20 @@ def load(
     if compile:
         compile_decode(model)
     return model
+
+
+def _recorded_group(checkpoint: Checkpoint, device: torch.device | str | None, device_map: Any) -> ActivationGroup:
+    """Return the group that a checkpoint records, where it can be run at speed."""
+    group = cast("ActivationGroup", checkpoint.quantization.activation_group or "row")
+    target = torch.device(device or "cpu")
+    if group == "row" or device_map is not None or has_groups(target):
+        return group
+    log.info(
+        "%s: one scale for each input, and not one for each %d dimensions as recorded: without compiled kernels on %s, "
+        "that takes many times as long; activation_group=%d asks for it",
+        checkpoint.path, group, target.type, group,
+    )  # fmt: skip
+    return "row"
 
 
 def _prepare(model: Any, checkpoint: Checkpoint, names: dict[str, str], calibration: Calibration) -> None:
