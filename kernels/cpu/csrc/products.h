@@ -120,36 +120,58 @@ static void FN(multiply_few)(
 // Outputs whose sums are held in registers where their words lie beside each other.
 #define STRIP (N_TILE * LANES)
 
+// Turn a square of words over; rows of `out` are `stride` words apart.
+static inline void FN(turn_square)(int32_t in[16][16], int32_t *out, int64_t stride) {
+#if BYTES == 64
+    __m512i a[16];
+    for (int i = 0; i < 16; i++) a[i] = _mm512_loadu_si512(in[i]);
+    FN(transpose)(a, out, stride);
+#elif BYTES == 32
+    for (int quarter = 0; quarter < 4; quarter++) {
+        const int row = quarter / 2 * 8, column = quarter % 2 * 8;
+        __m256i a[8], b[8];
+        for (int i = 0; i < 8; i++) a[i] = _mm256_loadu_si256((const __m256i *)&in[row + i][column]);
+        for (int i = 0; i < 8; i += 2) {
+            b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+            b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+        }
+        for (int i = 0; i < 8; i += 4) {
+            a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
+            a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
+            a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
+            a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
+        }
+        for (int i = 0; i < 4; i++) {
+            int32_t *to = out + (column + i) * stride + row;
+            _mm256_storeu_si256((__m256i *)to, _mm256_permute2x128_si256(a[i], a[i + 4], 0x20));
+            _mm256_storeu_si256((__m256i *)(to + 4 * stride), _mm256_permute2x128_si256(a[i], a[i + 4], 0x31));
+        }
+    }
+#else
+    for (int i = 0; i < 16; i++)
+        for (int j = 0; j < 16; j++) out[j * stride + i] = in[i][j];
+#endif
+}
+
 // Turn over words of four dimensions: `count` dimensions from k on, of the panel's rows, to [PANEL / STRIP, words, STRIP].
 static void FN(turn_over)(const Weight *w, const Panel *panel, int64_t k, int64_t count, int32_t *out) {
     const int64_t words = (count + 3) / 4;
     for (int64_t j = 0; j < PANEL; j += 16) {
         int32_t *strip = out + j / STRIP * STRIP * words + j % STRIP;
         for (int64_t i = 0; i < words; i += 16) {
-#if BYTES == 64
-            __m512i a[16];
-#endif
-            for (int64_t b = 0; b < 16; b++) {
-                const int64_t left = j + b < panel->count ? count - 4 * i : 0;
+            int32_t in[16][16] = {{0}}, square[16 * 16];
+            for (int64_t b = 0; b < 16 && j + b < panel->count; b++) {
+                const int64_t left = count - 4 * i;
                 const int8_t *from = w->values + (panel->first + j + b) * w->k + k + 4 * i;
-                int32_t word[16] = {0};
-                if (left >= 64) memcpy(word, from, 64);
-                else memcpy(word, from, left);
-#if BYTES == 64
-                a[b] = _mm512_loadu_si512(word);
-#else
-                for (int64_t t = 0; t < 16 && i + t < words; t++) strip[(i + t) * STRIP + b] = word[t];
-#endif
+                if (left >= 64) memcpy(in[b], from, 64);
+                else memcpy(in[b], from, left);
             }
-#if BYTES == 64
             if (words - i >= 16) {
-                FN(transpose)(a, strip + i * STRIP, STRIP);
+                FN(turn_square)(in, strip + i * STRIP, STRIP);
             } else {
-                int32_t square[16 * 16];
-                FN(transpose)(a, square, 16);
+                FN(turn_square)(in, square, 16);
                 for (int64_t t = 0; i + t < words; t++) memcpy(strip + (i + t) * STRIP, square + t * 16, 64);
             }
-#endif
         }
     }
 }
@@ -198,7 +220,7 @@ static inline __attribute__((always_inline)) void FN(block)(
 
 // Dimensions in a block where there are no groups; and from how many rows on, measured with groups on AVX2.
 #define BLOCK 256
-#define MANY 33
+#define MANY 24
 
 static void FN(multiply_many)(
     const Weight *w, const Rows *rows, const Panel *panel, int64_t first, int64_t last, char *scratch) {
