@@ -1,4 +1,4 @@
-"""A weight laid out for a GPU: the arguments of the operators, in their order."""
+"""A weight laid out for the operators, on a GPU or the CPU: their arguments, in their order."""
 
 from collections.abc import Callable
 from typing import NamedTuple, Self
@@ -15,7 +15,7 @@ RowSums = Callable[[Tensor, Group | None], Tensor]
 
 
 class Operands(NamedTuple):
-    """What the kernels of `gpu/` read of a weight.
+    """What the kernels of `gpu/`, and those that are compiled for the CPU, read of a weight.
 
     Attributes:
         values: int8 [N, K], contiguous.

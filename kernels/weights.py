@@ -21,7 +21,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def row_sums(values: Tensor, group: Group | None) -> Tensor:
-    """Add up the rows of int8 [N, K], contiguous; see `reference.row_sums`."""
+    """Add up the rows of int8 [N, K]; see `reference.row_sums`."""
     if _is_compiled(values):
         several = groups(values.shape[1], group)[0] > 1
         return weights.row_sums(values, group if several else None)

@@ -34,7 +34,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.
 def build(folder: Path, source: str, entry: str) -> bytes:
     """Compile a part of the library to an ELF file for a machine without an operating system, with `entry` first."""
     compiler = [sys.executable, "-m", "ziglang", "cc"]
-    flags = ["-O3", "-ffp-contract=off", "-fwrapv", "-fno-stack-protector"]
+    flags = ["-O3", "-ffp-contract=off", "-fwrapv", "-fno-strict-aliasing", "-fno-stack-protector"]
     sources = {
         ROOT / "kernels/cpu/csrc" / source: [],
         ROOT / "soak/arm/library.c": ["-ffreestanding", "-fno-builtin"],

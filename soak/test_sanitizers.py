@@ -16,7 +16,7 @@ import pytest
 from llmint8.kernels.cpu import native
 
 ROOT = Path(__file__).parent.parent
-FLAGS = ["-O1", "-g", "-ffp-contract=off", "-fwrapv", "-fopenmp"]
+FLAGS = ["-O1", "-g", "-ffp-contract=off", "-fwrapv", "-fno-strict-aliasing", "-fopenmp"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 PLUGIN = """
 from llmint8.kernels.cpu import native

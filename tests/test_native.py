@@ -20,7 +20,7 @@ from llmint8.kernels import reference
 from llmint8.kernels.cpu import native
 from llmint8.kernels.linear import prepare
 from llmint8.kernels.operands import Operands
-from llmint8.kernels.reference import Activation, Int8Weight, row_sums
+from llmint8.kernels.reference import Activation, Group, Int8Weight, row_sums
 
 needs_it = pytest.mark.skipif(not native.kinds(), reason=native.why_not() if not native.kinds() else "")
 activations = pytest.mark.parametrize("activation", ["absmax", "zeropoint"])
@@ -123,21 +123,40 @@ def test_a_row_that_is_not_finite_is_nan_and_the_others_are_what_they_were(kind:
         assert torch.equal(found[5:], expected[5:])
 
 
-@pytest.mark.parametrize("m", [1, 6, 33, 64, 65, 130])
-def test_the_result_does_not_depend_on_the_threads(m: int, kind: native.Kind) -> None:
+@pytest.mark.parametrize("group", [None, 128])
+@pytest.mark.parametrize("m", [1, 6, 23, 24, 27, 64, 65, 130])
+def test_the_result_does_not_depend_on_the_threads(m: int, group: Group | None, kind: native.Kind) -> None:
     weight = Int8Weight(
-        torch.randint(-127, 128, (150, 300), dtype=torch.int8),
+        torch.randint(-127, 128, (150, 301), dtype=torch.int8),
         torch.rand(150),
         torch.tensor([3, 150]),
         torch.randn(150, 2).half(),
         torch.randn(150),
+        group=group,
     )
-    layer, x = native.NativeLinear(Operands.prepare(weight)), torch.randn(m, 300, dtype=torch.float16)
+    layer, x = native.NativeLinear(Operands.prepare(weight)), torch.randn(m, 301, dtype=torch.float16)
     one = layer.run(x, True, kind, 1)
     for threads in (2, 3, 7):
         assert torch.equal(layer.run(x, True, kind, threads), one)
     for row in (0, m // 2, m - 1):
         assert torch.equal(layer.run(x, True, kind, 1)[row], one[row])
+
+
+@pytest.mark.parametrize("wrong", [None, 128])
+def test_instructions_that_get_a_sum_wrong_are_found_out(
+    wrong: Group | None, kind: native.Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = native.NativeLinear.run
+
+    def broken(self: native.NativeLinear, x: Tensor, *how: Any) -> Tensor:
+        out = run(self, x, *how)
+        if self._operands.group == wrong and len(x) > 5:
+            out[-1, -1] += 1
+        return out
+
+    assert native._is_exact(kind)
+    monkeypatch.setattr(native.NativeLinear, "run", broken)
+    assert not native._is_exact(kind)
 
 
 @needs_it

@@ -9,6 +9,7 @@ there are, and one that gets it wrong is not used.
 import ctypes
 import functools
 import importlib.machinery
+import itertools
 from pathlib import Path
 from typing import Literal
 
@@ -18,13 +19,13 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..checks import padded_outliers
 from ..operands import Operands
-from ..reference import dynamic_outlier_dims, groups, row_sums
+from ..reference import Group, dynamic_outlier_dims, groups, row_sums
 
 Kind = Literal["AVX2", "AVX-VNNI", "AVX512-VNNI", "AMX", "Arm dotprod"]
 
 # The numbers are those of `layer.c`, the order is that of preference.
 KINDS: dict[Kind, int] = {"AMX": 4, "AVX512-VNNI": 3, "AVX-VNNI": 2, "Arm dotprod": 5, "AVX2": 1}
-_VERSION = 2
+_VERSION = 3
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # Tiles pay from so many rows on; below, they are mostly empty.
 _TILE_ROWS = 4
@@ -82,14 +83,15 @@ def why_not() -> str:
 
 
 def _is_exact(kind: Kind) -> bool:
-    """Tell whether it keeps the largest sums, for each of the ways it has for few rows and many."""
+    """Tell whether it keeps the largest sums, for each of the ways it has for few rows and many, in groups and not."""
     values = torch.full((70, 520), 127, dtype=torch.int8, device="cpu")
     values[::2] = -127
     # Dtypes are named, as the default may be another.
-    ones, sums = torch.ones(70, dtype=torch.float32, device="cpu"), row_sums(values, None)
+    ones = torch.ones(70, dtype=torch.float32, device="cpu")
     none = torch.empty(0, dtype=torch.int32, device="cpu"), torch.empty(70, 0, dtype=torch.float32, device="cpu")
-    layer = NativeLinear(Operands(values, ones, sums, *none, None, None, None))
-    for rows in (1, 5, 70):  # of scale 1, whose sums fit in float32
+    wholes: tuple[Group | None, ...] = (None, 128)  # of which the last has 8 dimensions
+    for group, rows in itertools.product(wholes, (1, 5, 70)):  # of scale 1, whose sums fit in float32
+        layer = NativeLinear(Operands(values, ones, row_sums(values, group), *none, None, None, group))
         x = torch.full((rows, 520), 127.0, dtype=torch.float32, device="cpu")
         x[:, -8:] *= -1
         expected = x.double() @ values.double().t()

@@ -43,10 +43,10 @@ def quantize_weight(weight: Tensor, kind: native.Kind | None = None) -> tuple[Te
 
 
 def row_sums(values: Tensor, group: int | None = None, kind: native.Kind | None = None) -> Tensor:
-    """Add up the rows of int8 [N, K], contiguous on the CPU.
+    """Add up the rows of int8 [N, K] on the CPU.
 
     Args:
-        values: in [-127, 127].
+        values: of any strides.
         group: the sums are of so many columns each, at most 256; the last group may be smaller.
         kind: as above.
 
@@ -54,6 +54,7 @@ def row_sums(values: Tensor, group: int | None = None, kind: native.Kind | None 
         int32 [N, 1], or int16 [N, ceil(K / group)].
 
     """
+    values = values.contiguous()
     n, k = values.shape
     groups, dtype = (1, torch.int32) if group is None else (-(-k // group), torch.int16)
     sums = torch.empty(n, groups, dtype=dtype, device="cpu")

@@ -13,8 +13,8 @@ Of inputs in groups the int32 sums of each group are exact, and float32 from the
 which tiles are narrower. Up to 16 rows have the sums of `epilogue.chains`; in larger calls the zero points are
 subtracted in the end, by a product of their own.
 
-Tiles come from `tiles.py`. For few rows several programs
-divide K, so that the weight streams in through every multiprocessor: the last to be done adds up the sums of all.
+Tiles come from `tiles.py`. For few rows several programs divide K, so that the weight streams in through every
+multiprocessor: the last to be done adds up the sums of all.
 
 Over 250 lines: the kernel, its parts and its launch are one argument, and read together.
 """
@@ -100,7 +100,7 @@ def _sums_of_groups(
     groups = tl.cdiv(K, GROUP)
     exact: tl.constexpr = BLOCK_M == 16 and zero_point_ptr is not None
     for group in range(first, groups, SPLIT_K):
-        # Asked for before the product, which takes longer. Places fit 32 bits where the int8 values fit a GPU.
+        # Asked for before the product, which takes longer. Places fit 32 bits where x and its int8 values fit a GPU.
         scale = tl.load(row_scale_ptr + group * M + row)
         if exact:
             zero_point = tl.load(zero_point_ptr + group * M + row)

@@ -26,7 +26,7 @@ static inline void transpose_from(const void *in, int64_t in_stride, int32_t *ou
     transpose_amx(a, out, out_stride);
 }
 
-// Quantize a group of up to 16 rows; few rows are laid out in tiles.
+// Quantize a batch of up to 16 rows; few rows are laid out in tiles.
 static void quantize_amx(const Weight *w, Rows *rows, int64_t first, int64_t count, char *kept) {
     const int64_t padded = rows->padded_k;
     const int many = rows->m >= MANY_ROWS;

@@ -51,10 +51,11 @@ typedef struct {
 
 // One way to compute it. Whoever calls it has made sure that the processor has the instructions.
 typedef struct {
-    // Rows of x that are quantized at a time; from how many on blocks of the weight are turned over for them, not before;
-    // padded_k is the next multiple of 64 and then a gap; bytes that `multiply` needs for each of padded_k; and whether it
-    // takes the rows' scales of a group beside each other.
-    int64_t batch, many, gap, copied, across;
+    int64_t batch;   // rows of x that are quantized at a time
+    int64_t many;    // from so many rows on, blocks of the weight are turned over for them
+    int64_t gap;     // bytes of padded_k behind the next multiple of 64
+    int64_t copied;  // bytes that `multiply` needs for each of padded_k
+    int64_t across;  // whether the scales of a group lie beside each other, and not those of a row
     void (*quantize)(const Weight *, Rows *, int64_t first, int64_t count, char *scratch);
     void (*panel)(const Weight *, Panel *);
     void (*multiply)(const Weight *, const Rows *, const Panel *, int64_t first, int64_t last, char *scratch);

@@ -180,7 +180,7 @@ static void FN(turn_over)(const Weight *w, const Panel *panel, int64_t k, int64_
 // groups, of which the block is one. No sum of a group exceeds 2**23, so floats hold it, and what its zero point takes off.
 static inline __attribute__((always_inline)) void FN(block)(
     int ms, int scaled, const Rows *rows, int64_t m, int64_t g, const uint8_t *x, const int32_t *strip, int64_t words,
-    const float *row_sum, int32_t *sums) {
+    const float *row_sum, int32_t *sums) {  // g: the number of the block
     ints sum[M_TILE][N_TILE] = {{{0}}};
     for (int64_t i = 0; i < words; i++) {
         ints weight[N_TILE];
@@ -236,13 +236,12 @@ static void FN(multiply_many)(
                 const int64_t ms = last - m < M_TILE ? 1 : M_TILE;
                 const uint8_t *x = rows->values + m * rows->padded_k + k;
                 int32_t *sum = sums + (m - first) * PANEL + j;
-                if (w->groups > 1) {
-                    if (ms > 1) FN(block)(M_TILE, 1, rows, m, g, x, strip, count, row_sum, sum);
-                    else FN(block)(1, 1, rows, m, g, x, strip, count, row_sum, sum);
-                } else {
-                    if (ms > 1) FN(block)(M_TILE, 0, rows, m, g, x, strip, count, NULL, sum);
-                    else FN(block)(1, 0, rows, m, g, x, strip, count, NULL, sum);
-                }
+#define BLOCK_OF(ms, scaled) FN(block)(ms, scaled, rows, m, g, x, strip, count, row_sum, sum)
+                if (w->groups == 1 && ms == 1) BLOCK_OF(1, 0);
+                else if (w->groups == 1) BLOCK_OF(M_TILE, 0);
+                else if (ms == 1) BLOCK_OF(1, 1);
+                else BLOCK_OF(M_TILE, 1);
+#undef BLOCK_OF
                 m += ms;
             }
         }

@@ -29,7 +29,7 @@ typedef struct {
     float (*quantize)(const void *row, int64_t k, int type, int8_t *values);
     void (*sum_groups)(const int8_t *row, int64_t k, int64_t group, int16_t *sums);
     int32_t (*sum)(const int8_t *row, int64_t k);
-} Rows;
+} WeightKernels;
 
 static inline float float_of(uint32_t word) {
     float value;
@@ -66,15 +66,15 @@ BEGIN("avx512f,avx512bw,avx512vl,avx512dq,f16c")
 #include "weight.h"
 END()
 
-static const Rows *const ROWS[KINDS] = {
+static const WeightKernels *const WEIGHT_KERNELS[KINDS] = {
     [AVX2] = &rows_avx2, [AVXVNNI] = &rows_avx2, [AVX512VNNI] = &rows_avx512, [AMX] = &rows_avx512};
 #elif defined(ARM)
 #define FN(name) CAT(name, neon)
 #include "weight.h"
 
-static const Rows *const ROWS[KINDS] = {[DOTPROD] = &rows_neon};
+static const WeightKernels *const WEIGHT_KERNELS[KINDS] = {[DOTPROD] = &rows_neon};
 #else
-static const Rows *const ROWS[KINDS];
+static const WeightKernels *const WEIGHT_KERNELS[KINDS];
 #endif
 
 // Quantize a weight [n, k], contiguous, to values [n, k] and absmax [n].
@@ -84,7 +84,7 @@ void llmint8_quantize_weight(
     const int64_t width = type == FLOAT32 ? 4 : 2;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < n; i++)
-        absmax[i] = ROWS[kind]->quantize((const char *)weight + i * k * width, k, type, values + i * k);
+        absmax[i] = WEIGHT_KERNELS[kind]->quantize((const char *)weight + i * k * width, k, type, values + i * k);
 }
 
 // Add up the rows of values [n, k], contiguous: to int32 sums [n], or where there is a group, at most 256 of k, to int16
@@ -94,7 +94,7 @@ void llmint8_row_sums(
     const int64_t groups = group ? (k + group - 1) / group : 1;
 #pragma omp parallel for num_threads(threads) if (threads > 1)
     for (int64_t i = 0; i < n; i++) {
-        if (group) ROWS[kind]->sum_groups(values + i * k, k, group, (int16_t *)sums + i * groups);
-        else ((int32_t *)sums)[i] = ROWS[kind]->sum(values + i * k, k);
+        if (group) WEIGHT_KERNELS[kind]->sum_groups(values + i * k, k, group, (int16_t *)sums + i * groups);
+        else ((int32_t *)sums)[i] = WEIGHT_KERNELS[kind]->sum(values + i * k, k);
     }
 }

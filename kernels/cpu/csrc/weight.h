@@ -41,7 +41,7 @@ static void FN(round_floats)(const float *x, int64_t k, float step, int8_t *rest
 static float FN(quantize_row)(const void *row, int64_t k, int type, int8_t *restrict values) {
     const float absmax = FN(absmax)(row, k, type), divisor = absmax == 0 ? 1 : absmax;
     const float step = 127 / divisor;
-    if (type == FLOAT32 || divisor < 0x1p-119f) {  // below that the step overflows
+    if (type == FLOAT32 || divisor < 0x1p-119f) {  // far below that the step overflows; of 16 bits only bfloat16 has it
         const double wide = 127 / (double)divisor;
         const float *x = row;
         const uint16_t *narrow = row;
@@ -89,6 +89,6 @@ static int32_t FN(sum_row)(const int8_t *row, int64_t k) {
     return sum + FN(sum)(row + i, k - i);
 }
 
-static const Rows FN(rows) = {FN(quantize_row), FN(sum_groups), FN(sum_row)};
+static const WeightKernels FN(rows) = {FN(quantize_row), FN(sum_groups), FN(sum_row)};
 
 #undef FN
