@@ -113,6 +113,8 @@ def test_strides_do_not_matter(
     base = torch.randn(70, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
     weight = {"transposed": base.t(), "columns": base[:, 3::2], "rows": base[::3], "expanded": base[:1].expand(50, 40)}
     assert_like_the_reference(weight[view], kind)
+    values = (20 * weight[view]).to(torch.int8)
+    assert torch.equal(weights.row_sums(values, None, kind), values.sum(1, keepdim=True, dtype=torch.int32))
 
 
 @dtypes
