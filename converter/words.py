@@ -40,6 +40,11 @@ def activations(kind: str, group: int | None) -> str:
     return kind if group is None else f"{kind} in groups of {group}"
 
 
+def written(name: str) -> str:
+    """Return a file's name as it can be written down: what is not UTF-8 becomes `?`."""
+    return name.encode(errors="replace").decode()
+
+
 def first_line(error: Exception) -> str:
     """Return an error's type and what it says, in one line of bounded length."""
     text = str(error).strip()

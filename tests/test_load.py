@@ -527,6 +527,16 @@ def test_peak_memory_while_loading(plain: Path, tmp_path: Path) -> None:
         assert found["float16"][1] <= 0.2 * size, found
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows removes no file that is open")
+def test_a_loaded_model_runs_on_when_its_directory_is_gone(checkpoint: Path, tmp_path: Path) -> None:
+    expected = logits(runtime.load(checkpoint))
+    moved = tmp_path / "out"
+    shutil.copytree(checkpoint, moved)
+    model = runtime.load(moved)
+    shutil.rmtree(moved)
+    assert torch.equal(logits(model), expected)
+
+
 def test_packed_layers_are_saved_as_they_were(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -1,5 +1,6 @@
 """`--calibration DIR`: images and sounds go through the source's processor and are shown to the model."""
 
+import importlib.util
 import json
 import math
 import sys
@@ -240,6 +241,21 @@ def no_sound(path: Path) -> None:
     (path / "a.wav").write_bytes(b"RIFF")
 
 
+def a_link_to_nothing(path: Path) -> None:
+    path.mkdir()
+    (path / "a.png").symlink_to("nowhere.png")
+
+
+def sixteen_bits(path: Path) -> None:
+    path.mkdir()
+    Image.fromarray(np.full((20, 20), 40_000, dtype=np.uint16)).save(path / "a.png")
+
+
+def postscript(path: Path) -> None:
+    path.mkdir()
+    Image.fromarray(np.zeros((20, 20, 3), dtype=np.uint8)).save(path / "a.png", format="EPS")
+
+
 def an_mp3(path: Path) -> None:
     path.mkdir()
     (path / "a.mp3").touch()
@@ -259,7 +275,10 @@ def a_text(path: Path) -> None:
     [
         (vit, empty, "given: is empty; name a directory of images or sounds with --calibration"),
         (vit, a_note, "given/labels.csv: is neither an image (.bmp, "),
-        (vit, a_folder, "given/more.png: is neither an image"),
+        (vit, a_folder, "given/more.png: is not a file"),
+        (vit, a_link_to_nothing, "given/a.png: is not a file"),
+        (vit, sixteen_bits, "given/a.png: has more than 8 bits for a color; save it with 8"),
+        (vit, postscript, "given/a.png: is no image that Pillow can read: UnidentifiedImageError"),
         (vit, no_picture, "given/a.png: is no image that Pillow can read: UnidentifiedImageError"),
         (vit, sounds, "given/0.wav: a vit model does not take sounds; name a directory of images"),
         (whisper, images, "given/00.png: a whisper model does not take images; name a directory of sounds"),
@@ -281,19 +300,68 @@ def test_what_cannot_be_shown_is_refused_before_anything_is_written(
 
 
 def hide(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    real = importlib.util.find_spec
+
     def find_spec(name: str) -> object | None:
-        return None if name == package else SimpleNamespace()
+        return None if name == package else real(name)
 
     monkeypatch.setattr(processor.importlib.util, "find_spec", find_spec)
 
 
-def refused(source: Path, tmp_path: Path, words: str) -> None:
-    arguments = [str(source), str(tmp_path / "out"), "--calibration", str(tmp_path / "given")]
+def refused(source: Path, tmp_path: Path, words: str, *options: str) -> None:
+    arguments = [str(source), str(tmp_path / "out"), "--calibration", str(tmp_path / "given"), *options]
     result = CliRunner().invoke(convert_command, arguments)
     assert result.exit_code != 0
     assert words in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"size": {"height": 20_000, "width": 20_000}}, "preprocessor_config.json: size is 20000, at most 4096 are"),
+        ({"crop_size": 5000}, "preprocessor_config.json: crop_size is 5000"),
+        ({"image_processor": {"size": {"shortest_edge": 9999}}}, "preprocessor_config.json: size is 9999"),
+        (
+            {"auto_map": {"AutoImageProcessor": "evil/repo--code.Own"}},
+            "auto_map['AutoImageProcessor'] is 'evil/repo--c",
+        ),
+        ([1], "preprocessor_config.json: holds a list, expected a JSON object"),
+    ],
+    ids=["size", "crop_size", "nested", "code elsewhere", "no object"],
+)
+def test_a_hostile_processor_is_refused_before_its_code_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, words: str
+) -> None:
+    source = vit(tmp_path / "source")
+    file = source / "preprocessor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change if isinstance(change, dict) else change))
+    images(tmp_path / "given")
+    monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", None)
+    refused(source, tmp_path, words, "--trust-remote-code")
+
+
+def test_a_bound_of_pixels_is_no_size() -> None:
+    config = {"size": {"shortest_edge": 3136, "longest_edge": 12_845_056}}
+    processor._check_processor(Path("preprocessor_config.json"), config, False)
+
+
+def test_a_photo_is_decoded_no_larger_than_processors_want_it(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((30, 3000, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    assert processor._image(tmp_path / "a.png", "RGB").size == (1024, 10)
+
+
+def test_a_directory_whose_name_is_no_utf8_is_recorded(tmp_path: Path) -> None:
+    source, given = vit(tmp_path / "source"), tmp_path / "ph\udcffotos"
+    try:
+        images(given)
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    converter.convert(source, tmp_path / "out", calibration=given)
+    calibration = formats.open_checkpoint(tmp_path / "out").quantization.calibration
+    assert calibration is not None
+    assert "ph?otos" in str(calibration)
 
 
 def test_a_source_without_a_processor_is_refused(tmp_path: Path) -> None:
@@ -406,6 +474,7 @@ def test_what_is_not_pcm_is_read_by_soundfile(tmp_path: Path, monkeypatch: pytes
 def test_of_more_files_than_fit_some_of_all_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, photos = vit(tmp_path / "source"), images(tmp_path / "photos", 7)
     rows = samples.rows_of_one(transformers.AutoConfig.from_pretrained(source))
+    assert rows == 5  # a patch of 8 of 16 pixels four times, and the class token
     monkeypatch.setattr(samples, "_MOST_ROWS", 3 * rows)
     plan = converter.make_plan(converter.Resolved(source), tmp_path / "out", converter.Options(calibration=str(photos)))
     assert plan.samples is not None

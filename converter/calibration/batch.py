@@ -7,6 +7,7 @@ from typing import Any
 
 from ..model.inputs import takes_text
 from ..planning.plan import ConversionPlan
+from ..words import written
 from .processor import load_samples
 from .text import Calibration, load_calibration, without_text
 
@@ -46,16 +47,17 @@ def record(
         return None, ["nothing could be measured: without calibration no outlier columns are stored"]
     tokens = max(shown.values())
     recorded = {**(batch if tokens else without_text()).provenance, "tokens": tokens}
-    notices = [*batch.notices] if tokens or plan.samples else _unused(plan)
+    notices = [*batch.notices] if tokens else [] if plan.samples else _unused(plan)
     others, given = [what for what in shown if what != "text"], {one.what for one in batch.given.values()}
-    notices += [f"{what}: no layer was reached with them" for what in sorted(given - shown.keys())]
+    reached = sorted(given & shown.keys())
+    notices += [f"{what}: no layer was reached" for what in sorted(given - shown.keys())]
     if others:
         recorded |= {"text": recorded["text"] or " and ".join(others), "inputs": list(shown)}
-    if plan.samples and given & shown.keys():
+    if plan.samples and reached:
         recorded |= {"files": len(plan.samples.all_files), "files_sha256": plan.samples.sha256}
     if made_up := " and ".join(what for what in others if what not in given):
         told = "what text does not reach was calibrated" if "text" in shown else "calibrated"
-        told = f"what {' and '.join(sorted(given & shown.keys()))} do not reach was calibrated" if given else told
+        told = f"beyond {' and '.join(reached)}, layers were calibrated" if reached else told
         notices.append(f"{told} with {made_up}, which is worse than what the model is made for")
     return {**recorded, "layers": layers}, notices
 
@@ -65,5 +67,7 @@ def _unused(plan: ConversionPlan) -> list[str]:
     calibration = plan.options.calibration
     if calibration is None:
         return []
-    what = "no text" if plan.samples is None else "nothing"
-    return [f"{what} was shown to the model: {Path(calibration).name} was not used"]
+    what, name = (
+        ("no text", written(Path(calibration).name)) if plan.samples is None else ("nothing", plan.samples.name)
+    )
+    return [f"{what} was shown to the model: {name} was not used"]

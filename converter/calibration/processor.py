@@ -16,16 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmint8.formats import SourceError
+from llmint8.formats import SourceError, read_json
 
 from ..model.build import quiet_transformers
-from ..model.config import is_trusted
-from ..model.inputs import Given, senses
+from ..model.config import is_trusted, own_code
+from ..model.inputs import LARGEST_EDGE, Given, senses
 from ..model.made_up import image_channels
 from ..planning.samples import Samples
 from ..words import count, first_line
 
 _PROCESSOR_NAMES = ("preprocessor_config.json", "processor_config.json")
+# What a processor's config has numbers of that decide how large a tensor becomes, and the largest of them.
+_SIZES = ("chunk_length", "crop_size", "feature_size", "nb_max_frames", "pad_size", "size")
+_LARGEST = 4096
+# Pillow goes by what is in a file, and would run Ghostscript for some.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 _INSTALL = re.compile(r"pip install [\w\[\]-]+")
 _MISSING = re.compile(r"Missing optional dependencies: ([\w-]+)")
 _USUAL_RATE = 16_000
@@ -59,7 +64,7 @@ def load_samples(source: Path, config: Any, samples: Samples) -> dict[str, Given
         name = next((name for name in names if name in inputs), None)
         if name is None:
             raise SourceError(
-                f"{source}: its processor of {kind}s makes {', '.join(inputs)}, where the model takes "
+                f"{source}: its processor of {kind}s makes {', '.join(inputs) or 'no tensors'}, where the model takes "
                 f"{' or '.join(names)}"
             )
         found[name] = Given(f"{count(len(files), kind)} of {samples.name}", len(files), inputs)
@@ -75,12 +80,35 @@ def _processor(source: Path, kind: str, trusted: bool) -> Any:
             f"{source}: no {what} ({' or '.join(_PROCESSOR_NAMES)}) beside the weights; put that of the model there, "
             "or leave --calibration out"
         )
+    for name in _PROCESSOR_NAMES:
+        if (source / name).exists():
+            _check_processor(source / name, read_json(source / name), trusted)
     auto = AutoImageProcessor if kind == "image" else AutoFeatureExtractor
     try:
         with quiet_transformers(logging.ERROR):
             return auto.from_pretrained(source, local_files_only=True, trust_remote_code=trusted)
     except Exception as error:  # whatever it likes when a file or a library is missing
         raise SourceError(f"{source}: its {what} cannot be loaded ({_reason(error)})") from None
+
+
+def _check_processor(file: Path, config: dict[str, Any], trusted: bool) -> None:
+    """Look at a processor's config before its code does, and at those inside of it.
+
+    Raises:
+        SourceError: it names code that does not lie beside it, or a size that would fill the memory.
+
+    """
+    if trusted:
+        own_code(config, file)
+    for key, value in config.items():
+        # What lies below a bound needs no other: some have a number of pixels there.
+        inside = {k: v for k, v in value.items() if k != "longest_edge"} if isinstance(value, dict) else {}
+        numbers = inside.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+        large = [one for one in numbers if isinstance(one, (int, float)) and one > _LARGEST]
+        if key in _SIZES and large:
+            raise SourceError(f"{file}: {key} is {large[0]}, at most {_LARGEST} are allowed")
+        if isinstance(value, dict) and key.endswith(("processor", "extractor")):
+            _check_processor(file, value, trusted)
 
 
 def _processed(source: Path, processor: Any, values: list[Any], options: dict[str, Any]) -> dict[str, Tensor]:
@@ -116,10 +144,16 @@ def _image(file: Path, mode: str) -> Any:
     from PIL import Image
 
     try:
-        with Image.open(file) as image:
-            return image.convert(mode)
+        with Image.open(file, formats=_FORMATS) as image:
+            deep = image.mode.startswith(("I", "F"))
+            image.draft(mode, (LARGEST_EDGE, LARGEST_EDGE))
+            image.thumbnail((LARGEST_EDGE, LARGEST_EDGE))
+            found = image.convert(mode)
     except Exception as error:  # its readers of formats raise whatever they like
         raise SourceError(f"{file}: is no image that Pillow can read: {first_line(error)}") from None
+    if deep:
+        raise SourceError(f"{file}: has more than 8 bits for a color; save it with 8")
+    return found
 
 
 def _sound(file: Path, rate: int, seconds: int) -> Tensor:
@@ -147,9 +181,9 @@ def _samples(file: Path, seconds: int) -> tuple[Tensor, int]:
             why = f"not {_PCM}: {first_line(error)}"
     if importlib.util.find_spec("soundfile") is None:
         raise SourceError(f"{file}: reading it needs the package soundfile ({why}): pip install soundfile")
-    import soundfile
-
     try:
+        import soundfile
+
         with soundfile.SoundFile(file) as sound:
             values = sound.read(seconds * sound.samplerate, dtype="float64", always_2d=True)
             return torch.from_numpy(values), sound.samplerate

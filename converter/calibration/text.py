@@ -22,6 +22,7 @@ from ..model.config import is_trusted
 from ..model.inputs import Given, special_ids, takes_text
 from ..model.limits import longest_text
 from ..model.tokenizer import load_tokenizer
+from ..words import written
 
 _RANDOM_SEED = 0
 # Of models that hash code points instead of having a vocabulary.
@@ -61,7 +62,7 @@ def load_calibration(source: Path, config: Any, text: Path | None, count: int) -
     """
     if count < 1:
         raise ValueError(f"calibration tokens {count}, expected at least 1")
-    name, content = ("packaged", _packaged_text()) if text is None else (text.name, read_text(text))
+    name, content = ("packaged", _packaged_text()) if text is None else (written(text.name), read_text(text))
     if not takes_text(config):
         raise SourceError(f"{source}: a {config.model_type} model does not take text")
     vocabulary = getattr(config.get_text_config(), "vocab_size", _CODE_POINTS)
@@ -71,7 +72,7 @@ def load_calibration(source: Path, config: Any, text: Path | None, count: int) -
         ids, name, content = _random_ids(config, vocabulary, count), "random ids", ""
         notices.append(f"{why}: calibrated with random token ids, which is worse")
         if text is not None:
-            notices[0] += f"; {text.name} was not used"
+            notices[0] += f"; {written(text.name)} was not used"
     else:
         ids = tokenizer(content, verbose=False)["input_ids"][:count]
         notices += _unknown_notice(ids, tokenizer, name)

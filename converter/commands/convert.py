@@ -28,7 +28,8 @@ from .terminal import printable
     "--calibration",
     metavar="PATH",
     type=click.Path(exists=True, path_type=Path),
-    help="Text to calibrate with: .txt, or .jsonl with a text field; or a directory of images or sounds.",
+    help="Text to calibrate with: .txt, or .jsonl with a text field; or a directory of images or sounds. "
+    "A text in the package otherwise.",
 )
 @click.option(
     "--calibration-tokens",

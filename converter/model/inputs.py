@@ -18,6 +18,8 @@ from .made_up import FRAMES, audio_of, make, number, vision_of
 # What models call their arguments for what is not text.
 _IMAGES, _SOUNDS = ("pixel_values", "flattened_patches"), ("input_features", "input_values")
 _SENSES = (*_IMAGES, *_SOUNDS)
+# A photo's longer edge is no longer than that when it is decoded: no processor makes it larger, and all are held.
+LARGEST_EDGE = 1024
 _FRAMES_OF_SAMPLES = 500  # that models make of the samples of ten seconds
 
 
@@ -61,15 +63,15 @@ def senses(config: Any) -> dict[str, list[str]]:
 
 def rows_of_one(config: Any) -> int:
     """Return about how many rows of activations an image or a sound gives a layer; 0 where the model takes neither."""
-    names = [name for found in senses(config).values() for name in found]
-    if not names:
-        return 0
-    edge, patch = (
-        number(vision_of(config), 0, "image_size"),
-        number(vision_of(config), 16, "patch_size", "spatial_patch_size"),
-    )
-    frames = _FRAMES_OF_SAMPLES if "input_values" in names else FRAMES
-    return max((edge // patch) ** 2 + 1, number(audio_of(config), frames, "max_source_positions"))
+    taken, rows = senses(config), 0
+    if "image" in taken:
+        # Of models that say no size, which take images as they are.
+        edge = number(vision_of(config), LARGEST_EDGE, "image_size")
+        rows = (edge // number(vision_of(config), 16, "patch_size", "spatial_patch_size")) ** 2 + 1
+    if "sound" in taken:
+        frames = _FRAMES_OF_SAMPLES if "input_values" in taken["sound"] else FRAMES
+        rows = max(rows, number(audio_of(config), frames, "max_source_positions"))
+    return rows
 
 
 def special_ids(config: Any) -> set[int]:

@@ -1,6 +1,8 @@
 """The images and sounds of a directory, which a conversion shows to a model in place of made-up ones."""
 
+import functools
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from typing import Any
 from llmint8.formats import SourceError
 
 from ..model.inputs import rows_of_one, senses, takes_text
-from ..words import count
+from ..words import count, written
 
 _SUFFIXES = {
     "image": (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"),
@@ -16,6 +18,7 @@ _SUFFIXES = {
 }
 # Rows of activations that all of a kind may give a layer together: the pass holds them in float32.
 _MOST_ROWS = 8192
+_LEFT_OUT = "leave --calibration out"
 
 
 @dataclass(frozen=True)
@@ -29,18 +32,21 @@ class Samples:
 
     @property
     def name(self) -> str:
-        """The directory's own name, without where it lies."""
-        return self.directory.resolve().name
+        """The directory's own name, without where it lies, or what a link to it leads to."""
+        return written(Path(os.path.abspath(self.directory)).name)
 
     @property
     def all_files(self) -> list[Path]:
         """The files of all kinds."""
         return [file for files in self.files.values() for file in files]
 
-    @property
+    @functools.cached_property
     def sha256(self) -> str:
-        """The SHA-256 of the SHA-256, in hexadecimal, of the content of each file."""
-        digests = [hashlib.sha256(file.read_bytes()).hexdigest() for file in self.all_files]
+        """The SHA-256 of the SHA-256, in hexadecimal, of the content of each file, read once."""
+        digests = []
+        for path in self.all_files:
+            with path.open("rb") as file:
+                digests.append(hashlib.file_digest(file, "sha256").hexdigest())
         return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
@@ -63,11 +69,9 @@ def choose_samples(calibration: str | Path | None, config: Any | None) -> Sample
     calibration, taken = Path(calibration), senses(config) if config is not None else {}
     if not calibration.is_dir():
         if config is not None and not takes_text(config):
-            kinds = " or ".join(f"{kind}s" for kind in taken) or "what it takes"
-            raise SourceError(
-                f"{calibration}: a {config.model_type} model does not take text; name a directory of {kinds} with "
-                "--calibration, or leave it out"
-            )
+            kinds = " or ".join(f"{kind}s" for kind in taken)
+            instead = f"name a directory of {kinds} with --calibration, or leave it out" if kinds else _LEFT_OUT
+            raise SourceError(f"{calibration}: a {config.model_type} model does not take text; {instead}")
         return None
     found = _files(calibration)
     if config is None:
@@ -75,15 +79,15 @@ def choose_samples(calibration: str | Path | None, config: Any | None) -> Sample
     for kind, files in found.items():
         if kind not in taken:
             instead = " and ".join(f"{kind}s" for kind in taken)
-            raise SourceError(
-                f"{files[0]}: a {config.model_type} model does not take {kind}s; "
-                + (f"name a directory of {instead}" if instead else "name a text")
+            instead = (
+                f"name a directory of {instead}" if instead else "name a text" if takes_text(config) else _LEFT_OUT
             )
+            raise SourceError(f"{files[0]}: a {config.model_type} model does not take {kind}s; {instead}")
     rows = rows_of_one(config)
     chosen = {kind: _evenly(files, max(2, _MOST_ROWS // rows)) for kind, files in found.items()}
     notices = [
-        f"{len(chosen[kind])} of the {count(len(files), kind)} in {calibration} are shown to the model: of more, "
-        "activations would fill the memory"
+        f"{len(chosen[kind])} of the {count(len(files), kind)} in {calibration} are shown to the model: they give each "
+        f"layer about {_MOST_ROWS} rows of activations, and no more are held"
         for kind, files in found.items()
         if len(chosen[kind]) < len(files)
     ]
@@ -99,7 +103,9 @@ def _files(directory: Path) -> dict[str, list[Path]]:
         raise SourceError(f"{directory}: cannot be read: {error.strerror}") from None
     for file in files:
         kind = next((kind for kind, suffixes in _SUFFIXES.items() if file.suffix.lower() in suffixes), None)
-        if kind is None or not file.is_file():
+        if kind is not None and not file.is_file():
+            raise SourceError(f"{file}: is not a file; name a directory of files alone with --calibration")
+        if kind is None:
             raise SourceError(
                 f"{file}: is neither an image ({_said('image')}) nor a sound ({_said('sound')}); name a directory of "
                 "those alone with --calibration"

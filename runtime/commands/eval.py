@@ -26,7 +26,11 @@ from llmint8.converter.words import count
 )
 @click.option("--tokens", type=click.IntRange(2), default=8192, show_default=True, help="How much of the text to use.")
 @click.option("--window", type=click.IntRange(2), default=512, show_default=True, help="Tokens in a forward pass.")
-@click.option("--methods", is_flag=True, help="Compare with the methods of the LLM.int8() paper, simulated.")
+@click.option(
+    "--methods",
+    is_flag=True,
+    help="Compare with the methods of the LLM.int8() paper, simulated, and with OUT run in other ways.",
+)
 @click.option("--device", default="cpu", show_default=True, help="Where both models run, such as cuda.")
 @click.option(
     "--no-save", is_flag=True, help="Do not leave the result in OUT, where `llmint8 push` finds it for the card."

@@ -1,7 +1,7 @@
 """Count the rows of inputs that are larger than those of the calibration: a sign that it no longer fits.
 
 The conversion chose the outlier columns from a text, and wrote down how large the other inputs of each layer were in
-it. The largest input of a row, outliers left out, sets the step in which the row is quantized: larger ones make it
+it. The largest input of a group, outliers left out, sets the step in which the group is quantized: larger ones make it
 coarser, as if an outlier column were missing. docs/accuracy.md tells which numbers are to be expected.
 
 A layer counts where it runs, in buffers of its own, without a word to the host; they move with the model and are not in
