@@ -34,7 +34,7 @@ def run(arguments: list[str], cache: Path) -> Any:
 
 
 def test_one_of_every_kind_that_ships_compiles_without_a_spill_and_into_int8_instructions(tmp_path: Path) -> None:
-    """Every other one with inputs in groups; `soak/test_kernels.py` compiles all of them, with groups and without."""
+    """Every other one with inputs in groups; `test_kernels.py` compiles all of them, with groups and without."""
     kinds: dict[Any, tuple[str, Any]] = {}
     for entry in shipped_table():
         tile = entry.tile
@@ -73,7 +73,7 @@ def test_a_bad_tile_is_found_out(tmp_path: Path) -> None:
 def test_layers_of_other_kinds_compile(tmp_path: Path) -> None:
     """The interpreter does not look at what no call reaches, and the compiler does: a layer without outliers, say.
 
-    `soak/test_kernels.py` has more of them.
+    `test_kernels.py` has more of them.
     """
     code = (
         f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
