@@ -11,7 +11,7 @@ from . import reference
 from .checks import FLOATS, check_input, check_weight
 from .cpu import native, product
 from .cpu.linear import CpuWeight
-from .operators import GpuWeight, NativeWeight, has_triton
+from .operators import GpuWeight, NativeWeight, OperatorWeight, has_triton
 from .prepared import PreparedWeight, ReferenceWeight
 from .reference import Activation, Int8Weight
 
@@ -29,20 +29,22 @@ def prepare(weight: Int8Weight, may_pack: bool = True) -> PreparedWeight:
 
     """
     check_weight(weight)
-    if weight.values.device.type == "cpu":
-        if native.kinds():
-            return NativeWeight.prepare(weight)
-        return CpuWeight.prepare(weight, may_pack)
-    if weight.values.device.type == "cuda" and has_triton():
-        return GpuWeight.prepare(weight)
-    return ReferenceWeight.prepare(weight)
+    device = weight.values.device
+    if kernels := _kernels(device):
+        return kernels.prepare(weight)
+    return CpuWeight.prepare(weight, may_pack) if device.type == "cpu" else ReferenceWeight.prepare(weight)
 
 
 def has_groups(device: torch.device) -> bool:
     """Tell whether a weight there has a product for inputs in groups; they cost many times the product elsewhere."""
+    return _kernels(device) is not None
+
+
+def _kernels(device: torch.device) -> type[OperatorWeight] | None:
+    """Return the weights of the kernels for a device, or None where there are none."""
     if device.type == "cpu":
-        return bool(native.kinds())
-    return device.type == "cuda" and has_triton()
+        return NativeWeight if native.kinds() else None
+    return GpuWeight if device.type == "cuda" and has_triton() else None
 
 
 def is_laid_out_anew(weight: Int8Weight) -> bool:
