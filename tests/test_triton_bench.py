@@ -228,8 +228,8 @@ def test_the_layers_of_a_checkpoint_are_counted(tmp_path: Path) -> None:
     )
     transformers.LlamaForCausalLM(config).half().save_pretrained(tmp_path / "source")
     converter.convert(tmp_path / "source", tmp_path / "out", outliers="none")
-    assert bench.recorded_group(str(tmp_path / "out")) == bench.recorded_group(None) == 128
-    found = bench.checkpoint_shapes(str(tmp_path / "out"))
+    found, group = bench.layers_of(str(tmp_path / "out"))
+    assert group == bench.layers_of(None)[1] == 128
     assert found == [(32, 32, 0, 8), (32, 48, 0, 2), (48, 32, 0, 4)]
 
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -47,14 +47,13 @@ def bench_command(checkpoint: str | None, tune: bool, quiet: bool) -> None:
     if not torch.cuda.is_available():
         raise ValueError("no GPU here: `llmint8 bench` times the GPU kernels, and PyTorch finds no CUDA device")
     device = torch.device("cuda", torch.cuda.current_device())
-    shapes = COMMON if checkpoint is None else checkpoint_shapes(checkpoint)
+    shapes, group = layers_of(checkpoint)
     if tune:
         _tune(shapes, device, quiet)
     echo_result(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, times in microseconds")
     echo_result(
         f"{'out':>7}{'in':>7}{'layers':>8}{'16-bit columns':>16}{'M':>7}{'int8':>10}{'float16':>10}{'ratio':>8}"
     )
-    group = recorded_group(checkpoint)
     for shape in shapes:
         for m in MEASURED_M:
             int8, float16 = layer_times(shape, m, device, group)
@@ -64,29 +63,28 @@ def bench_command(checkpoint: str | None, tune: bool, quiet: bool) -> None:
             )
 
 
-def checkpoint_shapes(checkpoint: str) -> list[Shape]:
-    """Return the sizes of a checkpoint's int8 layers, each with its layers' mean number of outlier columns."""
-    from llmint8.converter.hub.resolve import resolve
-    from llmint8.formats import open_checkpoint
+def layers_of(checkpoint: str | None) -> tuple[list[Shape], "ActivationGroup"]:
+    """Return the sizes of a checkpoint's int8 layers, each with its layers' mean number of outlier columns.
 
-    records = open_checkpoint(resolve(checkpoint, None, "int8").path).records.values()
-    layers = Counter((record.out_features, record.in_features) for record in records)
-    columns: Counter[tuple[int, int]] = Counter()
-    for record in records:
-        columns[record.out_features, record.in_features] += record.outlier_count or 0
-    return [Shape(n, k, round(columns[n, k] / count), count) for (n, k), count in sorted(layers.items())]
-
-
-def recorded_group(checkpoint: str | None) -> "ActivationGroup":
-    """Return how many dimensions of an input share a scale in a checkpoint, or in those that the converter writes."""
+    And how many dimensions of an input share a scale there. Of no checkpoint: common layers, and what the converter
+    records.
+    """
     from llmint8.converter.calibration.calibrator import ACTIVATION_GROUP
     from llmint8.converter.hub.resolve import resolve
     from llmint8.formats import open_checkpoint
 
+    from ..model.arguments import recorded_group
+
     if checkpoint is None:
-        return ACTIVATION_GROUP
-    recorded = open_checkpoint(resolve(checkpoint, None, "int8").path).quantization.activation_group
-    return cast("ActivationGroup", recorded or "row")
+        return COMMON, ACTIVATION_GROUP
+    opened = open_checkpoint(resolve(checkpoint, None, "int8").path)
+    records = opened.records.values()
+    layers = Counter((record.out_features, record.in_features) for record in records)
+    columns: Counter[tuple[int, int]] = Counter()
+    for record in records:
+        columns[record.out_features, record.in_features] += record.outlier_count or 0
+    shapes = [Shape(n, k, round(columns[n, k] / count), count) for (n, k), count in sorted(layers.items())]
+    return shapes, recorded_group(opened.quantization)
 
 
 def _tune(shapes: Sequence[Shape], device: Any, quiet: bool) -> None:

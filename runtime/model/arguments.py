@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 
@@ -17,6 +17,11 @@ ACTIVATION_GROUPS: tuple[ActivationGroup, ...] = (*get_args(Group), "row")
 def kernels_group(activation_group: ActivationGroup) -> Group | None:
     """Return the group as the kernels have it: None is the whole row."""
     return None if activation_group == "row" else activation_group
+
+
+def recorded_group(quantization: Quantization) -> ActivationGroup:
+    """Return the group that a checkpoint records; the whole row where it records none."""
+    return cast("ActivationGroup", quantization.activation_group or "row")
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

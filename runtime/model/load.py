@@ -8,7 +8,7 @@ which must stay as they are meanwhile; but for int8 values that are laid out ane
 import logging
 from collections import Counter
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -42,6 +42,7 @@ from .arguments import (
     check_choice,
     kernels_group,
     outlier_mode,
+    recorded_group,
     settled_dtype,
 )
 from .calibration import Calibration, read_calibration
@@ -125,7 +126,7 @@ def load(
         "outliers": mode,
         "threshold": threshold,
         "activation": activation or checkpoint.quantization.activation,
-        "activation_group": activation_group or _recorded_group(checkpoint, device, device_map),
+        "activation_group": activation_group or _group_to_run(checkpoint, device, device_map),
         "searched": searched,
         "manifest": manifest,
     }
@@ -150,9 +151,9 @@ def load(
     return model
 
 
-def _recorded_group(checkpoint: Checkpoint, device: torch.device | str | None, device_map: Any) -> ActivationGroup:
-    """Return the group that a checkpoint records, where it can be run at speed."""
-    group = cast("ActivationGroup", checkpoint.quantization.activation_group or "row")
+def _group_to_run(checkpoint: Checkpoint, device: torch.device | str | None, device_map: Any) -> ActivationGroup:
+    """Return the group that a checkpoint records, where it runs at speed; else the whole row."""
+    group = recorded_group(checkpoint.quantization)
     target = torch.device(device or "cpu")
     if group == "row" or device_map is not None or has_groups(target):
         return group
