@@ -50,6 +50,26 @@ def _tile_of(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_
 
 
 @triton.jit
+def _load_blocks(
+    x_pointers, w_pointers, present, k, left, BLOCK_M: tl.constexpr, WHOLE_K: tl.constexpr
+):  # fmt: skip
+    """Load a step of K of x and of w, [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K], of which `left` dimensions are left.
+
+    The empty places of a small block are not read: for few rows that would be most of the traffic.
+    """
+    if not WHOLE_K:
+        x_block = tl.load(x_pointers, mask=present & (k[None, :] < left), other=0)
+        w_block = tl.load(w_pointers, mask=k[None, :] < left, other=0)
+    elif BLOCK_M < 64:
+        x_block = tl.load(x_pointers, mask=present, other=0)
+        w_block = tl.load(w_pointers)
+    else:
+        x_block = tl.load(x_pointers)
+        w_block = tl.load(w_pointers)
+    return x_block, w_block
+
+
+@triton.jit
 def _int8_sums(
     x, w, first_m, first_n, first_k, end_k, M, row, column, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE_K: tl.constexpr, TMA: tl.constexpr,
@@ -66,18 +86,9 @@ def _int8_sums(
         k = tl.arange(0, BLOCK_K)
         x_pointers = x + row.to(tl.int64)[:, None] * K + first_k + k[None, :]
         w_pointers = w + column.to(tl.int64)[:, None] * K + first_k + k[None, :]
-        # The empty places of a small block are not read: for few rows that would be most of the traffic.
         present = (first_m + tl.arange(0, BLOCK_M))[:, None] < M
         for start in range(first_k, end_k, BLOCK_K):
-            if not WHOLE_K:
-                x_block = tl.load(x_pointers, mask=present & (k[None, :] < K - start), other=0)
-                w_block = tl.load(w_pointers, mask=k[None, :] < K - start, other=0)
-            elif BLOCK_M < 64:
-                x_block = tl.load(x_pointers, mask=present, other=0)
-                w_block = tl.load(w_pointers)
-            else:
-                x_block = tl.load(x_pointers)
-                w_block = tl.load(w_pointers)
+            x_block, w_block = _load_blocks(x_pointers, w_pointers, present, k, K - start, BLOCK_M, WHOLE_K)
             sums = tl.dot(x_block, tl.trans(w_block), sums, out_dtype=tl.int32)
             x_pointers += BLOCK_K
             w_pointers += BLOCK_K
@@ -115,15 +126,7 @@ def _sums_of_groups(
             else:
                 x_pointers = x + row.to(tl.int64)[:, None] * K + start + k[None, :]
                 w_pointers = w + column.to(tl.int64)[:, None] * K + start + k[None, :]
-                if not WHOLE_K:
-                    x_block = tl.load(x_pointers, mask=present & (k[None, :] < K - start), other=0)
-                    w_block = tl.load(w_pointers, mask=k[None, :] < K - start, other=0)
-                elif BLOCK_M < 64:
-                    x_block = tl.load(x_pointers, mask=present, other=0)
-                    w_block = tl.load(w_pointers)
-                else:
-                    x_block = tl.load(x_pointers)
-                    w_block = tl.load(w_pointers)
+                x_block, w_block = _load_blocks(x_pointers, w_pointers, present, k, K - start, BLOCK_M, WHOLE_K)
             sums = tl.dot(x_block, tl.trans(w_block), sums, out_dtype=tl.int32)
         # Sums of up to 256 dimensions are below 2**22, and 2**23 without the zero point: nothing is rounded before
         # the scale, and the bits of 1.5 * 2**23 plus such an integer are those of their sum.
