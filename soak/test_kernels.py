@@ -1,15 +1,30 @@
-"""Every tile that ships, and layers of every kind, compiled for their GPUs without one."""
+"""Every tile that ships, and layers of every kind, compiled for their GPUs without one.
+
+Another process compiles, because this one interprets Triton.
+"""
 
 import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from llmint8.kernels.gpu.tiles import shipped_table
+import pytest
+
+from llmint8.kernels.gpu.tiles import MatmulTile, shipped_table
+
+pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "kernel_resources.py"
+
+
+BAD = {
+    "spills registers": ("sm_90", MatmulTile(128, 256, 128, 8, 4, 3)),
+    "no IGMMA": ("sm_90", MatmulTile(64, 64, 128, 8, 2, 3)),
+    "more than 166912 bytes of shared memory": ("sm_80", MatmulTile(128, 128, 128, 8, 8, 7)),
+}
 
 
 def run(arguments: list[str], cache: Path) -> Any:
@@ -60,3 +75,77 @@ def test_layers_of_every_kind_compile(tmp_path: Path) -> None:
         "print('true')"
     )
     assert run(["-c", code], tmp_path)
+
+
+def test_one_of_every_kind_that_ships_compiles_without_a_spill_and_into_int8_instructions(tmp_path: Path) -> None:
+    """Every other one with inputs in groups; the test above compiles all of them."""
+    kinds: dict[Any, tuple[str, Any]] = {}
+    for entry in shipped_table():
+        tile = entry.tile
+        kind: tuple[Any, ...] = (entry.architecture, entry.kernel)
+        if isinstance(tile, MatmulTile):
+            kind += (tile.block_m < 64, tile.tma, tile.split_k > 1)
+        kinds.setdefault(("any",) if entry.architecture == "any" else kind, (entry.architecture, tile))
+    assert Counter(architecture for architecture, _ in kinds.values()) == {"any": 1, "sm_80": 4, "sm_90": 6}
+    tiles = list(kinds.values())
+    code = (
+        f"import dataclasses, json, sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+        "import kernel_resources as k\n"
+        f"from llmint8.kernels.gpu.tiles import DecodeTile, MatmulTile\n"
+        f"found = [k.layer_resources(a, t, group=(None, 128)[i % 2]) for i, (a, t) in enumerate({tiles})]\n"
+        "found += [k.row_resources('sm_90', 4096, group=g) for g in (None, 128)]\n"
+        "found += [k.search_resources('sm_90', 'list_kernel', 1)]\n"
+        "print(json.dumps([dataclasses.asdict(item) for item in found]))"
+    )
+    found = run(["-c", code], tmp_path)
+    assert [item for item in found if item["problems"]] == []
+    assert all(item["int8_instructions"] for item in found[: len(tiles)])
+
+
+def test_a_bad_tile_is_found_out(tmp_path: Path) -> None:
+    code = (
+        f"import json, sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+        "import kernel_resources as k\n"
+        "from llmint8.kernels.gpu.tiles import MatmulTile\n"
+        f"print(json.dumps([k.layer_resources(a, t).problems for a, t in {list(BAD.values())}]))"
+    )
+    # Before 3.7 Triton spills registers for the second, too.
+    for problem, found in zip(BAD, run(["-c", code], tmp_path), strict=True):
+        assert problem in found
+
+
+def test_layers_of_other_kinds_compile(tmp_path: Path) -> None:
+    """The interpreter does not look at what no call reaches, and the compiler does: a layer without outliers, say.
+
+    `test_layers_of_every_kind_compile` has more of them.
+    """
+    code = (
+        f"import sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+        "import kernel_resources as k, torch\n"
+        "from llmint8.kernels.gpu.tiles import DecodeTile, MatmulTile\n"
+        "k.row_resources('sm_90', 1, torch.bfloat16, 1)\n"
+        "for dtype, kind in ((torch.float16, (0, False, 255)), (torch.float32, (33, True, 40000))):\n"
+        "    searched = dtype == torch.float32\n"
+        "    k.row_resources('sm_90', kind[2], dtype, 0 if searched else kind[0], kind[1], searched=searched)\n"
+        "    tile = MatmulTile(16, 64, 64, 8, 4, 3, False, 4) if searched else MatmulTile(64, 64, 64, 8, 4, 3)\n"
+        "    k.layer_resources('sm_90', tile, dtype, *kind, searched=searched)\n"
+        "k.search_resources('sm_90', 'flag_kernel', 17, torch.float32)\n"
+        "for kind in ((torch.float16, 0, False, 4096), (torch.bfloat16, 512, True, 4080),"
+        " (torch.float32, 5, True, 64)):\n"
+        "    k.layer_resources('sm_90', DecodeTile(1, 16, 128, 4), *kind)\n"
+        "print('true')"
+    )
+    assert run(["-c", code], tmp_path)
+
+
+def test_every_weight_with_k_a_multiple_of_16_is_read_16_bytes_at_a_time(tmp_path: Path) -> None:
+    """4112 is not a multiple of anything larger. Some loads are narrow: scales, row sums, outlier dims."""
+    code = (
+        f"import json, sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+        "import kernel_resources as k\n"
+        "from llmint8.kernels.gpu.tiles import DecodeTile, MatmulTile\n"
+        "tiles = DecodeTile(1, 16, 512, 4), MatmulTile(16, 64, 256, 8, 4, 5)\n"
+        "print(json.dumps([[k.layer_resources('sm_90', t, k=n).narrow_loads for n in (4096, 4112)] for t in tiles]))"
+    )
+    for whole, odd in run(["-c", code], tmp_path):
+        assert odd <= whole + 1

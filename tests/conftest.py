@@ -77,6 +77,17 @@ def _patch_once_a_launch(interpreter: Any) -> None:
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_lang, call
 
 
+@pytest.fixture(params=["AMX", "AVX512-VNNI", "AVX-VNNI", "AVX2", "Arm dotprod"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """Each set of instructions that the compiled layer has, where this processor has it."""
+    from llmint8.kernels.cpu import native
+
+    if request.param not in native.kinds():
+        pytest.skip(f"no {request.param} here")
+    wanted: str = request.param
+    return wanted
+
+
 @pytest.fixture(scope="session")
 def assert_right() -> Callable[[Any, Any, Any, torch.Tensor], None]:
     """Compares what a layer returned with exact arithmetic: (x, `Int8Weight`, activation, what was returned)."""

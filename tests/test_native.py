@@ -27,14 +27,6 @@ activations = pytest.mark.parametrize("activation", ["absmax", "zeropoint"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 
 
-@pytest.fixture(params=["AMX", "AVX512-VNNI", "AVX-VNNI", "AVX2", "Arm dotprod"])
-def kind(request: pytest.FixtureRequest) -> native.Kind:
-    if request.param not in native.kinds():
-        pytest.skip(f"no {request.param} here")
-    wanted: native.Kind = request.param
-    return wanted
-
-
 def hard_rows(k: int, dtype: torch.dtype) -> Tensor:
     """Rows that are hard to divide and to round: ties, quotients beside them, and scales at the ends of the range."""
     random = torch.Generator().manual_seed(k)

@@ -18,14 +18,6 @@ groups = pytest.mark.parametrize("group", [None, 64, 128, 256, 100])
 SHAPES = [(0, 5), (5, 0), (0, 0), (1, 1), (9, 1), (3, 7), (2, 31), (2, 33), (7, 513), (63, 4095), (3, 131072)]
 
 
-@pytest.fixture(params=["AMX", "AVX512-VNNI", "AVX-VNNI", "AVX2", "Arm dotprod"])
-def kind(request: pytest.FixtureRequest) -> native.Kind:
-    if request.param not in native.kinds():
-        pytest.skip(f"no {request.param} here")
-    wanted: native.Kind = request.param
-    return wanted
-
-
 def assert_like_the_reference(weight: Tensor, kind: native.Kind | None = None) -> None:
     found, expected = weights.quantize_weight(weight, kind), reference.quantize_weight(weight)
     assert (found[0].dtype, found[1].dtype) == (torch.int8, torch.float32)
