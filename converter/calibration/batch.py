@@ -24,9 +24,9 @@ def load_batch(plan: ConversionPlan) -> Calibration | None:
     source, config, options = plan.source.path, plan.config, plan.options
     text = None if options.calibration is None or plan.samples else Path(options.calibration)
     batch = load_calibration(source, config, text, options.calibration_tokens) if takes_text(config) else without_text()
-    return (
-        batch if plan.samples is None else dataclasses.replace(batch, given=load_samples(source, config, plan.samples))
-    )
+    if plan.samples is None:
+        return batch
+    return dataclasses.replace(batch, given=load_samples(source, config, plan.samples))
 
 
 def record(
@@ -67,7 +67,6 @@ def _unused(plan: ConversionPlan) -> list[str]:
     calibration = plan.options.calibration
     if calibration is None:
         return []
-    what, name = (
-        ("no text", written(Path(calibration).name)) if plan.samples is None else ("nothing", plan.samples.name)
-    )
-    return [f"{what} was shown to the model: {name} was not used"]
+    if plan.samples is not None:
+        return [f"nothing was shown to the model: {plan.samples.name} was not used"]
+    return [f"no text was shown to the model: {written(Path(calibration).name)} was not used"]

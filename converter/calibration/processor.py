@@ -101,14 +101,19 @@ def _check_processor(file: Path, config: dict[str, Any], trusted: bool) -> None:
     if trusted:
         own_code(config, file)
     for key, value in config.items():
-        # What lies below a bound needs no other: some have a number of pixels there.
-        inside = {k: v for k, v in value.items() if k != "longest_edge"} if isinstance(value, dict) else {}
-        numbers = inside.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-        large = [one for one in numbers if isinstance(one, (int, float)) and one > _LARGEST]
-        if key in _SIZES and large:
+        large = [one for one in _numbers(value) if one > _LARGEST] if key in _SIZES else []
+        if large:
             raise SourceError(f"{file}: {key} is {large[0]}, at most {_LARGEST} are allowed")
         if isinstance(value, dict) and key.endswith(("processor", "extractor")):
             _check_processor(file, value, trusted)
+
+
+def _numbers(value: Any) -> list[float]:
+    """Return the numbers of a size, which is one, a list, or an object."""
+    if isinstance(value, dict):
+        # What lies below a bound needs no other: some have a number of pixels there.
+        value = [one for name, one in value.items() if name != "longest_edge"]
+    return [one for one in (value if isinstance(value, list) else [value]) if isinstance(one, (int, float))]
 
 
 def _processed(source: Path, processor: Any, values: list[Any], options: dict[str, Any]) -> dict[str, Tensor]:
