@@ -10,7 +10,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from .reference import Group, Int8Weight, groups, row_sum_dtype
+from .reference import Group, Int8Weight, Rotation, groups, row_sum_dtype
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_FEATURES = 133_144  # 127 * 127 * K < 2**31
@@ -38,6 +38,9 @@ def check_weight(weight: Int8Weight) -> None:
     if weight.bias is not None:
         _check("bias", weight.bias, _COLUMNS, (n,), device)
     check_group(weight.group)
+    check_rotation(weight.rotation)
+    if weight.rotation is not None and weight.threshold is not None:
+        raise ValueError("threshold is given for a rotated weight, of which no column can be taken")
     # What stands for a tensor, in a graph that is made, has no values.
     if type(dims) is Tensor and not dims.is_meta and len(dims) and not torch.compiler.is_compiling():
         check_outlier_dims(dims, k)
@@ -47,6 +50,12 @@ def check_group(group: int | None) -> None:
     """Check how many dimensions of x share a scale. Raises ValueError: it is neither one of `Group` nor None."""
     if group is not None and group not in get_args(Group):
         raise ValueError(f"group is {group}, expected one of {get_args(Group)}, or None for the whole row")
+
+
+def check_rotation(rotation: int | None) -> None:
+    """Check in which blocks a weight is rotated. Raises ValueError: it is neither one of `Rotation` nor None."""
+    if rotation is not None and rotation not in get_args(Rotation):
+        raise ValueError(f"rotation is {rotation}, expected one of {get_args(Rotation)}, or None")
 
 
 def check_outlier_dims(outlier_dims: Tensor, in_features: int) -> None:
@@ -86,6 +95,7 @@ def check_operands(
     group: Group | None,
     outlier_dims: Tensor | None = None,
     columns: Tensor | None = None,
+    rotation: Rotation | None = None,
 ) -> None:
     """Check the arguments of an operator; see `operators.py`.
 
@@ -99,6 +109,7 @@ def check_operands(
     _check("x", x, FLOATS, (None, k), device)
     _check("scale", scale, (torch.float32,), (n,), device, contiguous=True)
     check_group(group)
+    check_rotation(rotation)
     count, _ = groups(k, group)
     _check("row_sum", row_sum, (row_sum_dtype(count),), (n, count), device, contiguous=True)
     if bias is not None:

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from . import reference
 from .checks import padded_outliers
-from .reference import Group, Int8Weight
+from .reference import Group, Int8Weight, Rotation
 
 RowSums = Callable[[Tensor, Group | None], Tensor]
 
@@ -24,7 +24,7 @@ class Operands(NamedTuple):
         outlier_dims: int32 [k].
         outlier_weight: float [N, padded_outliers(k)], contiguous: the columns of W at `outlier_dims`, and then zeros.
         bias: float [N] or None.
-        threshold, group: see `Int8Weight`; k is 0 where the threshold is given.
+        threshold, group, rotation: see `Int8Weight`; k is 0 where the threshold is given.
 
     """
 
@@ -36,6 +36,7 @@ class Operands(NamedTuple):
     bias: Tensor | None
     threshold: float | None
     group: Group | None
+    rotation: Rotation | None
 
     @classmethod
     def prepare(cls, weight: Int8Weight, row_sums: RowSums = reference.row_sums) -> Self:
@@ -54,13 +55,14 @@ class Operands(NamedTuple):
             bias=None if weight.bias is None else weight.bias.contiguous(),
             threshold=weight.threshold,
             group=weight.group,
+            rotation=weight.rotation,
         )
 
     def stored(self) -> Int8Weight:
         """Return the weight as it was stored, its absmax to a unit in the last place."""
         columns = self.outlier_weight[:, : len(self.outlier_dims)]
-        absmax = self.scale * 127
-        return Int8Weight(self.values, absmax, self.outlier_dims, columns, self.bias, self.threshold, self.group)
+        how = self.bias, self.threshold, self.group, self.rotation
+        return Int8Weight(self.values, self.scale * 127, self.outlier_dims, columns, *how)
 
     @property
     def device(self) -> torch.device:

@@ -27,7 +27,7 @@ from .cpu.linear import CpuWeight
 from .gpu.tiles import gpu_of, table_for
 from .operands import Operands
 from .prepared import PreparedWeight
-from .reference import Activation, Group, Int8Weight
+from .reference import Activation, Group, Int8Weight, Rotation
 from .weights import row_sums
 
 # `Library` dispatches in a fraction of the time that `torch.library.custom_op` takes.
@@ -35,7 +35,7 @@ _LIBRARY = torch.library.Library("llmint8", "FRAGMENT")  # type: ignore[no-untyp
 _WEIGHT = "Tensor weight, Tensor scale, Tensor row_sum"
 _LIBRARY.define(  # type: ignore[no-untyped-call]
     f"int8_linear(Tensor x, {_WEIGHT}, Tensor outlier_dims, Tensor outlier_weight, Tensor? bias, int? group, "
-    "bool zeropoint) -> Tensor",
+    "int? rotation, bool zeropoint) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _LIBRARY.define(  # type: ignore[no-untyped-call]
@@ -66,9 +66,9 @@ class OperatorWeight(PreparedWeight):
         """Run the layer; see `PreparedWeight`."""
         zeropoint = activation == "zeropoint"
         if torch.compiler.is_compiling() or is_watched(x):
-            weight, scale, row_sum, dims, columns, bias, threshold, group = self.operands
+            weight, scale, row_sum, dims, columns, bias, threshold, group, rotation = self.operands
             if threshold is None:
-                return int8_linear(x, weight, scale, row_sum, dims, columns, bias, group, zeropoint)
+                return int8_linear(x, weight, scale, row_sum, dims, columns, bias, group, rotation, zeropoint)
             return dynamic_int8_linear(x, weight, scale, row_sum, bias, threshold, group, zeropoint)
         return self.run(x, zeropoint)
 
@@ -138,10 +138,11 @@ def _int8_linear(run: Callable[[Tensor, Operands, bool], Tensor]) -> Callable[..
         outlier_weight: Tensor,
         bias: Tensor | None,
         group: Group | None,
+        rotation: Rotation | None,
         zeropoint: bool,
     ) -> Tensor:
-        check_operands(x, weight, scale, row_sum, bias, group, outlier_dims, outlier_weight)
-        operands = Operands(weight, scale, row_sum, outlier_dims, outlier_weight, bias, None, group)
+        check_operands(x, weight, scale, row_sum, bias, group, outlier_dims, outlier_weight, rotation)
+        operands = Operands(weight, scale, row_sum, outlier_dims, outlier_weight, bias, None, group, rotation)
         return run(x, operands, zeropoint)
 
     return operator
@@ -160,7 +161,7 @@ def _dynamic_int8_linear(run: Callable[[Tensor, Operands, bool], Tensor]) -> Cal
     ) -> Tensor:
         check_operands(x, weight, scale, row_sum, bias, group)
         nothing = weight.new_empty(0, dtype=torch.int32), scale.new_empty(weight.shape[0], 0)
-        return run(x, Operands(weight, scale, row_sum, *nothing, bias, threshold, group), zeropoint)
+        return run(x, Operands(weight, scale, row_sum, *nothing, bias, threshold, group, None), zeropoint)
 
     return operator
 

@@ -11,6 +11,10 @@ of `x` holds the value that stands for 0.0 in the outlier dimensions.
 A row of `x` has one scale, or one for each group of so many consecutive dimensions. The weight has one for each row in
 any case: the groups are of the inputs alone, so a weight in int8 can be multiplied with any of them.
 
+A weight may be rotated: its values are those of `W H`, and x is multiplied by H, too, once its outlier dimensions are
+out. H is orthonormal and its own inverse, so the product is the same, and what was large in one dimension is spread
+over many (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456).
+
 Nothing here knows a file or a model, and nothing here is tuned: blocks exist to bound memory only.
 """
 
@@ -23,6 +27,7 @@ from torch.nn.functional import pad
 
 Activation = Literal["absmax", "zeropoint"]
 Group = Literal[64, 128, 256]
+Rotation = Literal[64]
 
 # Rows are independent, so the weight is quantized in blocks: their temporaries stay in the cache, and they are large
 # enough for two threads not to wait for each other's turn in the interpreter.
@@ -37,9 +42,11 @@ _PRODUCT_ELEMENTS = 1 << 21
 class Int8Weight:
     """A quantized linear layer as it is stored: `W ~ values * absmax[:, None] / 127`, outlier columns excepted.
 
+    Of a rotated one `W ~ rotate(values * absmax[:, None] / 127)`.
+
     Attributes:
         values: int8 [N, K], all columns.
-        absmax: float32 [N], of the rows of W.
+        absmax: float32 [N], of the rows of W, or of what it is rotated to.
         outlier_dims: integer [k], strictly increasing: the dimensions of x that are multiplied in floating point.
         outlier_weight: float [N, k], the columns of W at `outlier_dims`.
         bias: float [N] or None.
@@ -47,6 +54,8 @@ class Int8Weight:
             `|x| >= threshold`, and their columns dequantized from int8, as there is no other copy (LLM.int8() as
             published).
         group: how many consecutive dimensions of x share a scale in what it is multiplied with; None is all of them.
+        rotation: of how many dimensions are the blocks in which it is rotated, see `rotate`; None if it is not. A
+            threshold cannot be given then: no single column can be taken from the values.
 
     """
 
@@ -57,10 +66,14 @@ class Int8Weight:
     bias: Tensor | None = None
     threshold: float | None = None
     group: Group | None = None
+    rotation: Rotation | None = None
 
 
 class QuantizedRows(NamedTuple):
-    """Rows of activations in int8, in G groups: `x ~ (values - zero_point) * scale`, outlier dimensions excepted."""
+    """Rows of activations in int8, in G groups: `x ~ (values - zero_point) * scale`, outlier dimensions excepted.
+
+    Where they are rotated, that is what x is rotated to.
+    """
 
     values: Tensor  # int8 [M, K]
     scale: Tensor  # float32 [M, G]
@@ -68,7 +81,7 @@ class QuantizedRows(NamedTuple):
     group: int  # dimensions in each group, but for the last
 
     def dequantize(self) -> Tensor:
-        """Return the values in float32 [M, K]; 0 in the outlier dimensions."""
+        """Return the values in float32 [M, K], rotated or not; if not, 0 in the outlier dimensions."""
         values = self.values.float()
         if self.zero_point is not None:
             values -= self._by_dimension(self.zero_point)
@@ -90,11 +103,33 @@ def row_sum_dtype(groups: int) -> torch.dtype:
     return torch.int32 if groups == 1 else torch.int16
 
 
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+def rotate(x: Tensor, rotation: Rotation | None) -> Tensor:
+    """Multiply blocks of so many dimensions of x [..., K] by the Hadamard matrix H, orthonormal and symmetric: float32.
+
+    H is Sylvester's. This is the fast transform, with sums and differences in float32 of values at a distance of 1,
+    then of 2, and so on, and a product with the power of two `rotation ** -0.5` at the end: so it is the same to the
+    bit wherever float32 is. Dimensions at the end that make up no whole block stay as they are. Done twice, it gives x
+    back, but for rounding.
+    """
+    x = x.float()
+    if rotation is None or x.shape[-1] < rotation:
+        return x
+    whole = x.shape[-1] // rotation * rotation
+    blocks, distance = x[..., :whole], 1
+    while distance < rotation:
+        low, high = blocks.reshape(*x.shape[:-1], -1, 2, distance).unbind(-2)
+        blocks = torch.stack([low + high, low - high], -2)
+        distance *= 2
+    blocks = blocks.reshape(*x.shape[:-1], whole).mul_(rotation**-0.5)
+    return blocks if whole == x.shape[-1] else torch.cat([blocks, x[..., whole:]], -1)
+
+
+def quantize_weight(weight: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
     """Quantize each row of a weight to int8: `round_half_even(127 * w / absmax)`, in exact arithmetic.
 
     Args:
         weight: float16, bfloat16 or float32 [N, K], finite, any strides.
+        rotation: rotate it first; w and absmax are of the result then.
 
     Returns:
         int8 [N, K] in [-127, 127], and float32 [N], the absmax of each row. A row of zeros has absmax 0.
@@ -109,24 +144,30 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
         rows = slice(start, start + step)
         block, magnitude = scratch[:, : len(weight[rows])]
         block.copy_(weight[rows])
+        if rotation is not None:
+            block.copy_(rotate(block, rotation))
         if in_features:
             absmax[rows] = torch.abs(block, out=magnitude).amax(1)
         # 127 * w is exact in float32 for 16-bit weights, and the quotient is then far enough from every
         # tie that rounding it once more changes nothing. Other weights need the longer significand.
-        wide = weight.dtype == torch.float32 or not bool((absmax[rows] < 2.0**120).all())
+        wide = weight.dtype == torch.float32 or rotation is not None or not bool((absmax[rows] < 2.0**120).all())
         block, divisor = (block.double(), absmax[rows].double()) if wide else (block, absmax[rows])
         divisor = torch.where(divisor == 0, 1, divisor)[:, None]
         values[rows] = block.mul_(127).div_(divisor).round_()
     return values, absmax
 
 
-def dequantize_weight(values: Tensor, absmax: Tensor) -> Tensor:
-    """Return `values * absmax / 127` in float32 [N, K], for int8 [N, K] and float32 [N]."""
-    return values.float() * (absmax / 127)[:, None]
+def dequantize_weight(values: Tensor, absmax: Tensor, rotation: Rotation | None = None) -> Tensor:
+    """Return `values * absmax / 127` in float32 [N, K], for int8 [N, K] and float32 [N]; rotated back if it was."""
+    return rotate(values.float() * (absmax / 127)[:, None], rotation)
 
 
 def quantize_rows(
-    x: Tensor, outlier_dims: Tensor, activation: Activation = "absmax", group: Group | None = None
+    x: Tensor,
+    outlier_dims: Tensor,
+    activation: Activation = "absmax",
+    group: Group | None = None,
+    rotation: Rotation | None = None,
 ) -> QuantizedRows:
     """Quantize each row of the activations to int8, group by group, leaving the outlier dimensions out.
 
@@ -140,6 +181,7 @@ def quantize_rows(
         outlier_dims: integer [k], the dimensions left out; k may be 0.
         activation: `absmax` or `zeropoint`.
         group: how many consecutive dimensions share a scale, the last may be fewer; None takes the whole row.
+        rotation: rotate x first, with 0 in its outlier dimensions; they are dimensions like others then.
 
     """
     m, k = x.shape
@@ -147,6 +189,7 @@ def quantize_rows(
     kept = x.float()
     if outlier_dims.numel():
         kept = kept.index_fill(1, outlier_dims.long(), 0)
+    kept = rotate(kept, rotation)
     kept = pad(kept, (0, count * width - k)).view(m, count, width)  # zeros, which every range holds
     if activation == "absmax":
         absmax = kept.abs().amax(2)
@@ -213,7 +256,7 @@ def int8_linear(x: Tensor, weight: Int8Weight, activation: Activation = "absmax"
     if weight.threshold is not None:
         dims = dynamic_outlier_dims(x, weight.threshold)
         columns = dequantize_weight(weight.values[:, dims], weight.absmax)
-    rows = quantize_rows(x, dims, activation, weight.group)
+    rows = quantize_rows(x, dims, activation, weight.group, weight.rotation)
     # A row of ones gives the sums of the weight's rows, without another pass over the weight.
     values = torch.cat([rows.values, rows.values.new_ones(1, x.shape[1])])
     out = torch.zeros(len(x), len(weight.values), device=x.device)

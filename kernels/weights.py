@@ -10,14 +10,14 @@ from torch import Tensor
 from . import reference
 from .checks import FLOATS, is_watched
 from .cpu import native, weights
-from .reference import Group, groups
+from .reference import Group, Rotation, groups
 
 
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_weight(weight: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
     """Quantize each row of a weight; see `reference.quantize_weight`."""
-    if _is_compiled(weight) and weight.dtype in FLOATS:
+    if rotation is None and _is_compiled(weight) and weight.dtype in FLOATS:
         return weights.quantize_weight(weight)
-    return reference.quantize_weight(weight)
+    return reference.quantize_weight(weight, rotation)
 
 
 def row_sums(values: Tensor, group: Group | None) -> Tensor:

@@ -144,7 +144,7 @@ def test_the_largest_sums_are_exact(program: bytes) -> None:
     values = torch.full((70, 520), 127, dtype=torch.int8)
     values[::2] = -127
     none = torch.empty(0, dtype=torch.int32), torch.empty(70, 0)
-    operands = Operands(values, torch.ones(70), row_sums(values, None), *none, None, None, None)
+    operands = Operands(values, torch.ones(70), row_sums(values, None), *none, None, None, None, None)
     x = torch.full((5, 520), 127.0)
     x[:, -8:] *= -1
     assert torch.equal(run(program, operands, x, False).double(), x.double() @ values.double().t())

@@ -264,7 +264,7 @@ def test_outlier_dims_beyond_the_layer_are_an_error(dim: int) -> None:
     )
     operands.outlier_dims[1] = dim
     with pytest.raises(ValueError, match=rf"outlier_dims is \[3, {dim}\], expected numbers from 0 to 63"):
-        torch.ops.llmint8.int8_linear(torch.ones(2, 64), *operands[:6], None, True)
+        torch.ops.llmint8.int8_linear(torch.ones(2, 64), *operands[:6], None, None, True)
 
 
 @needs_it
@@ -292,7 +292,7 @@ def test_the_longest_rows_there_may_be_are_summed_exactly(kind: native.Kind) -> 
     values[1] = -127
     values[2, ::2] = -127
     none = torch.empty(0, dtype=torch.int32), torch.empty(3, 0)
-    operands = Operands(values, torch.ones(3), row_sums(values, None), *none, None, None, None)
+    operands = Operands(values, torch.ones(3), row_sums(values, None), *none, None, None, None, None)
     x = torch.full((70, k), 127.0)
     for rows in (x[:1], x):
         found = native.NativeLinear(operands).run(rows, False, kind, 1)

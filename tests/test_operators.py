@@ -138,10 +138,10 @@ class ThroughTheOperator(OperatorWeight):
     """Calls the operator where the others call what runs them."""
 
     def linear(self, x: Tensor, activation: Activation) -> Tensor:
-        weight, scale, row_sum, dims, columns, bias, threshold, group = self.operands
+        weight, scale, row_sum, dims, columns, bias, threshold, group, rotation = self.operands
         zeropoint = activation == "zeropoint"
         if threshold is None:
-            return operators.int8_linear(x, weight, scale, row_sum, dims, columns, bias, group, zeropoint)
+            return operators.int8_linear(x, weight, scale, row_sum, dims, columns, bias, group, rotation, zeropoint)
         return operators.dynamic_int8_linear(x, weight, scale, row_sum, bias, threshold, group, zeropoint)
 
 
@@ -484,7 +484,7 @@ def test_a_bad_call_of_the_operators_is_refused(case: str, fake: bool) -> None:
     weight, scale, row_sum, dims, columns, bias, *_ = Operands.prepare(random_weight(48, 64, 3, torch.float32))
     arguments: dict[str, Any] = {"x": torch.zeros(2, 64), "weight": weight, "scale": scale, "row_sum": row_sum}
     arguments |= {"outlier_dims": dims, "outlier_weight": columns, "bias": bias, "group": None} | change
-    calls = [lambda given: operators.int8_linear(**given, zeropoint=True)]
+    calls = [lambda given: operators.int8_linear(**given, rotation=None, zeropoint=True)]
     if not change.keys() & {"outlier_dims", "outlier_weight"}:
         stored = ("outlier_dims", "outlier_weight")
         calls.append(

@@ -28,15 +28,15 @@ def weight(threshold: float | None = None, bias: bool = True, k: int = 64) -> re
 
 def arguments(device: str, m: int = 5, zeropoint: bool = True, bias: bool = True, k: int = 64) -> tuple[Any, ...]:
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).half()
-    *parts, _, group = Operands.prepare(weight(bias=bias, k=k))
-    return *(None if part is None else part.to(device) for part in (x, *parts)), group, zeropoint
+    *parts, _, group, rotation = Operands.prepare(weight(bias=bias, k=k))
+    return *(None if part is None else part.to(device) for part in (x, *parts)), group, rotation, zeropoint
 
 
 def dynamic_arguments(
     device: str, m: int = 5, zeropoint: bool = True, bias: bool = True, k: int = 64
 ) -> tuple[Any, ...]:
     """Of the operator that searches: two or more of the columns hold an outlier."""
-    x, values, scale, row_sum, dims, _, shift, group, _ = arguments(device, m, bias=bias, k=k)
+    x, values, scale, row_sum, dims, _, shift, group, *_ = arguments(device, m, bias=bias, k=k)
     x[:, dims.long()] = 7.0
     return x, values, scale, row_sum, shift, 3.0, group, zeropoint
 

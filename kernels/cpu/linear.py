@@ -22,8 +22,10 @@ from ..reference import (
     Group,
     Int8Weight,
     QuantizedRows,
+    Rotation,
     dynamic_outlier_dims,
     groups,
+    rotate,
     row_sum_dtype,
     row_sums,
 )
@@ -37,18 +39,21 @@ _OUTPUT_ELEMENTS = 1 << 21
 _TINY = 2.0**-126
 
 
-def quantize_rows(x: Tensor, outlier_dims: Tensor, activation: Activation) -> QuantizedRows:
+def quantize_rows(
+    x: Tensor, outlier_dims: Tensor, activation: Activation, rotation: Rotation | None = None
+) -> QuantizedRows:
     """As `reference.quantize_rows`, to the bit, for K > 0, dims in int64 and one group.
 
     Only a scale below 2**-126 differs: it is 2**-126.
     """
     kept = x.index_fill(1, outlier_dims, 0).float() if outlier_dims.numel() else x.to(torch.float32, copy=True)
+    kept = rotate(kept, rotation)
     low, high = kept.amin(1, True), kept.amax(1, True)
     if activation == "absmax":
         absmax = torch.maximum(high, low.neg_()).clamp_(min=_TINY)
         values = kept.mul_(127).div_(absmax).round_()
         return QuantizedRows(values.to(torch.int8), absmax / 127, None, x.shape[1])
-    if not outlier_dims.numel():  # with outliers there is a zero in every row
+    if rotation is not None or not outlier_dims.numel():  # with outliers there is a zero in every row
         low, high = low.clamp_(max=0), high.clamp_(min=0)
     scale = high.sub_(low).div_(254).clamp_(min=_TINY)
     zero_point = torch.rsub(low.div_(scale), -127).round_()
@@ -69,6 +74,7 @@ class CpuWeight(PreparedWeight):
         bias: float32 [N] or None.
         threshold: see `Int8Weight`; nothing is packed then, as every call takes columns of `values`.
         group: see `Int8Weight`; nothing is packed then, as no int8 product is made.
+        rotation: see `Int8Weight`.
 
     """
 
@@ -80,6 +86,7 @@ class CpuWeight(PreparedWeight):
     bias: Tensor | None
     threshold: float | None
     group: Group | None
+    rotation: Rotation | None
 
     @classmethod
     def prepare(cls, weight: Int8Weight, may_pack: bool = True) -> Self:
@@ -104,6 +111,7 @@ class CpuWeight(PreparedWeight):
             bias=None if weight.bias is None else weight.bias.float(),
             threshold=weight.threshold,
             group=weight.group,
+            rotation=weight.rotation,
         )
 
     @classmethod
@@ -124,6 +132,7 @@ class CpuWeight(PreparedWeight):
             bias=operands.bias,
             threshold=operands.threshold,
             group=operands.group,
+            rotation=operands.rotation,
         )
 
     def unpack(self) -> Tensor:
@@ -159,10 +168,10 @@ class CpuWeight(PreparedWeight):
         # In place from here on: what is large enough to be new memory from the system costs more than all the
         # arithmetic. And what works in place is left alone by autocast.
         if self.row_sum.shape[1] > 1:
-            rows = reference.quantize_rows(x, dims, activation, self.group).dequantize()
+            rows = reference.quantize_rows(x, dims, activation, self.group, self.rotation).dequantize()
             out = self._product(rows)
         else:
-            values, scale, zero_point, _ = quantize_in_blocks(x, dims, activation)
+            values, scale, zero_point, _ = quantize_in_blocks(x, dims, activation, self.rotation)
             out = multiply(values, self.values, self.out_features, self.product).float()
             if zero_point is not None:
                 out = out.addcmul_(zero_point, self.row_sum[:, 0], value=-1)
@@ -179,12 +188,14 @@ class CpuWeight(PreparedWeight):
             return torch.cat([rows @ part.float().t() for part in parts], 1)
 
 
-def quantize_in_blocks(x: Tensor, outlier_dims: Tensor, activation: Activation) -> QuantizedRows:
+def quantize_in_blocks(
+    x: Tensor, outlier_dims: Tensor, activation: Activation, rotation: Rotation | None = None
+) -> QuantizedRows:
     """As `quantize_rows`, so many rows at a time that they stay in the cache."""
     step = _rows_at_a_time(_QUANTIZE_ELEMENTS // x.shape[1])
     if step is None or len(x) <= step:
-        return quantize_rows(x, outlier_dims, activation)
-    blocks = [quantize_rows(rows, outlier_dims, activation) for rows in torch.split(x, step)]
+        return quantize_rows(x, outlier_dims, activation, rotation)
+    blocks = [quantize_rows(rows, outlier_dims, activation, rotation) for rows in torch.split(x, step)]
     values, scales, zero_points, _ = zip(*blocks, strict=True)
     zero_point = None if None in zero_points else torch.cat(zero_points)
     return QuantizedRows(torch.cat(values), torch.cat(scales), zero_point, x.shape[1])

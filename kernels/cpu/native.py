@@ -91,7 +91,7 @@ def _is_exact(kind: Kind) -> bool:
     none = torch.empty(0, dtype=torch.int32, device="cpu"), torch.empty(70, 0, dtype=torch.float32, device="cpu")
     wholes: tuple[Group | None, ...] = (None, 128)  # of which the last has 8 dimensions
     for group, rows in itertools.product(wholes, (1, 5, 70)):  # of scale 1, whose sums fit in float32
-        layer = NativeLinear(Operands(values, ones, row_sums(values, group), *none, None, None, group))
+        layer = NativeLinear(Operands(values, ones, row_sums(values, group), *none, None, None, group, None))
         x = torch.full((rows, 520), 127.0, dtype=torch.float32, device="cpu")
         x[:, -8:] *= -1
         expected = x.double() @ values.double().t()
@@ -114,7 +114,7 @@ class NativeLinear:
         self._made = _Weight()
 
     def _weight(self) -> _Weight:
-        values, scale, row_sum, dims, columns, bias, _, group = self._operands
+        values, scale, row_sum, dims, columns, bias, _, group, _ = self._operands
         addresses = (
             values.data_ptr(),
             scale.data_ptr(),
