@@ -5,40 +5,45 @@ from .disk.names import is_unfinished
 from .disk.reading import read_json
 from .errors import CheckpointError, CorruptFileError, LLMInt8Error, OutputError, SourceError
 from .int8.checkpoint import Checkpoint, open_checkpoint
+from .int8.layouts import BITSANDBYTES, LAYOUTS, NATIVE, Layout, outlier_specs
 from .int8.manifest import Manifest, read_manifest
-from .int8.quantization import FORMAT_VERSION, Quantization
-from .int8.records import Int8Record, int8_specs, outlier_specs, record_specs
+from .int8.quantization import FORMAT_VERSIONS, Quantization
+from .int8.records import Int8Record
+from .int8.schemes import Scheme
 from .int8.validate import check_manifest, check_values
 from .sources.source import Source, open_source
 from .writing.writer import CheckpointWriter, require_writable
 
 __all__ = [
+    "BITSANDBYTES",
     "DTYPES",
     "DTYPE_NAMES",
     "FLOAT_DTYPES",
-    "FORMAT_VERSION",
+    "FORMAT_VERSIONS",
+    "LAYOUTS",
+    "NATIVE",
     "Checkpoint",
     "CheckpointError",
     "CheckpointWriter",
     "CorruptFileError",
     "Int8Record",
     "LLMInt8Error",
+    "Layout",
     "Manifest",
     "OutputError",
     "Quantization",
+    "Scheme",
     "Source",
     "SourceError",
     "TensorInfo",
     "TensorSpec",
     "check_manifest",
     "check_values",
-    "int8_specs",
     "is_unfinished",
     "open_checkpoint",
     "open_source",
     "outlier_specs",
     "read_json",
     "read_manifest",
-    "record_specs",
     "require_writable",
 ]

@@ -15,7 +15,8 @@ A weight may be rotated: its values are those of `W H`, and x is multiplied by H
 out. H is orthonormal and its own inverse, so the product is the same, and what was large in one dimension is spread
 over many (QuaRot, Ashkboos et al. 2024, arXiv 2404.00456).
 
-Nothing here knows a file or a model, and nothing here is tuned: blocks exist to bound memory only.
+Nothing here knows a file or a model, and nothing here is tuned: blocks exist to bound memory only. Over 250 lines, as
+each operation is defined here and nowhere else.
 """
 
 from dataclasses import dataclass

@@ -125,7 +125,9 @@ def small_checkpoint(path: Path) -> None:
     values = {"a.weight": weight, "a.SCB": absmax, "a.weight_format": torch.zeros((), dtype=torch.uint8)}
     values |= {"a.outlier_dims": dims, "a.outlier_weight": columns, "norm.weight": torch.ones(2).half()}
     with formats.CheckpointWriter(path, 24) as writer:
-        writer.plan([formats.record_specs("a", 2, 2, 1, "F16"), [formats.TensorSpec("norm.weight", "F16", (2,))]])
+        writer.plan(
+            [formats.BITSANDBYTES.record_specs("a", 2, 2, 1, "F16"), [formats.TensorSpec("norm.weight", "F16", (2,))]]
+        )
         for name, value in values.items():
             writer.write(name, value)
         identity = {**SOURCE, "config_sha256": "0" * 64, "files": {}}

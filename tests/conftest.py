@@ -218,7 +218,7 @@ def _read_by_the_spec(spec_reader: Any, assert_right: Callable[..., None], out: 
     name, (_, in_features, _) = max(theirs.layers.items(), key=lambda item: item[1][2])
     parts = ("weight", "SCB", "outlier_dims", "outlier_weight", "bias")
     tensors = [ours.read(f"{name}.{part}") for part in parts if f"{name}.{part}" in ours.tensors]
-    group = ours.quantization.activation_group
+    group = ours.quantization.scheme.activation_group
     kept = [dim for dim in range(in_features) if dim not in tensors[2].tolist()]
     # From -54 to 200 the zeropoint scale is 1, and no quotient of so small whole numbers is near a tie but not on it.
     x = torch.randint(-54, 201, (3, in_features), generator=torch.Generator().manual_seed(0)).float()

@@ -173,7 +173,7 @@ def test_a_checkpoint_opens(tmp_path: Path) -> None:
             assert torch.equal(checkpoint.read(name), tensor)
             assert checkpoint.tensors[name].shape == tuple(tensor.shape)
     quantization = checkpoint.quantization
-    assert (quantization.activation, quantization.criterion) == ("zeropoint", "by hand")
+    assert (quantization.scheme.activation, quantization.criterion) == ("zeropoint", "by hand")
     assert quantization.outliers == {"m.a": 2, "m.b": 0}
     assert quantization.source == {"name": "s", "repo": None, "commit": None}
 
@@ -251,7 +251,7 @@ def test_inputs_have_groups_where_the_checkpoint_says_so(
     path = draft.write(tmp_path / "c")
     assert all_codes(path) == []
     quantization = open_checkpoint(path).quantization
-    assert quantization.activation_group == (None if group == "missing" else group)
+    assert quantization.scheme.activation_group == (None if group == "missing" else group)
     assert quantization.format_version == version
 
 

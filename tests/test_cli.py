@@ -157,7 +157,7 @@ def write_checkpoint(path, layers, others):
     writer = formats.CheckpointWriter(path, 1 << 30)
     counts = {name: outliers for name, (_, _, outliers) in layers.items()}
     with writer:
-        specs = [formats.record_specs(name, *sizes, "F16") for name, sizes in layers.items()]
+        specs = [formats.BITSANDBYTES.record_specs(name, *sizes, "F16") for name, sizes in layers.items()]
         writer.plan([*specs, [formats.TensorSpec(name, "F16", shape) for name, shape in others.items()]])
         for spec in [spec for group in specs for spec in group]:
             ones = torch.arange(spec.shape[0]) if spec.name.endswith("dims") else torch.ones(spec.shape)

@@ -127,7 +127,7 @@ def simulated(model: Any, method: Method) -> Whole:
 def recorded(path: Path) -> str:
     """How the checkpoint's own mode is called."""
     quantization = open_checkpoint(path).quantization
-    return activations(quantization.activation, quantization.activation_group)
+    return activations(quantization.scheme.activation, quantization.scheme.activation_group)
 
 
 def run(*arguments: object) -> Result:

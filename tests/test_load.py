@@ -179,7 +179,7 @@ def test_inputs_are_quantized_in_the_groups_asked_for_or_recorded(
         saved = formats.open_checkpoint(tmp_path / "saved")
         assert formats.check_values(saved) == []  # and the manifest says the same
         assert saved.quantization.format_version == version
-        assert saved.quantization.activation_group == (64 if version == "1.1" else None)
+        assert saved.quantization.scheme.activation_group == (64 if version == "1.1" else None)
 
 
 def test_without_kernels_for_groups_those_recorded_are_left_and_those_asked_for_run(

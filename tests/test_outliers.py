@@ -10,12 +10,11 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from llmint8 import converter, formats, runtime
-from llmint8.converter.calibration import calibrator
-from llmint8.converter.conversion import provenance
 from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.outliers.choosing import select
 from llmint8.converter.outliers.criterion import Criterion, parse_criterion
 from llmint8.converter.outliers.measuring import InputGroup, InputStatistics, column_norms, error_curve
+from llmint8.converter.planning import options
 from llmint8.kernels.reference import dequantize_weight, quantize_rows, quantize_weight
 
 _SMALL = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -234,7 +233,7 @@ def test_criteria_are_written_as_they_are_read():
 
 
 def _statistics(criterion, x, weights):
-    statistics = InputStatistics(criterion, "zeropoint", None)
+    statistics = InputStatistics(criterion, formats.Scheme("zeropoint"))
     for number, weight in enumerate(weights):
         norms = column_norms(weight, *quantize_weight(weight))
         statistics.see(f"layer{number}", x, x.view_as(x), norms, functional.linear(x, weight))
@@ -251,7 +250,7 @@ def test_error_curve_predicts_the_error_of_the_layer(activation, group):
     out = functional.linear(x, weight)
     dims = x.abs().amax(0).argsort(descending=True)
     norms = column_norms(weight, values, absmax)
-    ks, errors = error_curve(x, [norms], [out.square().sum(1)], dims[:48], activation, group)
+    ks, errors = error_curve(x, [norms], [out.square().sum(1)], dims[:48], formats.Scheme(activation, group))
     assert ks == [0, 2, 4, 8, 12, 16, 24, 32, 48]
     for k, predicted in zip(ks, errors, strict=True):
         restored = dequantize_weight(values, absmax)
@@ -270,11 +269,10 @@ def test_the_errors_are_those_of_the_groups_in_which_inputs_will_be_quantized(tm
     transformers.LlamaForCausalLM(config).half().save_pretrained(tmp_path / "source")
     errors = {}
     for group in (64, 128, None):
-        for module in (calibrator, provenance):
-            monkeypatch.setattr(module, "ACTIVATION_GROUP", group)
+        monkeypatch.setattr(options, "ACTIVATION_GROUP", group)
         out = tmp_path / str(group)
         converter.convert(tmp_path / "source", out)
-        assert formats.open_checkpoint(out).quantization.activation_group == group
+        assert formats.open_checkpoint(out).quantization.scheme.activation_group == group
         for name, statistics in formats.read_manifest(out).modules.items():
             errors[group, name.rpartition(".")[2]] = statistics.get("errors")
     assert errors[64, "down_proj"][0] < errors[128, "down_proj"][0] < errors[None, "down_proj"][0]
@@ -353,7 +351,7 @@ def test_an_input_is_not_held_longer_than_the_model_does():
     import gc
     import weakref
 
-    statistics = InputStatistics(Criterion("top-k", 2), "zeropoint", None)
+    statistics = InputStatistics(Criterion("top-k", 2), formats.Scheme("zeropoint"))
     references = []
     for number in range(5):
         x = torch.randn(16, 32)

@@ -177,7 +177,7 @@ def test_two_calls_show_what_one_with_the_rows_of_both_does(criterion: Criterion
     norms = column_norms(weight, *quantize_weight(weight))
 
     def measured(*inputs: torch.Tensor) -> Any:
-        statistics = InputStatistics(criterion, "zeropoint", None)
+        statistics = InputStatistics(criterion, formats.Scheme("zeropoint"))
         for x in inputs:
             for layer in ("q", "k"):
                 dims = statistics.see(layer, x, x.view_as(x), norms, functional.linear(x, weight))

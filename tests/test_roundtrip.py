@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmint8.formats import (
+    BITSANDBYTES,
     DTYPES,
     CheckpointWriter,
     Quantization,
     TensorSpec,
     check_values,
     open_checkpoint,
-    record_specs,
 )
 from llmint8.formats.containers.pytorch.file import TorchFile
 from llmint8.formats.containers.tensors import as_bytes
@@ -77,7 +77,9 @@ def test_records_in_any_shards_are_read_back(
     groups = [[TensorSpec(name, spelling[t.dtype], tuple(t.shape))] for name, t in tensors.items()]
     for name, parts in records.items():
         rows, columns = parts["weight"].shape
-        specs = record_specs(name, rows, columns, len(parts["outlier_dims"]), spelling[parts["outlier_weight"].dtype])
+        specs = BITSANDBYTES.record_specs(
+            name, rows, columns, len(parts["outlier_dims"]), spelling[parts["outlier_weight"].dtype]
+        )
         assert {spec.name: spec for spec in specs}.items() <= {group[0].name: group[0] for group in groups}.items()
     counts = {name: len(parts["outlier_dims"]) for name, parts in records.items()}
     with folder() as path:

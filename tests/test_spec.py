@@ -22,7 +22,6 @@ from torch import Tensor
 
 from llmint8.formats import (
     DTYPES,
-    FORMAT_VERSION,
     CheckpointError,
     CheckpointWriter,
     Quantization,
@@ -83,7 +82,7 @@ def test_the_links_of_the_contents_lead_to_the_headings() -> None:
 
 
 def test_version() -> None:
-    assert SPEC.startswith(f"# The llmint8 checkpoint format, version {FORMAT_VERSION}\n")
+    assert SPEC.startswith("# The llmint8 checkpoint format, version 1.1\n")
 
 
 def test_limits_and_dtypes() -> None:
@@ -213,8 +212,12 @@ def test_the_minimal_checkpoint_is_valid(minimal: Path) -> None:
     assert (record.outlier_count, record.has_bias) == (1, True)
     quantization = checkpoint.quantization
     assert (quantization.llmint8, quantization.format_version) == (True, "1.0")  # it has nothing of a later one
-    assert (quantization.criterion, quantization.activation, quantization.threshold) == ("top-k=1", "absmax", 6.0)
-    assert quantization.activation_group is None
+    assert (quantization.criterion, quantization.scheme.activation, quantization.threshold) == (
+        "top-k=1",
+        "absmax",
+        6.0,
+    )
+    assert quantization.scheme.activation_group is None
     assert quantization.skip_modules == ["lm_head"]
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmint8.formats import (
+    BITSANDBYTES,
     DTYPES,
     CheckpointError,
     CheckpointWriter,
@@ -27,7 +28,6 @@ from llmint8.formats import (
     check_values,
     is_unfinished,
     open_checkpoint,
-    record_specs,
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -69,7 +69,7 @@ def groups_of(model: Model) -> list[list[TensorSpec]]:
         if name:
             out_features, in_features = tensors[f"{name}.weight"].shape
             count = len(tensors[f"{name}.outlier_dims"])
-            groups.append(record_specs(name, out_features, in_features, count, "F16"))
+            groups.append(BITSANDBYTES.record_specs(name, out_features, in_features, count, "F16"))
         else:
             spelling = {dtype: dtype_name for dtype_name, dtype in DTYPES.items()}
             groups += [[TensorSpec(n, spelling[t.dtype], tuple(t.shape))] for n, t in tensors.items()]

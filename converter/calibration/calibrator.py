@@ -20,7 +20,6 @@ from transformers import PreTrainedConfig
 
 from llmint8.formats import LLMInt8Error
 from llmint8.formats.writing.journal import Journal, Record
-from llmint8.kernels.reference import Activation, Group
 
 from ..machine import return_freed_memory, same_random_numbers
 from ..model.buffers import nobodys_notice
@@ -37,9 +36,6 @@ from .text import Calibration
 
 log = logging.getLogger("llmint8")
 
-# How rows of activations are quantized unless the user asks otherwise, by measured KL (docs/accuracy.md).
-ACTIVATION: Activation = "zeropoint"
-ACTIVATION_GROUP: Group = 128
 # Statistics of so many candidates go into the manifest, of a layer's chosen ones in any case.
 _RECORDED_CANDIDATES = 64
 _FLOAT16_MAX = torch.finfo(torch.float16).max
@@ -80,7 +76,7 @@ class Calibrator:
     def __init__(self, plan: ConversionPlan, batch: Calibration, device: torch.device, journal: Journal) -> None:
         """Take the plan, what to show to the model, where to run, and where to put columns aside."""
         self._plan, self._batch, self._device, self._journal = plan, batch, device, journal
-        self._statistics = InputStatistics(plan.criterion, ACTIVATION, ACTIVATION_GROUP, self._remember_curve)
+        self._statistics = InputStatistics(plan.criterion, plan.options.scheme, self._remember_curve)
         self._notices: list[str] = []
         self._overflow = 0.0, ""
         self.shown: dict[str, int] = {}
@@ -137,7 +133,7 @@ class Calibrator:
             assert call.weight is not None
             values, absmax = quantize(layer, call.weight)
             if finite:
-                norms = torch.stack(column_norms(call.weight, values, absmax))
+                norms = torch.stack(column_norms(call.weight, values, absmax, self._plan.options.scheme.rotation))
                 dims = self._statistics.see(layer.name, call.x, call.rows, (norms[0], norms[1]), call.out)
                 # What is put aside stands for the first call.
                 self._put_aside(layer, call.weight, dims, norms, None if layer.name in not_finite else call.out)

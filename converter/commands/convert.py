@@ -18,6 +18,21 @@ from .terminal import printable
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--revision", metavar="REV", help="Branch, tag or commit, when SOURCE is a Hub repo.")
 @click.option(
+    "--format",
+    type=click.IntRange(1, 2),
+    default=1,
+    show_default=True,
+    help="1, which bitsandbytes loads too, or 2, which it does not: for --rotate, --rounding and experts.",
+)
+@click.option("--rotate", is_flag=True, help="Rotate weights and inputs: a tenth of the error. Takes --format 2.")
+@click.option(
+    "--rounding",
+    type=click.Choice(["nearest", "gptq"]),
+    default="nearest",
+    show_default=True,
+    help="How int8 values are found: gptq makes up for each column's error in the next ones. Takes --format 2.",
+)
+@click.option(
     "--outliers",
     metavar="CRITERION",
     default="top-k=16",

@@ -78,14 +78,15 @@ def _tied_heads(checkpoint: Checkpoint, source: Source, model: Any | None) -> di
 
 
 def _compare_layer(checkpoint: Checkpoint, name: str, weight: torch.Tensor) -> tuple[float, list[str]]:
-    values, absmax = checkpoint.read(f"{name}.weight"), checkpoint.read(f"{name}.SCB")
+    rotation = checkpoint.records[name].scheme.rotation
+    values, absmax = checkpoint.read(f"{name}.weight"), checkpoint.read(f"{name}.{checkpoint.layout.absmax}")
     if values.shape != weight.shape:
         return float("nan"), [f"{name}.weight: shape {list(values.shape)}, the source has {list(weight.shape)}"]
     problems = []
-    expected_values, expected_absmax = quantize_weight(weight)
+    expected_values, expected_absmax = quantize_weight(weight, rotation)
     if not torch.equal(values, expected_values) or not torch.equal(absmax, expected_absmax):
         problems.append(f"{name}.weight: not what quantizing the source gives")
-    restored = dequantize_weight(values, absmax)
+    restored = dequantize_weight(values, absmax, rotation)
     if f"{name}.outlier_dims" in checkpoint.tensors:
         dims = checkpoint.read(f"{name}.outlier_dims").long()
         columns = checkpoint.read(f"{name}.outlier_weight")

@@ -198,7 +198,7 @@ def _without_nonfinite(plan: ConversionPlan, journal: Journal, progress: Progres
     """Return the plan with every layer whose weight is not finite left in 16 bit."""
     reasons = {}
     for name, layer in plan.selection.layers.items():
-        if journal.get("tensor", f"{name}.SCB"):  # what has been quantized was finite
+        if journal.get("tensor", f"{name}.{plan.layout.absmax}"):  # what has been quantized was finite
             continue
         progress(f"looking for NaN in {name}", 0)
         if not all(bool(rows.isfinite().all()) for rows in plan.source.read_rows(layer.weight.name)):

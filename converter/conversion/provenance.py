@@ -7,9 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from llmint8.formats import DTYPES, Quantization
+from llmint8.formats import DTYPES, NATIVE, Quantization
 
-from ..calibration.calibrator import ACTIVATION, ACTIVATION_GROUP
 from ..hub.origin import is_repo_id
 from ..planning.plan import ConversionPlan
 
@@ -48,12 +47,15 @@ def _without_paths(value: Any) -> Any:
 
 def describe(plan: ConversionPlan, outliers: dict[str, int], calibration: dict[str, Any] | None) -> Quantization:
     """Return what config.json says about the quantization."""
+    scheme = plan.options.scheme
     return Quantization(
         plan.selection.skip_modules,
         {name: outliers.get(name, 0) for name in plan.selection.layers},
         criterion=str(plan.criterion),
-        activation=ACTIVATION,
-        activation_group=ACTIVATION_GROUP,
+        schemes={scheme.name: scheme},
+        layers=dict.fromkeys(plan.selection.layers, scheme.name) if plan.layout is NATIVE else {},
+        rounding=plan.options.rounding,
+        layout=plan.layout,
         producer=f"llmint8 {_version('llmint8')}",
         source=_origin(plan),
         calibration=calibration,
@@ -73,7 +75,9 @@ def identify(plan: ConversionPlan) -> dict[str, Any]:
 
 def _options(plan: ConversionPlan) -> dict[str, str]:
     """Return every option that decides what a conversion writes: by these a finished one is recognised."""
-    values = {field.name: getattr(plan.options, field.name) for field in fields(plan.options) if field.name != "jobs"}
+    left_out = {"jobs", *(("format", "rotate", "rounding") if plan.options.format == 1 else ())}  # it has them not
+    values = {field.name: getattr(plan.options, field.name) for field in fields(plan.options)}
+    values = {name: value for name, value in values.items() if name not in left_out}
     values["calibration"] = _calibration(plan)
     lists = {name: ", ".join(map(repr, value)) for name, value in values.items() if isinstance(value, list | tuple)}
     return {f"--{name.replace('_', '-')}": str(value) for name, value in (values | lists).items()}

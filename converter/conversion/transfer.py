@@ -63,7 +63,7 @@ class Transfer:
 
     def has(self, layer: SelectedLayer) -> bool:
         """Tell whether an earlier run has written a layer; then it is done."""
-        found = self._writer.has(*(f"{layer.name}.{suffix}" for suffix in ("weight", "SCB", "weight_format")))
+        found = self._writer.has(*(f"{layer.name}.{suffix}" for suffix in self._plan.layout.int8_suffixes))
         if found:
             self._finish(layer.weight.name, self._to_quantize)
         return found
@@ -108,7 +108,7 @@ class Transfer:
         self._write_scales(layer, torch.cat(absmax))
 
     def _quantized(self, layer: SelectedLayer, weight: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
-        values, absmax = quantize_weight(weight)
+        values, absmax = quantize_weight(weight, self._plan.options.scheme.rotation)
         if not bool(absmax.isfinite().all()):
             row = first_row + int((~absmax.isfinite()).nonzero()[0])
             raise self._refused(
@@ -118,8 +118,9 @@ class Transfer:
         return values, absmax
 
     def _write_scales(self, layer: SelectedLayer, absmax: Tensor) -> None:
-        self._writer.write(f"{layer.name}.SCB", absmax)
-        self._writer.write(f"{layer.name}.weight_format", torch.zeros((), dtype=torch.uint8))
+        self._writer.write(f"{layer.name}.{self._plan.layout.absmax}", absmax)
+        if self._plan.layout.weight_format:
+            self._writer.write(f"{layer.name}.weight_format", torch.zeros((), dtype=torch.uint8))
         self._finish(layer.weight.name, self._to_quantize)
 
     def write_outliers(self, outliers: Outliers) -> None:

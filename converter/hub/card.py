@@ -146,7 +146,7 @@ def _conversion(subject: Subject) -> list[str]:
             f"in a layer; criterion `{harmless(quantization.criterion)}`"
         )
         rows["Calibration"] = _calibration(quantization.calibration, len(quantization.outliers))
-        kind = activations(quantization.activation, quantization.activation_group)
+        kind = activations(quantization.scheme.activation, quantization.scheme.activation_group)
         rows["Activations"] = f"int8 when the model runs ({kind})"
         rows["Format"] = f"llmint8 {harmless(quantization.format_version)}, which bitsandbytes reads too"
     files = subject.source.get("files")

@@ -9,6 +9,7 @@ of token t is, by expectation over independent rounding errors,
 
 which needs neither another product nor the weight itself once a and e are known. Relative to the output it is averaged
 in two ways, per token and over all tokens, because single huge tokens must count, but not alone.
+Where a layer is rotated, j goes over the dimensions that it is rotated to.
 
 Layers that share an input share its ranking, their errors add up, and they get the same dimensions. Of layers that run
 several times, as shared blocks do, all calls count.
@@ -23,7 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmint8.kernels.reference import Activation, Group, quantize_rows
+from llmint8.formats import Scheme
+from llmint8.kernels.reference import Rotation, quantize_rows, rotate
 
 from .criterion import GRID, OUTLIER_MAGNITUDE, OUTLIER_POSITIONS, Criterion, max_candidates
 
@@ -31,13 +33,18 @@ _TINY = 1e-30
 _BLOCK_ELEMENTS = 1 << 17
 
 
-def column_norms(weight: Tensor, values: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
-    """Return |W_j|^2 and |W_j - Wq_j|^2 for every column, float32 [K], of a weight [N, K] and its quantization."""
+def column_norms(
+    weight: Tensor, values: Tensor, absmax: Tensor, rotation: Rotation | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return |W_j|^2 and |W_j - Wq_j|^2 for every column, float32 [K], of a weight [N, K] and its quantization.
+
+    Of a rotated one, they are those of the columns that it is rotated to.
+    """
     norms = torch.zeros(2, weight.shape[1], device=weight.device)
     step = max(1, _BLOCK_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
-        block = weight[rows].float()
+        block = rotate(weight[rows], rotation)
         norms[0] += block.square().sum(0)
         norms[1] += (values[rows].float() * (absmax[rows] / 127)[:, None] - block).square_().sum(0)
     return norms[0], norms[1]
@@ -78,15 +85,13 @@ def _compute(layer: str, measure: Callable[[], Curve]) -> Curve:
 class InputStatistics:
     """Collects what a streamed forward pass shows, call by call; holds an input as long as the model does."""
 
-    def __init__(
-        self, criterion: Criterion, activation: Activation, group: Group | None, remember: Remember = _compute
-    ) -> None:
-        """Take the criterion, which bounds the candidates, and the way activations will be quantized.
+    def __init__(self, criterion: Criterion, scheme: Scheme, remember: Remember = _compute) -> None:
+        """Take the criterion, which bounds the candidates, and how layers and their inputs will be coded.
 
         `remember` gets the names of the layers that share an input, with the number of the call after the first, and a
         function that measures the error curve there, and returns the curve.
         """
-        self._criterion, self._how, self._remember = criterion, (activation, group), remember
+        self._criterion, self._scheme, self._remember = criterion, scheme, remember
         self._open: list[_Call] = []
         self._group_of: dict[str, _Group] = {}
 
@@ -126,7 +131,7 @@ class InputStatistics:
     def _close(self, calls: list["_Call"]) -> None:
         for call in calls:
             group = call.group
-            measure = partial(error_curve, call.rows, call.norms, call.energies, group.dims, *self._how)
+            measure = partial(error_curve, call.rows, call.norms, call.energies, group.dims, self._scheme)
             names, number = " ".join(group.layers), len(group.curves) + 1
             curve = self._remember(names if number == 1 else f"{names}, call {number}", measure)
             group.curves.append((len(call.rows), len(call.norms), curve))
@@ -217,8 +222,7 @@ def error_curve(
     norms: Sequence[tuple[Tensor, Tensor]],
     energies: Sequence[Tensor],
     dims: Tensor,
-    activation: Activation,
-    group: Group | None,
+    scheme: Scheme,
 ) -> Curve:
     """Return the k of the grid and the relative output error at each, summed over the layers of a group.
 
@@ -227,7 +231,7 @@ def error_curve(
         norms: per layer, from `column_norms`.
         energies: per layer, the squared norm of its output for each token, float32 [T].
         dims: the candidates by falling magnitude, int64 [C].
-        activation, group: how rows will be quantized.
+        scheme: how rows will be quantized.
 
     """
     weight_norms = torch.stack([norm for norm, _ in norms], 1)  # [K, L]
@@ -238,8 +242,9 @@ def error_curve(
     largest = min(len(dims), GRID[-1])
     ks, errors = [k for k in GRID if k <= largest], []
     for k in ks:
-        kept = x.index_fill(1, dims[:k].to(x.device), 0)
-        quantized = quantize_rows(kept, dims[:0], activation, group).dequantize()  # what is left out is 0 already
+        kept = rotate(x.index_fill(1, dims[:k].to(x.device), 0), scheme.rotation)
+        # What is left out is 0 already, and rotated are all of them.
+        quantized = quantize_rows(kept, dims[:0], scheme.activation, scheme.activation_group).dequantize()
         error = (kept - quantized).square_() @ weight_norms + quantized.square() @ weight_errors
         errors.append(float((error * (per_token + overall)).sum() / 2))
     return ks, errors

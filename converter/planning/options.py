@@ -8,11 +8,19 @@ from typing import Literal
 
 import torch
 
-OnNonfinite = Literal["error", "keep"]
+from llmint8.formats import LAYOUTS, Scheme
+from llmint8.kernels.reference import Activation, Group, Rotation
 
+OnNonfinite = Literal["error", "keep"]
+Rounding = Literal["nearest", "gptq"]
+
+# How inputs are quantized, and in which blocks rotated, by measured KL (docs/accuracy.md).
+ACTIVATION: Activation = "zeropoint"
+ACTIVATION_GROUP: Group = 128
+_ROTATION: Rotation = 64
 _MAX_JOBS = 8
 # And the calibration, of which the content counts and not the name.
-_OF_THE_PASS = ("outliers", "calibration_tokens", "trust_remote_code")
+_OF_THE_PASS = ("format", "rotate", "rounding", "outliers", "calibration_tokens", "trust_remote_code")
 
 
 @dataclass(frozen=True)
@@ -20,6 +28,10 @@ class Options:
     """Everything beside the source that decides what a conversion writes, and `jobs`.
 
     Attributes:
+        format: 1, which bitsandbytes loads too, or 2, the layout of our own.
+        rotate: rotate inputs and weights, which takes format 2.
+        rounding: how int8 values are found: `nearest`, or `gptq`, which makes up for the rounding of a column in those
+            after it, and takes format 2.
         outliers: which columns stay in 16 bit, `top-k=16`, `threshold=6.0`, `systematic` or `none`; see `Criterion`.
             With `none` there is no forward pass.
         calibration: text for the pass, a `.jsonl` file with a `text` field or any text file; the packaged text by
@@ -37,6 +49,9 @@ class Options:
 
     """
 
+    format: int = 1
+    rotate: bool = False
+    rounding: Rounding = "nearest"
     outliers: str = "top-k=16"
     calibration: str | Path | None = None
     calibration_tokens: int = 512
@@ -51,11 +66,21 @@ class Options:
     jobs: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a number of jobs or of tokens that is none. Raises ValueError."""
+        """Refuse options that do not go together, or a number that is none. Raises ValueError."""
+        if self.format not in LAYOUTS:
+            raise ValueError(f"format {self.format!r}, expected 1 or 2")
+        if self.format == 1 and (self.rotate or self.rounding != "nearest"):
+            option = "--rotate" if self.rotate else f"--rounding {self.rounding}"
+            raise ValueError(f"{option} takes --format 2: bitsandbytes, which loads format 1, knows nothing of it")
         if self.jobs is not None and self.jobs < 1:
             raise ValueError(f"jobs {self.jobs}, expected at least 1")
         if self.calibration_tokens < 1:
             raise ValueError(f"calibration tokens {self.calibration_tokens}, expected at least 1")
+
+    @property
+    def scheme(self) -> Scheme:
+        """How the layers are coded."""
+        return Scheme(ACTIVATION, ACTIVATION_GROUP, _ROTATION if self.rotate else None)
 
     @property
     def threads(self) -> int:

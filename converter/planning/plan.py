@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from llmint8.formats import (
+    BITSANDBYTES,
     DTYPES,
     FLOAT_DTYPES,
+    NATIVE,
+    Layout,
     OutputError,
     Source,
     SourceError,
     TensorInfo,
     TensorSpec,
-    int8_specs,
     is_unfinished,
     open_source,
     outlier_specs,
@@ -65,6 +67,11 @@ class ConversionPlan:
     groups: list[list[TensorSpec]]  # the tensors to write, in the order of the source; without outliers not yet chosen
     class_notices: list[str]  # what `settle_class` has to tell, also among the others
     samples: Samples | None  # the images and sounds of a directory that the pass is to show
+
+    @property
+    def layout(self) -> Layout:
+        """What files and tensors are called in the result."""
+        return NATIVE if self.options.format == 2 else BITSANDBYTES
 
     @property
     def untied(self) -> bool:
@@ -221,7 +228,7 @@ def with_selection(plan: ConversionPlan, selection: Selection) -> ConversionPlan
             groups.append([TensorSpec(info.name, output_dtype(info.dtype, dtype), info.shape)])
         if layer is not None:
             outlier_dtype = output_dtype(info.dtype, dtype)
-            specs = int8_specs(layer.name, layer.out_features, layer.in_features)
+            specs = plan.layout.int8_specs(layer.name, layer.out_features, layer.in_features)
             if plan.criterion.kind == "none":
                 specs += outlier_specs(layer.name, layer.out_features, 0, outlier_dtype)
             groups.append(specs)

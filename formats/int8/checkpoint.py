@@ -13,17 +13,12 @@ from torch import Tensor
 from ..containers.index import read_weight_map
 from ..containers.safetensors import METADATA, read_header
 from ..containers.tensors import FLOAT_DTYPES, TensorInfo, read_tensor
-from ..disk.names import CONFIG_NAME, LEGACY_QUANTIZATION_NAME, SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME, is_unfinished
+from ..disk.names import CONFIG_NAME, LEGACY_QUANTIZATION_NAME, is_unfinished
 from ..disk.reading import read_json, require_inside
 from ..errors import CheckpointError, CorruptFileError, LLMInt8Error
+from .layouts import BITSANDBYTES, LAYOUTS, NATIVE, Layout
 from .quantization import Quantization
-from .records import MAX_IN_FEATURES, MAX_IN_FEATURES_OF_BITSANDBYTES, Int8Record, record_specs
-
-# Beside `weight` and `bias`, which are names of ordinary tensors too.
-_RECORD_SUFFIXES = ("SCB", "weight_format", "outlier_dims", "outlier_weight")
-
-# What the files of a later layout are called. Beside others nobody could say which of them the model is.
-_RESERVED = "llmint8-*.safetensors"
+from .records import MAX_IN_FEATURES, MAX_IN_FEATURES_OF_BITSANDBYTES, Int8Record
 
 
 @dataclass(frozen=True)
@@ -35,6 +30,11 @@ class Checkpoint:
     quantization: Quantization
     tensors: dict[str, TensorInfo]
     records: dict[str, Int8Record]
+
+    @property
+    def layout(self) -> Layout:
+        """What files and tensors are called."""
+        return self.quantization.layout
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, in memory of its own."""
@@ -57,8 +57,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     config = _checked("E01", lambda: _read_config(path))
     quantization = _quantization(path, config)
-    weight_map = _checked("E04", lambda: _weight_map(path))
-    file_names = sorted(set(weight_map.values())) if weight_map else [SAFETENSORS_NAME]
+    weight_map = _checked("E04", lambda: _weight_map(path, quantization.layout))
+    file_names = sorted(set(weight_map.values())) if weight_map else [quantization.layout.single]
     for name in file_names:
         if not (path / name).is_file():
             raise CheckpointError("E05", f"{path / name}: no such regular file; is the download complete?")
@@ -71,8 +71,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         for name, info in tensors.items()
         if name.endswith(".weight") and info.dtype == "I8"
     ]
-    _check_presence(path, tensors, modules, quantization.llmint8)
-    records = {name: _record(path, tensors, name, quantization.llmint8) for name in modules}
+    _check_presence(path, tensors, modules, quantization)
+    _check_layers(path, modules, quantization)
+    records = {name: _record(path, tensors, name, quantization) for name in modules}
     checkpoint = Checkpoint(path, config, quantization, tensors, records)
     for name in records:
         _check_weight_format(checkpoint, name)
@@ -107,25 +108,36 @@ def _quantization(path: Path, config: Mapping[str, Any]) -> Quantization:
         quantization = Quantization.from_dict(raw)
     except ValueError as error:
         raise CheckpointError("E02", f"{path / CONFIG_NAME}: quantization_config: {error}") from None
-    if "llmint8" not in raw:
+    native = quantization.layout is NATIVE
+    if not native and "llmint8" not in raw:
         return quantization
     try:
-        return quantization.with_block(raw["llmint8"])
+        return quantization.with_block(raw if native else raw["llmint8"])
     except ValueError as error:
-        raise CheckpointError("E03", f"{path / CONFIG_NAME}: quantization_config.llmint8: {error}") from None
+        where = "" if native else ".llmint8"
+        raise CheckpointError("E03", f"{path / CONFIG_NAME}: quantization_config{where}: {error}") from None
 
 
-def _weight_map(path: Path) -> dict[str, str]:
+def _weight_map(path: Path, layout: Layout) -> dict[str, str]:
     """Return the index's map, or nothing for a checkpoint in one file."""
-    if later := sorted(path.glob(_RESERVED)):
-        raise CorruptFileError(
-            f"{later[0]}: a file of a later version of the format; update llmint8, or remove it if it belongs elsewhere"
-        )
-    index, single = (path / SAFETENSORS_INDEX_NAME).exists(), (path / SAFETENSORS_NAME).exists()
+    for other in LAYOUTS.values():
+        if other is not layout and (strange := _weights_of(path, other)):
+            raise CorruptFileError(
+                f"{strange[0]}: a weight file of format {other.major}, where config.json says {layout.major}; "
+                "remove it if it belongs elsewhere"
+            )
+    index, single = (path / layout.index).exists(), (path / layout.single).exists()
     if index == single:
         what = "both are there" if index else "neither is there"
-        raise CorruptFileError(f"{path}: expected either {SAFETENSORS_NAME} or {SAFETENSORS_INDEX_NAME}, {what}")
-    return read_weight_map(path / SAFETENSORS_INDEX_NAME, ".safetensors") if index else {}
+        raise CorruptFileError(f"{path}: expected either {layout.single} or {layout.index}, {what}")
+    return read_weight_map(path / layout.index, ".safetensors") if index else {}
+
+
+def _weights_of(path: Path, layout: Layout) -> list[Path]:
+    """Return the weight files in a directory that are named as a layout names them."""
+    if layout is BITSANDBYTES:
+        return [path / name for name in (layout.single, layout.index) if (path / name).exists()]
+    return sorted(path.glob("llmint8-*.safetensors"))
 
 
 def _merge(
@@ -145,13 +157,14 @@ def _merge(
     return tensors
 
 
-def _check_presence(path: Path, tensors: Mapping[str, TensorInfo], modules: Collection[str], llmint8: bool) -> None:
+def _check_presence(
+    path: Path, tensors: Mapping[str, TensorInfo], modules: Collection[str], quantization: Quantization
+) -> None:
     """Every record is whole, and no part of one stands alone. bitsandbytes may leave the last three out."""
+    layout, llmint8 = quantization.layout, quantization.llmint8
     for name in modules:
         outliers = [f"{name}.outlier_dims", f"{name}.outlier_weight"]
-        required = [f"{name}.SCB"]
-        if llmint8:
-            required.append(f"{name}.weight_format")
+        required = [f"{name}.{suffix}" for suffix in layout.int8_suffixes if llmint8 or suffix != "weight_format"]
         if llmint8 or any(key in tensors for key in outliers):
             required += outliers
         for key in required:
@@ -161,23 +174,30 @@ def _check_presence(path: Path, tensors: Mapping[str, TensorInfo], modules: Coll
     names = set(modules)
     for name, info in tensors.items():
         module, _, suffix = name.rpartition(".")
-        if suffix in _RECORD_SUFFIXES and module not in names:
+        if suffix in layout.reserved_suffixes and module not in names:
             raise CheckpointError("E08", f"{path / info.file}: {name}: {module}.weight is not there as int8")
 
 
-def _record(path: Path, tensors: Mapping[str, TensorInfo], name: str, llmint8: bool) -> Int8Record:
+def _check_layers(path: Path, modules: Collection[str], quantization: Quantization) -> None:
+    """Every quantized layer has a scheme, where there are several."""
+    for name in modules if quantization.layout is NATIVE else ():
+        if name not in quantization.layers:
+            raise CheckpointError("E11", f"{path / CONFIG_NAME}: layers does not name {name}, which is int8")
+
+
+def _record(path: Path, tensors: Mapping[str, TensorInfo], name: str, quantization: Quantization) -> Int8Record:
     weight = tensors[f"{name}.weight"]
     where = f"{path / weight.file}: {name}"
     if len(weight.shape) != 2:
         raise CheckpointError("E09", f"{where}.weight: shape {list(weight.shape)}, expected [out, in]")
     out_features, in_features = weight.shape
-    most = MAX_IN_FEATURES if llmint8 else MAX_IN_FEATURES_OF_BITSANDBYTES
+    most = MAX_IN_FEATURES if quantization.llmint8 else MAX_IN_FEATURES_OF_BITSANDBYTES
     if in_features > most:
         raise CheckpointError("E09", f"{where}.weight: {in_features} columns, at most {most} add up in 32 bits")
     dims, columns = tensors.get(f"{name}.outlier_dims"), tensors.get(f"{name}.outlier_weight")
     count = None if dims is None else (dims.shape[-1] if dims.shape else 0)
     outlier_dtype = "F32" if columns is None else columns.dtype
-    expected = record_specs(name, out_features, in_features, count or 0, outlier_dtype)
+    expected = quantization.layout.record_specs(name, out_features, in_features, count or 0, outlier_dtype)
     for spec in expected:
         info = tensors.get(spec.name)
         if info is not None and (info.dtype, info.shape) != (spec.dtype, spec.shape):
@@ -193,7 +213,7 @@ def _record(path: Path, tensors: Mapping[str, TensorInfo], name: str, llmint8: b
     bias = tensors.get(f"{name}.bias")
     if bias is not None and (bias.dtype not in FLOAT_DTYPES or bias.shape != (out_features,)):
         raise CheckpointError("E09", f"{where}.bias: is {bias.dtype} {list(bias.shape)}, expected [{out_features}]")
-    return Int8Record(name, out_features, in_features, count, bias is not None)
+    return Int8Record(name, out_features, in_features, count, bias is not None, quantization.scheme_of(name))
 
 
 def _check_weight_format(checkpoint: Checkpoint, name: str) -> None:

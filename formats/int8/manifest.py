@@ -13,7 +13,7 @@ from ..disk.names import MANIFEST_NAME
 from ..disk.reading import read_json
 from ..disk.strict_json import finite, member
 from ..errors import CheckpointError, LLMInt8Error
-from .quantization import FORMAT_VERSION, Quantization, check_source, is_readable
+from .quantization import FORMAT_VERSIONS, Quantization, check_source, major
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def read_manifest(path: Path) -> Manifest:
 
 def _manifest(raw: dict[str, Any]) -> Manifest:
     version = member(raw, "format_version", str)
-    if not is_readable(version):
-        raise ValueError(f"format_version is {version!r}, expected {FORMAT_VERSION}")
+    if major(version) is None:
+        raise ValueError(f"format_version is {version!r}, expected {' or '.join(FORMAT_VERSIONS)}")
     source = check_source(raw)
     _hash("source.config_sha256", member(raw, "source.config_sha256", str))
     sizes = member(raw, "source.files", dict)

@@ -1,15 +1,22 @@
-"""The `quantization_config` of an int8 checkpoint: bitsandbytes' keys, and our block `llmint8` among them."""
+"""The `quantization_config` of an int8 checkpoint.
+
+In format 1 it has bitsandbytes' keys, and our block `llmint8` among them; in format 2 it is that block, which says in
+addition by which scheme each layer is coded.
+"""
 
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..containers.tensors import is_tensor_name
 from ..disk.strict_json import member
+from .layouts import BITSANDBYTES, LAYOUTS, NATIVE, Layout
+from .schemes import Scheme, format_1
 
-FORMAT_VERSION = "1.1"
-_ACTIVATION_GROUPS = (64, 128, 256)
+# The newest of each MAJOR.
+FORMAT_VERSIONS = ("1.1", "2.0")
+ROUNDINGS = ("nearest", "gptq")
 PRODUCER_NAME = "llmint8"
 # What stock bitsandbytes uses for its dynamic search; the value of the paper.
 BITSANDBYTES_THRESHOLD = 6.0
@@ -20,15 +27,18 @@ _HEAD_NAMES = ("lm_head", "embed_out", "proj_out", "output_projection")
 class Quantization:
     """What a checkpoint says about its quantization; spec.md, section "config.json", gives each field's meaning.
 
-    `llmint8` is False for a checkpoint that bitsandbytes wrote: then only `threshold` and `skip_modules` are known.
-    `read_version` is the version that a checkpoint says it has; None for one that is to be written.
+    `llmint8` is False for a checkpoint that bitsandbytes wrote: then only `threshold` and `skip_modules` are known,
+    which are nothing of format 2. `read_version` is the version that a checkpoint says it has; None for one that is to
+    be written.
     """
 
     skip_modules: list[str]
     outliers: dict[str, int]  # module -> number of 16-bit columns
     criterion: str = "none"
-    activation: str = "absmax"
-    activation_group: int | None = None  # dimensions of an input that share a scale; None is all of them
+    schemes: dict[str, Scheme] = field(default_factory=lambda: {"int8": Scheme()})  # the one of most layers first
+    layers: dict[str, str] = field(default_factory=dict)  # module -> its scheme; in format 1 there is only one
+    rounding: str = "nearest"  # how the int8 values were found
+    layout: Layout = BITSANDBYTES
     threshold: float = BITSANDBYTES_THRESHOLD
     read_version: str | None = None
     producer: str = PRODUCER_NAME
@@ -39,7 +49,18 @@ class Quantization:
     @property
     def format_version(self) -> str:
         """The version that was read; of what is written, the oldest that has all of it."""
-        return self.read_version or ("1.0" if self.activation_group is None else "1.1")
+        if self.layout is NATIVE:
+            return self.read_version or "2.0"
+        return self.read_version or ("1.0" if self.scheme.activation_group is None else "1.1")
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme of most layers."""
+        return next(iter(self.schemes.values()))
+
+    def scheme_of(self, module: str) -> Scheme:
+        """Return the scheme of a quantized layer."""
+        return self.schemes[self.layers[module]] if self.layout is NATIVE else self.scheme
 
     @property
     def int8_head(self) -> str | None:
@@ -48,28 +69,46 @@ class Quantization:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object that goes into config.json."""
+        if self.layout is NATIVE:
+            return {"quant_method": NATIVE.method, **self._block()}
         return {
-            "quant_method": "bitsandbytes",
+            "quant_method": BITSANDBYTES.method,
             "load_in_8bit": True,
             "load_in_4bit": False,
             "llm_int8_threshold": self.threshold,
             "llm_int8_skip_modules": self.skip_modules,
             "llm_int8_has_fp16_weight": False,
             "llm_int8_enable_fp32_cpu_offload": False,
-            "llmint8": {
-                "format_version": self.format_version,
-                "producer": self.producer,
-                "activation": self.activation,
-                **({} if self.activation_group is None else {"activation_group": self.activation_group}),
-                "outliers": {"criterion": self.criterion, "counts": self.outliers},
-                "calibration": self.calibration,
-                "source": self.source,
-            },
+            "llmint8": self._block(),
         }
+
+    def _block(self) -> dict[str, Any]:
+        return {
+            "format_version": self.format_version,
+            "producer": self.producer,
+            **self._coding(),
+            "outliers": {"criterion": self.criterion, "counts": self.outliers},
+            "calibration": self.calibration,
+            "source": self.source,
+        }
+
+    def _coding(self) -> dict[str, Any]:
+        if self.layout is NATIVE:
+            schemes = {name: scheme.to_dict() for name, scheme in self.schemes.items()}
+            return {"schemes": schemes, "layers": self.layers, "rounding": self.rounding}
+        group = self.scheme.activation_group
+        return {"activation": self.scheme.activation, **({} if group is None else {"activation_group": group})}
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "Quantization":
-        """Read the object in config.json. Raises ValueError, saying which value is wrong and what would be right."""
+        """Read the object in config.json, but for what our block or format 2 says; see `with_block`.
+
+        Raises:
+            ValueError: saying which value is wrong and what would be right.
+
+        """
+        if raw.get("quant_method") == NATIVE.method:
+            return cls([], {}, layout=NATIVE)
         for key, expected in {"load_in_8bit": True, "load_in_4bit": False, "llm_int8_has_fp16_weight": False}.items():
             if raw.get(key, False) is not expected:
                 raise ValueError(f"{key} is {raw.get(key)!r}, expected {str(expected).lower()}")
@@ -77,7 +116,7 @@ class Quantization:
             member(raw, "llm_int8_enable_fp32_cpu_offload", bool)
         method = raw.get("quant_method", None if "llmint8" in raw else "bitsandbytes")
         if method != "bitsandbytes":
-            raise ValueError(f"quant_method is {method!r}, expected 'bitsandbytes'")
+            raise ValueError(f"quant_method is {method!r}, expected 'bitsandbytes' or 'llmint8'")
         threshold = raw.get("llm_int8_threshold", BITSANDBYTES_THRESHOLD)
         if type(threshold) not in (int, float) or not 0 <= threshold <= sys.float_info.max:
             raise ValueError(f"llm_int8_threshold is {threshold!r}, expected a number that is not negative")
@@ -91,42 +130,62 @@ class Quantization:
         return cls(skip_modules, {}, threshold=float(threshold), producer="bitsandbytes", llmint8=False)
 
     def with_block(self, block: Any) -> "Quantization":
-        """Add what our block `llmint8` says. Raises ValueError, as `from_dict` does."""
+        """Add what our block `llmint8` says, or format 2 in its place. Raises ValueError, as `from_dict` does."""
         version = member(block, "format_version", str)
-        if not is_readable(version):
-            raise ValueError(f"format_version is {version!r}, this program reads {FORMAT_VERSION}; update llmint8")
+        if major(version) != self.layout.major:
+            newest = FORMAT_VERSIONS[self.layout.major - 1]
+            raise ValueError(f"format_version is {version!r}, this program reads {newest} here; update llmint8")
         counts = member(block, "outliers.counts", dict)
         for name, count in counts.items():
             if not is_tensor_name(name):
                 raise ValueError(f"outliers.counts names {name[:80]!r}, which is not the name of a module")
             if type(count) is not int or count < 0:
                 raise ValueError(f"outliers.counts[{name!r}] is {count!r}, expected a whole number >= 0")
-        activation = member(block, "activation", str)
-        if activation not in ("absmax", "zeropoint"):
-            raise ValueError(f"activation is {activation!r}, expected 'absmax' or 'zeropoint'")
-        group = block.get("activation_group")
-        if group is not None and (type(group) is not int or group not in _ACTIVATION_GROUPS):
-            raise ValueError(f"activation_group is {str(group)[:80]!r}, expected 64, 128, 256 or null")
+        if self.layout is NATIVE:
+            coding = _native_coding(block, counts)
+        else:
+            coding = {"schemes": {"int8": format_1(member(block, "activation", str), block.get("activation_group"))}}
         if "calibration" in block:
             member(block, "calibration", dict, type(None))
-        return Quantization(
-            self.skip_modules,
-            counts,
+        return replace(
+            self,
+            outliers=counts,
             criterion=member(block, "outliers.criterion", str),
-            activation=activation,
-            activation_group=group,
-            threshold=self.threshold,
+            **coding,
             read_version=version,
             producer=member(block, "producer", str),
             source=check_source(block),
             calibration=block.get("calibration"),
+            llmint8=True,
         )
 
 
-def is_readable(version: str) -> bool:
-    """Tell whether a format version is MAJOR.MINOR with our major number."""
+def _native_coding(block: dict[str, Any], counts: dict[str, int]) -> dict[str, Any]:
+    """Return what format 2 says of how the layers are coded. Every layer has a scheme, and every scheme is known."""
+    schemes = {}
+    for name, raw in member(block, "schemes", dict).items():
+        if not is_tensor_name(name):
+            raise ValueError(f"schemes names {name[:80]!r}, which is empty, too long or not printable")
+        try:
+            schemes[name] = Scheme.from_dict(raw)
+        except ValueError as error:
+            raise ValueError(f"schemes[{name!r}] {error}") from None
+    if not schemes:
+        raise ValueError("schemes is empty, expected at least one")
+    layers = member(block, "layers", dict)
+    if layers.keys() != counts.keys():
+        name = min(layers.keys() ^ counts.keys())
+        raise ValueError(f"{name[:80]!r} is in one of layers and outliers.counts, expected it in both")
+    for name, scheme in layers.items():
+        if not isinstance(scheme, str) or scheme not in schemes:
+            raise ValueError(f"layers[{name!r}] is {str(scheme)[:80]!r}, expected one of {', '.join(schemes)[:200]}")
+    return {"schemes": schemes, "layers": layers, "rounding": member(block, "rounding", str)}
+
+
+def major(version: str) -> int | None:
+    """Return the major number of a format version, MAJOR.MINOR; None where it is of another form, or not known here."""
     match = re.fullmatch(r"([0-9]+)\.[0-9]+", version)
-    return match is not None and match[1] == FORMAT_VERSION.split(".")[0]
+    return int(match[1]) if match is not None and match[1] in map(str, LAYOUTS) else None
 
 
 def check_source(holder: dict[str, Any]) -> dict[str, Any]:

@@ -69,6 +69,7 @@ def check_values(
     problems += _check_files(checkpoint, manifest) if manifest else []
     hashes = {name: entry.sha256 for name, entry in manifest.tensors.items()} if manifest else {}
     kept: dict[str, torch.Tensor] = {}
+    suffixes = tuple(f".{name}" for name in ("weight", checkpoint.layout.absmax, "outlier_dims", "outlier_weight"))
     for name, info in sorted(checkpoint.tensors.items()):
         where = f"{checkpoint.path / info.file}: {name}"
         try:
@@ -81,7 +82,7 @@ def check_values(
                 CheckpointError("E18", f"{where}: its SHA-256 is not the manifest's; fetch {info.file} again")
             )
         module = name.rpartition(".")[0]
-        if module in checkpoint.records and name.endswith((".SCB", ".outlier_dims", ".outlier_weight", ".weight")):
+        if module in checkpoint.records and name.endswith(suffixes):
             kept[name] = tensor
             # `weight` sorts last of these, so the record is complete here. Those of modules inside come between.
             if name == f"{module}.weight":

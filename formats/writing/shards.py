@@ -18,8 +18,8 @@ from ..containers.safetensors import encode_header, read_header
 from ..containers.tensors import DTYPE_NAMES, DTYPES, TensorInfo, TensorSpec, as_bytes, read_from
 from ..disk.durable import begin_writeback, named_errors, open_output, write_all
 from ..disk.lending import OpenFiles
-from ..disk.names import SAFETENSORS_NAME
 from ..errors import CorruptFileError
+from ..int8.layouts import Layout
 
 _NAME = "model-{:05d}.safetensors.partial"
 _EARLIER_NAME = "earlier-{:05d}.safetensors.partial"
@@ -136,11 +136,10 @@ class Shards:
             with named_errors(shard.path), self._files.lend(shard.path) as file:
                 os.fsync(file.fileno())
 
-    def final_names(self) -> dict[str, str]:
+    def final_names(self, layout: Layout) -> dict[str, str]:
         """Return the name of each file now -> in the finished checkpoint."""
-        count = len(self._shards)
-        names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-        return dict(zip((s.path.name for s in self._shards), names if count > 1 else [SAFETENSORS_NAME], strict=True))
+        names = layout.shard_names(len(self._shards))
+        return dict(zip((shard.path.name for shard in self._shards), names, strict=True))
 
 
 def partial_shards(out: Path) -> Iterator[Path]:

@@ -25,7 +25,6 @@ from ..disk.names import (
     CARD_NAME,
     CONFIG_NAME,
     MANIFEST_NAME,
-    SAFETENSORS_INDEX_NAME,
     WORKING_NAME,
     is_unfinished,
 )
@@ -179,7 +178,7 @@ class CheckpointWriter:
         if missing := self._shards.places.keys() - self._hashes.keys():
             raise ValueError(f"{len(missing)} planned tensors were never written, {min(missing)} among them")
         self._shards.flush()
-        finals = self._shards.final_names()
+        finals = self._shards.final_names(quantization.layout)
         entries = {
             name: ManifestEntry(finals[place.file], place.dtype, place.shape, self._hashes[name])
             for name, place in self._shards.places.items()
@@ -190,7 +189,7 @@ class CheckpointWriter:
                 "metadata": {"total_size": self.nbytes},
                 "weight_map": {name: entry.file for name, entry in sorted(entries.items())},
             }
-            files[SAFETENSORS_INDEX_NAME] = encode_json(index)
+            files[quantization.layout.index] = encode_json(index)
         stored_config = encode_json({**config, "quantization_config": quantization.to_dict()})
         # The card is for its readers to edit.
         hashed = {name: data for name, data in files.items() if name != CARD_NAME} | {CONFIG_NAME: stored_config}

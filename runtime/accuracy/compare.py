@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from transformers.utils import is_peft_available
 
-from llmint8.converter.calibration.calibrator import ACTIVATION_GROUP
 from llmint8.converter.calibration.text import read_text
 from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.machine import usable_device
@@ -21,6 +20,7 @@ from llmint8.converter.model.build import model_class, quiet_transformers
 from llmint8.converter.model.config import load_config
 from llmint8.converter.model.limits import bounded_modules
 from llmint8.converter.model.tokenizer import load_tokenizer
+from llmint8.converter.planning.options import ACTIVATION_GROUP
 from llmint8.formats import LLMInt8Error, SourceError, open_source
 from llmint8.formats.disk.names import ADAPTER_CONFIG_NAME
 

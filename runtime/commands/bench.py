@@ -69,8 +69,8 @@ def layers_of(checkpoint: str | None) -> tuple[list[Shape], "ActivationGroup"]:
     And how many dimensions of an input share a scale there. Of no checkpoint: common layers, and what the converter
     records.
     """
-    from llmint8.converter.calibration.calibrator import ACTIVATION_GROUP
     from llmint8.converter.hub.resolve import resolve
+    from llmint8.converter.planning.options import ACTIVATION_GROUP
     from llmint8.formats import open_checkpoint
 
     from ..model.arguments import recorded_group

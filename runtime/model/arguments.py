@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -21,7 +21,7 @@ def kernels_group(activation_group: ActivationGroup) -> Group | None:
 
 def recorded_group(quantization: Quantization) -> ActivationGroup:
     """Return the group that a checkpoint records; the whole row where it records none."""
-    return cast("ActivationGroup", quantization.activation_group or "row")
+    return quantization.scheme.activation_group or "row"
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

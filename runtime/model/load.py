@@ -125,7 +125,7 @@ def load(
         **int8_config(checkpoint),
         "outliers": mode,
         "threshold": threshold,
-        "activation": activation or checkpoint.quantization.activation,
+        "activation": activation or checkpoint.quantization.scheme.activation,
         "activation_group": activation_group or _group_to_run(checkpoint, device, device_map),
         "searched": searched,
         "manifest": manifest,

@@ -102,7 +102,7 @@ def _summary(findings: Findings) -> str:
         "Layers in int8": f"{layers}, of which {measured} were measured",
         f"Columns in {findings.precision}": f"{kept / max(1, columns):.2%}, {kept / max(1, layers):.1f} in a layer",
         "Chosen by": quantization.criterion,
-        "Activations": activations(quantization.activation, quantization.activation_group),
+        "Activations": activations(quantization.scheme.activation, quantization.scheme.activation_group),
         "Calibration": f"{calibration['tokens']} tokens, text: {text}" if calibration.get("tokens") else str(text),
     }
     cells = "".join(f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in rows.items())

@@ -1,0 +1,83 @@
+"""How a MAJOR version of the format lays a checkpoint out: what its files and the tensors of a layer are called."""
+
+from dataclasses import dataclass
+
+from ..containers.tensors import TensorSpec
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The layout of one MAJOR version.
+
+    Attributes:
+        major: the version.
+        method: `quant_method` in config.json.
+        stem: how names of weight files begin.
+        absmax: what a layer's absmax is called.
+        weight_format: whether a layer has a tensor of this name, which bitsandbytes wants.
+
+    """
+
+    major: int
+    method: str
+    stem: str
+    absmax: str
+    weight_format: bool
+
+    @property
+    def single(self) -> str:
+        """Name of the weight file where there is one."""
+        return f"{self.stem}.safetensors"
+
+    @property
+    def index(self) -> str:
+        """Name of the index where there are several."""
+        return f"{self.single}.index.json"
+
+    def shard_names(self, count: int) -> list[str]:
+        """Return the names of so many weight files."""
+        return [
+            self.single if count == 1 else f"{self.stem}-{number:05d}-of-{count:05d}.safetensors"
+            for number in range(1, count + 1)
+        ]
+
+    @property
+    def int8_suffixes(self) -> list[str]:
+        """What the tensors are called that are made of a layer's weight alone."""
+        return ["weight", self.absmax, *(["weight_format"] if self.weight_format else [])]
+
+    @property
+    def reserved_suffixes(self) -> list[str]:
+        """What only tensors of a quantized layer are called; `weight` and `bias` are names of ordinary ones too."""
+        return [*self.int8_suffixes[1:], "outlier_dims", "outlier_weight"]
+
+    def int8_specs(self, name: str, out_features: int, in_features: int) -> list[TensorSpec]:
+        """Return the tensors of a layer that are made of its weight alone, as they stand in a file."""
+        specs = [
+            TensorSpec(f"{name}.weight", "I8", (out_features, in_features)),
+            TensorSpec(f"{name}.{self.absmax}", "F32", (out_features,)),
+            TensorSpec(f"{name}.weight_format", "U8", ()),
+        ]
+        return specs[: len(self.int8_suffixes)]
+
+    def record_specs(
+        self, name: str, out_features: int, in_features: int, outlier_count: int, outlier_dtype: str
+    ) -> list[TensorSpec]:
+        """Return all tensors of a layer as they stand in a file, its bias excepted."""
+        return [
+            *self.int8_specs(name, out_features, in_features),
+            *outlier_specs(name, out_features, outlier_count, outlier_dtype),
+        ]
+
+
+def outlier_specs(name: str, out_features: int, outlier_count: int, outlier_dtype: str) -> list[TensorSpec]:
+    """Return the tensors of a layer that hold its outlier columns, as they stand in a file."""
+    return [
+        TensorSpec(f"{name}.outlier_dims", "I32", (outlier_count,)),
+        TensorSpec(f"{name}.outlier_weight", outlier_dtype, (out_features, outlier_count)),
+    ]
+
+
+BITSANDBYTES = Layout(1, "bitsandbytes", "model", "SCB", weight_format=True)
+NATIVE = Layout(2, "llmint8", "llmint8-model", "absmax", weight_format=False)
+LAYOUTS = {layout.major: layout for layout in (BITSANDBYTES, NATIVE)}
