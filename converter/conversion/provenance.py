@@ -53,7 +53,7 @@ def describe(plan: ConversionPlan, outliers: dict[str, int], calibration: dict[s
         {name: outliers.get(name, 0) for name in plan.selection.layers},
         criterion=str(plan.criterion),
         schemes={scheme.name: scheme},
-        layers=dict.fromkeys(plan.selection.layers, scheme.name) if plan.layout is NATIVE else {},
+        layers=dict.fromkeys(plan.selection.layers, scheme.name) if plan.layout == NATIVE else {},
         rounding=plan.options.rounding,
         layout=plan.layout,
         producer=f"llmint8 {_version('llmint8')}",

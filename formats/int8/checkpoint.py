@@ -108,7 +108,7 @@ def _quantization(path: Path, config: Mapping[str, Any]) -> Quantization:
         quantization = Quantization.from_dict(raw)
     except ValueError as error:
         raise CheckpointError("E02", f"{path / CONFIG_NAME}: quantization_config: {error}") from None
-    native = quantization.layout is NATIVE
+    native = quantization.layout == NATIVE
     if not native and "llmint8" not in raw:
         return quantization
     try:
@@ -135,7 +135,7 @@ def _weight_map(path: Path, layout: Layout) -> dict[str, str]:
 
 def _weights_of(path: Path, layout: Layout) -> list[Path]:
     """Return the weight files in a directory that are named as a layout names them."""
-    if layout is BITSANDBYTES:
+    if layout == BITSANDBYTES:
         return [path / name for name in (layout.single, layout.index) if (path / name).exists()]
     return sorted(path.glob("llmint8-*.safetensors"))
 
@@ -180,7 +180,7 @@ def _check_presence(
 
 def _check_layers(path: Path, modules: Collection[str], quantization: Quantization) -> None:
     """Every quantized layer has a scheme, where there are several."""
-    for name in modules if quantization.layout is NATIVE else ():
+    for name in modules if quantization.layout == NATIVE else ():
         if name not in quantization.layers:
             raise CheckpointError("E11", f"{path / CONFIG_NAME}: layers does not name {name}, which is int8")
 

@@ -49,7 +49,7 @@ class Quantization:
     @property
     def format_version(self) -> str:
         """The version that was read; of what is written, the oldest that has all of it."""
-        if self.layout is NATIVE:
+        if self.layout == NATIVE:
             return self.read_version or "2.0"
         return self.read_version or ("1.0" if self.scheme.activation_group is None else "1.1")
 
@@ -60,7 +60,7 @@ class Quantization:
 
     def scheme_of(self, module: str) -> Scheme:
         """Return the scheme of a quantized layer."""
-        return self.schemes[self.layers[module]] if self.layout is NATIVE else self.scheme
+        return self.schemes[self.layers[module]] if self.layout == NATIVE else self.scheme
 
     @property
     def int8_head(self) -> str | None:
@@ -69,7 +69,7 @@ class Quantization:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object that goes into config.json."""
-        if self.layout is NATIVE:
+        if self.layout == NATIVE:
             return {"quant_method": NATIVE.method, **self._block()}
         return {
             "quant_method": BITSANDBYTES.method,
@@ -93,7 +93,7 @@ class Quantization:
         }
 
     def _coding(self) -> dict[str, Any]:
-        if self.layout is NATIVE:
+        if self.layout == NATIVE:
             schemes = {name: scheme.to_dict() for name, scheme in self.schemes.items()}
             return {"schemes": schemes, "layers": self.layers, "rounding": self.rounding}
         group = self.scheme.activation_group
@@ -141,7 +141,7 @@ class Quantization:
                 raise ValueError(f"outliers.counts names {name[:80]!r}, which is not the name of a module")
             if type(count) is not int or count < 0:
                 raise ValueError(f"outliers.counts[{name!r}] is {count!r}, expected a whole number >= 0")
-        if self.layout is NATIVE:
+        if self.layout == NATIVE:
             coding = _native_coding(block, counts)
         else:
             coding = {"schemes": {"int8": format_1(member(block, "activation", str), block.get("activation_group"))}}

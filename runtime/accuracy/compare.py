@@ -90,7 +90,8 @@ def compare(
     windows = token_windows(tokenizer, content, tokens, window)
     model = load(resolved.path, device=device, dtype=torch.float32)
     reference = load_reference(origin.path, window, device)
-    modes = _modes(model.config.quantization_config, methods)
+    rotated = any(layer.rotation is not None for layer in int8_layers(model).values())
+    modes = _modes(model.config.quantization_config, methods, rotated)
     named = {f"{resolved.name}: {mode.label}": mode for mode in modes}
     runs = Runs(reference, model, named, METHODS if methods else (), windows)
     layers = int8_layers(model)
@@ -151,14 +152,18 @@ def load_reference(path: Path, window: int, device: str) -> Any:
     return model.to(device)
 
 
-def _modes(config: Any, methods: bool) -> list[Mode]:
-    """Return the checkpoint's own mode; beside the paper's methods also other activations, and LLM.int8()."""
+def _modes(config: Any, methods: bool, rotated: bool) -> list[Mode]:
+    """Return the checkpoint's own mode; beside the paper's methods also other activations, and LLM.int8().
+
+    That searches for outliers, which rotated layers cannot.
+    """
     own = Mode(config.outliers, config.threshold, config.activation, config.activation_group)
     if not methods:
         return [own]
     other = own._replace(activation="zeropoint" if own.activation == "absmax" else "absmax")
     grouped = own._replace(activation_group=ACTIVATION_GROUP if own.activation_group == "row" else "row")
-    return list(dict.fromkeys([own, other, grouped, Mode("dynamic", THRESHOLD, "absmax", "row")]))
+    searched = [] if rotated else [Mode("dynamic", THRESHOLD, "absmax", "row")]
+    return list(dict.fromkeys([own, other, grouped, *searched]))
 
 
 def _beyond_calibration(model: Any) -> BeyondCalibration:

@@ -36,6 +36,15 @@ def check_threshold(outliers: Outliers, threshold: float) -> None:
         raise ValueError(f"threshold is {threshold!r}, expected a number above 0 with outliers='dynamic'")
 
 
+def check_rotated(outliers: Outliers, rotation: int | None) -> None:
+    """Refuse a search for outliers in a rotated layer. Raises ValueError."""
+    if outliers == "dynamic" and rotation is not None:
+        raise ValueError(
+            "outliers is 'dynamic', and the layer is rotated: its weight has no columns that a search could take; "
+            "expected 'static' or 'none'"
+        )
+
+
 def outlier_mode(
     quantization: Quantization, outliers: Outliers | None, threshold: float | None
 ) -> tuple[Outliers, float]:
@@ -64,6 +73,6 @@ def settled_dtype(dtype: torch.dtype | str | None, checkpoint: Checkpoint, confi
         return config.dtype
     sizes: Counter[str] = Counter()
     for info in checkpoint.tensors.values():
-        if info.dtype in FLOAT_DTYPES and not info.name.endswith(".SCB"):
+        if info.dtype in FLOAT_DTYPES and not info.name.endswith(f".{checkpoint.layout.absmax}"):
             sizes[info.dtype] += info.nbytes
     return DTYPES[sizes.most_common(1)[0][0]] if sizes else torch.float32

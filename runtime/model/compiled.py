@@ -60,7 +60,7 @@ def _obstacle(model: Any) -> str | None:
     if not model.can_generate() or not getattr(model, "_can_compile_fullgraph", False):
         return f"transformers has no static cache for {type(model).__name__}"
     layers = [layer for layer in model.modules() if isinstance(layer, Int8Linear)]
-    for device in (layer.SCB.device.type for layer in layers if layer.outliers == "dynamic"):
+    for device in (layer.row_absmax.device.type for layer in layers if layer.outliers == "dynamic"):
         if device not in ("cpu", "cuda"):
             return f"outliers='dynamic' makes tensors whose size depends on the input, on {device}"
     if any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules()):

@@ -35,7 +35,7 @@ _SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 def dequantized(weight: Int8Weight, dtype: torch.dtype) -> Tensor:
     """Return a weight in floating point, [N, K]; its outlier columns are exact, but for a cast to `dtype`."""
-    result = dequantize_weight(weight.values, weight.absmax).to(dtype)
+    result = dequantize_weight(weight.values, weight.absmax, weight.rotation).to(dtype)
     if weight.outlier_dims.numel():
         result[:, weight.outlier_dims.long()] = weight.outlier_weight.to(dtype)
     return result

@@ -12,12 +12,21 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
+from llmint8.formats import BITSANDBYTES, Layout
 from llmint8.kernels.checks import check_outlier_dims
 from llmint8.kernels.linear import int8_linear
-from llmint8.kernels.reference import Activation, Int8Weight
+from llmint8.kernels.reference import Activation, Int8Weight, Rotation
 from llmint8.kernels.weights import quantize_weight
 
-from .arguments import ACTIVATION_GROUPS, ActivationGroup, Outliers, check_choice, check_threshold, kernels_group
+from .arguments import (
+    ACTIVATION_GROUPS,
+    ActivationGroup,
+    Outliers,
+    check_choice,
+    check_rotated,
+    check_threshold,
+    kernels_group,
+)
 from .float_weight import dequantized
 from .tensors import QuantizedTensors
 
@@ -63,11 +72,16 @@ class Int8Linear(QuantizedTensors):
         threshold: float = 6.0,
         activation: Activation = "absmax",
         activation_group: ActivationGroup = "row",
+        rotation: Rotation | None = None,
+        layout: Layout = BITSANDBYTES,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make a layer of zeros, to be filled and prepared; `dtype` is that of the bias and the outlier columns."""
-        super().__init__(in_features, out_features, bias, outlier_count, device, dtype)
+        """Make a layer of zeros, to be filled and prepared.
+
+        `dtype` is that of the bias and the outlier columns, `layout` says what tensors are called in its state.
+        """
+        super().__init__(in_features, out_features, bias, outlier_count, rotation, layout, device, dtype)
         self._outliers, self._threshold = outliers, threshold
         self._activation, self._activation_group = activation, activation_group
         self.configure(outliers=outliers, threshold=threshold, activation=activation, activation_group=activation_group)
@@ -80,6 +94,7 @@ class Int8Linear(QuantizedTensors):
         linear: nn.Linear | Conv1D,
         outlier_dims: Tensor | None = None,
         outlier_weight: Tensor | None = None,
+        rotation: Rotation | None = None,
     ) -> Self:
         """Quantize a linear layer, or GPT-2's Conv1D with its transposed weight; nothing is shared with it.
 
@@ -87,6 +102,7 @@ class Int8Linear(QuantizedTensors):
             linear: weight and bias in float16, bfloat16 or float32, finite.
             outlier_dims: integer [k], strictly increasing; None stores no columns, k = 0.
             outlier_weight: float [N, k]; None takes the columns of the weight itself.
+            rotation: rotate weight and inputs in blocks of so many dimensions.
 
         Raises:
             ValueError: outlier dims that are not strictly increasing or not in the layer, columns of another
@@ -95,7 +111,7 @@ class Int8Linear(QuantizedTensors):
         """
         weight = linear.weight.detach()
         weight = weight.t() if isinstance(linear, Conv1D) else weight
-        values, absmax = quantize_weight(weight)
+        values, absmax = quantize_weight(weight, rotation)
         if not bool(absmax.isfinite().all()):
             raise ValueError("the weight holds values that are not finite")
         dims = values.new_empty(0, dtype=torch.int64)
@@ -106,7 +122,8 @@ class Int8Linear(QuantizedTensors):
             check_outlier_dims(dims, weight.shape[1])
         columns = weight[:, dims] if outlier_weight is None else outlier_weight.detach().clone()
         bias = None if linear.bias is None else linear.bias.detach().clone()
-        layer = cls(weight.shape[1], len(weight), bias is not None, len(dims), device="meta", dtype=weight.dtype)
+        k, n, how = weight.shape[1], len(weight), {"device": "meta", "dtype": weight.dtype}
+        layer = cls(k, n, bias is not None, len(dims), rotation=rotation, **how)  # type: ignore[arg-type]
         layer.weight = nn.Parameter(values, requires_grad=False)
         layer.SCB, layer.weight_format = absmax, absmax.new_zeros((), dtype=torch.uint8)
         layer.outlier_dims, layer.outlier_weight = dims.to(torch.int32, copy=True), columns
@@ -132,7 +149,8 @@ class Int8Linear(QuantizedTensors):
             activation_group: how many consecutive dimensions of x share a scale, 64, 128 or 256; `row` is all of them.
 
         Raises:
-            ValueError: a setting is not one of those, or the threshold of a search not a number above 0.
+            ValueError: a setting is not one of those, the threshold of a search not a number above 0, or the layer
+                rotated, which has no columns that a search could take.
 
         """
         check_choice("outliers", outliers, get_args(Outliers))
@@ -140,6 +158,7 @@ class Int8Linear(QuantizedTensors):
         check_choice("activation_group", activation_group, ACTIVATION_GROUPS)
         outliers, threshold = outliers or self._outliers, self._threshold if threshold is None else threshold
         check_threshold(outliers, threshold)
+        check_rotated(outliers, self.rotation)
         group = activation_group or self._activation_group
         self._activation = activation or self._activation
         searches = "dynamic" in (outliers, self._outliers) and threshold != self._threshold
@@ -181,8 +200,9 @@ class Int8Linear(QuantizedTensors):
         """Return the arguments for `print(model)`."""
         count = "" if self.outlier_dims is None else f", outlier_dims={len(self.outlier_dims)}"
         threshold = f", threshold={self.threshold}" if self.outliers == "dynamic" else ""
+        rotation = "" if self.rotation is None else f", rotation={self.rotation}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
             f"{count}, outliers={self.outliers!r}{threshold}, activation={self.activation!r}, "
-            f"activation_group={self.activation_group!r}"
+            f"activation_group={self.activation_group!r}{rotation}"
         )

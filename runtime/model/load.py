@@ -23,6 +23,7 @@ from llmint8.converter.model.missing import fill_missing
 from llmint8.converter.model.names import module_names
 from llmint8.converter.words import activations
 from llmint8.formats import (
+    BITSANDBYTES,
     DTYPES,
     Checkpoint,
     CheckpointError,
@@ -40,6 +41,7 @@ from .arguments import (
     ActivationGroup,
     Outliers,
     check_choice,
+    check_rotated,
     kernels_group,
     outlier_mode,
     recorded_group,
@@ -108,6 +110,8 @@ def load(
         raise ValueError(f"device is {device!r} and device_map is {device_map!r}; give one of them")
     checkpoint = open_checkpoint(resolve(path_or_repo, revision, "int8").path)
     mode, threshold = outlier_mode(checkpoint.quantization, outliers, threshold)
+    for scheme in checkpoint.quantization.schemes.values():
+        check_rotated(mode, scheme.rotation)
     if verify and (problems := check_values(checkpoint)):
         more = f"; and {len(problems) - 1} more, which llmint8 verify lists" if problems[1:] else ""
         raise CheckpointError(problems[0].code, str(problems[0]).removeprefix(f"{problems[0].code} ") + more)
@@ -119,8 +123,10 @@ def load(
     manifest = read_manifest(checkpoint.path) if (checkpoint.path / MANIFEST_NAME).exists() else None
     needed = mode == "static" or dtype == torch.float16
     calibration = read_calibration(checkpoint, manifest if needed else None)
-    # What LLM.int8() would do is the least that a layer gets; a threshold of 0 means that nothing is an outlier.
-    searched = calibration.missed if outliers is None and mode == "static" and threshold else frozenset()
+    # What LLM.int8() would do is the least that a layer gets; a threshold of 0 means that nothing is an outlier. Inputs
+    # that are rotated do better without a search.
+    searches = outliers is None and mode == "static" and threshold and checkpoint.layout == BITSANDBYTES
+    searched = calibration.missed if searches else frozenset()
     config.quantization_config = {
         **int8_config(checkpoint),
         "outliers": mode,
@@ -133,7 +139,7 @@ def load(
     if device is not None:
         device_map = {"": torch.device(device)}
     with bounded_modules(len(checkpoint.tensors)):
-        model, missing = from_pretrained(cls, checkpoint.path, config, dtype=dtype, device_map=device_map)
+        model, missing = from_pretrained(cls, checkpoint, config, dtype=dtype, device_map=device_map)
         missing, spared = fill_missing(model, missing)
         if missing:
             more = f" and {len(missing) - 1} more" if missing[1:] else ""
@@ -175,7 +181,9 @@ def _prepare(model: Any, checkpoint: Checkpoint, names: dict[str, str], calibrat
         record: model.get_submodule(names[f"{record}.weight"].removesuffix(".weight")) for record in checkpoint.records
     }
     cast = _was_cast(model, checkpoint, names)
-    here = [r for r, layer in layers.items() if layer.SCB.device.type == "cpu" and not hasattr(layer, "_hf_hook")]
+    here = [
+        r for r, layer in layers.items() if layer.row_absmax.device.type == "cpu" and not hasattr(layer, "_hf_hook")
+    ]
     own = {record for record in here if cast or is_laid_out_anew(layers[record].stored())}
     # First all of them: until then the file stays mapped.
     for record in own:

@@ -1,6 +1,5 @@
 """The class and the config of a checkpoint's model, and transformers' own way of loading it."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,13 +33,16 @@ def config_and_class(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[A
     return config, cls
 
 
-def from_pretrained(cls: Any, path: Path, config: Any, **options: Any) -> tuple[Any, list[str]]:
+def from_pretrained(cls: Any, checkpoint: Checkpoint, config: Any, **options: Any) -> tuple[Any, list[str]]:
     """Let transformers load a model, and return with it the parameters that it would have filled with random values.
 
     Raises:
         LLMInt8Error: it cannot, for whatever reason.
 
     """
+    path, layout = checkpoint.path, checkpoint.layout
+    # Never in a config.json: whoever does not know the format must not find the files.
+    config.transformers_weights = layout.single if checkpoint.files == [layout.single] else layout.index
     try:
         with quiet_transformers():
             model, info = cls.from_pretrained(
@@ -58,6 +60,8 @@ def from_pretrained(cls: Any, path: Path, config: Any, **options: Any) -> tuple[
         raise
     except Exception as error:  # transformers and the model's code raise whatever they like
         raise LLMInt8Error(f"{path}: {cls.__name__} cannot be loaded: {first_line(error)}") from error
+    for part in (config, model.config):
+        vars(part).pop("transformers_weights", None)
     return model, sorted(info["missing_keys"])
 
 
@@ -71,6 +75,7 @@ def int8_config(checkpoint: Checkpoint) -> dict[str, Any]:
         "records": list(checkpoint.records.values()),
         "shapes": {name: info.shape for name, info in checkpoint.tensors.items()},
         "stored": stored,
+        "layout": checkpoint.layout,
     }
 
 

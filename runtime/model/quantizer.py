@@ -18,12 +18,12 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmint8.converter.model.limits import check_buffers
 from llmint8.converter.model.names import module_names
-from llmint8.formats import Int8Record, LLMInt8Error, Manifest
+from llmint8.formats import BITSANDBYTES, NATIVE, Int8Record, Layout, LLMInt8Error, Manifest
 from llmint8.kernels.reference import Activation
 
 from .arguments import ActivationGroup, Outliers
 from .layer import Int8Linear
-from .saving import provenance_of, write_manifests
+from .saving import provenance_of, save_as_loaded
 
 log = logging.getLogger("llmint8")
 
@@ -43,6 +43,7 @@ class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
         threshold: float,
         activation: Activation,
         activation_group: ActivationGroup,
+        layout: Layout = BITSANDBYTES,
         searched: frozenset[str] = frozenset(),
         manifest: Manifest | None = None,
         quant_method: str = QUANT_METHOD,
@@ -58,11 +59,19 @@ class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
         self.threshold = threshold
         self.activation = activation
         self.activation_group = activation_group
+        self.layout = layout
         self.searched = searched
         self.manifest = manifest
         self.provenance: bytes | None = None  # what is kept of it for a model that is saved
         self.quant_method = quant_method
         self._told = False
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Take what `load` has put together. Raises LLMInt8Error for what stands in a config.json of format 2."""
+        if "records" not in config_dict:
+            raise LLMInt8Error("an int8 checkpoint of llmint8, format 2: load it with llmint8.runtime.load(path)")
+        return super().from_dict(config_dict, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the `quantization_config` for config.json, under which the saved tensors load again."""
@@ -71,7 +80,12 @@ class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
     @property
     def source(self) -> str:
         """What the checkpoint was converted from, where it says so."""
-        return self.stored.get("llmint8", {}).get("source", {}).get("name") or "its source"
+        return self.block.get("source", {}).get("name") or "its source"
+
+    @property
+    def block(self) -> dict[str, Any]:
+        """What llmint8 says in it: of format 1 a part, of format 2 all; nothing where bitsandbytes wrote it."""
+        return self.stored if self.layout == NATIVE else self.stored.get("llmint8") or {}
 
     @property
     def get_apply_tensor_subclass(self) -> Any:
@@ -119,6 +133,8 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
                 threshold=config.threshold,
                 activation=config.activation,
                 activation_group=config.activation_group,
+                rotation=record.scheme.rotation,
+                layout=config.layout,
                 device="meta",
                 dtype=dtype,
             )
@@ -131,17 +147,18 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         model._keys_to_ignore_on_load_missing = {*ignored, r"\.weight_format$"}  # type: ignore[assignment]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        config = self.quantization_config
         for name, module in model.named_modules():
             if not isinstance(module, Int8Linear):
                 continue
             if module.unpacked_weight().dtype != torch.int8:
                 raise LLMInt8Error(f"{name}: int8 in the checkpoint, but tied to another weight by the model")
-            # The formats room allows no other value, and without the tensor it would be left undefined.
-            module.weight_format = torch.zeros_like(module.weight_format)
-        config = self.quantization_config
+            if config.layout.weight_format:
+                # The formats room allows no other value, and without the tensor it would be left undefined.
+                module.weight_format = torch.zeros((), dtype=torch.uint8, device=module.row_absmax.device)
         saved_names = _saved_names(model, self._layers)
-        _rename_counts(config.stored, saved_names)
-        if config.manifest is not None and "llmint8" in config.stored:
+        _rename_layers(config.block, saved_names)
+        if config.manifest is not None and config.block:
             config.provenance = provenance_of(config.manifest, saved_names)
         config.records, config.shapes, config.manifest = [], {}, None  # large, and of no more use
 
@@ -212,16 +229,16 @@ def _saved_names(model: nn.Module, layers: dict[str, str]) -> dict[str, str]:
     return {name: saved[i].removesuffix(".weight") for i, name in enumerate(layers)}
 
 
-def _rename_counts(stored: dict[str, Any], saved_names: dict[str, str]) -> None:
-    """Keep the number of outliers per layer under the names that the saved tensors will have."""
-    if block := stored.get("llmint8"):
-        counts = block["outliers"]["counts"]
-        block["outliers"]["counts"] = {saved_names[name]: count for name, count in counts.items()}
+def _rename_layers(block: dict[str, Any], saved_names: dict[str, str]) -> None:
+    """Keep what is said of each layer under the names that the saved tensors will have."""
+    for holder, key in ((block.get("outliers"), "counts"), (block, "layers")):
+        if holder and key in holder:
+            holder[key] = {saved_names[name]: value for name, value in holder[key].items()}
 
 
-def _provenance(model: Any) -> bytes | None:
+def _config(model: Any) -> Int8Config | None:
     quantizer = getattr(model, "hf_quantizer", None)
-    return quantizer.quantization_config.provenance if isinstance(quantizer, Int8Quantizer) else None
+    return quantizer.quantization_config if isinstance(quantizer, Int8Quantizer) else None
 
 
-write_manifests(_provenance)
+save_as_loaded(_config)

@@ -1,4 +1,4 @@
-"""`save_pretrained` of a loaded model, with the manifest that a checkpoint must have.
+"""`save_pretrained` of a loaded model, with the manifest that a checkpoint must have, and files named by its format.
 
 transformers lets a quantizer have no word after the weights are written, and only then it is known which file has which
 tensor. So `PreTrainedModel.save_pretrained` is wrapped, once; for other models it is what it was. An attribute of
@@ -10,36 +10,61 @@ import json
 from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import PreTrainedModel
 
-from llmint8.formats import LLMInt8Error, Manifest
-from llmint8.formats.disk.names import CONFIG_NAME, SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME
+from llmint8.formats import BITSANDBYTES, Layout, LLMInt8Error, Manifest
+from llmint8.formats.disk.names import CONFIG_NAME
 from llmint8.formats.writing.saved import write_manifest
 
-_FILES = (CONFIG_NAME, SAFETENSORS_INDEX_NAME, "generation_config.json")
 
-
-def write_manifests(provenance: Callable[[Any], bytes | None]) -> None:
-    """Let `save_pretrained` write the manifest of models for which `provenance` returns what `provenance_of` did."""
+def save_as_loaded(config_of: Callable[[Any], Any]) -> None:
+    """Let `save_pretrained` write whole checkpoints of models for which `config_of` returns an `Int8Config`."""
     saved = PreTrainedModel.save_pretrained
 
     @functools.wraps(saved)
     def save_pretrained(self: Any, save_directory: str | Path, *arguments: Any, **options: Any) -> None:
-        known = provenance(self)
-        if not known:
+        config = config_of(self)
+        if config is None or (config.layout == BITSANDBYTES and not config.provenance):
             return saved(self, save_directory, *arguments, **options)  # type: ignore[no-any-return]
         given = signature(saved).bind(self, save_directory, *arguments, **options).arguments
         if given.get("push_to_hub"):
             raise LLMInt8Error(f"{save_directory}: push_to_hub=True uploads no manifest; call model.push_to_hub(...)")
-        saved(self, save_directory, *arguments, **options)
-        path = Path(save_directory)
-        written = any((path / name).exists() for name in (SAFETENSORS_NAME, SAFETENSORS_INDEX_NAME))
-        if given.get("is_main_process", True) and written:  # with peft it is an adapter
-            write_manifest(path, **json.loads(known), files=_FILES)
+        path, layout = Path(save_directory), config.layout
+        if layout == BITSANDBYTES:
+            saved(self, save_directory, *arguments, **options)
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=path, prefix=".saving-") as beside:
+                saved(self, beside, *arguments, **options)
+                _move(Path(beside), path, layout)
+        written = any((path / name).exists() for name in (layout.single, layout.index))
+        if given.get("is_main_process", True) and written and config.provenance:  # with peft it is an adapter
+            files = (CONFIG_NAME, layout.index, "generation_config.json")
+            write_manifest(path, **json.loads(config.provenance), files=files)
 
     PreTrainedModel.save_pretrained = save_pretrained
+
+
+def _move(saved: Path, out: Path, layout: Layout) -> None:
+    """Move what transformers has saved to where it belongs, weight files under the names of their format.
+
+    They have had other names nowhere where somebody looks who would take the int8 values for weights.
+    """
+    for old in (path for pattern in ("*.safetensors", "*.index.json") for path in out.glob(f"{layout.stem}{pattern}")):
+        old.unlink()
+    stem = BITSANDBYTES.stem
+    index = saved / BITSANDBYTES.index
+    if index.exists():
+        content = json.loads(index.read_text(encoding="utf-8"))
+        for name, file in content["weight_map"].items():
+            content["weight_map"][name] = layout.stem + file.removeprefix(stem)
+        index.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    for path in sorted(saved.iterdir(), key=lambda path: path.name == CONFIG_NAME):  # that last
+        weights = path.name.startswith(stem) and path.suffix in (".safetensors", ".json")
+        path.replace(out / (layout.stem + path.name.removeprefix(stem) if weights else path.name))
 
 
 def provenance_of(manifest: Manifest, saved_names: dict[str, str]) -> bytes:

@@ -15,9 +15,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from llmint8.formats import Layout
 from llmint8.kernels.linear import prepare
 from llmint8.kernels.prepared import PreparedWeight
-from llmint8.kernels.reference import Int8Weight
+from llmint8.kernels.reference import Int8Weight, Rotation
 
 from .float_weight import FloatWeight, dequantized
 
@@ -27,22 +28,21 @@ class QuantizedTensors(nn.Module):
 
     Attributes:
         weight: what a float weight would be, see `float_weight.py`. The module's parameter of this name is int8 [N, K],
-            all columns, `W ~ weight * SCB[:, None] / 127`, opaque if its layout is a kernel's; `unpacked_weight` gives
-            it as it is in the state.
-        SCB: float32 [N], the absmax of each row, under the name it has on disk.
-        weight_format: uint8 [], always 0: row-major. bitsandbytes wants it on disk.
+            all columns, `W ~ weight * absmax[:, None] / 127`, or what W is rotated to; opaque if its layout is a
+            kernel's; `unpacked_weight` gives it as it is in the state.
+        SCB, or absmax in format 2: float32 [N], of each row, under the name it has on disk; see `row_absmax`.
+        weight_format: uint8 [], always 0: row-major. bitsandbytes wants it on disk; there is none in format 2.
         outlier_dims: int32 [k], sorted, or None for a layer that stores no outliers (bitsandbytes wrote it).
         outlier_weight: float [N, k], the columns of W at `outlier_dims` as they were, or None.
         bias: float [N] or None.
         prepared: what runs, or None where nothing is prepared: a layer that accelerate offloads is only here for a
             call, and prepares its weight in it.
+        rotation: see `Int8Weight`.
         name: in its model, for messages; empty where nobody said.
 
     """
 
     bias: nn.Parameter | None
-    SCB: Tensor
-    weight_format: Tensor
     outlier_dims: Tensor | None
     outlier_weight: Tensor | None
 
@@ -52,12 +52,15 @@ class QuantizedTensors(nn.Module):
         out_features: int,
         bias: bool,
         outlier_count: int | None,
+        rotation: Rotation | None,
+        layout: Layout,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
         """Make zeros, to be filled and prepared; `dtype` is that of the bias and the outlier columns."""
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.rotation = in_features, out_features, rotation
+        self._layout = layout
         self.prepared: PreparedWeight | None = None
         self._prepared_from: tuple[Tensor | None, ...] = ()
         self._dtype = dtype or torch.get_default_dtype()
@@ -71,8 +74,9 @@ class QuantizedTensors(nn.Module):
         self.register_parameter("bias", shift)
         values = zeros(out_features, in_features, kind=torch.int8)
         self._parameters["weight"] = nn.Parameter(values, requires_grad=False)
-        self.register_buffer("SCB", zeros(out_features, kind=torch.float32))
-        self.register_buffer("weight_format", zeros(kind=torch.uint8))
+        self.register_buffer(layout.absmax, zeros(out_features, kind=torch.float32))
+        if layout.weight_format:
+            self.register_buffer("weight_format", zeros(kind=torch.uint8))
         k = outlier_count
         # The only zeros that would be wrong.
         dims = None if k is None else torch.arange(k, dtype=torch.int32, device=device)
@@ -102,12 +106,17 @@ class QuantizedTensors(nn.Module):
         """The dtype of all that is not int8, and of the weight as model code sees it."""
         return self._dtype if self.outlier_weight is None else self.outlier_weight.dtype
 
+    @property
+    def row_absmax(self) -> Tensor:
+        """The absmax of each row, float32 [N]: what 127 stands for."""
+        return self._buffers[self._layout.absmax]  # type: ignore[return-value]
+
     def stored(self) -> Int8Weight:
         """Return the tensors as they are stored."""
-        dims, columns = self.outlier_dims, self.outlier_weight
+        absmax, dims, columns = self.row_absmax, self.outlier_dims, self.outlier_weight
         if dims is None or columns is None:
-            dims, columns = self.SCB.new_empty(0, dtype=torch.int32), self.SCB.new_empty(self.out_features, 0)
-        return Int8Weight(self.unpacked_weight(), self.SCB, dims, columns, self.bias)
+            dims, columns = absmax.new_empty(0, dtype=torch.int32), absmax.new_empty(self.out_features, 0)
+        return Int8Weight(self.unpacked_weight(), absmax, dims, columns, self.bias, rotation=self.rotation)
 
     def prepare(self) -> None:
         """Check the tensors, and lay them out for the device they are on.
@@ -146,7 +155,8 @@ class QuantizedTensors(nn.Module):
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         here = self._parameters, self._buffers
-        return here[0]["weight"], here[0]["bias"], here[1]["SCB"], here[1]["outlier_dims"], here[1]["outlier_weight"]
+        absmax = here[1][self._layout.absmax]
+        return here[0]["weight"], here[0]["bias"], absmax, here[1]["outlier_dims"], here[1]["outlier_weight"]
 
     def _is_current(self) -> bool:
         """Tell whether what is prepared was made of the tensors that are here."""
@@ -157,7 +167,7 @@ class QuantizedTensors(nn.Module):
         return (
             parameters["weight"] is made[0]
             and parameters["bias"] is made[1]
-            and buffers["SCB"] is made[2]
+            and buffers[self._layout.absmax] is made[2]
             and buffers["outlier_dims"] is made[3]
             and buffers["outlier_weight"] is made[4]
         )
@@ -176,8 +186,9 @@ class QuantizedTensors(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move as `fn` does, but cast nothing that is part of the quantized weight."""
         prepared = self._unprepare()
-        stored = (self._parameters["weight"], self.SCB, self.weight_format, self.outlier_dims)
-        self._dtype = fn(self.SCB.new_empty(0, dtype=self._dtype)).dtype
+        buffers = (self.row_absmax, self._buffers.get("weight_format"), self.outlier_dims)
+        stored = [part for part in (self._parameters["weight"], *buffers) if part is not None]
+        self._dtype = fn(self.row_absmax.new_empty(0, dtype=self._dtype)).dtype
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
@@ -226,7 +237,7 @@ class QuantizedTensors(nn.Module):
         dims, columns = (state_dict.get(prefix + name) for name in ("outlier_dims", "outlier_weight"))
         if dims is not None and columns is not None:
             here = self.outlier_weight
-            device, dtype = self.SCB.device, columns.dtype if here is None else here.dtype
+            device, dtype = self.row_absmax.device, columns.dtype if here is None else here.dtype
             if here is None or here.shape[1] != len(dims):
                 self.outlier_dims = torch.zeros(len(dims), dtype=torch.int32, device=device)
                 self.outlier_weight = torch.zeros(self.out_features, len(dims), dtype=dtype, device=device)
