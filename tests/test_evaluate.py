@@ -563,14 +563,15 @@ def test_methods_against_ours(folder: Path) -> None:
 
 
 def test_the_checkpoint_beside_itself_in_other_modes() -> None:
-    def labels(activation: Any, group: Any, methods: bool = True) -> list[str]:
+    def labels(activation: Any, group: Any, methods: bool = True, rotated: bool = False) -> list[str]:
         config = SimpleNamespace(outliers="static", threshold=6.0, activation=activation, activation_group=group)
-        return [mode.label for mode in _modes(config, methods)]
+        return [mode.label for mode in _modes(config, methods, rotated)]
 
     grouped = ["static, absmax in groups of 64", "static, zeropoint in groups of 64", "static, absmax"]
     assert labels("absmax", 64) == [*grouped, "dynamic 6.0, absmax"]
     plain = ["static, zeropoint", "static, absmax", "static, zeropoint in groups of 128"]
     assert labels("zeropoint", "row") == [*plain, "dynamic 6.0, absmax"]
+    assert labels("zeropoint", "row", rotated=True) == plain  # of which no column can be taken
     assert labels("zeropoint", 128, methods=False) == ["static, zeropoint in groups of 128"]
 
 
