@@ -31,6 +31,7 @@ from ..outliers.measuring import Curve, InputStatistics, column_norms, rounded
 from ..planning.plan import ConversionPlan, kept_output_bytes
 from ..planning.selection import SelectedLayer
 from ..words import first_line
+from .gptq import Gptq, Round
 from .streaming import LinearCall, streamed
 from .text import Calibration
 
@@ -40,7 +41,7 @@ log = logging.getLogger("llmint8")
 _RECORDED_CANDIDATES = 64
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 
-Quantize = Callable[[SelectedLayer, Tensor], tuple[Tensor, Tensor]]
+Quantize = Callable[[SelectedLayer, Tensor, Round | None], tuple[Tensor, Tensor]]
 
 
 def _in_float32(config: Any) -> Any:
@@ -79,6 +80,8 @@ class Calibrator:
         self._statistics = InputStatistics(plan.criterion, plan.options.scheme, self._remember_curve)
         self._notices: list[str] = []
         self._overflow = 0.0, ""
+        gptq = plan.options.rounding == "gptq"
+        self._rounding = Gptq(plan.criterion, plan.options.scheme.rotation) if gptq else None
         self.shown: dict[str, int] = {}
 
     def run(self, read: Callable[[str], Tensor], quantize: Quantize, has: Callable[[SelectedLayer], bool]) -> None:
@@ -88,7 +91,8 @@ class Calibrator:
 
         Args:
             read: returns a tensor of the source.
-            quantize: quantizes and writes a layer's weight [N, K]; returns int8 [N, K] and absmax float32 [N].
+            quantize: quantizes and writes a layer's weight [N, K], its int8 values found by a function of weight and
+                absmax where one is given; returns int8 [N, K] and absmax float32 [N].
             has: tells whether an earlier run has written a layer.
 
         """
@@ -131,7 +135,8 @@ class Calibrator:
                     self._statistics.see(layer.name, call.x, call.rows, (norms[0], norms[1]), call.out)
                 return
             assert call.weight is not None
-            values, absmax = quantize(layer, call.weight)
+            rounding = self._rounding.of(call.x, call.rows) if self._rounding and finite else None
+            values, absmax = quantize(layer, call.weight, rounding)
             if finite:
                 norms = torch.stack(column_norms(call.weight, values, absmax, self._plan.options.scheme.rotation))
                 dims = self._statistics.see(layer.name, call.x, call.rows, (norms[0], norms[1]), call.out)

@@ -13,6 +13,7 @@ from llmint8.formats import DTYPES, CheckpointWriter, SourceError, TensorInfo, o
 from llmint8.kernels.weights import quantize_weight
 
 from ..calibration.calibrator import Outliers
+from ..calibration.gptq import Round
 from ..planning.plan import ConversionPlan, in_file_order, output_dtype
 from ..planning.selection import SelectedLayer
 
@@ -53,10 +54,15 @@ class Transfer:
             self._finish(name, self._to_copy)
         return tensor
 
-    def quantize(self, layer: SelectedLayer, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantize a weight [N, K], write it, and return its int8 values and absmax."""
+    def quantize(self, layer: SelectedLayer, weight: Tensor, rounding: Round | None = None) -> tuple[Tensor, Tensor]:
+        """Quantize a weight [N, K], write it, and return its int8 values and absmax.
+
+        `rounding` finds the values, of the weight and its absmax, where they are not those that are nearest.
+        """
         with _one_thread():
             values, absmax = self._quantized(layer, weight, 0)
+        if rounding is not None:
+            values = rounding(weight, absmax)
         self._writer.write(f"{layer.name}.weight", values)
         self._write_scales(layer, absmax)
         return values, absmax

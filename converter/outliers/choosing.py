@@ -7,7 +7,9 @@ name, kind or depth has a say. docs/accuracy.md has what this was compared with.
 from collections.abc import Sequence
 from itertools import pairwise
 
-from .criterion import OUTLIER_POSITIONS, Criterion
+from torch import Tensor
+
+from .criterion import OUTLIER_MAGNITUDE, OUTLIER_POSITIONS, Criterion, max_candidates
 from .measuring import InputGroup
 
 
@@ -25,6 +27,14 @@ def select(groups: Sequence[InputGroup], criterion: Criterion) -> list[int]:
         group.order = chosen.logical_not().int().argsort(stable=True)
         counts.append(int(chosen.sum()))
     return counts
+
+
+def likely_outliers(rows: Tensor, criterion: Criterion) -> Tensor:
+    """Return the dimensions of an input [T, K] that will stay in 16 bit if its layer is like the average, int64 [k]."""
+    absmax = rows.abs().amax(0)
+    if criterion.kind == "top-k":
+        return absmax.topk(min(int(criterion.value or 0), max_candidates(len(absmax)))).indices
+    return (absmax >= (criterion.value or OUTLIER_MAGNITUDE)).nonzero().flatten()
 
 
 def _split(groups: Sequence[InputGroup], budget: float) -> list[int]:

@@ -1,0 +1,104 @@
+"""Rounding that makes up for itself: what is lost where one column is rounded is made up for in those after it.
+
+GPTQ (Frantar et al. 2022, arXiv 2210.17323), for int8 with a scale for each row. Columns are rounded one after the
+other, those of the largest inputs first; after each, the columns to come are moved so that the layer's output for the
+calibration tokens changes least. How far follows from the inverse of `H = x^T x`, in float32, of which the rows of
+the Cholesky factor are what is needed (their section 3.3).
+
+H has K x K numbers, and three of that size are in memory for a moment. Layers with more than `MAX_DIMENSIONS` inputs
+are done in blocks of so many, as if the blocks had nothing to do with each other: 3 GB at most. What is found depends
+on how a machine adds up, so it is not the same to the bit everywhere.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from llmint8.kernels.reference import Rotation, rotate
+
+from ..outliers.choosing import likely_outliers
+from ..outliers.criterion import Criterion
+
+Round = Callable[[Tensor, Tensor], Tensor]
+
+MAX_DIMENSIONS = 16384
+# Of the mean of its diagonal, added to H: 512 tokens tell little of thousands of dimensions. With the 0.01 of the paper,
+# rounding to nearest is better (docs/accuracy.md).
+_DAMPING = 0.1
+_BLOCK = 128
+
+
+class Gptq:
+    """Rounds the weights of the layers that a pass reaches; those that share an input share what is computed."""
+
+    def __init__(self, criterion: Criterion, rotation: Rotation | None) -> None:
+        """Take how outlier dimensions will be chosen, and whether weights and inputs are rotated."""
+        self._criterion, self._rotation = criterion, rotation
+        self._last: tuple[Tensor, Round] | None = None
+
+    def of(self, x: Tensor, rows: Tensor) -> Round:
+        """Return what turns a weight [N, K] and its absmax, float32 [N], to int8 [N, K], for a layer with this input.
+
+        Which dimensions stay in 16 bit is not known yet. Taken for it are as many as there are on average: one of them
+        that does not stay after all is rounded to nearest.
+
+        Args:
+            x: the input as the model holds it; layers share an input when this is the same object.
+            rows: the input, float32 [T, K], finite.
+
+        """
+        if self._last is None or self._last[0] is not x:
+            self._last = None  # what is in it is large
+            kept = rows.index_fill(1, likely_outliers(rows, self._criterion), 0)
+            correlations = Correlations(rotate(kept, self._rotation))
+
+            def rounded(weight: Tensor, absmax: Tensor) -> Tensor:
+                return correlations.round(rotate(weight, self._rotation), absmax)
+
+            self._last = x, rounded
+        return self._last[1]
+
+
+class Correlations:
+    """What the inputs x [T, K] of some layers say about each other: the Cholesky factors of the blocks of H^-1."""
+
+    def __init__(self, x: Tensor) -> None:
+        """Take the inputs, float32, as they will be multiplied: rotated, and 0 where they are multiplied in 16 bit."""
+        self._blocks = [_factor(block) for block in torch.split(x, MAX_DIMENSIONS, 1)]
+
+    def round(self, weight: Tensor, absmax: Tensor) -> Tensor:
+        """Round a weight, float32 [N, K], rotated as x is, to int8 [N, K] of `absmax`, float32 [N]."""
+        scale = (absmax / 127).where(absmax > 0, 1)
+        parts = torch.split(weight, MAX_DIMENSIONS, 1)
+        return torch.cat([_round(part, scale, *block) for part, block in zip(parts, self._blocks, strict=True)], 1)
+
+
+def _factor(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the order of the dimensions, int64 [K], and the upper Cholesky factor of H^-1 in it, float32 [K, K]."""
+    hessian = x.t() @ x
+    diagonal = hessian.diagonal()
+    order = diagonal.argsort(descending=True, stable=True)
+    # A dimension that is always 0 says nothing: it is rounded to nearest, and nothing is made up for in it.
+    damping = _DAMPING * float(diagonal.mean()) or 1.0
+    hessian = hessian[order][:, order]
+    hessian.diagonal().add_(damping)
+    return order, torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+
+
+def _round(weight: Tensor, scale: Tensor, order: Tensor, factor: Tensor) -> Tensor:
+    left = (weight / scale[:, None]).t()[order].contiguous()  # in steps, a dimension a row
+    values = torch.empty(left.shape, dtype=torch.int8, device=left.device)
+    for start in range(0, len(left), _BLOCK):
+        block, rows = left[start : start + _BLOCK], factor[start : start + _BLOCK]
+        stop = start + len(block)
+        errors = torch.empty_like(block)
+        for dim, here in enumerate(range(start, stop)):
+            rounded = block[dim].round().clamp_(-127, 127)
+            values[here] = rounded
+            torch.sub(block[dim], rounded, out=errors[dim]).div_(rows[dim, here])
+            block[dim:].addr_(rows[dim, here:stop], errors[dim], alpha=-1)
+        left[stop:].addmm_(rows[:, stop:].t(), errors, alpha=-1)
+    found = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    found[:, order] = values.t()
+    return found
