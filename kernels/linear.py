@@ -30,7 +30,7 @@ def prepare(weight: Int8Weight, may_pack: bool = True) -> PreparedWeight:
     """
     check_weight(weight)
     device = weight.values.device
-    if weight.rotation is None and (kernels := _kernels(device)):
+    if kernels := _kernels(device):
         return kernels.prepare(weight)
     return CpuWeight.prepare(weight, may_pack) if device.type == "cpu" else ReferenceWeight.prepare(weight)
 

@@ -15,8 +15,8 @@ from .reference import Group, Rotation, groups
 
 def quantize_weight(weight: Tensor, rotation: Rotation | None = None) -> tuple[Tensor, Tensor]:
     """Quantize each row of a weight; see `reference.quantize_weight`."""
-    if rotation is None and _is_compiled(weight) and weight.dtype in FLOATS:
-        return weights.quantize_weight(weight)
+    if _is_compiled(weight) and weight.dtype in FLOATS:
+        return weights.quantize_weight(weight, rotation)
     return reference.quantize_weight(weight, rotation)
 
 

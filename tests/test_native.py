@@ -20,7 +20,7 @@ from llmint8.kernels import reference
 from llmint8.kernels.cpu import native
 from llmint8.kernels.linear import prepare
 from llmint8.kernels.operands import Operands
-from llmint8.kernels.reference import Activation, Group, Int8Weight, row_sums
+from llmint8.kernels.reference import Activation, Group, Int8Weight, Rotation, row_sums
 
 needs_it = pytest.mark.skipif(not native.kinds(), reason=native.why_not() if not native.kinds() else "")
 activations = pytest.mark.parametrize("activation", ["absmax", "zeropoint"])
@@ -65,16 +65,20 @@ def quotients_beside_ties() -> Tensor:
     return torch.tensor(rows, dtype=torch.float64).float()
 
 
+@pytest.mark.parametrize("rotation", [None, 64])
 @activations
 @dtypes
-def test_the_integers_are_those_of_the_reference(dtype: torch.dtype, activation: Activation, kind: native.Kind) -> None:
+def test_the_integers_are_those_of_the_reference(
+    dtype: torch.dtype, activation: Activation, rotation: Rotation | None, kind: native.Kind
+) -> None:
     """With 127 on its diagonal and 0 elsewhere a weight shows them: each output is one, times what is known."""
     k = 200
     dims, columns = torch.tensor([5, 77], dtype=torch.int32), torch.zeros(k, 2)
-    weight = Int8Weight(127 * torch.eye(k, dtype=torch.int8), torch.full((k,), 127.0), dims, columns)
+    values = 127 * torch.eye(k, dtype=torch.int8)
+    weight = Int8Weight(values, torch.full((k,), 127.0), dims, columns, rotation=rotation)
     layer = native.NativeLinear(Operands.prepare(weight))
     x = hard_rows(k, dtype)
-    rows = reference.quantize_rows(x, dims, activation)
+    rows = reference.quantize_rows(x, dims, activation, rotation=rotation)
     shifted = rows.values.float() if rows.zero_point is None else rows.values.float() - rows.zero_point
     expected = 127 * shifted * rows.scale
     # In float32, so that nothing of them is rounded away.
@@ -125,6 +129,7 @@ def test_the_result_does_not_depend_on_the_threads(m: int, group: Group | None, 
         torch.randn(150, 2).half(),
         torch.randn(150),
         group=group,
+        rotation=64 if m % 2 else None,
     )
     layer, x = native.NativeLinear(Operands.prepare(weight)), torch.randn(m, 301, dtype=torch.float16)
     one = layer.run(x, True, kind, 1)
@@ -300,7 +305,7 @@ def test_the_longest_rows_there_may_be_are_summed_exactly(kind: native.Kind) -> 
 
 
 def test_the_structure_has_the_size_that_c_gives_it() -> None:
-    assert ctypes.sizeof(native._Weight) == 6 * 8 + 6 * ctypes.sizeof(ctypes.c_void_p) + 2 * 4
+    assert ctypes.sizeof(native._Weight) == 7 * 8 + 6 * ctypes.sizeof(ctypes.c_void_p) + 2 * 4
 
 
 @needs_it

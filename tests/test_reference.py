@@ -23,6 +23,7 @@ from llmint8.kernels.reference import (
     int8_product,
     quantize_rows,
     quantize_weight,
+    rotate,
 )
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -223,6 +224,71 @@ def test_each_group_of_a_row_is_quantized_as_a_row(
         if alone.zero_point is not None:
             assert torch.equal(rows.zero_point[:, i], alone.zero_point[:, 0])  # type: ignore[index]
     assert rows.dequantize()[:, dims].eq(0).all()
+
+
+def hadamard(k: int) -> Tensor:
+    """The matrix of the rotation, float64 [K, K]: Sylvester's of 64 on its diagonal, and ones behind."""
+    block = torch.ones(1, 1, dtype=torch.float64)
+    for _ in range(6):
+        block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
+    return torch.block_diag(*[block / 8] * (k // 64), torch.eye(k % 64, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("k", [0, 1, 63, 64, 100, 128, 200])
+def test_rotating_multiplies_by_blocks_of_an_orthonormal_matrix(k: int) -> None:
+    matrix = hadamard(k)
+    assert torch.equal(matrix @ matrix, torch.eye(k, dtype=torch.float64))
+    x = torch.randint(-1000, 1000, (2, 3, k)).half()  # whose sums are exact
+    found = rotate(x, 64)
+    assert (found.dtype, found.shape) == (torch.float32, x.shape)
+    assert torch.equal(found.double(), x.double() @ matrix)
+    assert torch.equal(rotate(found, 64), x.float())
+    assert torch.equal(rotate(x, None), x.float())
+
+
+def test_sums_of_a_rotation_are_made_in_its_order() -> None:
+    """What is next to each other is added first, so that what is lost in rounding is the same everywhere."""
+    x = torch.zeros(1, 64)
+    x[0, :3] = torch.tensor([1.0, 2.0**24, -(2.0**24)])
+    assert rotate(x, 64)[0, 0] == 0  # 1 + 2**24 is 2**24
+    x[0, :3] = torch.tensor([2.0**24, -(2.0**24), 1.0])
+    assert rotate(x, 64)[0, 0] == 0.125
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [40, 64, 200])
+def test_a_rotated_weight_is_quantized_as_what_it_is_rotated_to(k: int, dtype: str) -> None:
+    weight = torch.randn(70, k).to(DTYPES[dtype])
+    values, absmax = quantize_weight(weight, 64)
+    expected = quantize_weight(rotate(weight, 64))
+    assert torch.equal(values, expected[0])
+    assert torch.equal(absmax, expected[1])
+    error = (dequantize_weight(values, absmax, 64) - weight.float()).norm()
+    assert error <= (absmax / 254).norm() * k**0.5 * (1 + 1e-5)  # a rotation changes no norm
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("group", [None, 64, 128])
+def test_rotated_rows_are_quantized_as_what_they_are_rotated_to(group: Group | None, activation: Activation) -> None:
+    x, dims = torch.randn(9, 200), torch.tensor([3, 77, 199])
+    kept = x.index_fill(1, dims, 0)
+    found = quantize_rows(x, dims, activation, group, 64)
+    expected = quantize_rows(rotate(kept, 64), dims[:0], activation, group)
+    for one, other in zip(found, expected, strict=True):
+        assert one == other if not isinstance(one, Tensor) else torch.equal(one, other)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_rotated_layer_spreads_what_is_large_in_one_dimension(activation: Activation) -> None:
+    x, weight = torch.randn(40, 200), torch.randn(30, 200)
+    x[:, 5] *= 100
+    dims, columns = torch.tensor([100]), weight[:, [100]]
+    exact = x @ weight.t()
+    errors = []
+    for rotation in (None, 64):
+        layer = Int8Weight(*quantize_weight(weight, rotation), dims, columns, rotation=rotation)
+        errors.append(float((int8_linear(x, layer, activation) - exact).norm() / exact.norm()))
+    assert errors[1] < errors[0] / 2
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

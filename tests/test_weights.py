@@ -15,11 +15,13 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 needs_it = pytest.mark.skipif(not native.kinds(), reason=native.why_not() if not native.kinds() else "")
 dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 groups = pytest.mark.parametrize("group", [None, 64, 128, 256, 100])
-SHAPES = [(0, 5), (5, 0), (0, 0), (1, 1), (9, 1), (3, 7), (2, 31), (2, 33), (7, 513), (63, 4095), (3, 131072)]
+SHAPES = [(0, 5), (5, 0), (0, 0), (1, 1), (9, 1), (3, 7), (2, 31), (2, 33), (7, 64), (7, 513), (63, 4095), (3, 131072)]
 
 
-def assert_like_the_reference(weight: Tensor, kind: native.Kind | None = None) -> None:
-    found, expected = weights.quantize_weight(weight, kind), reference.quantize_weight(weight)
+def assert_like_the_reference(
+    weight: Tensor, kind: native.Kind | None = None, rotation: reference.Rotation | None = None
+) -> None:
+    found, expected = weights.quantize_weight(weight, rotation, kind), reference.quantize_weight(weight, rotation)
     assert (found[0].dtype, found[1].dtype) == (torch.int8, torch.float32)
     for got, wanted in zip(found, expected, strict=True):
         assert torch.equal(got, wanted)
@@ -40,7 +42,9 @@ def test_weights_of_any_shape_are_those_of_the_reference(
     shape: tuple[int, int], dtype: torch.dtype, kind: native.Kind
 ) -> None:
     random = torch.Generator().manual_seed(sum(shape))
-    assert_like_the_reference(torch.randn(shape, generator=random).to(dtype), kind)
+    weight = torch.randn(shape, generator=random).to(dtype)
+    assert_like_the_reference(weight, kind)
+    assert_like_the_reference(weight, kind, 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -113,9 +117,9 @@ def test_strides_do_not_matter(
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_a_weight_that_is_not_finite_shows_in_its_row_only(value: float, dtype: torch.dtype, kind: native.Kind) -> None:
     weight = torch.randn(5, 70).to(dtype)
-    expected = weights.quantize_weight(weight, kind)
+    expected = weights.quantize_weight(weight, 64, kind)
     weight[3, 44] = value
-    values, absmax = weights.quantize_weight(weight, kind)
+    values, absmax = weights.quantize_weight(weight, 64, kind)
     others = [0, 1, 2, 4]
     assert absmax.isfinite().tolist() == [True, True, True, False, True]
     assert torch.equal(values[others], expected[0][others])
@@ -162,6 +166,10 @@ def test_the_facade_returns_the_same_with_the_library_and_without(
         expected = reference.quantize_weight(weight)
         assert torch.equal(values, expected[0])
         assert torch.equal(absmax, expected[1])
+        for found, wanted in zip(
+            facade.quantize_weight(weight, 64), reference.quantize_weight(weight, 64), strict=True
+        ):
+            assert torch.equal(found, wanted)
         for group in (None, 64, 128):
             assert torch.equal(facade.row_sums(values, group), reference.row_sums(values, group))
         assert torch.equal(reference.row_sums(values, None), values.sum(1, keepdim=True, dtype=torch.int32))
@@ -170,7 +178,7 @@ def test_the_facade_returns_the_same_with_the_library_and_without(
 
 @needs_it
 def test_the_facade_takes_the_compiled_functions_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "quantize_weight", lambda weight: "quantized")
+    monkeypatch.setattr(weights, "quantize_weight", lambda weight, rotation: "quantized")
     assert facade.quantize_weight(torch.ones(2, 3)) == "quantized"  # type: ignore[comparison-overlap]
 
 

@@ -25,7 +25,7 @@ Kind = Literal["AVX2", "AVX-VNNI", "AVX512-VNNI", "AMX", "Arm dotprod"]
 
 # The numbers are those of `layer.c`, the order is that of preference.
 KINDS: dict[Kind, int] = {"AMX": 4, "AVX512-VNNI": 3, "AVX-VNNI": 2, "Arm dotprod": 5, "AVX2": 1}
-_VERSION = 3
+_VERSION = 4
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # Tiles pay from so many rows on; below, they are mostly empty.
 _TILE_ROWS = 4
@@ -37,7 +37,7 @@ class _Weight(ctypes.Structure):
     """`Weight` in `layer.h`."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("n", "k", "outliers", "padded", "group", "groups")),
+        *((name, ctypes.c_int64) for name in ("n", "k", "outliers", "padded", "group", "groups", "rotation")),
         *((name, ctypes.c_void_p) for name in ("values", "scale", "row_sum", "dims", "columns", "bias")),
         *((name, ctypes.c_int32) for name in ("columns_type", "bias_type")),
     )
@@ -114,7 +114,7 @@ class NativeLinear:
         self._made = _Weight()
 
     def _weight(self) -> _Weight:
-        values, scale, row_sum, dims, columns, bias, _, group, _ = self._operands
+        values, scale, row_sum, dims, columns, bias, _, group, rotation = self._operands
         addresses = (
             values.data_ptr(),
             scale.data_ptr(),
@@ -126,7 +126,8 @@ class NativeLinear:
         if addresses != self._addresses:
             types = DTYPES[columns.dtype], 0 if bias is None else DTYPES[bias.dtype]
             count, width = groups(values.shape[1], group)
-            self._made = _Weight(*values.shape, len(dims), columns.shape[1], width, count, *addresses, *types)
+            sizes = *values.shape, len(dims), columns.shape[1], width, count, rotation or 0
+            self._made = _Weight(*sizes, *addresses, *types)
             self._addresses = addresses
         return self._made
 

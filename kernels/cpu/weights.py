@@ -6,6 +6,7 @@ from ctypes import CDLL, c_int32, c_int64, c_void_p
 import torch
 from torch import Tensor
 
+from ..reference import Rotation
 from . import native
 
 # What is copied at a time where a weight is not contiguous.
@@ -18,16 +19,19 @@ _ELEMENTS_PER_THREAD = 1 << 18
 def _functions() -> CDLL:
     library = native.compiled()
     assert not isinstance(library, str)
-    library.llmint8_quantize_weight.argtypes = (*[c_void_p] * 3, *[c_int64] * 2, *[c_int32] * 3)
+    library.llmint8_quantize_weight.argtypes = (*[c_void_p] * 4, *[c_int64] * 2, *[c_int32] * 3)
     library.llmint8_row_sums.argtypes = (*[c_void_p] * 2, *[c_int64] * 3, *[c_int32] * 2)
     return library
 
 
-def quantize_weight(weight: Tensor, kind: native.Kind | None = None) -> tuple[Tensor, Tensor]:
+def quantize_weight(
+    weight: Tensor, rotation: Rotation | None = None, kind: native.Kind | None = None
+) -> tuple[Tensor, Tensor]:
     """Quantize each row of a weight as `reference.quantize_weight` does, to the bit.
 
     Args:
         weight: float16, bfloat16 or float32 [N, K] on the CPU, any strides.
+        rotation: rotate it first.
         kind: the instructions; those of the layer by default.
 
     """
@@ -37,8 +41,10 @@ def quantize_weight(weight: Tensor, kind: native.Kind | None = None) -> tuple[Te
     how = native.DTYPES[weight.dtype], native.KINDS[kind or native.kinds()[0]]
     for start in range(0, len(weight), step):
         rows = weight[start : start + step].contiguous()
-        to = values[start:].data_ptr(), absmax[start:].data_ptr()
-        _functions().llmint8_quantize_weight(rows.data_ptr(), *to, *rows.shape, *how, _threads(rows))
+        threads = _threads(rows)
+        wide = None if rotation is None else torch.empty(threads, rows.shape[1], dtype=torch.float32, device="cpu")
+        to = values[start:].data_ptr(), absmax[start:].data_ptr(), None if wide is None else wide.data_ptr()
+        _functions().llmint8_quantize_weight(rows.data_ptr(), *to, *rows.shape, *how, threads)
     return values, absmax
 
 

@@ -132,7 +132,7 @@ static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t up(int64_t size, int64_t multiple) { return (size + multiple - 1) / multiple * multiple; }
 
 // What the caller was written for: the arguments of the functions, and `Weight`.
-int llmint8_version(void) { return 3; }
+int llmint8_version(void) { return 4; }
 
 // A bit for each kind of kernel that this processor can run, and bit 0 where any were compiled.
 int llmint8_supported(void) { return supported(); }

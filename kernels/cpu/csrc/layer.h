@@ -10,6 +10,7 @@ enum { FLOAT32, FLOAT16, BFLOAT16 };
 typedef struct {
     int64_t n, k, outliers, padded;  // padded: the columns of outlier_weight, the outliers and then zeros
     int64_t group, groups;           // dimensions of x with one scale, a multiple of 64 or k; and how many there are
+    int64_t rotation;                // dimensions of a block in which x is rotated, 64; or 0
     const int8_t *values;            // [n, k]
     const float *scale;              // [n]
     const void *row_sum;             // int32 [n, 1], or int16 [n, groups]

@@ -83,6 +83,8 @@ static inline float FN(float_sum)(__m256 v) {
 }
 #endif
 
+#include "rotate.h"
+
 static inline floats FN(load)(const void *p, int type) {
     if (type == FLOAT32) {
         floats v;
@@ -170,9 +172,9 @@ static inline __attribute__((always_inline)) void FN(round_row)(
 
 // Quantize a group of a row, whose values are in x.
 static void FN(quantize_group)(
-    const Weight *w, Rows *rows, int64_t place, const char *x, int64_t count, uint8_t *values) {
+    const Weight *w, Rows *rows, int64_t place, int type, const char *x, int64_t count, uint8_t *values) {
     float least, most, zero;
-    switch (rows->type) {
+    switch (type) {
         case FLOAT32: FN(range)(FLOAT32, x, count, &least, &most, &zero); break;
         case FLOAT16: FN(range)(FLOAT16, x, count, &least, &most, &zero); break;
         default: FN(range)(BFLOAT16, x, count, &least, &most, &zero);
@@ -194,7 +196,7 @@ static void FN(quantize_group)(
 #define ROUND_ROW(type)                                                                                      \
     if (FN(divides)(divisor)) FN(round_row)(type, 1, x, count, factor, divisor, shown, values);              \
     else FN(round_row)(type, 0, x, count, factor, divisor, shown, values)
-    switch (rows->type) {
+    switch (type) {
         case FLOAT32: ROUND_ROW(FLOAT32); break;
         case FLOAT16: ROUND_ROW(FLOAT16); break;
         default: ROUND_ROW(BFLOAT16);
@@ -213,10 +215,23 @@ static void FN(quantize_row)(const Weight *w, Rows *rows, int64_t m, uint8_t *va
         outliers[t] = FN(load)(here, rows->type)[0];  // of a vector that may reach behind the row, inside of scratch
         memset(here, 0, size);
     }
+    int type = rows->type;
+    if (w->rotation) {
+        if (type != FLOAT32) {
+            // In place, from the end: what is written lies behind all that is still to be read.
+            for (int64_t i = count - LANES; i >= 0; i -= LANES) {
+                const floats wide = FN(load)(x + i * size, type);
+                memcpy(x + i * 4, &wide, sizeof wide);
+            }
+            type = FLOAT32;
+        }
+        FN(rotate)((float *)x, w->k / w->rotation);
+    }
+    const int64_t width = type == FLOAT32 ? 4 : 2;
     for (int64_t g = 0; g < w->groups; g++) {
         const int64_t first = g * w->group, last = g + 1 < w->groups ? first + w->group : count;
         const int64_t place = m * rows->by_row + g * rows->by_group;
-        FN(quantize_group)(w, rows, place, x + first * size, last - first, values + first);
+        FN(quantize_group)(w, rows, place, type, x + first * width, last - first, values + first);
     }
 }
 

@@ -18,6 +18,11 @@
 
 #include <stdint.h>
 #include <string.h>
+#ifdef _OPENMP
+#include <omp.h>
+#else  // one thread
+static int omp_get_thread_num(void) { return 0; }
+#endif
 
 // The dtypes of weights, as in layer.h.
 enum { FLOAT32, FLOAT16, BFLOAT16 };
@@ -27,6 +32,7 @@ enum { FLOAT32, FLOAT16, BFLOAT16 };
 
 typedef struct {
     float (*quantize)(const void *row, int64_t k, int type, int8_t *values);
+    float (*quantize_rotated)(const void *row, int64_t k, int type, int8_t *values, float *wide);
     void (*sum_groups)(const int8_t *row, int64_t k, int64_t group, int16_t *sums);
     int32_t (*sum)(const int8_t *row, int64_t k);
 } WeightKernels;
@@ -58,11 +64,13 @@ static inline int8_t round_double(double q) {
 #if defined(X86)
 BEGIN("avx2,f16c")
 #define FN(name) CAT(name, avx2)
+#define BYTES 32
 #include "weight.h"
 END()
 
 BEGIN("avx512f,avx512bw,avx512vl,avx512dq,f16c")
 #define FN(name) CAT(name, avx512)
+#define BYTES 64
 #include "weight.h"
 END()
 
@@ -70,6 +78,7 @@ static const WeightKernels *const WEIGHT_KERNELS[KINDS] = {
     [AVX2] = &rows_avx2, [AVXVNNI] = &rows_avx2, [AVX512VNNI] = &rows_avx512, [AMX] = &rows_avx512};
 #elif defined(ARM)
 #define FN(name) CAT(name, neon)
+#define BYTES 16
 #include "weight.h"
 
 static const WeightKernels *const WEIGHT_KERNELS[KINDS] = {[DOTPROD] = &rows_neon};
@@ -77,14 +86,19 @@ static const WeightKernels *const WEIGHT_KERNELS[KINDS] = {[DOTPROD] = &rows_neo
 static const WeightKernels *const WEIGHT_KERNELS[KINDS];
 #endif
 
-// Quantize a weight [n, k], contiguous, to values [n, k] and absmax [n].
+// Quantize a weight [n, k], contiguous, to values [n, k] and absmax [n]. It is rotated first where there is room for a
+// row of each thread, `wide` [threads, k].
 void llmint8_quantize_weight(
-    const void *weight, int8_t *values, float *absmax, int64_t n, int64_t k, int32_t type, int32_t kind,
+    const void *weight, int8_t *values, float *absmax, float *wide, int64_t n, int64_t k, int32_t type, int32_t kind,
     int32_t threads) {
     const int64_t width = type == FLOAT32 ? 4 : 2;
+    const WeightKernels *kernels = WEIGHT_KERNELS[kind];
 #pragma omp parallel for num_threads(threads) if (threads > 1)
-    for (int64_t i = 0; i < n; i++)
-        absmax[i] = WEIGHT_KERNELS[kind]->quantize((const char *)weight + i * k * width, k, type, values + i * k);
+    for (int64_t i = 0; i < n; i++) {
+        const char *row = (const char *)weight + i * k * width;
+        absmax[i] = wide ? kernels->quantize_rotated(row, k, type, values + i * k, wide + omp_get_thread_num() * k)
+                         : kernels->quantize(row, k, type, values + i * k);
+    }
 }
 
 // Add up the rows of values [n, k], contiguous: to int32 sums [n], or where there is a group, at most 256 of k, to int16

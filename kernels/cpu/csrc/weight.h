@@ -1,5 +1,7 @@
 // Rows of weights for one instruction set: loops as compilers make vectors of them. Included once for each, with FN(name),
-// the name of a function of this set, defined.
+// the name of a function of this set, and BYTES, of its vectors, defined.
+
+#include "rotate.h"
 
 // float16 to float32; that by vectors compilers do not find.
 static void FN(widen)(const uint16_t *in, int64_t count, float *out) {
@@ -64,6 +66,16 @@ static float FN(quantize_row)(const void *row, int64_t k, int type, int8_t *rest
     return absmax;
 }
 
+// Rotate a row, in `wide` [k], quantize what it becomes, and return its absmax.
+static float FN(quantize_rotated)(const void *row, int64_t k, int type, int8_t *restrict values, float *restrict wide) {
+    const uint16_t *narrow = row;
+    if (type == FLOAT32) memcpy(wide, row, k * 4);
+    else if (type == FLOAT16) FN(widen)(narrow, k, wide);
+    else for (int64_t i = 0; i < k; i++) wide[i] = float_of((uint32_t)narrow[i] << 16);
+    FN(rotate)(wide, k / 64);
+    return FN(quantize_row)(wide, k, FLOAT32, values);
+}
+
 // At most 256 int8 values, whose sum fits in 16 bits.
 static inline int16_t FN(sum)(const int8_t *values, int64_t count) {
     int16_t sum = 0;
@@ -89,6 +101,7 @@ static int32_t FN(sum_row)(const int8_t *row, int64_t k) {
     return sum + FN(sum)(row + i, k - i);
 }
 
-static const WeightKernels FN(rows) = {FN(quantize_row), FN(sum_groups), FN(sum_row)};
+static const WeightKernels FN(rows) = {FN(quantize_row), FN(quantize_rotated), FN(sum_groups), FN(sum_row)};
 
 #undef FN
+#undef BYTES
