@@ -23,8 +23,8 @@ from ..outliers.criterion import Criterion
 Round = Callable[[Tensor, Tensor], Tensor]
 
 MAX_DIMENSIONS = 16384
-# Of the mean of its diagonal, added to H: 512 tokens tell little of thousands of dimensions. With the 0.01 of the paper,
-# rounding to nearest is better (docs/accuracy.md).
+# Of the mean of its diagonal, added to H: 512 tokens tell little of thousands of dimensions. With the 0.01 of the
+# paper, rounding to nearest is better (docs/accuracy.md).
 _DAMPING = 0.1
 _BLOCK = 128
 

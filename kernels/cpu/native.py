@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..checks import padded_outliers
 from ..operands import Operands
-from ..reference import Group, dynamic_outlier_dims, groups, row_sums
+from ..reference import Group, Rotation, dynamic_outlier_dims, groups, rotate, row_sums
 
 Kind = Literal["AVX2", "AVX-VNNI", "AVX512-VNNI", "AMX", "Arm dotprod"]
 
@@ -83,18 +83,20 @@ def why_not() -> str:
 
 
 def _is_exact(kind: Kind) -> bool:
-    """Tell whether it keeps the largest sums, for each of the ways it has for few rows and many, in groups and not."""
+    """Tell whether it keeps the largest sums, for each of the ways it has: few rows and many, groups, and rotated."""
     values = torch.full((70, 520), 127, dtype=torch.int8, device="cpu")
     values[::2] = -127
     # Dtypes are named, as the default may be another.
     ones = torch.ones(70, dtype=torch.float32, device="cpu")
     none = torch.empty(0, dtype=torch.int32, device="cpu"), torch.empty(70, 0, dtype=torch.float32, device="cpu")
     wholes: tuple[Group | None, ...] = (None, 128)  # of which the last has 8 dimensions
-    for group, rows in itertools.product(wholes, (1, 5, 70)):  # of scale 1, whose sums fit in float32
-        layer = NativeLinear(Operands(values, ones, row_sums(values, group), *none, None, None, group, None))
+    rotations: tuple[Rotation | None, ...] = (None, 64)
+    for group, rotation, rows in itertools.product(wholes, rotations, (1, 5, 70)):
+        layer = NativeLinear(Operands(values, ones, row_sums(values, group), *none, None, None, group, rotation))
         x = torch.full((rows, 520), 127.0, dtype=torch.float32, device="cpu")
-        x[:, -8:] *= -1
-        expected = x.double() @ values.double().t()
+        # Scales are 1, or 8 where blocks of 64 equal values become one of eight times their size: sums fit in float32.
+        x[:, -8:] *= -1 if rotation is None else -8
+        expected = rotate(x, rotation).double() @ values.double().t()
         if not torch.equal(layer.run(x, False, kind, 1).double(), expected):
             return False
     return True
