@@ -2,9 +2,9 @@
 
 Every tile that `kernels/gpu/tiles.json` ships is compiled for its architecture as the launcher would launch it, in the
 heaviest form: float16, zero point, bias, 64 outlier columns; and once more for outliers that are searched, or where a
-layer is one launch for 16; and both again with inputs in groups of 128. Printed for each: registers, bytes spilled,
-shared memory, instructions that multiply int8 (tensor cores or dp4a), and what is wrong with it, if anything. Needs
-Triton and its interpreter off, and no GPU.
+layer is one launch for 16, rotated and not; and all again with inputs in groups of 128. Printed for each: registers,
+bytes spilled, shared memory, instructions that multiply int8 (tensor cores or dp4a), and what is wrong with it, if
+anything. Needs Triton and its interpreter off, and no GPU.
 
     python benchmarks/kernel_resources.py [--json]
 """
@@ -31,7 +31,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from llmint8.kernels.gpu import decode, linear, matmul, outlier_search, quantize_rows
 from llmint8.kernels.gpu.tiles import TENSOR_CORE_ROWS, DecodeTile, Gpu, Tile, shipped_table
 from llmint8.kernels.operands import Operands
-from llmint8.kernels.reference import Group, Int8Weight
+from llmint8.kernels.reference import Group, Int8Weight, Rotation
 
 # Bytes of shared memory that one program may have. The tiles of `any` are compiled for sm_80, and have to do with the
 # shared memory of the smallest GPUs.
@@ -39,6 +39,7 @@ LIMITS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "any": 64 * 1024}
 TARGETS = {"sm_80": 80, "sm_90": 90, "any": 80}
 WIDTHS = (64, 4096, 8192, 16384, 65536)  # K of the row quantization: each number of warps, and the loop
 GROUP: Group = 128
+ROTATION: Rotation = 64
 SETTINGS = ("num_warps", "num_stages", "enable_fp_fusion")
 POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 POINTERS |= {torch.int8: "i8", torch.int16: "i16", torch.int32: "i32"}
@@ -151,10 +152,12 @@ def layer_resources(
     k: int = 4096,
     searched: bool = False,
     group: Group | None = None,
+    rotation: Rotation | None = None,
 ) -> Resources:
     """Compile the product, or the whole, of a layer with K inputs; one without a zero point has no bias either.
 
-    `searched`: with outliers that `outlier_search` found, in place of stored ones. `group`: of the inputs.
+    `searched`: with outliers that `outlier_search` found, in place of stored ones. `group`: of the inputs. `rotation`:
+    as in `Int8Weight`.
     """
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
@@ -171,6 +174,7 @@ def layer_resources(
         empty(n) if zeropoint else None,
         6.0 if searched else None,
         group,
+        rotation,
     )
     layer = linear.GpuLinear(Operands.prepare(weight), tile)
     module, kernel = (decode, "int8_decode_kernel") if few else (matmul, "int8_matmul_kernel")
@@ -183,7 +187,7 @@ def layer_resources(
         patch.multiple(outlier_search, **others),
     ):
         layer(empty(m, k), zeropoint)
-    grouped = f", groups of {group}" if group else ""
+    grouped = (f", groups of {group}" if group else "") + (", rotated" if rotation else "")
     name = f"{kernel.removesuffix('_kernel')} {tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps"
     if few:
         found = resources(recorder.compiled, architecture, f"{name}, {outliers} outliers{grouped}", "IDP")
@@ -215,14 +219,17 @@ def row_resources(
     zeropoint: bool = True,
     searched: bool = False,
     group: Group | None = None,
+    rotation: Rotation | None = None,
 ) -> Resources:
     """Compile the row quantization for K dimensions."""
     x = torch.empty(512, k, dtype=dtype, device="meta")
     dims = torch.empty(0 if searched else outliers, dtype=torch.int32, device="meta")
     recorder = Recorder(quantize_rows.quantize_rows_kernel, architecture)
     with patch.object(quantize_rows, "quantize_rows_kernel", recorder):
-        quantize_rows.QuantizeRows(k, dims, zeropoint, group)(x, (k, 1), outliers_of(x) if searched else None)
+        launch = quantize_rows.QuantizeRows(k, dims, zeropoint, group, rotation)
+        launch(x, (k, 1), outliers_of(x) if searched else None)
     name = f"quantize_rows K={k}" + (", searched" if searched else "") + (f", groups of {group}" if group else "")
+    name += ", rotated" if rotation else ""
     return resources(recorder.compiled, architecture, name)
 
 
@@ -247,11 +254,14 @@ def main() -> None:
         decode = isinstance(tile[1], DecodeTile)
         # What takes the most registers of a whole layer is not the number of its outliers.
         jobs.append(partial(layer_resources, *tile, **({"outliers": 16} if decode else {"searched": True})))
+    # Of the kernels that multiply, only those that quantize too have anything to do with a rotation.
+    few = [tile for tile in tiles if isinstance(tile[1], DecodeTile)]
+    jobs += [partial(layer_resources, *tile, outliers=16, rotation=ROTATION) for tile in few]
     jobs += [partial(job, group=GROUP) for job in jobs]
     for architecture in ("sm_80", "sm_90"):
-        for searched in (False, True):
+        for how in ({}, {"searched": True}, {"rotation": ROTATION}):
             jobs += [
-                partial(row_resources, architecture, width, searched=searched, group=group)
+                partial(row_resources, architecture, width, group=group, **how)
                 for width in WIDTHS
                 for group in ((None, GROUP) if width > GROUP else (None,))
             ]

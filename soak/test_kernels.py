@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from llmint8.kernels.gpu.tiles import MatmulTile, shipped_table
+from llmint8.kernels.gpu.tiles import DecodeTile, MatmulTile, shipped_table
 
 pytest.importorskip("triton")
 
@@ -40,9 +40,10 @@ def test_what_ships_compiles_without_a_spill_and_into_int8_instructions(tmp_path
     assert [item for item in found if item["problems"]] == []
     products = [item for item in found if item["int8_instructions"]]
     tiles = {(entry.architecture, entry.tile) for entry in shipped_table()}
-    # Each with the outliers that are stored and with those that are searched, or with two numbers of them; and all of
-    # that again in groups.
-    assert len(products) == 4 * len(tiles)
+    # Each with the outliers that are stored and with those that are searched, or with two numbers of them and rotated;
+    # and all of that again in groups.
+    few = sum(isinstance(tile, DecodeTile) for _, tile in tiles)
+    assert len(products) == 4 * len(tiles) + 2 * few
     assert {item["kernel"].split()[0] for item in found} == {
         "flag_kernel",
         "int8_decode",
@@ -62,6 +63,7 @@ def test_layers_of_every_kind_compile(tmp_path: Path) -> None:
         "for dtype, kind in ((torch.float16, (0, False, 4096)), (torch.float16, (5, False, 255)), (torch.bfloat16,"
         " (1, True, 1)), (torch.float32, (33, True, 4096)), (torch.float32, (0, True, 40000))):\n"
         "    k.row_resources('sm_90', kind[2], dtype, *kind[:2])\n"
+        "    k.row_resources('sm_90', kind[2], dtype, *kind[:2], rotation=64)\n"
         "    k.row_resources('sm_90', kind[2], dtype, 0, kind[1], searched=True)\n"
         "    k.search_resources('sm_90', 'flag_kernel', 17, dtype)\n"
         "    for tile in (MatmulTile(64, 64, 64, 8, 4, 3), MatmulTile(16, 64, 64, 8, 4, 3, False, 4)):\n"
@@ -71,7 +73,8 @@ def test_layers_of_every_kind_compile(tmp_path: Path) -> None:
         "for kind in ((torch.float16, 0, False, 4096), (torch.bfloat16, 512, True, 4080),"
         " (torch.float32, 5, True, 64)):\n"
         "    for group in (None, 64, 256):\n"
-        "        k.layer_resources('sm_90', DecodeTile(1, 16, 128, 4), *kind, group=group)\n"
+        "        for rotation in (None, 64):\n"
+        "            k.layer_resources('sm_90', DecodeTile(1, 16, 128, 4), *kind, group=group, rotation=rotation)\n"
         "print('true')"
     )
     assert run(["-c", code], tmp_path)

@@ -20,7 +20,7 @@ from llmint8.kernels.cpu.linear import CpuWeight
 from llmint8.kernels.operands import Operands
 from llmint8.kernels.operators import GpuWeight, NativeWeight, OperatorWeight
 from llmint8.kernels.prepared import PreparedWeight, ReferenceWeight
-from llmint8.kernels.reference import Activation, Group, Int8Weight, quantize_weight
+from llmint8.kernels.reference import Activation, Group, Int8Weight, Rotation, dequantize_weight, quantize_weight
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -68,6 +68,19 @@ GROUPED = [  # M, N, K, k
     (0, 8, 300, 1),
     (3, 0, 300, 2),
 ]
+ROTATED = [  # M, N, K, k
+    (1, 192, 576, 13),
+    (2, 130, 130, 0),
+    (3, 16, 40, 2),
+    (5, 33, 1025, 5),
+    (27, 100, 384, 17),
+    (67, 70, 257, 0),
+    (0, 8, 300, 1),
+]
+ROTATED_KINDS = [
+    [(None, "F16", "zeropoint"), (64, "BF16", "absmax"), (128, "F32", "zeropoint")],
+    [(128, "BF16", "zeropoint"), (256, "F16", "absmax"), (None, "F32", "absmax")],
+]
 THRESHOLD = 6.0
 NATIVE = ["AMX", "AVX512-VNNI", "AVX-VNNI", "AVX2", "Arm dotprod"]
 BACKENDS = [
@@ -107,13 +120,20 @@ def in_turns(layers: list[Any], kinds: list[Any]) -> list[Any]:
 
 
 def random_weight(
-    n: int, k: int, outliers: int, dtype: torch.dtype, threshold: float | None = None, group: Group | None = None
+    n: int,
+    k: int,
+    outliers: int,
+    dtype: torch.dtype,
+    threshold: float | None = None,
+    group: Group | None = None,
+    rotation: Rotation | None = None,
 ) -> Int8Weight:
     random = torch.Generator().manual_seed(n + k)
     weight = torch.randn(n, k, generator=random).to(dtype)
     dims = torch.randperm(k, generator=random)[:outliers].sort().values.int()
     bias = torch.randn(n, generator=random).to(dtype)
-    return Int8Weight(*quantize_weight(weight), dims, weight[:, dims.long()], bias, threshold, group)
+    stored = dims, weight[:, dims.long()], bias
+    return Int8Weight(*quantize_weight(weight, rotation), *stored, threshold, group, rotation)
 
 
 def random_rows(m: int, weight: Int8Weight) -> Tensor:
@@ -260,6 +280,29 @@ def test_layers_whose_inputs_are_quantized_in_groups(
     searched = dataclasses.replace(weight, threshold=THRESHOLD)
     x = planted_rows(m, k, outliers, DTYPES[dtype])
     assert_right(x, searched, activation, run(prepare(searched), x, activation))
+
+
+@pytest.mark.parametrize(("layer", "group", "dtype", "activation"), in_turns(ROTATED, ROTATED_KINDS))
+def test_rotated_layers(
+    layer: tuple[int, int, int, int],
+    group: Group | None,
+    dtype: str,
+    activation: Activation,
+    prepare: Prepare,
+    assert_right: Any,
+) -> None:
+    m, n, k, outliers = layer
+    weight = random_weight(n, k, outliers, DTYPES[dtype], group=group, rotation=64)
+    # Of magnitudes that differ: what is rotated with others than its neighbours is far off.
+    x = random_rows(m, weight) * 4.0 ** (torch.arange(k) // 64 % 3).to(DTYPES[dtype])
+    prepared = prepare(weight)
+    found = run(prepared, x, activation)
+    assert_right(x, weight, activation, found)
+    exact = x.double() @ dequantize_weight(weight.values, weight.absmax, 64).double().t()
+    if not outliers and m:
+        assert (found.double() - exact - weight.bias.double()).norm() < 0.02 * exact.norm()  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="threshold is given for a rotated weight"):
+        linear.prepare(dataclasses.replace(weight, threshold=THRESHOLD))
 
 
 @activations

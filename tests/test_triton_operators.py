@@ -18,12 +18,14 @@ from llmint8.runtime import Int8Linear
 
 
 def weight(threshold: float | None = None, bias: bool = True, k: int = 64) -> reference.Int8Weight:
-    """With inputs in groups of 64, so that a larger k has several."""
+    """With inputs in groups of 64, so that a larger k has several; one that is not searched is rotated."""
     random = torch.Generator().manual_seed(0)
     full = torch.randn(48, k, generator=random).half()
     dims = torch.tensor([3, 40], dtype=torch.int32)
     shift = torch.randn(48, generator=random).half() if bias else None
-    return reference.Int8Weight(*reference.quantize_weight(full), dims, full[:, dims.long()], shift, threshold, 64)
+    rotation: reference.Rotation | None = 64 if threshold is None else None
+    quantized = reference.quantize_weight(full, rotation)
+    return reference.Int8Weight(*quantized, dims, full[:, dims.long()], shift, threshold, 64, rotation)
 
 
 def arguments(device: str, m: int = 5, zeropoint: bool = True, bias: bool = True, k: int = 64) -> tuple[Any, ...]:

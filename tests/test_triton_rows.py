@@ -26,20 +26,24 @@ def random_rows(m: int, k: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return (torch.randn(m, k, generator=torch.Generator().manual_seed(seed)) * 3 + 0.5).to(dtype)
 
 
-def quantized(x: Tensor, dims: Tensor, zeropoint: bool, group: reference.Group | None = None) -> Any:
-    return quantize.QuantizeRows(x.shape[1], dims, zeropoint, group)(x, x.stride())
+def quantized(x: Tensor, dims: Tensor, zeropoint: bool, *how: Any) -> Any:
+    return quantize.QuantizeRows(x.shape[1], dims, zeropoint, *how)(x, x.stride())
 
 
 def assert_as_the_reference(
-    x: Tensor, dims: Tensor, device: torch.device, group: reference.Group | None = None
+    x: Tensor,
+    dims: Tensor,
+    device: torch.device,
+    group: reference.Group | None = None,
+    rotation: reference.Rotation | None = None,
 ) -> None:
     """Both modes give the reference's values, scale and zero point, and the outlier columns with zeros after them.
 
     The reference runs on the CPU: on a GPU torch divides by a number as it likes, not as IEEE does.
     """
     for activation in ("absmax", "zeropoint"):
-        expected = reference.quantize_rows(x.cpu(), dims, activation, group)
-        found = quantized(x.to(device), dims.to(device), activation == "zeropoint", group)
+        expected = reference.quantize_rows(x.cpu(), dims, activation, group, rotation)
+        found = quantized(x.to(device), dims.to(device), activation == "zeropoint", group, rotation)
         rows = quantize.QuantizedInput(*(None if part is None else part.cpu() for part in found))
         assert torch.equal(rows.values, expected.values), activation
         assert torch.equal(rows.scale, by_group(expected.scale)), activation
@@ -63,6 +67,24 @@ def by_group(parameters: Tensor) -> Tensor:
 @pytest.mark.parametrize(("m", "k", "outliers"), SHAPES, ids=[f"M{m}-K{k}-k{o}" for m, k, o in SHAPES])
 def test_rows_are_those_of_the_reference(m: int, k: int, outliers: int, dtype: str, device: torch.device) -> None:
     assert_as_the_reference(random_rows(m, k, DTYPES[dtype]), outlier_dims(outliers, k), device)
+
+
+@pytest.mark.parametrize("group", [None, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "k", "outliers"),
+    [(3, 64, 1), (2, 40, 3), (1, 130, 0), (3, 1100, 20), (2, 17000, 5)],
+    ids=lambda size: str(size),
+)
+def test_rotated_rows_are_those_of_the_reference(
+    m: int, k: int, outliers: int, dtype: str, group: reference.Group | None, device: torch.device
+) -> None:
+    """To the bit: sums of a rotation are made in its order here, too. Outliers may be in what is left at the end."""
+    x, dims = random_rows(m, k, DTYPES[dtype]), outlier_dims(outliers, k)
+    if outliers:
+        dims[-1] = k - 1
+    x[:, dims.long()] *= 50
+    assert_as_the_reference(x, dims, device, group, 64)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -79,6 +79,7 @@ def int8_decode_kernel(
     RANGE_K: tl.constexpr,
     RANGES: tl.constexpr,
     GROUP: tl.constexpr,
+    ROTATION: tl.constexpr,
     ZEROPOINT: tl.constexpr,
     DP4A: tl.constexpr,
     PADDED: tl.constexpr,
@@ -117,7 +118,7 @@ def int8_decode_kernel(
 
     if GROUP == 0:
         scale, divisor, zero_point, _ = row_parameters(
-            x_rows, x_first, dims_ptr, None, K, outliers, stride_xk, ROWS, RANGE_K, RANGES, PADDED, ZEROPOINT
+            x_rows, x_first, dims_ptr, None, K, outliers, stride_xk, ROWS, RANGE_K, RANGES, PADDED, ROTATION, ZEROPOINT
         )
     # The tensor cores' rows are the rows of x, again and again.
     m = tl.arange(0, _TENSOR_CORE_ROWS)
@@ -142,7 +143,7 @@ def int8_decode_kernel(
             w = w_next
             w_pointers += BLOCK_K // 4
             w_next = tl.load(w_pointers, mask=word < (K - start - BLOCK_K) // 4, other=0)
-            x = kept(x_block, dims_ptr, None, start, K, outliers, PADDED)
+            x = kept(x_block, dims_ptr, None, start, K, outliers, PADDED, ROTATION)
             x, scale, zero_point = quantized_groups(x, GROUP, ZEROPOINT)
             x = tl.reshape(_packed(x, ROWS, BLOCK_K), [ROWS, 1, BLOCK_K // 16, 4])
             sums = tl.sum(_dot4(x, w, DP4A), 3)
@@ -163,7 +164,7 @@ def int8_decode_kernel(
             w = w_next
             w_pointers += BLOCK_K // 4
             w_next = tl.load(w_pointers, mask=word < (K - start - BLOCK_K) // 4, other=0)
-            x = kept(x_block, dims_ptr, None, start, K, outliers, PADDED)
+            x = kept(x_block, dims_ptr, None, start, K, outliers, PADDED, ROTATION)
             x = _packed(quantized(x, divisor, zero_point, ZEROPOINT), ROWS, BLOCK_K)
             sums += tl.sum(_dot4(tl.reshape(x, [ROWS, 1, BLOCK_K // 16, 4]), w, DP4A), 3)
         total = _repeated(tl.sum(sums, 2), ROWS, BLOCK_N)
@@ -223,6 +224,7 @@ def int8_decode(weight: Operands, dtype: torch.dtype, zeropoint: bool, tile: Dec
         RANGE_K=range_k,
         RANGES=ranges,
         GROUP=width,
+        ROTATION=weight.rotation or 0,
         ZEROPOINT=zeropoint,
         # The other form runs in the interpreter and on AMD's GPUs.
         DP4A=weight.device.type != "cpu" and not torch.version.hip,

@@ -74,7 +74,9 @@ class GpuLinear:
             return int8_decode(operands, dtype, zeropoint, tile)
         most_rows = 1 << (m - 1).bit_length()
         product = Int8Matmul(operands, dtype, tile, most_rows)
-        quantize = QuantizeRows(k, operands.outlier_dims, zeropoint, operands.group, product.counters)
+        quantize = QuantizeRows(
+            k, operands.outlier_dims, zeropoint, operands.group, operands.rotation, product.counters
+        )
         if operands.threshold is None:
             return lambda x, strides: product(quantize(x, strides))
         search = OutlierSearch(operands.threshold, dtype, most_rows)

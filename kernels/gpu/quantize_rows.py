@@ -2,7 +2,9 @@
 
 One program per row. The row stays in registers between the search for its range and the rounding; a row longer
 than `_LONGEST_BLOCK` is read twice. The same launch gathers the outlier dimensions for the 16-bit product.
-Groups of dimensions lie within one block, so a row in groups is read once, however long.
+Groups of dimensions lie within one block, so a row in groups is read once, however long. What is rotated is rotated
+there, too: the six stages of the transform move values between threads, for a third more instructions, and their sums
+are those of the reference. A product with the matrix on tensor cores would add up in an order of its own.
 
 Which dimensions are outliers is kept as bits, one 32-bit word for 32 neighbouring dimensions, made by comparing the
 words' numbers with the k outlier dims: K * k / 32 comparisons where a test of every dimension would take K * k.
@@ -25,12 +27,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import padded_outliers
-from ..reference import Group, groups
+from ..reference import Group, Rotation, groups
 from .launch import Launch, ceil_div, next_power_of_2
 from .outlier_search import Found
 
 # More per program does not fit the registers (65,536 in one block spills).
 _LONGEST_BLOCK = 16384
+# What is read twice is rotated twice, and a block of that length then spills.
+_LONGEST_ROTATED_BLOCK = 8192
 # What a warp holds of it.
 WARP_ELEMENTS = 1024
 # Adding and subtracting 1.5 * 2**23 rounds half to even; Triton's own rounding is a library call on NVIDIA only.
@@ -76,8 +80,29 @@ def load_rows(x_rows, start, K, stride_xk, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def kept(x, dims_ptr, flags_ptr, start, K, outliers, PADDED: tl.constexpr):
-    """Turn a block of `load_rows` to float32, and its outlier dimensions to 0: those listed, or those with a flag."""
+def _sums_and_differences(x, DISTANCE: tl.constexpr):
+    """Add and subtract what lies at a distance: one stage of the transform, of a block of any shape."""
+    pairs = tl.reshape(x, [x.numel // (2 * DISTANCE), 2, DISTANCE])
+    low, high = tl.split(tl.permute(pairs, [0, 2, 1]))
+    return tl.permute(tl.join(low + high, low - high), [0, 2, 1])
+
+
+@triton.jit
+def _rotated(x, whole):
+    """Rotate what comes before dimension `whole` of a block as `reference.rotate` does, in its order, so to the bit."""
+    y = x
+    for level in tl.static_range(6):
+        y = _sums_and_differences(y, 1 << level)
+    column = tl.arange(0, x.shape[1])[:, None] * 32 + tl.arange(0, 32)[None, :]
+    return tl.where((column < whole)[None, :, :], tl.reshape(y, x.shape) * 0.125, x)
+
+
+@triton.jit
+def kept(x, dims_ptr, flags_ptr, start, K, outliers, PADDED: tl.constexpr, ROTATION: tl.constexpr):
+    """Turn a block of `load_rows` to float32, and its outlier dimensions to 0: those listed, or those with a flag.
+
+    With ROTATION above 0 it is then rotated.
+    """
     x = x.to(tl.float32)
     if PADDED > 0:
         word = tl.arange(0, x.shape[1])
@@ -91,13 +116,16 @@ def kept(x, dims_ptr, flags_ptr, start, K, outliers, PADDED: tl.constexpr):
     if flags_ptr is not None:
         column = start + tl.arange(0, x.shape[1])[:, None] * 32 + tl.arange(0, 32)[None, :]
         x = tl.where((tl.load(flags_ptr + column, mask=column < K, other=0) == 0)[None, :, :], x, 0.0)
+    if ROTATION > 0:
+        x = _rotated(x, K // ROTATION * ROTATION - start)
     return x
 
 
 @triton.jit
 def row_parameters(
     x_rows, first, dims_ptr, flags_ptr, K, outliers, stride_xk,
-    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, ZEROPOINT: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr, PADDED: tl.constexpr, ROTATION: tl.constexpr,
+    ZEROPOINT: tl.constexpr,
 ):  # fmt: skip
     """Search the range of rows, given their pointers [R] and their first block by `load_rows`.
 
@@ -105,10 +133,11 @@ def row_parameters(
     """
     # The int32 0 stands for 0.0, which both ranges hold.
     low, high = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.int32)
-    first = kept(first, dims_ptr, flags_ptr, 0, K, outliers, PADDED)
+    first = kept(first, dims_ptr, flags_ptr, 0, K, outliers, PADDED, ROTATION)
     low, high = _extend(low, high, first, ZEROPOINT)
     for start in range(BLOCK_K, BLOCKS * BLOCK_K, BLOCK_K):
-        more = kept(load_rows(x_rows, start, K, stride_xk, BLOCK_K), dims_ptr, flags_ptr, start, K, outliers, PADDED)
+        more = load_rows(x_rows, start, K, stride_xk, BLOCK_K)
+        more = kept(more, dims_ptr, flags_ptr, start, K, outliers, PADDED, ROTATION)
         low, high = _extend(low, high, more, ZEROPOINT)
     scale, divisor, zero_point = _parameters(low, high, ZEROPOINT)
     return scale, divisor, zero_point, first
@@ -200,12 +229,13 @@ def quantize_rows_kernel(
     BLOCKS: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED: tl.constexpr,
+    ROTATION: tl.constexpr,
     ZEROPOINT: tl.constexpr,
     COUNTERS: tl.constexpr,
 ):
     """Quantize row `program_id(0)`. BLOCKS blocks of BLOCK_K dimensions cover K; PADDED is 0 without outlier dims.
 
-    GROUP is 0 where the row is one group.
+    GROUP is 0 where the row is one group, and ROTATION where it is not rotated.
     """
     row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     x_rows = x_ptr + row * stride_xm
@@ -216,7 +246,8 @@ def quantize_rows_kernel(
 
     if GROUP > 0:
         for start in range(0, BLOCKS * BLOCK_K, BLOCK_K):
-            x = kept(load_rows(x_rows, start, K, stride_xk, BLOCK_K), dims_ptr, flags_ptr, start, K, outliers, PADDED)
+            x = load_rows(x_rows, start, K, stride_xk, BLOCK_K)
+            x = kept(x, dims_ptr, flags_ptr, start, K, outliers, PADDED, ROTATION)
             values, scale, zero_point = quantized_groups(x, GROUP, ZEROPOINT)
             group = start // GROUP + tl.arange(0, BLOCK_K // GROUP)
             place = group.to(tl.int64) * M + row
@@ -227,14 +258,15 @@ def quantize_rows_kernel(
     else:
         first = load_rows(x_rows, 0, K, stride_xk, BLOCK_K)
         scale, divisor, zero_point, first = row_parameters(
-            x_rows, first, dims_ptr, flags_ptr, K, outliers, stride_xk, 1, BLOCK_K, BLOCKS, PADDED, ZEROPOINT
+            x_rows, first, dims_ptr, flags_ptr, K, outliers, stride_xk, 1, BLOCK_K, BLOCKS, PADDED, ROTATION, ZEROPOINT
         )
         tl.store(scale_ptr + row, scale)
         if ZEROPOINT:
             tl.store(zero_point_ptr + row, zero_point)
         _store(values_rows, quantized(first, divisor, zero_point, ZEROPOINT), 0, K, BLOCK_K)
         for start in range(BLOCK_K, BLOCKS * BLOCK_K, BLOCK_K):
-            x = kept(load_rows(x_rows, start, K, stride_xk, BLOCK_K), dims_ptr, flags_ptr, start, K, outliers, PADDED)
+            x = load_rows(x_rows, start, K, stride_xk, BLOCK_K)
+            x = kept(x, dims_ptr, flags_ptr, start, K, outliers, PADDED, ROTATION)
             _store(values_rows, quantized(x, divisor, zero_point, ZEROPOINT), start, K, BLOCK_K)
 
     if PADDED > 0:
@@ -261,6 +293,7 @@ class QuantizeRows:
         outlier_dims: Tensor,
         zeropoint: bool,
         group: Group | None = None,
+        rotation: Rotation | None = None,
         counters: int = 0,
     ) -> None:
         """Prepare the launch.
@@ -270,6 +303,7 @@ class QuantizeRows:
             outlier_dims: int32 [k] on the device of x, unique; k may be 0. What a search finds is not gathered.
             zeropoint: spread the row's range over the int8 values, in place of its absmax.
             group: how many consecutive dimensions share a scale; None is the whole row.
+            rotation: of how many dimensions are the blocks in which rows are rotated; None if they are not.
             counters: how many zeros to return in `QuantizedInput.counters`, 0 or a power of two.
 
         """
@@ -278,7 +312,8 @@ class QuantizeRows:
         self._dims = outlier_dims if self._count else None
         self._padded = padded_outliers(self._count)
         self._groups, width = groups(in_features, group)
-        block, blocks = row_block(in_features, _LONGEST_BLOCK)
+        longest = _LONGEST_BLOCK if rotation is None or in_features <= _LONGEST_BLOCK else _LONGEST_ROTATED_BLOCK
+        block, blocks = row_block(in_features, longest)
         self._launch = Launch(
             quantize_rows_kernel,
             num_warps=max(1, block // WARP_ELEMENTS),
@@ -286,6 +321,7 @@ class QuantizeRows:
             BLOCKS=blocks,
             GROUP=width if self._groups > 1 else 0,
             PADDED=self._padded,
+            ROTATION=rotation or 0,
             ZEROPOINT=zeropoint,
             COUNTERS=counters,
         )
