@@ -118,7 +118,7 @@ def rotate(x: Tensor, rotation: Rotation | None) -> Tensor:
     whole = x.shape[-1] // rotation * rotation
     blocks, distance = x[..., :whole], 1
     while distance < rotation:
-        low, high = blocks.reshape(*x.shape[:-1], -1, 2, distance).unbind(-2)
+        low, high = blocks.reshape(*x.shape[:-1], whole // (2 * distance), 2, distance).unbind(-2)
         blocks = torch.stack([low + high, low - high], -2)
         distance *= 2
     blocks = blocks.reshape(*x.shape[:-1], whole).mul_(rotation**-0.5)

@@ -101,7 +101,7 @@ def assert_right() -> Callable[[Any, Any, Any, torch.Tensor], None]:
         if weight.threshold is not None:
             dims = reference.dynamic_outlier_dims(x, weight.threshold)
             columns = weight.values[:, dims].double() * weight.absmax.double()[:, None] / 127
-        rows = reference.quantize_rows(x, dims, activation, weight.group)
+        rows = reference.quantize_rows(x, dims, activation, weight.group, weight.rotation)
         groups, absmax = rows.scale.shape[1], weight.absmax.double() / 127
         outliers = x[:, dims].double(), columns.t()
         bias = torch.zeros(len(weight.values)) if weight.bias is None else weight.bias
