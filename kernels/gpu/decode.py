@@ -214,7 +214,9 @@ def int8_decode(weight: Operands, dtype: torch.dtype, zeropoint: bool, tile: Dec
         range_k, ranges = block_k, 0
     else:
         width = 0
-        range_k, ranges = row_block(k, WARP_ELEMENTS * tile.num_warps // tile.block_m)
+        # To rotate what is read takes registers, too.
+        elements = WARP_ELEMENTS if weight.rotation is None else WARP_ELEMENTS // 2
+        range_k, ranges = row_block(k, elements * tile.num_warps // tile.block_m)
     launch = Launch(
         int8_decode_kernel,
         num_warps=tile.num_warps,
