@@ -1,8 +1,8 @@
 """Time one linear layer on the CPU: ours, fp32, bf16, bitsandbytes int8 and torchao's dynamic int8 where importable.
 
 Ours has a bias, 16 outlier columns and zeropoint activations in groups of 128, and every variant a bias; `row` is ours
-with one scale for a row, `plain` that without the compiled layer. In one process, variants take turns, and the median
-of the turns counts. Every variant goes round as many copies of its weight as take 128 MB, so that weights come from
+with one scale for a row, `rotated` ours rotated, `plain` that with one scale without the compiled layer. In one
+process, variants take turns, and the median of the turns counts. Every variant goes round as many copies of its weight as take 128 MB, so that weights come from
 memory, as they do when a model runs. With `--busy` another process uses one of the cores meanwhile. Printed, and
 written to `results/cpu_linear-INSTRUCTIONS.json`, so that one kind of machine never replaces another: milliseconds.
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from llmint8.kernels.cpu import native
 from llmint8.kernels.cpu.linear import CpuWeight
+from llmint8.kernels.reference import Rotation
 from llmint8.runtime import Int8Linear
 from llmint8.runtime.model.arguments import ActivationGroup
 
@@ -37,9 +38,10 @@ SHAPES = ["4096x4096", "2048x2048", "576x576", "1536x576", "16384x4096", "4096x1
 ROWS = (1, 4, 16, 32, 128, 512)
 
 
-def ours(linear: nn.Linear, group: ActivationGroup = 128) -> nn.Module:
+def ours(linear: nn.Linear, group: ActivationGroup = 128, rotation: Rotation | None = None) -> nn.Module:
     """Quantize with 16 outlier columns."""
-    layer = Int8Linear.from_linear(linear, torch.arange(0, linear.in_features, linear.in_features // 16)[:16])
+    dims = torch.arange(0, linear.in_features, linear.in_features // 16)[:16]
+    layer = Int8Linear.from_linear(linear, dims, rotation=rotation)
     layer.configure(activation="zeropoint", activation_group=group)
     return layer
 
@@ -47,6 +49,11 @@ def ours(linear: nn.Linear, group: ActivationGroup = 128) -> nn.Module:
 def row(linear: nn.Linear) -> nn.Module:
     """Quantize as ours, with one scale for each row of x."""
     return ours(linear, "row")
+
+
+def rotated(linear: nn.Linear) -> nn.Module:
+    """Quantize as ours, rotated."""
+    return ours(linear, rotation=64)
 
 
 def plain(linear: nn.Linear) -> nn.Module:
@@ -77,6 +84,7 @@ def torchao(linear: nn.Linear) -> nn.Module:
 VARIANTS: dict[str, tuple[Callable[[nn.Linear], nn.Module], torch.dtype, int]] = {  # how, dtype of x, bytes per weight
     "ours": (ours, torch.bfloat16, 1),
     "row": (row, torch.bfloat16, 1),
+    "rotated": (rotated, torch.bfloat16, 1),
     "plain": (plain, torch.bfloat16, 1),
     "bf16": (lambda linear: linear, torch.bfloat16, 2),
     "fp32": (lambda linear: linear.float(), torch.float32, 4),

@@ -162,10 +162,11 @@ def _echo_uncalibrated(report: Any, verbose: bool) -> None:
     parts = ", ".join(f"{count} in {part}" for part, count in where.most_common(5))
     more = "" if verbose else "; --verbose names them"
     calibrated = report.layers - len(report.uncalibrated)
+    then = ", and search for outliers in every call" if report.searches else ""
     _echo_notices(
         [
-            f"{calibrated} of {report.layers} layers are calibrated; the others have no outlier columns, and search "
-            f"for outliers in every call: {parts}{more}"
+            f"{calibrated} of {report.layers} layers are calibrated; the others have no outlier columns{then}: "
+            f"{parts}{more}"
         ]
     )
 

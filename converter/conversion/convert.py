@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmint8.formats import CheckpointWriter, Manifest, OutputError, SourceError, open_source
+from llmint8.formats import BITSANDBYTES, CheckpointWriter, Manifest, OutputError, SourceError, open_source
 from llmint8.formats.disk.names import CARD_NAME
 from llmint8.formats.disk.small_files import MODULES_NAME
 from llmint8.formats.writing.journal import Journal
@@ -45,6 +45,7 @@ class ConversionReport:
     notices: list[str]
     already: bool = False  # it was finished before
     precision: str = "16 bit"  # what the layers are in where they are not quantized; or `float32`
+    searches: bool = True  # whether uncalibrated layers search their outliers in every call
 
 
 def convert(
@@ -124,6 +125,7 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
         time.monotonic() - started,
         notices,
         precision=plan.precision,
+        searches=plan.layout == BITSANDBYTES,
     )
 
 
@@ -154,6 +156,7 @@ def already_done(plan: ConversionPlan, progress: Progress = _no_progress) -> Con
         [],
         already=True,
         precision=plan.precision,
+        searches=plan.layout == BITSANDBYTES,
     )
 
 

@@ -14,7 +14,15 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from llmint8.formats import Checkpoint, LLMInt8Error, Quantization, read_json, read_manifest
+from llmint8.formats import (
+    BITSANDBYTES,
+    NATIVE,
+    Checkpoint,
+    LLMInt8Error,
+    Quantization,
+    read_json,
+    read_manifest,
+)
 from llmint8.formats.disk.small_files import MODULES_NAME
 
 from ..endings import Endings
@@ -31,7 +39,7 @@ _END = "<!-- llmint8: end of the generated part -->"
 _GENERATED = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
 _NAMES_SHOWN = 8
 _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
-_TAGS = ("llmint8", "int8", "8-bit", "bitsandbytes")
+_TAGS = ("llmint8", "int8", "8-bit")
 
 
 @dataclass(frozen=True)
@@ -85,11 +93,12 @@ def _front_matter(subject: Subject, source: Mapping[str, Any]) -> Any:
     architecture = named_class(subject.config)
     if carried["pipeline_tag"] is None and architecture.endswith(("ForCausalLM", "LMHeadModel")):
         carried["pipeline_tag"] = "text-generation"
+    native = subject.quantization.layout == NATIVE
     return ModelCardData(
         base_model=bases[0] if len(bases) == 1 else bases or None,
         base_model_relation="quantized" if repo else None,
-        library_name="sentence-transformers" if subject.sentences else "transformers",
-        tags=list(dict.fromkeys([*strings(source.get("tags")), *_TAGS])),
+        library_name="llmint8" if native else "sentence-transformers" if subject.sentences else "transformers",
+        tags=list(dict.fromkeys([*strings(source.get("tags")), *_TAGS, *([] if native else ["bitsandbytes"])])),
         **carried,
     )
 
@@ -108,7 +117,7 @@ def _generated(subject: Subject, repo: str | None) -> str:
         _introduction(subject),
         _conversion(subject),
         _accuracy(subject.evaluation),
-        usage(subject.config, subject.sentences, repo),
+        usage(subject.config, subject.quantization.layout, subject.sentences, repo),
     )
     return "\n".join([_BEGIN, *chain.from_iterable(parts), _END])
 
@@ -136,7 +145,7 @@ def _conversion(subject: Subject) -> list[str]:
     head = ", the output head among them" if quantization.int8_head else ""
     rows = {
         "Architecture": harmless(named_class(subject.config) or "unknown"),
-        "In int8": f"{len(subject.in_features)} linear layers{head}; one scale per row (absmax)",
+        "In int8": f"{len(subject.in_features)} linear layers{head}; {_coding(quantization)}",
         "Not quantized": ", ".join([*_skipped(_own_layers(subject)), "all that is not linear"]),
     }
     if quantization.llmint8:
@@ -148,7 +157,8 @@ def _conversion(subject: Subject) -> list[str]:
         rows["Calibration"] = _calibration(quantization.calibration, len(quantization.outliers))
         kind = activations(quantization.scheme.activation, quantization.scheme.activation_group)
         rows["Activations"] = f"int8 when the model runs ({kind})"
-        rows["Format"] = f"llmint8 {harmless(quantization.format_version)}, which bitsandbytes reads too"
+        readers = "which bitsandbytes reads too" if quantization.layout == BITSANDBYTES else "read by llmint8 alone"
+        rows["Format"] = f"llmint8 {harmless(quantization.format_version)}, {readers}"
     files = subject.source.get("files")
     before = sum(nbytes for nbytes in files.values() if isinstance(nbytes, int)) if isinstance(files, dict) else 0
     rows["Size"] = size(subject.nbytes) + (f"; the original {size(before)}" if before else "")
@@ -160,6 +170,13 @@ def _conversion(subject: Subject) -> list[str]:
         *(f"| {key} | {value} |" for key, value in rows.items()),
         "",
     ]
+
+
+def _coding(quantization: Quantization) -> str:
+    """Say how the weights are coded."""
+    rotation = quantization.scheme.rotation
+    rotated = "" if rotation is None else f", rotated in blocks of {rotation}"
+    return f"one scale per row (absmax){rotated}{', rounded by GPTQ' if quantization.rounding == 'gptq' else ''}"
 
 
 def _own_layers(subject: Subject) -> list[str]:

@@ -21,7 +21,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from llmint8.formats import LLMInt8Error, Quantization, read_json
+from llmint8.formats import LAYOUTS, LLMInt8Error, Quantization, read_json
 from llmint8.formats.disk.names import CONFIG_NAME
 
 from .answers import explain, patiently
@@ -152,7 +152,8 @@ def _is_int8(api: HfApi, repo: str, commit: str, whole: bool, weights: list[str]
             return True
         parts = [name for name in weights if name.endswith(".safetensors")]
         headers = (api.parse_safetensors_file_metadata(repo, name, revision=commit) for name in parts)
-        return any(tensor.endswith(".SCB") for header in headers for tensor in header.tensors)
+        ours = tuple(f".{layout.absmax}" for layout in LAYOUTS.values())
+        return any(tensor.endswith(ours) for header in headers for tensor in header.tensors)
     except (LLMInt8Error, SafetensorsParsingError, AttributeError, TypeError, ValueError):  # broken, or of another form
         return False
 

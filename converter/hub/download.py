@@ -18,8 +18,8 @@ from typing import Any
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
-from llmint8.formats import CheckpointError, Quantization, SourceError, read_json
-from llmint8.formats.disk.names import ADAPTER_CONFIG_NAME, CONFIG_NAME, SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME
+from llmint8.formats import BITSANDBYTES, LAYOUTS, CheckpointError, Quantization, SourceError, read_json
+from llmint8.formats.disk.names import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from llmint8.formats.disk.small_files import module_folders
 from llmint8.formats.sources.quantized import already_quantized, stored_quantization
 from llmint8.formats.sources.source import adapter_alone
@@ -58,9 +58,8 @@ def download(repo: str, revision: str | None, kind: Kind | None, low_disk: bool,
         _check_kind(repo, quantization, kind)
         origin = Resolved(snapshot, repo, snapshot.name, low_disk=low_disk)
         # The reader of int8 checkpoints says which files it misses.
-        whole = not (snapshot / SAFETENSORS_INDEX_NAME).exists()
-        has = (lambda name: whole and name == SAFETENSORS_NAME) if kind == "int8" else partial(has_file, origin)
-        named = None if kind == "int8" else content.get("transformers_weights")
+        named = _int8_weights(snapshot, quantization) if kind == "int8" else content.get("transformers_weights")
+        has = partial(has_file, origin)
         try:
             names = weight_files(snapshot, has, named).names
         except SourceError:
@@ -74,6 +73,13 @@ def download(repo: str, revision: str | None, kind: Kind | None, low_disk: bool,
             return dataclasses.replace(origin, remote=low_disk or not all((snapshot / name).exists() for name in names))
         _fetch_weights(origin, names)
     return origin
+
+
+def _int8_weights(snapshot: Path, quantization: Any) -> str:
+    """Return the name of the index of an int8 checkpoint, or of its only weight file."""
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    layout = next((layout for layout in LAYOUTS.values() if layout.method == method), BITSANDBYTES)
+    return layout.index if (snapshot / layout.index).exists() else layout.single
 
 
 def fetch_weights(origin: Resolved, names: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
 from llmint8.formats import Checkpoint, CheckpointError, LLMInt8Error, open_checkpoint, read_manifest
 from llmint8.formats.disk.durable import write_durably
-from llmint8.formats.disk.names import CARD_NAME, CONFIG_NAME, MANIFEST_NAME, SAFETENSORS_INDEX_NAME
+from llmint8.formats.disk.names import CARD_NAME, CONFIG_NAME, MANIFEST_NAME
 from llmint8.formats.disk.small_files import small_files
 from llmint8.formats.int8.manifest import differences
 
@@ -99,7 +99,7 @@ def prepare(
     card = refreshed_card(Subject.of(checkpoint), read_card(out), to.repo)
     if card != read_card(out):
         write_durably(out / CARD_NAME, card.encode())
-    names = [*checkpoint.files, CONFIG_NAME, SAFETENSORS_INDEX_NAME, MANIFEST_NAME]
+    names = [*checkpoint.files, CONFIG_NAME, checkpoint.layout.index, MANIFEST_NAME]
     paths = {out / name for name in names if (out / name).exists()} | set(small_files(out))
     files = {path.relative_to(out).as_posix(): path for path in sorted(paths) if path.suffix != ".partial"}
     return Upload(to, checkpoint, files)

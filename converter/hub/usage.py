@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from llmint8.formats import BITSANDBYTES, NATIVE, Layout
+
 # transformers' auto classes -> its tables of what they load, the plainest first.
 _LOADS = {
     "AutoModelForCausalLM": "CAUSAL_LM",
@@ -23,22 +25,29 @@ _LOADS = {
 _OWN_CODE = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModel")
 
 
-def usage(config: Mapping[str, Any], sentences: bool, repo: str | None) -> list[str]:
+def usage(config: Mapping[str, Any], layout: Layout, sentences: bool, repo: str | None) -> list[str]:
     """Return the lines; `sentences` says that it is the encoder of a SentenceTransformer, whose parts lie beside it."""
     name = repr(repo or "path/to/this/directory").replace("'", '"')
     arguments = name + (", trust_remote_code=True" if config.get("auto_map") else "")
     cls, library, loaded = _loading_class(config), "transformers", f".from_pretrained({arguments})"
     if sentences:
         cls, library, loaded = "SentenceTransformer", "sentence_transformers", f"({arguments})"
-    return [
+    encoder = ": the encoder" if sentences else ""
+    who = f", which uses the outlier columns{encoder}" if layout == BITSANDBYTES else f", and nothing else{encoder}"
+    lines = [
         "## How to load it",
         "",
-        f"With llmint8, which uses the outlier columns{': the encoder' if sentences else ''}:",
+        f"With llmint8{who}:",
         "",
         "```python",
         "from llmint8 import runtime",
         f"model = runtime.load({arguments})",
         "```",
+    ]
+    if layout == NATIVE:
+        return lines
+    return [
+        *lines,
         "",
         f"With {'sentence-transformers' if sentences else 'transformers'} and bitsandbytes, which ignore them:",
         "",

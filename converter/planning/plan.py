@@ -206,10 +206,8 @@ def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> Conv
     selection = select_layers(source, model, options.skip, options.only, head)
     selection.notices[:0] = [*source.notices, *notices, *(samples.notices if samples else [])]
     if model is None and criterion.kind != "none":
-        selection.notices.append(
-            "without the model there is no calibration: no outlier columns are stored, and layers search for their "
-            "outliers in every call"
-        )
+        then = ", and layers search for their outliers in every call" if options.format == 1 else ""
+        selection.notices.append(f"without the model there is no calibration: no outlier columns are stored{then}")
     if options.outliers != _DEFAULTS.outliers:  # of what nobody asked for, as much as there can be
         selection.notices.extend(budget_notices(criterion, [layer.in_features for layer in selection.layers.values()]))
     selection.notices.extend(left_behind(origin.path))

@@ -95,7 +95,8 @@ class Quantization:
     def _coding(self) -> dict[str, Any]:
         if self.layout == NATIVE:
             schemes = {name: scheme.to_dict() for name, scheme in self.schemes.items()}
-            return {"schemes": schemes, "layers": self.layers, "rounding": self.rounding}
+            coded = {"schemes": schemes, "layers": self.layers, "not_quantized": self.skip_modules}
+            return {**coded, "rounding": self.rounding}
         group = self.scheme.activation_group
         return {"activation": self.scheme.activation, **({} if group is None else {"activation_group": group})}
 
@@ -179,7 +180,13 @@ def _native_coding(block: dict[str, Any], counts: dict[str, int]) -> dict[str, A
     for name, scheme in layers.items():
         if not isinstance(scheme, str) or scheme not in schemes:
             raise ValueError(f"layers[{name!r}] is {str(scheme)[:80]!r}, expected one of {', '.join(schemes)[:200]}")
-    return {"schemes": schemes, "layers": layers, "rounding": member(block, "rounding", str)}
+    rounding = member(block, "rounding", str)
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding is {rounding[:80]!r}, expected one of {', '.join(ROUNDINGS)}")
+    skipped = member(block, "not_quantized", list)
+    if not all(isinstance(name, str) for name in skipped):
+        raise ValueError(f"not_quantized is {str(skipped)[:80]!r}, expected a list of module names")
+    return {"schemes": schemes, "layers": layers, "rounding": rounding, "skip_modules": skipped}
 
 
 def major(version: str) -> int | None:

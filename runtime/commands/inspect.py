@@ -35,6 +35,7 @@ def inspect_command(checkpoint: str, revision: str | None, every: bool, as_json:
 
 
 def _facts(opened: Any) -> dict[str, Any]:
+    from llmint8.formats import BITSANDBYTES
     from llmint8.kernels.cpu import native
 
     quantization = opened.quantization
@@ -74,9 +75,13 @@ def _facts(opened: Any) -> dict[str, Any]:
         "source": quantization.source,
         "criterion": quantization.criterion if quantization.llmint8 else None,
         "outlier_dtypes": sorted(columns),
+        "schemes": {name: scheme.to_dict() for name, scheme in quantization.schemes.items()},
+        "rotation": quantization.scheme.rotation,
+        "rounding": quantization.rounding,
         "activation": quantization.scheme.activation,
         "activation_group": quantization.scheme.activation_group,
         "threshold": quantization.threshold,
+        "searches": quantization.layout == BITSANDBYTES,
         "not_calibrated": _not_calibrated(opened),
         "runs_on": native.kinds()[0] if native.kinds() else f"plain torch ({native.why_not()})",
         "files": opened.files,
@@ -119,7 +124,8 @@ def _text(facts: dict[str, Any], every: bool) -> str:
         f"Format        {facts['format']}, written by {facts['producer']}",
         f"Outliers      criterion {facts['criterion'] or 'none stored'}, {share:.2%} of the columns in {exact}",
         f"Activations   {_activations(facts)}",
-        *_searched(facts["not_calibrated"], facts["threshold"]),
+        *_coded(facts),
+        *_searched(facts),
         f"On this CPU   {facts['runs_on']}",
         f"Size          {size(facts['bytes'])} in {count(len(facts['files']), 'file')}: "
         f"{count(len(facts['layers']), 'int8 layer')} {size(facts['int8_layers_bytes'])}"
@@ -139,11 +145,21 @@ def _activations(facts: dict[str, Any]) -> str:
     return f"{kind}, one scale for the whole row; it loads with activation_group=64, 128 or 256 too"
 
 
-def _searched(layers: int, threshold: float) -> list[str]:
+def _coded(facts: dict[str, Any]) -> list[str]:
+    """Say what weights are beside quantized by row to the nearest integers."""
+    rotated = [] if facts["rotation"] is None else [f"rotated, as their inputs, in blocks of {facts['rotation']}"]
+    rounded = ["rounded by GPTQ"] if facts["rounding"] == "gptq" else []
+    return [f"Weights       {', '.join(rotated + rounded)}"] if rotated + rounded else []
+
+
+def _searched(facts: dict[str, Any]) -> list[str]:
+    layers = facts["not_calibrated"]
     if not layers:
         return []
+    if not facts["searches"]:
+        return [f"Uncalibrated  {count(layers, 'layer')}, without outlier columns"]
     were = "was" if layers == 1 else "were"
-    return [f"Searched      in {count(layers, 'layer')} that {were} not calibrated, |x| >= {threshold:g}"]
+    return [f"Searched      in {count(layers, 'layer')} that {were} not calibrated, |x| >= {facts['threshold']:g}"]
 
 
 def _table(layers: Sequence[dict[str, Any]], every: bool, exact: str) -> list[str]:
