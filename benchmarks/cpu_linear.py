@@ -2,9 +2,10 @@
 
 Ours has a bias, 16 outlier columns and zeropoint activations in groups of 128, and every variant a bias; `row` is ours
 with one scale for a row, `rotated` ours rotated, `plain` that with one scale without the compiled layer. In one
-process, variants take turns, and the median of the turns counts. Every variant goes round as many copies of its weight as take 128 MB, so that weights come from
-memory, as they do when a model runs. With `--busy` another process uses one of the cores meanwhile. Printed, and
-written to `results/cpu_linear-INSTRUCTIONS.json`, so that one kind of machine never replaces another: milliseconds.
+process, variants take turns, and the median of the turns counts. Every variant goes round as many copies of its weight
+as take 128 MB, so that weights come from memory, as they do when a model runs. With `--busy` another process uses one
+of the cores meanwhile. Printed, and written to `results/cpu_linear-INSTRUCTIONS.json`, so that one kind of machine
+never replaces another: milliseconds.
 
     python benchmarks/cpu_linear.py [--threads N] [--busy] [--shape OUTxIN ...]
 """

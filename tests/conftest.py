@@ -216,9 +216,10 @@ def _read_by_the_spec(spec_reader: Any, assert_right: Callable[..., None], out: 
     if not theirs.layers:
         return
     name, (_, in_features, _) = max(theirs.layers.items(), key=lambda item: item[1][2])
-    parts = ("weight", "SCB", "outlier_dims", "outlier_weight", "bias")
+    parts = ("weight", ours.layout.absmax, "outlier_dims", "outlier_weight", "bias")
     tensors = [ours.read(f"{name}.{part}") for part in parts if f"{name}.{part}" in ours.tensors]
-    group = ours.quantization.scheme.activation_group
+    scheme = ours.records[name].scheme
+    group, rotation = scheme.activation_group, scheme.rotation
     kept = [dim for dim in range(in_features) if dim not in tensors[2].tolist()]
     # From -54 to 200 the zeropoint scale is 1, and no quotient of so small whole numbers is near a tie but not on it.
     x = torch.randint(-54, 201, (3, in_features), generator=torch.Generator().manual_seed(0)).float()
@@ -227,9 +228,12 @@ def _read_by_the_spec(spec_reader: Any, assert_right: Callable[..., None], out: 
         ends = [dim for dim in kept if first <= dim < first + width][:2]
         x[:, ends] = torch.tensor([-54.0, 200.0])[: len(ends)]
         both = both and len(ends) == 2
+    if rotation is not None:  # what is then multiplied are no such numbers
+        x[:] = 0
+        x[:, ::rotation] = torch.tensor([8.0, 64.0, -127.0])[:, None]
     for activation in ("absmax", "zeropoint")[: 1 + both]:
         y = torch.from_numpy(spec_reader.compute(theirs, name, x.numpy(), activation)).float()
-        assert_right(x, Int8Weight(*tensors, group=group), activation, y)
+        assert_right(x, Int8Weight(*tensors, group=group, rotation=rotation), activation, y)
 
 
 @pytest.fixture

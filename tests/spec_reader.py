@@ -41,7 +41,8 @@ ITEMS = {
 }
 HEADER_BYTES, JSON_FILE_BYTES, JSON_VALUES = 100_000_000, 268_435_456, 10_000_000
 NAME_CHARACTERS, DIMENSIONS, ELEMENTS = 1024, 64, 2**63 - 1
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+# By MAJOR, sections 4, 6 and 17: how weight files are called, and the absmax of a layer.
+STEMS, ABSMAX = {1: "model", 2: "llmint8-model"}, {1: "SCB", 2: "absmax"}
 MANIFEST = "llmint8_manifest.json"
 FLOATS = ("F16", "BF16", "F32")
 
@@ -75,9 +76,19 @@ class Checkpoint:
 
     path: Path
     config: dict[str, Any]
-    block: dict[str, Any] | None
+    block: dict[str, Any] | None  # of format 2, quantization_config itself
+    major: int
     tensors: dict[str, Tensor]
     layers: dict[str, tuple[int, int, int | None]]
+
+    def scheme(self, name: str) -> tuple[str, int | None, int | None]:
+        """Return how a layer is coded: mode and group of the inputs, and the block of a rotation."""
+        block = self.block or {}
+        if self.major == 1:
+            return block.get("activation", "absmax"), block.get("activation_group"), None
+        said = block["schemes"][block["layers"][name]]
+        rotation = said["rotation"]
+        return said["inputs"].removeprefix("int8-"), said["input_group"], rotation and rotation["block"]
 
     def data(self, name: str) -> bytes:
         """Return the bytes of a tensor."""
@@ -214,9 +225,9 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     said = config.get("quantization_config")
     if said is None and (directory / "quantization_config.json").exists():
         said = under("E01", lambda: json_file(directory, "quantization_config.json", constants=True))
-    block = checked_quantization(said)
-    files = under("E04", lambda: weight_map(directory))
-    names = sorted(set(files.values())) if files else [SINGLE]
+    major, block = checked_quantization(said)
+    files = under("E04", lambda: weight_map(directory, STEMS[major]))
+    names = sorted(set(files.values())) if files else [f"{STEMS[major]}.safetensors"]
     for name in names:
         under("E05", lambda name=name: regular(directory, name).close())  # type: ignore[misc]
     headers = {}
@@ -229,10 +240,10 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             tensors[name] = tensor
     agreed = not files or {name: tensor.file for name, tensor in tensors.items()} == files
     require("E07", agreed, "index and files disagree")
-    layers = checked_layers(tensors, block is not None)
-    checkpoint = Checkpoint(directory, config, block, tensors, layers)
+    layers = checked_layers(tensors, block is not None, major)
+    checkpoint = Checkpoint(directory, config, block, major, tensors, layers)
     for name in layers:
-        if f"{name}.weight_format" in tensors:
+        if major == 1 and f"{name}.weight_format" in tensors:
             value = under("E06", lambda name=name: checkpoint.read(f"{name}.weight_format"))  # type: ignore[misc]
             require("E10", int(value) == 0, f"{name}: weight_format {value}")
     if block is not None:
@@ -253,9 +264,13 @@ def require(code: str, holds: bool, what: str) -> None:
         raise BrokenError(code, what)
 
 
-def checked_quantization(said: Any) -> dict[str, Any] | None:
-    """Check `quantization_config`, section 9; return the block."""
+def checked_quantization(said: Any) -> tuple[int, dict[str, Any] | None]:
+    """Check `quantization_config`, sections 9 and 20; return MAJOR and the block."""
     require("E02", isinstance(said, dict), "no quantization_config")
+    if said.get("quant_method") == "llmint8":
+        checked_block(said, 2)
+        checked_coding(said)
+        return 2, said
     require("E02", said.get("load_in_8bit") is True, "load_in_8bit")
     require("E02", said.get("quant_method", "bitsandbytes") == "bitsandbytes", "quant_method")
     require("E02", "quant_method" in said or "llmint8" not in said, "no quant_method")
@@ -267,13 +282,20 @@ def checked_quantization(said: Any) -> dict[str, Any] | None:
     named = skipped is None or (isinstance(skipped, list) and all(isinstance(name, str) for name in skipped))
     require("E02", named, "llm_int8_skip_modules")
     if "llmint8" not in said:
-        return None
+        return 1, None
     block = said["llmint8"]
-    require("E03", isinstance(block, dict) and is_readable(block.get("format_version")), "format_version")
-    require("E03", isinstance(block.get("producer"), str), "producer")
+    checked_block(block, 1)
     require("E03", block.get("activation") in ("absmax", "zeropoint"), "activation")
     group = block.get("activation_group")
     require("E03", group is None or (type(group) is int and group in (64, 128, 256)), "activation_group")
+    return 1, block
+
+
+def checked_block(block: Any, major: int) -> None:
+    """Check what is the same in both formats."""
+    readable = isinstance(block, dict) and is_readable(block.get("format_version"), str(major))
+    require("E03", readable, "format_version")
+    require("E03", isinstance(block.get("producer"), str), "producer")
     require("E03", isinstance(block.get("calibration"), dict | None), "calibration")
     require("E03", is_source(block.get("source")), "source")
     outliers = block.get("outliers")
@@ -281,16 +303,45 @@ def checked_quantization(said: Any) -> dict[str, Any] | None:
     counts = outliers.get("counts")
     whole = isinstance(counts, dict) and all(is_name(name) and is_count(k) for name, k in counts.items())
     require("E03", whole, "outliers.counts")
-    found: dict[str, Any] = block
-    return found
+
+
+def checked_coding(block: dict[str, Any]) -> None:
+    """Check schemes, layers and rounding, sections 18 and 20."""
+    schemes, layers = block.get("schemes"), block.get("layers")
+    require("E03", isinstance(schemes, dict) and len(schemes) > 0, "schemes")
+    for name, scheme in schemes.items():  # type: ignore[union-attr]
+        require("E03", is_name(name) and is_scheme(scheme), f"schemes: {name!r}")
+    require("E03", isinstance(layers, dict) and layers.keys() == block["outliers"]["counts"].keys(), "layers")
+    for scheme in layers.values():  # type: ignore[union-attr]
+        require("E03", isinstance(scheme, str) and scheme in schemes, "layers: scheme")  # type: ignore[operator]
+    require("E03", isinstance(block.get("rounding"), str) and block["rounding"] in ("nearest", "gptq"), "rounding")
+    skipped = block.get("not_quantized")
+    named = isinstance(skipped, list) and all(isinstance(name, str) for name in skipped)
+    require("E03", named, "not_quantized")
+
+
+def is_scheme(scheme: Any) -> bool:
+    if not isinstance(scheme, dict):
+        return False
+    rotation, group, bits = scheme.get("rotation"), scheme.get("input_group"), scheme.get("bits")
+    block = rotation.get("block") if isinstance(rotation, dict) else None
+    rotated = rotation == {"kind": "hadamard", "block": 64} and type(block) is int
+    return (
+        scheme.keys() == {"bits", "data_type", "group", "rotation", "inputs", "input_group"}
+        and (type(bits) is int and bits == 8)
+        and (scheme["data_type"], scheme["group"]) == ("int", None)
+        and (rotation is None or rotated)
+        and (isinstance(scheme["inputs"], str) and scheme["inputs"] in ("int8-absmax", "int8-zeropoint"))
+        and (group is None or (type(group) is int and group in (64, 128, 256)))
+    )
 
 
 def is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def is_readable(version: Any) -> bool:
-    return isinstance(version, str) and re.fullmatch(r"1\.[0-9]+", version) is not None
+def is_readable(version: Any, majors: str = "12") -> bool:
+    return isinstance(version, str) and re.fullmatch(rf"[{majors}]\.[0-9]+", version) is not None
 
 
 def is_source(source: Any) -> bool:
@@ -301,14 +352,16 @@ def is_source(source: Any) -> bool:
     )
 
 
-def weight_map(directory: Path) -> dict[str, str]:
+def weight_map(directory: Path, stem: str) -> dict[str, str]:
     """Return the index's map, section 4; nothing where all is in one file."""
-    if any(re.fullmatch(r"llmint8-.*\.safetensors", path.name, re.DOTALL) for path in directory.iterdir()):
-        raise UnreadableError("a file of a later layout")
-    indexed = (directory / INDEX).exists()
-    if indexed == (directory / SINGLE).exists():
+    single, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+    other = r"llmint8-.*\.safetensors" if stem == "model" else r"model\.safetensors(\.index\.json)?"
+    if any(re.fullmatch(other, path.name, re.DOTALL) for path in directory.iterdir()):
+        raise UnreadableError("a file of another layout")
+    indexed = (directory / index).exists()
+    if indexed == (directory / single).exists():
         raise UnreadableError("either the index or one file")
-    files = json_file(directory, INDEX).get("weight_map") if indexed else {}
+    files = json_file(directory, index).get("weight_map") if indexed else {}
     if not isinstance(files, dict) or (indexed and not files):
         raise UnreadableError("weight_map")
     for tensor, file in files.items():
@@ -318,23 +371,25 @@ def weight_map(directory: Path) -> dict[str, str]:
     return files
 
 
-def checked_layers(tensors: Mapping[str, Tensor], ours: bool) -> dict[str, tuple[int, int, int | None]]:
-    """Check the records, rules E08 and E09 of section 6."""
+def checked_layers(tensors: Mapping[str, Tensor], ours: bool, major: int) -> dict[str, tuple[int, int, int | None]]:
+    """Check the records, rules E08 and E09 of sections 6 and 17."""
+    absmax = ABSMAX[major]
     names = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
     layers = {name for name in names if tensors[f"{name}.weight"].dtype == "I8"}
     for name in layers:
-        has = {suffix: f"{name}.{suffix}" in tensors for suffix in ("outlier_dims", "outlier_weight", "weight_format")}
-        require("E08", f"{name}.SCB" in tensors, f"{name}.SCB")
+        optional = ["outlier_dims", "outlier_weight", *(["weight_format"] if major == 1 else [])]
+        has = {suffix: f"{name}.{suffix}" in tensors for suffix in optional}
+        require("E08", f"{name}.{absmax}" in tensors, f"{name}.{absmax}")
         require("E08", has["outlier_dims"] == has["outlier_weight"], f"{name}: one outlier tensor of two")
         require("E08", not ours or all(has.values()), f"{name}: not whole")
     for name in tensors:
         module, _, suffix = name.rpartition(".")
-        reserved = suffix in ("SCB", "weight_format", "outlier_dims", "outlier_weight")
+        reserved = suffix in (absmax, "outlier_dims", "outlier_weight") or (major, suffix) == (1, "weight_format")
         require("E08", not reserved or module in layers, f"{name}: without its weight")
-    return {name: checked_shapes(tensors, name, ours) for name in sorted(layers)}
+    return {name: checked_shapes(tensors, name, ours, major) for name in sorted(layers)}
 
 
-def checked_shapes(tensors: Mapping[str, Tensor], name: str, ours: bool) -> tuple[int, int, int | None]:
+def checked_shapes(tensors: Mapping[str, Tensor], name: str, ours: bool, major: int) -> tuple[int, int, int | None]:
     weight, dims = tensors[f"{name}.weight"], tensors.get(f"{name}.outlier_dims")
     require("E09", len(weight.shape) == 2, f"{name}.weight")
     n, k = weight.shape
@@ -343,8 +398,8 @@ def checked_shapes(tensors: Mapping[str, Tensor], name: str, ours: bool) -> tupl
     count = None if dims is None else dims.shape[0]
     require("E09", (count or 0) <= k, f"{name}: k is more than K")
     for suffix, dtypes, shape in (
-        ("SCB", ("F32",), (n,)),
-        ("weight_format", ("U8",), ()),
+        (ABSMAX[major], ("F32",), (n,)),
+        *([("weight_format", ("U8",), ())] if major == 1 else []),
         ("outlier_dims", ("I32",), (count,)),
         ("outlier_weight", FLOATS, (n, count)),
         ("bias", FLOATS, (n,)),
@@ -388,22 +443,27 @@ def problems(checkpoint: Checkpoint) -> list[BrokenError]:
 
 def broken_values(checkpoint: Checkpoint, name: str) -> Iterator[str]:
     """Yield the codes of E12 to E15 that a layer breaks."""
-    absmax = checkpoint.read(f"{name}.SCB")
+    absmax = checkpoint.read(f"{name}.{ABSMAX[checkpoint.major]}")
     if not (np.isfinite(absmax) & (absmax >= 0)).all():
         yield "E12"
         return
     if checkpoint.block is None:
         return
     weight = checkpoint.read(f"{name}.weight").astype(np.int64)
-    if weight.shape[1] and not np.array_equal(abs(weight).max(axis=1), np.where(absmax > 0, 127, 0)):
+    nearest = checkpoint.block.get("rounding", "nearest") == "nearest"
+    largest, most = abs(weight).max(axis=1, initial=0), np.where(absmax > 0, 127, 0)
+    if weight.shape[1] and not (np.array_equal(largest, most) if nearest else (largest <= most).all()):
         yield "E13"
     dims = checkpoint.read(f"{name}.outlier_dims").astype(np.int64)
     if not ((np.diff(dims) > 0).all() and (dims >= 0).all() and (dims < weight.shape[1]).all()):
         yield "E14"
         return
     columns = checkpoint.read(f"{name}.outlier_weight").astype(np.float64)
+    _, _, rotation = checkpoint.scheme(name)
     step = absmax.astype(np.float64)[:, None] / 127
-    if not (abs(columns - weight[:, dims] * step) <= 1.5 * step + 2.0**-25).all():
+    apart = abs(columns - rotate(weight, rotation)[:, dims] * step)
+    near = (apart <= (12 if rotation else 1.5) * step + 2.0**-25).all()
+    if not np.isfinite(columns).all() or (nearest and not near):
         yield "E15"
 
 
@@ -496,16 +556,30 @@ def quantize_weight(weight: Array) -> tuple[Array, Array]:
     return np.array(values, dtype=np.int8).reshape(shape), np.array([float(a) for a in absmax], dtype=np.float32)
 
 
+def rotate(x: Array, rotation: int | None) -> Array:
+    """Return r(x) of section 19, in float64."""
+    if rotation is None:
+        return x
+    signs = [[(-1.0) ** (i & j).bit_count() for j in range(rotation)] for i in range(rotation)]
+    y = x.astype(np.float64)
+    for start in range(0, x.shape[1] - rotation + 1, rotation):
+        y[:, start : start + rotation] = y[:, start : start + rotation] @ np.array(signs) / math.isqrt(rotation)
+    return y
+
+
 def groups(k: int, group: int | None) -> list[slice]:
     """Return the dimensions of each group; where K is 0, of the one group without any."""
     size = group or max(1, k)
     return [slice(start, start + size) for start in range(0, max(1, k), size)]
 
 
-def quantize_rows(x: Array, dims: Array, activation: str, group: int | None) -> tuple[Array, Array, Array]:
+def quantize_rows(
+    x: Array, dims: Array, activation: str, group: int | None, rotation: int | None = None
+) -> tuple[Array, Array, Array]:
     """Return q [M, K], s [M, G] and z [M, G] of an input, float64 [M, K]."""
     kept = x.astype(np.float64)
     kept[:, dims] = 0  # changes neither the absmax nor a range that contains 0
+    kept = rotate(kept, rotation)
     found = [quantize_group(kept[:, part], activation) for part in groups(x.shape[1], group)]
     q, s, z = zip(*found, strict=True)
     return np.concatenate(q, axis=1), np.stack(s, axis=1), np.stack(z, axis=1)
@@ -524,11 +598,13 @@ def quantize_group(kept: Array, activation: str) -> tuple[Array, Array, Array]:
     return np.clip(np.rint(kept / safe[:, None]) + z[:, None], -127, 127), s, z
 
 
-def linear(x: Array, layer: Mapping[str, Array], activation: str, group: int | None) -> Array:
-    """Return y, float64 [M, N], of x [M, K]; `layer` has the tensors of section 6 by their last component."""
-    weight, absmax = layer["weight"].astype(np.float64), layer["SCB"].astype(np.float64)
+def linear(
+    x: Array, layer: Mapping[str, Array], activation: str, group: int | None, rotation: int | None = None
+) -> Array:
+    """Return y, float64 [M, N], of x [M, K]; `layer` has a layer's tensors by their last component, SCB as absmax."""
+    weight, absmax = layer["weight"].astype(np.float64), layer["absmax"].astype(np.float64)
     dims = layer["outlier_dims"].astype(np.int64)
-    q, s, z = quantize_rows(x, dims, activation, group)
+    q, s, z = quantize_rows(x, dims, activation, group, rotation)
     y: Array = np.zeros((len(x), len(weight)))
     for g, part in enumerate(groups(x.shape[1], group)):
         # Whole numbers below 2^53: exact.
@@ -541,14 +617,15 @@ def linear(x: Array, layer: Mapping[str, Array], activation: str, group: int | N
 
 def compute(checkpoint: Checkpoint, name: str, x: Array, activation: str | None = None) -> Array:
     """Return what a layer makes of x [M, K], float64 [M, N]."""
-    suffixes = ("weight", "SCB", "outlier_dims", "outlier_weight", "bias")
+    suffixes = ("weight", "outlier_dims", "outlier_weight", "bias")
     layer = {
         suffix: checkpoint.read(f"{name}.{suffix}") for suffix in suffixes if f"{name}.{suffix}" in checkpoint.tensors
     }
+    layer["absmax"] = checkpoint.read(f"{name}.{ABSMAX[checkpoint.major]}")
     layer.setdefault("outlier_dims", np.zeros(0, dtype=np.int32))
-    layer.setdefault("outlier_weight", np.zeros((len(layer["SCB"]), 0), dtype=np.float32))
-    block = checkpoint.block or {}
-    return linear(x, layer, activation or block.get("activation", "absmax"), block.get("activation_group"))
+    layer.setdefault("outlier_weight", np.zeros((len(layer["absmax"]), 0), dtype=np.float32))
+    recorded, group, rotation = checkpoint.scheme(name)
+    return linear(x, layer, activation or recorded, group, rotation)
 
 
 def main(directory: str) -> int:

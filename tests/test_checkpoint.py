@@ -554,7 +554,7 @@ breaks_each(
 )
 breaks_each(
     "E04",
-    "llmint8-00001.safetensors: a file of a later version",
+    "llmint8-00001.safetensors: a weight file of format 2, where config.json says 1",
     "weights",
     {
         "of two layouts": after(lambda path: shutil.copy(path / ONE, path / "llmint8-00001.safetensors")),

@@ -21,10 +21,16 @@ import torch
 from torch import Tensor
 
 from llmint8.formats import (
+    BITSANDBYTES,
     DTYPES,
+    FORMAT_VERSIONS,
+    LAYOUTS,
+    NATIVE,
     CheckpointError,
     CheckpointWriter,
+    Layout,
     Quantization,
+    Scheme,
     TensorSpec,
     check_values,
     open_checkpoint,
@@ -43,7 +49,13 @@ INTS = {16: torch.int16, 32: torch.int32}
 
 
 def vectors(name: str) -> list[Any]:
-    return [pytest.param(vector, id=vector.get("what")) for vector in json.loads(BLOCKS[name])]
+    """Of both formats, where both have some."""
+    blocks = [BLOCKS[block] for block in (name, f"{name}_2") if block in BLOCKS]
+    return [pytest.param(vector, id=vector.get("what")) for block in blocks for vector in json.loads(block)]
+
+
+def absmax_of(vector: dict[str, Any]) -> str:
+    return "SCB" if "SCB" in vector else "absmax"
 
 
 def from_bits(rows: Any, dtype: str) -> Tensor:
@@ -53,23 +65,46 @@ def from_bits(rows: Any, dtype: str) -> Tensor:
     return items.to(INTS[width]).view(DTYPES[dtype])
 
 
-def minimal_file() -> bytes:
-    lines = BLOCKS["hexdump"].splitlines()
+def minimal_file(layout: Layout = BITSANDBYTES) -> bytes:
+    lines = BLOCKS[block("hexdump", layout)].splitlines()
     return b"".join(bytes.fromhex(line[8:].split("|")[0]) for line in lines)
+
+
+def block(name: str, layout: Layout) -> str:
+    stem, dot, suffix = name.partition(".")
+    return name if layout == BITSANDBYTES else f"{stem}_2{dot}{suffix}"
+
+
+def written(layout: Layout, path: Path) -> Path:
+    (path / layout.single).write_bytes(minimal_file(layout))
+    for name in ("config.json", "llmint8_manifest.json"):
+        (path / name).write_text(BLOCKS[block(name, layout)], encoding="utf-8")
+    return path
 
 
 @pytest.fixture
 def minimal(tmp_path: Path) -> Path:
     """The checkpoint of section 15, as a directory."""
-    (tmp_path / "model.safetensors").write_bytes(minimal_file())
-    for name in ("config.json", "llmint8_manifest.json"):
-        (tmp_path / name).write_text(BLOCKS[name], encoding="utf-8")
-    return tmp_path
+    return written(BITSANDBYTES, tmp_path)
+
+
+@pytest.fixture(params=LAYOUTS.values(), ids=lambda layout: f"format {layout.major}")
+def layout(request: pytest.FixtureRequest) -> Layout:
+    found: Layout = request.param
+    return found
+
+
+@pytest.fixture
+def either(layout: Layout, tmp_path: Path) -> Path:
+    """The checkpoint of section 15 or of section 23."""
+    return written(layout, tmp_path)
 
 
 def test_every_block_is_read() -> None:
     vector_blocks = {"quantize_weight", "quantize_rows", "linear", "sha256"}
+    vector_blocks |= {"rotate", "quantize_weight_2", "quantize_rows_2", "linear_2"}
     files_of_minimal = {"hexdump", "config.json", "llmint8_manifest.json"}
+    files_of_minimal |= {"hexdump_2", "config_2.json", "llmint8_manifest_2.json"}
     assert set(BLOCKS) == vector_blocks | files_of_minimal | {"limits", "dtypes"}
 
 
@@ -82,7 +117,7 @@ def test_the_links_of_the_contents_lead_to_the_headings() -> None:
 
 
 def test_version() -> None:
-    assert SPEC.startswith("# The llmint8 checkpoint format, version 1.1\n")
+    assert SPEC.startswith(f"# The llmint8 checkpoint format, versions {' and '.join(FORMAT_VERSIONS)}\n")
 
 
 def test_limits_and_dtypes() -> None:
@@ -125,13 +160,25 @@ def test_the_error_codes_are_those_of_the_code_in_order() -> None:
 @pytest.mark.parametrize("vector", vectors("quantize_weight"))
 def test_quantize_weight(vector: dict[str, Any], spec_reader: ModuleType) -> None:
     weight = from_bits(vector["weight"], vector["dtype"])
-    values, absmax = reference.quantize_weight(weight)
+    values, absmax = reference.quantize_weight(weight, vector.get("rotation"))
     assert values.tolist() == vector["int8"]
-    assert torch.equal(absmax.view(torch.int32), from_bits(vector["SCB"], "F32").view(torch.int32))
+    bits = from_bits(vector[absmax_of(vector)], "F32")
+    assert torch.equal(absmax.view(torch.int32), bits.view(torch.int32))
     items = weight.view(INTS[weight.itemsize * 8]).numpy().tobytes()
-    values, absmax = spec_reader.quantize_weight(spec_reader.as_array(items, vector["dtype"], tuple(weight.shape)))
+    rotated = spec_reader.rotate(
+        spec_reader.as_array(items, vector["dtype"], tuple(weight.shape)), vector.get("rotation")
+    )
+    values, absmax = spec_reader.quantize_weight(rotated)
     assert values.tolist() == vector["int8"]
-    assert absmax.tobytes() == from_bits(vector["SCB"], "F32").numpy().tobytes()
+    assert absmax.tobytes() == bits.numpy().tobytes()
+
+
+@pytest.mark.parametrize("vector", vectors("rotate"))
+def test_rotate(vector: dict[str, Any], spec_reader: ModuleType) -> None:
+    x = torch.tensor(vector["x"], dtype=torch.float32)
+    assert reference.rotate(x, 64).tolist() == vector["y"]
+    assert spec_reader.rotate(x.numpy(), 64).tolist() == vector["y"]
+    assert spec_reader.rotate(np.array(vector["y"]), 64).tolist() == vector["x"]
 
 
 @pytest.mark.parametrize("vector", vectors("quantize_rows"))
@@ -141,6 +188,7 @@ def test_quantize_rows(vector: dict[str, Any]) -> None:
         torch.tensor(vector["outlier_dims"], dtype=torch.int32),
         vector["activation"],
         vector["group"],
+        vector.get("rotation"),
     )
     assert rows.values.tolist() == vector["int8"]
     assert rows.scale.tolist() == vector["scale"]
@@ -150,7 +198,8 @@ def test_quantize_rows(vector: dict[str, Any]) -> None:
 @pytest.mark.parametrize("vector", vectors("quantize_rows"))
 def test_the_other_reader_quantizes_rows(vector: dict[str, Any], spec_reader: ModuleType) -> None:
     x, dims = np.array(vector["x"]), np.array(vector["outlier_dims"], dtype=np.int64)
-    values, scale, zero_point = spec_reader.quantize_rows(x, dims, vector["activation"], vector["group"])
+    how = vector["activation"], vector["group"], vector.get("rotation")
+    values, scale, zero_point = spec_reader.quantize_rows(x, dims, *how)
     # In the outlier dimensions q holds z, as the text says; it adds nothing.
     assert values.tolist() == vector["int8"]
     assert scale.tolist() == vector["scale"]
@@ -163,11 +212,12 @@ def test_linear(vector: dict[str, Any], facade: bool) -> None:
     x = torch.tensor(vector["x"], dtype=torch.float32)
     weight = reference.Int8Weight(
         torch.tensor(vector["int8"], dtype=torch.int8),
-        torch.tensor(vector["SCB"], dtype=torch.float32),
+        torch.tensor(vector[absmax_of(vector)], dtype=torch.float32),
         torch.tensor(vector["outlier_dims"], dtype=torch.int32),
         torch.tensor(vector["outlier_weight"], dtype=torch.float16),
         torch.tensor(vector["bias"], dtype=torch.float16),
         group=vector["group"],
+        rotation=vector.get("rotation"),
     )
     if facade:
         y = linear.int8_linear(x, linear.prepare(weight), vector["activation"])
@@ -178,10 +228,11 @@ def test_linear(vector: dict[str, Any], facade: bool) -> None:
 
 @pytest.mark.parametrize("vector", vectors("linear"))
 def test_the_other_reader_computes_a_layer(vector: dict[str, Any], spec_reader: ModuleType) -> None:
-    parts = {"weight": "int8", "SCB": "SCB", "outlier_weight": "outlier_weight", "bias": "bias"}
+    parts = {"weight": "int8", "absmax": absmax_of(vector), "outlier_weight": "outlier_weight", "bias": "bias"}
     layer = {part: np.array(vector[key]) for part, key in parts.items()}
     layer["outlier_dims"] = np.array(vector["outlier_dims"], dtype=np.int32)
-    y = spec_reader.linear(np.array(vector["x"]), layer, vector["activation"], vector["group"])
+    how = vector["activation"], vector["group"], vector.get("rotation")
+    y = spec_reader.linear(np.array(vector["x"]), layer, *how)
     assert y.tolist() == vector["y"]
 
 
@@ -194,11 +245,11 @@ def test_sha256(vector: dict[str, Any]) -> None:
     assert tensor_sha256(tensor) == vector["sha256"]
 
 
-def test_the_hex_dump_is_whole() -> None:
+def test_the_hex_dump_is_whole(layout: Layout) -> None:
     """Offsets, 16 bytes a line, and the text at the right: what a reader of the spec checks a program with."""
-    data = minimal_file()
-    assert f"`model.safetensors`, {len(data)} bytes:" in SPEC
-    for number, line in enumerate(BLOCKS["hexdump"].splitlines()):
+    data = minimal_file(layout)
+    assert f"`{layout.single}`, {len(data)} bytes:" in SPEC
+    for number, line in enumerate(BLOCKS[block("hexdump", layout)].splitlines()):
         chunk = data[16 * number : 16 * number + 16]
         assert int(line[:8], 16) == 16 * number
         assert line.partition("|")[2] == "".join(chr(byte) if 32 <= byte < 127 else "." for byte in chunk) + "|"
@@ -260,10 +311,13 @@ def mutated(value: Any, draw: random.Random) -> Any:
 
 
 @pytest.mark.parametrize("name", ["config.json", "llmint8_manifest.json", "header", "data"])
-def test_both_readers_say_the_same_of_whatever_is_there(minimal: Path, spec_reader: ModuleType, name: str) -> None:
-    path = minimal / (name if name.endswith(".json") else "model.safetensors")
+def test_both_readers_say_the_same_of_whatever_is_there(
+    either: Path, layout: Layout, spec_reader: ModuleType, name: str
+) -> None:
+    minimal = either
+    path = minimal / (name if name.endswith(".json") else layout.single)
     whole = path.read_bytes()
-    start = 8 + int.from_bytes(minimal_file()[:8], "little")
+    start = 8 + int.from_bytes(minimal_file(layout)[:8], "little")
     told = set()
     for seed in range(150):
         draw = random.Random(seed)
@@ -304,9 +358,29 @@ def test_the_minimal_checkpoint_holds_the_layer_of_the_vectors(minimal: Path) ->
     assert checkpoint.read("proj.bias").tolist() == vector["bias"]
 
 
-def test_the_safetensors_library_reads_the_same(minimal: Path) -> None:
+def test_the_minimal_checkpoint_of_format_2_is_a_rotated_layer(tmp_path: Path, spec_reader: ModuleType) -> None:
+    checkpoint = open_checkpoint(written(NATIVE, tmp_path))
+    assert check_values(checkpoint) == []
+    source = torch.zeros(2, 64)
+    stated = re.search(r"all zeros but for\s+`(.*?)` and `(.*?)` in the first three columns and a 3 in the last", SPEC)
+    assert stated is not None
+    source[:, :3], source[1, 63] = torch.tensor([json.loads(stated[1]), json.loads(stated[2])]), 3
+    values, absmax = reference.quantize_weight(source.half(), 64)
+    assert torch.equal(checkpoint.read("proj.weight"), values)
+    assert torch.equal(checkpoint.read("proj.absmax"), absmax)
+    assert torch.equal(checkpoint.read("proj.outlier_weight"), source[:, [2]].half())
+    assert checkpoint.records["proj"].scheme == Scheme("absmax", None, 64)
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(0))
+    x[:, 2] = 1
+    found = spec_reader.compute(spec_reader.open_checkpoint(tmp_path), "proj", x.numpy())
+    exact = x.double() @ source.double().t() + checkpoint.read("proj.bias").double()
+    assert torch.allclose(torch.from_numpy(found), exact, atol=0.02 * float(exact.abs().max()))
+
+
+def test_the_safetensors_library_reads_the_same(either: Path, layout: Layout) -> None:
+    minimal = either
     checkpoint = open_checkpoint(minimal)
-    theirs = safetensors.torch.load_file(minimal / "model.safetensors")
+    theirs = safetensors.torch.load_file(minimal / layout.single)
     assert theirs.keys() == checkpoint.tensors.keys()
     for name, tensor in theirs.items():
         ours = checkpoint.read(name)
@@ -314,13 +388,13 @@ def test_the_safetensors_library_reads_the_same(minimal: Path) -> None:
         assert torch.equal(ours, tensor)
 
 
-def test_the_writer_makes_the_same_bytes(minimal: Path, tmp_path: Path) -> None:
+def test_the_writer_makes_the_same_bytes(either: Path, layout: Layout, tmp_path: Path) -> None:
+    minimal = either
     checkpoint = open_checkpoint(minimal)
-    config = json.loads(BLOCKS["config.json"])
-    quantization = Quantization.from_dict(config["quantization_config"]).with_block(
-        config.pop("quantization_config")["llmint8"]
-    )
-    manifest = json.loads(BLOCKS["llmint8_manifest.json"])
+    config = json.loads(BLOCKS[block("config.json", layout)])
+    said = config.pop("quantization_config")
+    quantization = Quantization.from_dict(said).with_block(said.get("llmint8", said))
+    manifest = json.loads(BLOCKS[block("llmint8_manifest.json", layout)])
     out = tmp_path / "out"
     in_file_order = sorted(checkpoint.tensors.values(), key=lambda info: info.offset)
     with CheckpointWriter(out, 1 << 20) as writer:
@@ -328,7 +402,7 @@ def test_the_writer_makes_the_same_bytes(minimal: Path, tmp_path: Path) -> None:
         for name in checkpoint.tensors:
             writer.write(name, checkpoint.read(name))
         writer.commit(config, quantization, manifest["source"], manifest["modules"], {})
-    written = {path.name: path.read_bytes() for path in out.iterdir()}
-    assert written.keys() == {"model.safetensors", "config.json", "llmint8_manifest.json"}
-    for name, data in written.items():
+    bytes_of = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert bytes_of.keys() == {layout.single, "config.json", "llmint8_manifest.json"}
+    for name, data in bytes_of.items():
         assert data == (minimal / name).read_bytes(), name

@@ -13,7 +13,7 @@ from typing import Any
 # A short text may hold many objects. So many values take about 1.5 GB; a manifest of 300,000 tensors has 3 million.
 MAX_VALUES = 10_000_000
 _HALF_A_PAIR = re.compile(rb"\\u[dD][89a-fA-F]")
-_KINDS = {str: "a string", dict: "an object", bool: "true or false", type(None): "null"}
+_KINDS = {str: "a string", dict: "an object", list: "a list", bool: "true or false", type(None): "null"}
 _MISSING = object()
 
 

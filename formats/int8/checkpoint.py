@@ -72,7 +72,6 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         if name.endswith(".weight") and info.dtype == "I8"
     ]
     _check_presence(path, tensors, modules, quantization)
-    _check_layers(path, modules, quantization)
     records = {name: _record(path, tensors, name, quantization) for name in modules}
     checkpoint = Checkpoint(path, config, quantization, tensors, records)
     for name in records:
@@ -176,13 +175,6 @@ def _check_presence(
         module, _, suffix = name.rpartition(".")
         if suffix in layout.reserved_suffixes and module not in names:
             raise CheckpointError("E08", f"{path / info.file}: {name}: {module}.weight is not there as int8")
-
-
-def _check_layers(path: Path, modules: Collection[str], quantization: Quantization) -> None:
-    """Every quantized layer has a scheme, where there are several."""
-    for name in modules if quantization.layout == NATIVE else ():
-        if name not in quantization.layers:
-            raise CheckpointError("E11", f"{path / CONFIG_NAME}: layers does not name {name}, which is int8")
 
 
 def _record(path: Path, tensors: Mapping[str, TensorInfo], name: str, quantization: Quantization) -> Int8Record:

@@ -59,8 +59,8 @@ class Quantization:
         return next(iter(self.schemes.values()))
 
     def scheme_of(self, module: str) -> Scheme:
-        """Return the scheme of a quantized layer."""
-        return self.schemes[self.layers[module]] if self.layout == NATIVE else self.scheme
+        """Return the scheme of a quantized layer; of one that no scheme is said of, that of most."""
+        return self.schemes[self.layers[module]] if module in self.layers else self.scheme
 
     @property
     def int8_head(self) -> str | None:
