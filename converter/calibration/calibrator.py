@@ -135,7 +135,7 @@ class Calibrator:
                     self._statistics.see(layer.name, call.x, call.rows, (norms[0], norms[1]), call.out)
                 return
             assert call.weight is not None
-            rounding = self._rounding.of(call.x, call.rows) if self._rounding and finite else None
+            rounding = self._rounding.of(layer.name, call.x, call.rows) if self._rounding and finite else None
             values, absmax = quantize(layer, call.weight, rounding)
             if finite:
                 norms = torch.stack(column_norms(call.weight, values, absmax, self._plan.options.scheme.rotation))
@@ -172,6 +172,8 @@ class Calibrator:
                 error if what == "text" else f"{what}: {error}" for what, error in ended.items() if what not in finished
             ]
             self._notices += [f"the calibration pass ended early ({'; '.join(early)})"] if early else []
+        if self._rounding and self._rounding.wide:
+            self._notices.append(self._rounding.notice)
         if nobodys := nobodys_notice(model, tensor_of.keys()):
             self._notices.append(nobodys)
         self._conclude(list(not_finite))

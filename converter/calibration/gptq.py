@@ -36,18 +36,32 @@ class Gptq:
         """Take how outlier dimensions will be chosen, and whether weights and inputs are rotated."""
         self._criterion, self._rotation = criterion, rotation
         self._last: tuple[Tensor, Round] | None = None
+        self.wide: dict[str, int] = {}  # layers that are done in blocks, and their numbers of inputs
 
-    def of(self, x: Tensor, rows: Tensor) -> Round:
+    @property
+    def notice(self) -> str:
+        """Say which layers were done in blocks."""
+        name, inputs = next(iter(self.wide.items()))
+        more = f" and {len(self.wide) - 1} more" if len(self.wide) > 1 else ""
+        return (
+            f"GPTQ takes the {inputs} inputs of {name}{more} in blocks of {MAX_DIMENSIONS}, as if they had nothing to "
+            "do with each other: all at once would take too much memory"
+        )
+
+    def of(self, name: str, x: Tensor, rows: Tensor) -> Round:
         """Return what turns a weight [N, K] and its absmax, float32 [N], to int8 [N, K], for a layer with this input.
 
         Which dimensions stay in 16 bit is not known yet. Taken for it are as many as there are on average: one of them
         that does not stay after all is rounded to nearest.
 
         Args:
+            name: of the layer.
             x: the input as the model holds it; layers share an input when this is the same object.
             rows: the input, float32 [T, K], finite.
 
         """
+        if rows.shape[1] > MAX_DIMENSIONS:
+            self.wide[name] = rows.shape[1]
         if self._last is None or self._last[0] is not x:
             self._last = None  # what is in it is large
             kept = rows.index_fill(1, likely_outliers(rows, self._criterion), 0)
