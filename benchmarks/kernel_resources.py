@@ -42,7 +42,7 @@ GROUP: Group = 128
 ROTATION: Rotation = 64
 SETTINGS = ("num_warps", "num_stages", "enable_fp_fusion")
 POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-POINTERS |= {torch.int8: "i8", torch.int16: "i16", torch.int32: "i32"}
+POINTERS |= {torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64"}
 
 
 @dataclass
