@@ -7,6 +7,8 @@ surplus ones return. Everything else is that of `quantize_rows.py` and `matmul.p
 in which the rows came.
 
 Rows of a block that belong to the next expert are multiplied with the wrong weight and not stored.
+
+Over 250 lines: the kernels, and what launches them, are one argument, and read together.
 """
 
 from collections.abc import Sequence
