@@ -28,8 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from llmint8.kernels.gpu import decode, linear, matmul, outlier_search, quantize_rows
-from llmint8.kernels.gpu.tiles import TENSOR_CORE_ROWS, DecodeTile, Gpu, Tile, shipped_table
+from llmint8.kernels.gpu import decode, experts, linear, matmul, outlier_search, quantize_rows
+from llmint8.kernels.gpu.tiles import TENSOR_CORE_ROWS, DecodeTile, Gpu, MatmulTile, Tile, shipped_table
 from llmint8.kernels.operands import Operands
 from llmint8.kernels.reference import Group, Int8Weight, Rotation
 
@@ -42,7 +42,7 @@ GROUP: Group = 128
 ROTATION: Rotation = 64
 SETTINGS = ("num_warps", "num_stages", "enable_fp_fusion")
 POINTERS = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
-POINTERS |= {torch.int8: "i8", torch.int16: "i16", torch.int32: "i32"}
+POINTERS |= {torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64"}
 
 
 @dataclass
@@ -231,6 +231,39 @@ def row_resources(
     name = f"quantize_rows K={k}" + (", searched" if searched else "") + (f", groups of {group}" if group else "")
     name += ", rotated" if rotation else ""
     return resources(recorder.compiled, architecture, name)
+
+
+def expert_resources(
+    architecture: str,
+    tile: MatmulTile,
+    kernel: str,
+    dtype: torch.dtype = torch.float16,
+    outliers: int = 16,
+    zeropoint: bool = True,
+    k: int = 4096,
+    group: Group | None = None,
+    rotation: Rotation | None = None,
+) -> Resources:
+    """Compile a kernel of the experts of a mixture, by its name, eight of them; without a zero point, without bias."""
+
+    def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind, device="meta")
+
+    n = 4096
+    how = empty(n) if zeropoint else None, None, group, rotation
+    stored = empty(n, k, kind=torch.int8), empty(n, kind=torch.float32), empty(outliers, kind=torch.int32)
+    names = "quantize_expert_rows_kernel", "int8_experts_kernel"
+    recorders: dict[str, Any] = dict.fromkeys(names, Nothing())
+    recorders[kernel] = Recorder(getattr(experts, kernel), architecture)
+    with patch.object(experts, "gpu_of", lambda device: Gpu(architecture)), patch.multiple(experts, **recorders):
+        run = experts.GpuExperts([Int8Weight(*stored, empty(n, outliers), *how)] * 8, tile)
+        rows = 8 * tile.block_m
+        run(empty(rows, k), empty(rows, kind=torch.int64), zeropoint)
+    name = f"{kernel.removesuffix('_kernel')} {tile.block_m}x{tile.block_n}x{tile.block_k}, {outliers} outliers"
+    name += (f", groups of {group}" if group else "") + (", rotated" if rotation else "")
+    multiplies = kernel == "int8_experts_kernel"
+    instruction = "IGMMA" if architecture == "sm_90" and tile.block_m >= 64 else "IMMA"
+    return resources(recorders[kernel].compiled, architecture, name, instruction if multiplies else None)
 
 
 def search_resources(architecture: str, kernel: str, m: int, dtype: torch.dtype = torch.float16) -> Resources:

@@ -19,6 +19,7 @@ Nothing here knows a file or a model, and nothing here is tuned: blocks exist to
 each operation is defined here and nowhere else.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -274,3 +275,27 @@ def int8_linear(x: Tensor, weight: Int8Weight, activation: Activation = "absmax"
     if weight.bias is not None:
         out += weight.bias.float()
     return out.to(x.dtype)
+
+
+def grouped_int8_linear(
+    x: Tensor, weights: Sequence[Int8Weight], expert_of_row: Tensor, activation: Activation = "absmax"
+) -> Tensor:
+    """Multiply every row by the weight of its expert, as `int8_linear` does.
+
+    Args:
+        x: float [T, K].
+        weights: those of the experts, of one shape, group and rotation.
+        expert_of_row: integer [T * r], r rows for every one of x, next to each other. Rows of an expert that is not
+            among the weights give 0.
+        activation: how the rows of x are quantized.
+
+    Returns:
+        [T * r, N] in the dtype of x.
+
+    """
+    rows = x.repeat_interleave(len(expert_of_row) // max(1, len(x)), 0)
+    out = x.new_zeros(len(rows), len(weights[0].values))
+    for expert, weight in enumerate(weights):
+        own = (expert_of_row == expert).nonzero().flatten()
+        out[own] = int8_linear(rows[own], weight, activation)
+    return out

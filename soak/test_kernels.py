@@ -152,3 +152,19 @@ def test_every_weight_with_k_a_multiple_of_16_is_read_16_bytes_at_a_time(tmp_pat
     )
     for whole, odd in run(["-c", code], tmp_path):
         assert odd <= whole + 1
+
+
+def test_kernels_of_experts_compile_without_a_spill_and_into_int8_instructions(tmp_path: Path) -> None:
+    code = (
+        f"import dataclasses, json, sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+        "import kernel_resources as k\n"
+        "from llmint8.kernels.gpu.tiles import MatmulTile\n"
+        "tiles = [MatmulTile(16, 64, 256, 1, 4, 4), MatmulTile(64, 64, 256, 8, 4, 4)]\n"
+        "rows, product = 'quantize_expert_rows_kernel', 'int8_experts_kernel'\n"
+        "found = [k.expert_resources('sm_90', t, product, group=g) for t in tiles for g in (None, 128)]\n"
+        "found += [k.expert_resources('sm_90', tiles[0], rows, group=g, rotation=64) for g in (None, 128)]\n"
+        "print(json.dumps([dataclasses.asdict(item) for item in found]))"
+    )
+    found = run(["-c", code], tmp_path)
+    assert len(found) == 6
+    assert [item for item in found if item["problems"]] == []

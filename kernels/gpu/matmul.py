@@ -35,11 +35,11 @@ from .quantize_rows import ROUND, ROUND_BITS, QuantizedInput
 from .tiles import TENSOR_CORE_ROWS, MatmulTile, gpu_of
 
 # Outlier columns multiplied in one step; `padded_outliers` pads to it. With more, the widest tiles spill registers.
-_OUTLIER_STEP = 32
+MOST_OUTLIER_STEP = 32
 
 
 @triton.jit
-def _tile_of(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+def tile_of(program, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """Number the tiles so that programs running at one time share rows and columns, for the L2 cache."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     in_group = GROUP_M * tl.cdiv(N, BLOCK_N)
@@ -70,7 +70,7 @@ def _load_blocks(
 
 
 @triton.jit
-def _int8_sums(
+def int8_sums(
     x, w, first_m, first_n, first_k, end_k, M, row, column, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE_K: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -96,7 +96,7 @@ def _int8_sums(
 
 
 @triton.jit
-def _sums_of_groups(
+def sums_of_groups(
     x, w, row_scale_ptr, zero_point_ptr, row_sum_ptr, first_m, first_n, first, M, row, column, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, SPLIT_K: tl.constexpr,
     WHOLE_K: tl.constexpr, TMA: tl.constexpr, WGMMA: tl.constexpr,
@@ -185,6 +185,54 @@ def _sums_of_all(sums, partial_ptr, counter_ptr, M, N, m, n, SPLIT_K: tl.constex
     return sums, last
 
 
+@triton.jit
+def finish(
+    sums, out_ptr, place, inside, row_scale_ptr, w_scale_ptr, zero_point_ptr, row_sum_ptr, x_outliers_ptr,
+    w_outliers_ptr, bias_ptr, dims_ptr, total_ptr, M, N, K, row, column, n, stride_xm, stride_xk,
+    BLOCK_M: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, PADDED: tl.constexpr,
+    OUTLIER_STEP: tl.constexpr, FLOAT32_OUTLIERS: tl.constexpr,
+):  # fmt: skip
+    """Turn the sums of a tile into its output, and store the rows that are `inside` at their places."""
+    if out_ptr.dtype.element_ty == tl.int32:
+        out = sums
+    else:
+        column_scale = tl.load(w_scale_ptr + column)
+        if GROUP > 0:
+            out = sums
+            if BLOCK_M > 16 and zero_point_ptr is not None:
+                out = _subtract_zero_points(
+                    out, row_scale_ptr, zero_point_ptr, row_sum_ptr, M, row, column, tl.cdiv(K, GROUP), PRECISION
+                )
+        else:
+            zero_point, row_sum = None, None
+            if zero_point_ptr is not None:
+                zero_point, row_sum = tl.load(zero_point_ptr + row)[:, None], tl.load(row_sum_ptr + column)
+            row_scale = tl.load(row_scale_ptr + row)[:, None]
+            out = scaled(sums, row_scale, zero_point, row_sum, zero_point_ptr is not None)
+        if total_ptr is not None:
+            out = add_found(
+                out, x_outliers_ptr, w_outliers_ptr, dims_ptr, total_ptr, row, column, stride_xm, stride_xk, K,
+                OUTLIER_STEP, FLOAT32_OUTLIERS,
+            )  # fmt: skip
+        out *= column_scale[None, :]
+        if PADDED > 0:
+            x_rows = x_outliers_ptr + row.to(tl.int64) * PADDED
+            w_rows = w_outliers_ptr + column.to(tl.int64) * PADDED
+            if BLOCK_M == 16:
+                # By itself, as `decode.py` has it; larger tiles have no registers for that.
+                none = tl.zeros_like(out)
+                out += add_outliers(none, x_rows, w_rows, PADDED, OUTLIER_STEP, FLOAT32_OUTLIERS)
+            else:
+                out = add_outliers(out, x_rows, w_rows, PADDED, OUTLIER_STEP, FLOAT32_OUTLIERS)
+        if bias_ptr is not None:
+            out += tl.load(bias_ptr + column).to(tl.float32)[None, :]
+    tl.store(
+        out_ptr + place.to(tl.int64)[:, None] * N + n[None, :],
+        out.to(out_ptr.dtype.element_ty),
+        mask=inside[:, None] & (n < N)[None, :],
+    )
+
+
 @triton.jit(do_not_specialize=["M"])
 def int8_matmul_kernel(
     x,
@@ -225,7 +273,7 @@ def int8_matmul_kernel(
     With `total_ptr` the outliers are x and the int8 weight themselves, in the first `total` of the `dims`. An int32
     output takes the sums. GROUP is 0 where rows are one group.
     """
-    tile_m, tile_n = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     # Beyond the edge the first rows are read again: loads without a mask are the faster ones.
@@ -234,7 +282,7 @@ def int8_matmul_kernel(
         first = 0
         if SPLIT_K > 1:
             first = tl.program_id(1)
-        sums = _sums_of_groups(
+        sums = sums_of_groups(
             x, w, row_scale_ptr, zero_point_ptr, row_sum_ptr, tile_m * BLOCK_M, tile_n * BLOCK_N, first, M, row, column,
             K, BLOCK_M, BLOCK_N, BLOCK_K, GROUP, SPLIT_K, WHOLE_K, TMA, WGMMA,
         )  # fmt: skip
@@ -244,7 +292,7 @@ def int8_matmul_kernel(
             length = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT_K) * BLOCK_K
             first_k = tl.program_id(1) * length
             end_k = tl.minimum(first_k + length, K)
-        sums = _int8_sums(
+        sums = int8_sums(
             x, w, tile_m * BLOCK_M, tile_n * BLOCK_N, first_k, end_k, M, row, column, K,
             BLOCK_M, BLOCK_N, BLOCK_K, WHOLE_K, TMA,
         )  # fmt: skip
@@ -253,44 +301,11 @@ def int8_matmul_kernel(
         if not last:
             return
 
-    if out_ptr.dtype.element_ty == tl.int32:
-        out = sums
-    else:
-        column_scale = tl.load(w_scale_ptr + column)
-        if GROUP > 0:
-            out = sums
-            if BLOCK_M > 16 and zero_point_ptr is not None:
-                out = _subtract_zero_points(
-                    out, row_scale_ptr, zero_point_ptr, row_sum_ptr, M, row, column, tl.cdiv(K, GROUP), PRECISION
-                )
-        else:
-            zero_point, row_sum = None, None
-            if zero_point_ptr is not None:
-                zero_point, row_sum = tl.load(zero_point_ptr + row)[:, None], tl.load(row_sum_ptr + column)
-            row_scale = tl.load(row_scale_ptr + row)[:, None]
-            out = scaled(sums, row_scale, zero_point, row_sum, zero_point_ptr is not None)
-        if total_ptr is not None:
-            out = add_found(
-                out, x_outliers_ptr, w_outliers_ptr, dims_ptr, total_ptr, row, column, stride_xm, stride_xk, K,
-                OUTLIER_STEP, FLOAT32_OUTLIERS,
-            )  # fmt: skip
-        out *= column_scale[None, :]
-        if PADDED > 0:
-            x_rows = x_outliers_ptr + row.to(tl.int64) * PADDED
-            w_rows = w_outliers_ptr + column.to(tl.int64) * PADDED
-            if BLOCK_M == 16:
-                # By itself, as `decode.py` has it; larger tiles have no registers for that.
-                none = tl.zeros_like(out)
-                out += add_outliers(none, x_rows, w_rows, PADDED, OUTLIER_STEP, FLOAT32_OUTLIERS)
-            else:
-                out = add_outliers(out, x_rows, w_rows, PADDED, OUTLIER_STEP, FLOAT32_OUTLIERS)
-        if bias_ptr is not None:
-            out += tl.load(bias_ptr + column).to(tl.float32)[None, :]
-    tl.store(
-        out_ptr + m.to(tl.int64)[:, None] * N + n[None, :],
-        out.to(out_ptr.dtype.element_ty),
-        mask=(m < M)[:, None] & (n < N)[None, :],
-    )
+    finish(
+        sums, out_ptr, m, m < M, row_scale_ptr, w_scale_ptr, zero_point_ptr, row_sum_ptr, x_outliers_ptr,
+        w_outliers_ptr, bias_ptr, dims_ptr, total_ptr, M, N, K, row, column, n, stride_xm, stride_xk,
+        BLOCK_M, GROUP, PRECISION, PADDED, OUTLIER_STEP, FLOAT32_OUTLIERS,
+    )  # fmt: skip
 
 
 class Int8Matmul:
@@ -315,7 +330,7 @@ class Int8Matmul:
         n, k = weight.values.shape
         count, width = groups(k, weight.group)
         if count > 1:
-            tile = _for_groups(tile, width, count, most_rows)
+            tile = tile_for_groups(tile, width, count, most_rows)
         self._weight, self._dtype, self._tile = weight, dtype, tile
         self._partial = torch.float32 if count > 1 else torch.int32
         # With outliers that are searched in the call, the columns are those of the int8 weight.
@@ -345,7 +360,7 @@ class Int8Matmul:
             PRECISION="ieee" if torch.version.hip else "tf32",
             PADDED=padded,
             # Products in float32 take more registers still, and so does finding the columns by a list.
-            OUTLIER_STEP=16 if float32 or searched or padded == 16 else _OUTLIER_STEP,
+            OUTLIER_STEP=16 if float32 or searched or padded == 16 else MOST_OUTLIER_STEP,
             FLOAT32_OUTLIERS=float32,
         )
 
@@ -381,7 +396,7 @@ class Int8Matmul:
         return out
 
 
-def _for_groups(tile: MatmulTile, width: int, count: int, most_rows: int) -> MatmulTile:
+def tile_for_groups(tile: MatmulTile, width: int, count: int, most_rows: int) -> MatmulTile:
     """Return the tile that takes the place of one for rows of one group, where there are `count` of this width."""
     # A step is a group or a part of one, with as many bytes on their way as before.
     block_k = min(tile.block_k, width)

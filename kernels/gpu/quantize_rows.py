@@ -210,40 +210,14 @@ def _store(values_rows, values, start, K, BLOCK_K: tl.constexpr):
     tl.store(values_rows[:, None, None] + column[None, :, :], values.to(tl.int8), mask=(column < K)[None, :, :])
 
 
-@triton.jit(do_not_specialize=["M"])
-def quantize_rows_kernel(
-    x_ptr,
-    dims_ptr,
-    flags_ptr,
-    values_ptr,
-    scale_ptr,
-    zero_point_ptr,
-    gathered_ptr,
-    counters_ptr,
-    M,
-    K,
-    outliers,
-    stride_xm,
-    stride_xk,
-    BLOCK_K: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    GROUP: tl.constexpr,
-    PADDED: tl.constexpr,
-    ROTATION: tl.constexpr,
+@triton.jit
+def quantize_row(
+    x_rows, row, dims_ptr, flags_ptr, values_ptr, scale_ptr, zero_point_ptr, gathered_ptr, M, K, outliers, stride_xk,
+    BLOCK_K: tl.constexpr, BLOCKS: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, ROTATION: tl.constexpr,
     ZEROPOINT: tl.constexpr,
-    COUNTERS: tl.constexpr,
-):
-    """Quantize row `program_id(0)`. BLOCKS blocks of BLOCK_K dimensions cover K; PADDED is 0 without outlier dims.
-
-    GROUP is 0 where the row is one group, and ROTATION where it is not rotated.
-    """
-    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    x_rows = x_ptr + row * stride_xm
+):  # fmt: skip
+    """Quantize a row, given its pointer and its place in the M rows of the result, int64 [1] each."""
     values_rows = values_ptr + row * K
-    if COUNTERS > 0:  # known to the compiler, unlike the other condition  # noqa: SIM102
-        if tl.program_id(0) == 0:
-            tl.store(counters_ptr + tl.arange(0, COUNTERS), tl.zeros([COUNTERS], tl.int32))
-
     if GROUP > 0:
         for start in range(0, BLOCKS * BLOCK_K, BLOCK_K):
             x = load_rows(x_rows, start, K, stride_xk, BLOCK_K)
@@ -278,10 +252,54 @@ def quantize_rows_kernel(
             tl.store(gathered_ptr + row[:, None] * PADDED + index[None, :], column)
 
 
+@triton.jit(do_not_specialize=["M"])
+def quantize_rows_kernel(
+    x_ptr,
+    dims_ptr,
+    flags_ptr,
+    values_ptr,
+    scale_ptr,
+    zero_point_ptr,
+    gathered_ptr,
+    counters_ptr,
+    M,
+    K,
+    outliers,
+    stride_xm,
+    stride_xk,
+    BLOCK_K: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROTATION: tl.constexpr,
+    ZEROPOINT: tl.constexpr,
+    COUNTERS: tl.constexpr,
+):
+    """Quantize row `program_id(0)`. BLOCKS blocks of BLOCK_K dimensions cover K; PADDED is 0 without outlier dims.
+
+    GROUP is 0 where the row is one group, and ROTATION where it is not rotated.
+    """
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    x_rows = x_ptr + row * stride_xm
+    if COUNTERS > 0:  # known to the compiler, unlike the other condition  # noqa: SIM102
+        if tl.program_id(0) == 0:
+            tl.store(counters_ptr + tl.arange(0, COUNTERS), tl.zeros([COUNTERS], tl.int32))
+    quantize_row(
+        x_rows, row, dims_ptr, flags_ptr, values_ptr, scale_ptr, zero_point_ptr, gathered_ptr, M, K, outliers,
+        stride_xk, BLOCK_K, BLOCKS, GROUP, PADDED, ROTATION, ZEROPOINT,
+    )  # fmt: skip
+
+
 def row_block(in_features: int, longest: int) -> tuple[int, int]:
     """Return BLOCK_K and BLOCKS of `row_parameters` for rows of K dimensions, in blocks of up to `longest`."""
     block = min(longest, max(512, next_power_of_2(in_features)))
     return block, max(1, ceil_div(in_features, block))
+
+
+def quantizer_block(in_features: int, rotation: Rotation | None) -> tuple[int, int]:
+    """Return BLOCK_K and BLOCKS of `quantize_row`."""
+    long = rotation is not None and in_features > _LONGEST_BLOCK
+    return row_block(in_features, _LONGEST_ROTATED_BLOCK if long else _LONGEST_BLOCK)
 
 
 class QuantizeRows:
@@ -312,8 +330,7 @@ class QuantizeRows:
         self._dims = outlier_dims if self._count else None
         self._padded = padded_outliers(self._count)
         self._groups, width = groups(in_features, group)
-        longest = _LONGEST_BLOCK if rotation is None or in_features <= _LONGEST_BLOCK else _LONGEST_ROTATED_BLOCK
-        block, blocks = row_block(in_features, longest)
+        block, blocks = quantizer_block(in_features, rotation)
         self._launch = Launch(
             quantize_rows_kernel,
             num_warps=max(1, block // WARP_ELEMENTS),
