@@ -19,7 +19,14 @@ from .reference import Activation, Int8Weight
 
 
 class PreparedExperts(ABC):
-    """The weights of experts, laid out for one device."""
+    """The weights of experts, laid out for one device.
+
+    Attributes:
+        values: int8 [E, N, K] where they are one stack, a copy of those given; else None.
+
+    """
+
+    values: Tensor | None = None
 
     @abstractmethod
     def linear(self, x: Tensor, expert_of_row: Tensor, activation: Activation = "absmax") -> Tensor:
@@ -86,6 +93,7 @@ class _GpuExperts(PreparedExperts):
         from .gpu.experts import GpuExperts
 
         self._run = GpuExperts(weights)
+        self.values = self._run.values
 
     def linear(self, x: Tensor, expert_of_row: Tensor, activation: Activation = "absmax") -> Tensor:
         _check(x, expert_of_row, self._run.in_features, self._run.device)

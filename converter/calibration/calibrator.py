@@ -8,7 +8,8 @@ the pass again, but reads and multiplies by few of the weights that it had reach
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +25,7 @@ from llmint8.formats.writing.journal import Journal, Record
 from ..machine import return_freed_memory, same_random_numbers
 from ..model.buffers import nobodys_notice
 from ..model.build import meta_model
+from ..model.experts import ExpertMatrix
 from ..model.inputs import runs
 from ..model.names import fused_parameters, parameter_tensors
 from ..outliers.choosing import select
@@ -51,6 +53,23 @@ def _in_float32(config: Any) -> Any:
         if isinstance(part, PreTrainedConfig):
             part.dtype = torch.float32
     return config
+
+
+def _in_order(model: Any, layers: Mapping[str, SelectedLayer], experts: Iterable[ExpertMatrix]) -> list[str]:
+    """Return the names of layers as a model has them, those of experts where their module is."""
+    inside: dict[str, list[str]] = defaultdict(list)
+    for matrix in experts:
+        inside[matrix.experts].append(matrix.module)
+    return [
+        layer for name, _ in model.named_modules() for layer in ([name] if name in layers else inside.get(name, ()))
+    ]
+
+
+def _starved(count: int, total: int) -> str:
+    return (
+        f"{count} of {total} matrices of experts were reached by no token of the calibration, and have no outlier "
+        "columns; with more --calibration-tokens they may be"
+    )
 
 
 def _no_columns(name: str) -> tuple[Tensor, Tensor]:
@@ -100,7 +119,7 @@ class Calibrator:
         model: Any = meta_model(_in_float32(self._plan.config))
         module_of = selection.module_of
         layers = {module_of[name]: layer for name, layer in selection.layers.items()}
-        order = [name for name, _ in model.named_modules() if name in layers]
+        order = _in_order(model, layers, selection.experts.values())
         done = {name: record for name in order if (record := self._earlier(layers[name], has)) is not None}
         not_finite: dict[str, None] = {}
         tensor_of = parameter_tensors(model, self._plan.source.tensors)
@@ -145,11 +164,13 @@ class Calibrator:
 
         known = {n: partial(self._journal.load, r.tensors[2]) for n, r in done.items() if len(r.tensors) > 2}
         fused = fused_parameters(model, self._plan.source.tensors)
-        weights = {name: layers[name].weight.name for name in order}
+        of_experts = {matrix.module: matrix for matrix in selection.experts.values()}
+        weights = {name: layers[name].weight.name for name in order if name not in of_experts}
+        experts = [(of_experts[name], layers[name]) for name in order if name in of_experts]
         ended: dict[str, str] = {}  # what the model was shown -> why that came to no end
         with (
             same_random_numbers(self._device),
-            streamed(model, tensor_of, fused, weights, known, ours()(read), on_linear, self._device) as call,
+            streamed(model, tensor_of, fused, weights, experts, known, ours()(read), on_linear, self._device) as call,
         ):
             for run in runs(model, self._batch.tokens.to(self._device), self._batch.given):
                 before = len(reached)
@@ -172,6 +193,8 @@ class Calibrator:
                 error if what == "text" else f"{what}: {error}" for what, error in ended.items() if what not in finished
             ]
             self._notices += [f"the calibration pass ended early ({'; '.join(early)})"] if early else []
+        if starved := selection.experts.keys() - reached:
+            self._notices.append(_starved(len(starved), len(selection.experts)))
         if self._rounding and self._rounding.wide:
             self._notices.append(self._rounding.notice)
         if nobodys := nobodys_notice(model, tensor_of.keys()):

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from llmint8.formats import DTYPES, Checkpoint, Source
+from llmint8.formats import DTYPES, NATIVE, Checkpoint, Source
 from llmint8.kernels.reference import dequantize_weight
 from llmint8.kernels.weights import quantize_weight
 
@@ -39,7 +39,11 @@ def compare_with_source(
     config = None if config is None else settle_class(config, source)[0]
     with bounded_modules(len(source.tensors)):
         model = None if config is None else meta_model(config)
-    layers = select_layers(source, model, (), ()).layer_of
+    selection = select_layers(source, model, (), (), experts=checkpoint.layout == NATIVE)
+    for stack in selection.stacks:
+        if f"{stack}.0" in checkpoint.records:
+            source.split(stack)
+    layer_of = selection.layer_of
     errors: dict[str, float] = {}
     heads = _tied_heads(checkpoint, source, model)
     known = {*(name.removesuffix(".weight") for name in source.tensors), *heads.values()}
@@ -51,12 +55,12 @@ def compare_with_source(
     for info in in_file_order(source):
         name = info.name.removesuffix(".weight")
         tensor = source.read(info.name)
-        if info.name not in checkpoint.tensors:
-            problems.append(f"{info.name}: in the source, not in the checkpoint")
-        elif name in checkpoint.records and info.name.endswith(".weight"):
-            transposed = info.name in layers and layers[info.name].transposed
+        if name in checkpoint.records and info.name not in heads:
+            transposed = info.name in layer_of and layer_of[info.name].transposed
             errors[name], problem = _compare_layer(checkpoint, name, tensor.t() if transposed else tensor)
             problems += problem
+        elif info.name not in checkpoint.tensors:
+            problems.append(f"{info.name}: in the source, not in the checkpoint")
         else:
             stored = checkpoint.read(info.name)
             expected = tensor.to(DTYPES[checkpoint.tensors[info.name].dtype])

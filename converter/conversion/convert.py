@@ -178,6 +178,8 @@ def _with_weights(plan: ConversionPlan) -> ConversionPlan:
         return plan
     fetch_weights(origin, [file.path.name for file in plan.source.files])
     source = open_source(origin.path)
+    for stack in plan.selection.stacks:
+        source.split(stack)
     if source.tensors != plan.source.tensors:
         raise SourceError(f"{origin.name}: what was downloaded is not what its headers announced")
     return dataclasses.replace(plan, source=source, origin=dataclasses.replace(origin, remote=False))
@@ -210,4 +212,6 @@ def _without_nonfinite(plan: ConversionPlan, journal: Journal, progress: Progres
         name = next(iter(reasons))
         raise SourceError(f"{plan.source.path}: no layer is left to quantize: {name} and all others hold NaN")
     selection = plan.selection.without(reasons)
+    for stack in set(plan.selection.stacks) - set(selection.stacks):
+        plan.source.join(stack)
     return with_selection(plan, selection)

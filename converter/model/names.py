@@ -16,7 +16,8 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 def _destinations(model: Any, tensor_names: Iterable[str]) -> Iterator[tuple[str, str, str | None, Any]]:
     """Yield tensor name, the name transformers gives it, and the pattern and rule that fuses or splits it, or None."""
-    mapping = get_model_conversion_mapping(model)
+    # Of a loaded model, the rules are those that its quantizer has left.
+    mapping = get_model_conversion_mapping(model, hf_quantizer=getattr(model, "hf_quantizer", None))
     renamings = [rule for rule in mapping if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in mapping if isinstance(rule, WeightConverter)]
     rule_of = {pattern: rule for rule in converters for pattern in rule.source_patterns}
@@ -48,6 +49,21 @@ class FusedParameter:
         """Take the parameter's name, the WeightConverter that makes it, and the first of all that it makes."""
         self._name, self._converter, self._first = name, converter, first
         self._parts: list[tuple[str, str]] = []  # tensor name, the converter's pattern that it matches
+
+    @property
+    def operations(self) -> list[Any]:
+        """What transformers does to the parts, in order."""
+        return list(self._converter.operations)
+
+    @property
+    def patterns(self) -> list[str]:
+        """The patterns of the parts, in the order in which it takes them."""
+        return list(self._converter.source_patterns)
+
+    @property
+    def parts(self) -> list[tuple[str, str]]:
+        """Each part with the pattern that it matches."""
+        return self._parts
 
     def add(self, tensor: str, pattern: str) -> None:
         """Add a tensor that is a part."""

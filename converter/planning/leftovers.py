@@ -1,7 +1,7 @@
 """What of a source stays as it is though it may be matrices, and what without a model may be a layer or not."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from math import prod
 from typing import Any
 
@@ -18,26 +18,30 @@ NOT_LINEAR = re.compile(r"emb|wte|wpe|head|norm|ln_|router|gate$|position|shared
 MIN_FEATURES = 32
 
 
-def leftovers(source: Source, model: Any, mapped: dict[str, str]) -> tuple[list[str], list[str]]:
+def leftovers(
+    source: Source, model: Any, mapped: dict[str, str], quantized: Collection[str] = ()
+) -> tuple[list[str], list[str]]:
     """Return the matrices that the model has no place for, and notices that say how much stays as it is.
 
     Args:
         source: the opened source checkpoint.
         model: a transformers model on the meta device.
         mapped: from `module_names`.
+        quantized: tensors of experts that are quantized all the same.
 
     """
-    unmapped = [info for name, info in source.tensors.items() if name not in mapped]
+    unmapped = [info for name, info in source.tensors.items() if name not in mapped and name not in quantized]
     matrices = [info for info in unmapped if _is_layer(info)]
     made = converted_names(model, [info.name for info in matrices])
-    fused = [info for info in matrices if info.name in made] + _bare_matrices(source, model, mapped)
+    bare = [info for info in _bare_matrices(source, model, mapped) if info.name not in quantized]
+    fused = [info for info in matrices if info.name in made] + bare
     # The experts of Mixtral and others are matrices in the file, and stacks in the model.
     experts = [info for info in fused if len(info.shape) > 2 or "expert" in info.name or made.get(info.name, 0) > 2]
     of_experts = {info.name for info in experts}  # there may be tens of thousands
     name = type(model).__name__
     foreign = [info for info in matrices if info.name not in made]
     notices = [
-        *_stay(experts, " of experts", "the model has them in stacks, and no linear layers for them"),
+        *_experts_stay(source, experts),
         *_stay([info for info in fused if info.name not in of_experts], "", f"{name} has no linear layer of that name"),
         *_stay(foreign, "", f"{name} has no place for that"),
     ]
@@ -64,6 +68,12 @@ def _is_matrix(info: TensorInfo) -> bool:
     name = info.name.lower().removesuffix(".weight")
     large = len(info.shape) > 1 and info.shape[0] > 1 and min(info.shape[-2:]) >= MIN_FEATURES
     return large and not name.endswith("bias") and not NOT_LINEAR.search(name)
+
+
+def _experts_stay(source: Source, experts: Sequence[TensorInfo]) -> list[str]:
+    share = sum(info.nbytes for info in experts) / max(1, sum(info.nbytes for info in source.tensors.values()))
+    why = "the model has them in stacks, and no linear layers for them"
+    return _stay(experts, " of experts", f"{why}; they are {share:.0%} of it, which --format 2 halves")
 
 
 def _stay(left: Sequence[TensorInfo], what: str, why: str) -> list[str]:

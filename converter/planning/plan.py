@@ -203,7 +203,9 @@ def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> Conv
         model = None if config is None else meta_model(config)
         if options.quantize_head:
             config, model, head = own_head(config, model)
-    selection = select_layers(source, model, options.skip, options.only, head)
+    selection = select_layers(source, model, options.skip, options.only, head, experts=options.format == 2)
+    for stack in selection.stacks:
+        source.split(stack)
     selection.notices[:0] = [*source.notices, *notices, *(samples.notices if samples else [])]
     if model is None and criterion.kind != "none":
         then = ", and layers search for their outliers in every call" if options.format == 1 else ""

@@ -2,8 +2,8 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -16,6 +16,7 @@ from llmint8.formats.int8.records import MAX_IN_FEATURES
 from ..endings import Endings
 from ..model.architecture import linear_elsewhere
 from ..model.build import is_linear, meta_model
+from ..model.experts import ExpertMatrix, expert_matrices
 from ..model.names import module_names
 from ..model.own_use import weights_used_directly
 from .head import Head
@@ -59,6 +60,7 @@ class Selection:
     notices: list[str]
     prefix: str = ""
     elsewhere: Sequence[str] = ()
+    experts: dict[str, ExpertMatrix] = field(default_factory=dict)  # those of the layers that are one of them
 
     @property
     def layer_of(self) -> dict[str, SelectedLayer]:
@@ -76,14 +78,33 @@ class Selection:
         others = {name.removeprefix(self.prefix) for name in own} | set(self.elsewhere)
         return sorted(own | {name for name in others if not int8.count(name)})
 
+    @property
+    def stacks(self) -> list[str]:
+        """The tensors of the source of which layers are parts; they have to be split before these are read."""
+        return list(dict.fromkeys(matrix.tensor for matrix in self.experts.values() if matrix.shared))
+
     def without(self, reasons: dict[str, str]) -> "Selection":
         """Return the selection with more layers left alone, each for its reason."""
-        layers = {name: layer for name, layer in self.layers.items() if name not in reasons}
-        return dataclasses.replace(self, layers=layers, kept={**self.kept, **reasons})
+        kept = {**_of_all_experts(self.experts, reasons), **reasons}
+        layers = {name: layer for name, layer in self.layers.items() if name not in kept}
+        experts = {name: matrix for name, matrix in self.experts.items() if name in layers}
+        return dataclasses.replace(self, layers=layers, kept={**self.kept, **kept}, experts=experts)
+
+
+def _of_all_experts(experts: dict[str, ExpertMatrix], kept: Collection[str]) -> dict[str, str]:
+    """Return why other matrices of experts stay, too, where some do: transformers loads all of a model in one way."""
+    if not experts.keys() & set(kept):
+        return {}
+    return {name: "other experts are not in int8" for name in experts if name not in kept}
 
 
 def select_layers(
-    source: Source, model: Any | None, skip: Sequence[str], only: Sequence[str], head: Head | None = None
+    source: Source,
+    model: Any | None,
+    skip: Sequence[str],
+    only: Sequence[str],
+    head: Head | None = None,
+    experts: bool = False,
 ) -> Selection:
     """Select from a model on the meta device, or by name and shape where `model` is None.
 
@@ -93,6 +114,8 @@ def select_layers(
         skip: regular expressions; a layer whose name matches one anywhere stays in 16 bit.
         only: regular expressions; where given, a layer must match one of them.
         head: the output head, to quantize it too; `model` is the one with a head of its own.
+        experts: quantize the experts of mixtures too, where the model has them in stacks. What the source has in
+            stacks are layers of parts of it; see `stacks`.
 
     Raises:
         ValueError: not a regular expression, or a string in place of a list of them.
@@ -108,6 +131,7 @@ def select_layers(
             except re.error as error:
                 raise ValueError(f"{option} {pattern!r} is not a regular expression: {error}") from None
     notices: list[str] = []
+    of_experts: dict[str, ExpertMatrix] = {}
     prefix, elsewhere = "", []
     if model is None:
         notices.append(
@@ -119,7 +143,8 @@ def select_layers(
     else:
         mapped = module_names(model, source.tensors)
         candidates, kept, module_of = _candidates_of_model(source, model, mapped, head)
-        foreign, more = leftovers(source, model, mapped)
+        of_experts = _expert_layers(source, model, candidates, module_of) if experts else {}
+        foreign, more = leftovers(source, model, mapped, {matrix.tensor for matrix in of_experts.values()})
         notices += more
         prefix, elsewhere = f"{model.base_model_prefix}.", linear_elsewhere(model, foreign)
     layers = {}
@@ -137,10 +162,14 @@ def select_layers(
             )
         else:
             layers[name] = layer
+    for name, why in _of_all_experts(of_experts, kept.keys() & of_experts.keys()).items():
+        kept[name] = why
+        del layers[name]
     if not layers:
         reasons = ", ".join(sorted(set(kept.values()))) or "the model has none"
         raise SourceError(f"{source.path}: no linear layer is left to quantize ({reasons})")
-    return Selection(layers, kept, module_of, notices, prefix, elsewhere)
+    of_experts = {name: matrix for name, matrix in of_experts.items() if name in layers}
+    return Selection(layers, kept, module_of, notices, prefix, elsewhere, of_experts)
 
 
 def _candidates_of_model(
@@ -177,6 +206,21 @@ def _candidates_of_model(
         kept[name] = "its weight is used by the model's own code"
         del layers[name]
     return layers, kept, module_of
+
+
+def _expert_layers(
+    source: Source, model: Any, layers: dict[str, SelectedLayer], module_of: dict[str, str]
+) -> dict[str, ExpertMatrix]:
+    """Add the matrices of experts to the layers to quantize; return them by name."""
+    matrices = expert_matrices(model, source.tensors)
+    parts = {stack: source.parts(stack) for stack in dict.fromkeys(m.tensor for m in matrices if m.shared)}
+    if not all(parts.values()):
+        return {}
+    for matrix in matrices:
+        info = parts[matrix.tensor][matrix.expert] if matrix.shared else source.tensors[matrix.tensor]
+        layers[matrix.name] = SelectedLayer(matrix.name, info, matrix.transposed)
+        module_of[matrix.name] = matrix.module
+    return {matrix.name: matrix for matrix in matrices}
 
 
 def _embedding(source: Source, tensor_of: dict[str, str], parameter: str) -> str:

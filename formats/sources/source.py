@@ -7,7 +7,7 @@ transformers; nothing outside this folder asks what the files were.
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,35 @@ class Source:
     def read_rows(self, name: str) -> Iterator[Tensor]:
         """Yield one tensor in blocks of its rows, contiguous on the CPU."""
         return self._file_of[self.tensors[name].file].read_rows(name)
+
+    def parts(self, name: str) -> list[TensorInfo]:
+        """Return the places of the matrices of a stack [E, ...], each named as the stack with a number behind it.
+
+        There are none of a file of PyTorch, which cannot be read in parts.
+        """
+        info = self.tensors[name]
+        if not info.file.endswith(".safetensors"):
+            return []
+        rows = (info.rows(number, number + 1) for number in range(info.shape[0]))
+        return [replace(one, name=f"{name}.{number}", shape=one.shape[1:]) for number, one in enumerate(rows)]
+
+    def split(self, name: str) -> None:
+        """Have the matrices of a stack in its place; see `parts`."""
+        self._exchange([self.tensors[name]], self.parts(name))
+
+    def join(self, name: str) -> None:
+        """Undo `split`."""
+        parts: list[TensorInfo] = []
+        first = self.tensors[f"{name}.0"]
+        while (part := self.tensors.get(f"{name}.{len(parts)}")) is not None:
+            parts.append(part)
+        self._exchange(parts, [replace(first, name=name, shape=(len(parts), *first.shape))])
+
+    def _exchange(self, old: list[TensorInfo], new: list[TensorInfo]) -> None:
+        for holder in (self.tensors, self._file_of[old[0].file].tensors):
+            for info in old:
+                del holder[info.name]
+            holder.update({info.name: info for info in new})
 
     @cached_property
     def _file_of(self) -> dict[str, TensorFile]:

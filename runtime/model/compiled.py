@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers.generation.configuration_utils import CompileConfig, GenerationConfig
 
+from .experts import Int8Experts
 from .layer import Int8Linear
 
 log = logging.getLogger("llmint8")
@@ -63,6 +64,8 @@ def _obstacle(model: Any) -> str | None:
     for device in (layer.row_absmax.device.type for layer in layers if layer.outliers == "dynamic"):
         if device not in ("cpu", "cuda"):
             return f"outliers='dynamic' makes tensors whose size depends on the input, on {device}"
+    if any(isinstance(module, Int8Experts) for module in model.modules()):
+        return "experts are run one by one, as many as a call has"
     if any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules()):
         return "some layers are offloaded"
     if model.device.type == "cpu" and not _cpp_compiler():

@@ -10,18 +10,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.core_model_loading import WeightConverter, revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from llmint8.converter.model.experts import ExpertMatrix, expert_matrices
 from llmint8.converter.model.limits import check_buffers
 from llmint8.converter.model.names import module_names
 from llmint8.formats import BITSANDBYTES, NATIVE, Int8Record, Layout, LLMInt8Error, Manifest
 from llmint8.kernels.reference import Activation
 
 from .arguments import ActivationGroup, Outliers
+from .experts import replace_experts
 from .layer import Int8Linear
 from .saving import provenance_of, save_as_loaded
 
@@ -120,31 +122,55 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         self._layers: dict[str, str] = {}
         names = module_names(model, config.shapes)
+        matrices = _expert_matrices(model, config)
+        of_experts: dict[str, Int8Linear] = {}
         for record in config.records:
+            if record.name in matrices:
+                matrix = matrices[record.name]
+                _check_matrix(model, matrix, record)
+                of_experts[record.name] = self._layer(record, matrix.module, False, dtype)
+                continue
             name = names.get(f"{record.name}.weight", "").removesuffix(".weight")
             linear = _linear_for(model, name, record)
-            self._layers[record.name] = name
-            layer = Int8Linear(
-                record.in_features,
-                record.out_features,
-                linear.bias is not None,
-                record.outlier_count,
-                outliers="dynamic" if record.name in config.searched else config.outliers,
-                threshold=config.threshold,
-                activation=config.activation,
-                activation_group=config.activation_group,
-                rotation=record.scheme.rotation,
-                layout=config.layout,
-                device="meta",
-                dtype=dtype,
-            )
-            layer.name = name
+            layer = self._layer(record, name, linear.bias is not None, dtype)
             model.set_submodule(name, layer.train(linear.training))
+        self._experts = {f"{matrix.experts}.{matrix.projection}" for matrix in matrices.values()}
+        if of_experts:
+            replace_experts(model, list(matrices.values()), of_experts)
         _check_shapes(model, config.shapes, names)
         check_buffers(model)
         # Early bitsandbytes did not write it; there is nothing to warn about.
         ignored: Any = model._keys_to_ignore_on_load_missing or ()
         model._keys_to_ignore_on_load_missing = {*ignored, r"\.weight_format$"}  # type: ignore[assignment]
+
+    def _layer(self, record: Int8Record, name: str, bias: bool, dtype: torch.dtype | None) -> Int8Linear:
+        """Make the layer of a record, which will have this name in the model."""
+        config = self.quantization_config
+        layer = Int8Linear(
+            record.in_features,
+            record.out_features,
+            bias,
+            record.outlier_count,
+            outliers="dynamic" if record.name in config.searched else config.outliers,
+            threshold=config.threshold,
+            activation=config.activation,
+            activation_group=config.activation_group,
+            rotation=record.scheme.rotation,
+            layout=config.layout,
+            device="meta",
+            dtype=dtype,
+        )
+        layer.name = self._layers[record.name] = name
+        return layer
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
+        """Leave out the rules by which transformers would stack the matrices of experts that are layers here."""
+
+        def stacks(rule: Any) -> bool:
+            targets = rule.target_patterns if isinstance(rule, WeightConverter) else []
+            return any(name.endswith(target) for name in self._experts for target in targets)
+
+        return [rule for rule in weight_conversions if not stacks(rule)]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
@@ -208,6 +234,25 @@ def _linear_for(model: nn.Module, name: str, record: Int8Record) -> nn.Linear | 
         found = [record.out_features, record.in_features]
         raise LLMInt8Error(f"{where} wants shape {[out_features, in_features]}, not {found}")
     return module
+
+
+def _expert_matrices(model: nn.Module, config: Int8Config) -> dict[str, ExpertMatrix]:
+    """Return the matrices of experts that are layers of the checkpoint, by their names in it."""
+    records = {record.name for record in config.records}
+    if config.layout != NATIVE:
+        return {}
+    matrices = expert_matrices(model, config.shapes)
+    return {matrix.name: matrix for matrix in matrices} if any(m.name in records for m in matrices) else {}
+
+
+def _check_matrix(model: nn.Module, matrix: ExpertMatrix, record: Int8Record) -> None:
+    """Hold a matrix of an expert against the model. Raises LLMInt8Error: its shape is another."""
+    stack = model.get_submodule(matrix.experts).get_parameter(matrix.projection)
+    inputs, outputs = (stack.shape[1], stack.shape[2]) if matrix.transposed else (stack.shape[2], stack.shape[1])
+    if record.in_features != inputs or record.out_features > outputs:
+        found = [record.out_features, record.in_features]
+        where = f"{record.name}: int8 in the checkpoint, but {type(model).__name__}"
+        raise LLMInt8Error(f"{where} wants shape {[outputs, inputs]}, not {found}")
 
 
 def _check_shapes(model: nn.Module, shapes: dict[str, tuple[int, ...]], names: dict[str, str]) -> None:

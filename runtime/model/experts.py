@@ -1,0 +1,135 @@
+"""The experts of a mixture in int8, in the place of the model's own module of stacks.
+
+Each matrix of each expert is an `Int8Linear`, under the name that its tensors have in the checkpoint: so they are
+loaded, saved, prepared, configured and counted as all layers are. On CUDA all experts of a projection are multiplied in
+two launches (`kernels/experts.py`), which read the layers' weights as one stack; elsewhere expert by expert.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmint8.converter.model.experts import ExpertMatrix, by_expert, projections, run_experts
+from llmint8.formats import LLMInt8Error
+from llmint8.kernels.experts import PreparedExperts, prepare_experts
+from llmint8.kernels.operators import has_triton
+
+from .layer import Int8Linear
+
+
+class Int8Experts(nn.Module):
+    """Experts of a mixture; called as the module that it replaces.
+
+    Attributes:
+        num_experts, has_gate, has_bias, ...: as of that module, and all else that its activation reads.
+
+    """
+
+    num_experts: int
+    has_bias: bool
+    has_gate: bool
+
+    def __init__(self, experts: Any) -> None:
+        """Take the place of a module of transformers' experts interface; layers are added by `add`."""
+        super().__init__()
+        self._kind = type(experts)
+        stacks = projections(experts)
+        vars(self).update({key: value for key, value in vars(experts).items() if key not in vars(self)})
+        for name, parameter in experts.named_parameters(recurse=False):
+            if name not in stacks:
+                self.register_parameter(name, parameter)
+        for name, module in experts.named_children():
+            self.add_module(name, module)
+        self._layers: dict[tuple[str, int], list[Int8Linear]] = defaultdict(list)
+        self._prepared: dict[tuple[str, int], tuple[PreparedExperts, list[Any]]] = {}
+
+    def add(self, matrix: ExpertMatrix, layer: Int8Linear) -> None:
+        """Add the layer of one matrix; those of a projection in the order of their parts."""
+        holder: nn.Module = self
+        *path, name = matrix.inside.split(".")
+        for part in path:
+            if part not in holder._modules:
+                holder.add_module(part, nn.Module())
+            holder = holder._modules[part]  # type: ignore[assignment]
+        holder.add_module(name, layer)
+        self._layers[matrix.projection, matrix.expert].append(layer)
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        found: Tensor = self._kind._apply_gate(self, gate_up)
+        return found
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Return [T, H], the weighted sum of what its experts make of each token.
+
+        Args:
+            hidden_states: [T, H].
+            top_k_index: int [T, R], the experts of each token.
+            top_k_weights: [T, R].
+
+        """
+        grouped = self._is_grouped(hidden_states)
+        multiply = self._multiply_rows if grouped else by_expert(self._multiply, self.num_experts)
+        return run_experts(self, multiply, hidden_states, top_k_index, top_k_weights)
+
+    def _multiply(self, projection: str, expert: int, x: Tensor) -> Tensor:
+        found = [layer(x) for layer in self._layers[projection, expert]]
+        return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+    @staticmethod
+    def _is_grouped(x: Tensor) -> bool:
+        """Tell whether all experts are multiplied at once: where to wait for the GPU would cost more."""
+        return x.is_cuda and has_triton()
+
+    def _multiply_rows(self, projection: str, x: Tensor, of_row: Tensor) -> Tensor:
+        parts = range(len(self._layers[projection, 0]))
+        activation = self._layers[projection, 0][0].activation
+        found = [self._prepared_part(projection, part).linear(x, of_row, activation) for part in parts]
+        return found[0] if len(found) == 1 else torch.cat(found, -1)
+
+    def _prepared_part(self, projection: str, part: int) -> PreparedExperts:
+        """Return the weights of one matrix of all experts, made anew when they were moved or changed."""
+        layers = [self._layers[projection, expert][part] for expert in range(self.num_experts)]
+        prepared, made_from = self._prepared.get((projection, part), (None, []))
+        here = [layer.prepared for layer in layers]
+        if prepared is None or any(one is not other for one, other in zip(here, made_from, strict=True)):
+            prepared = prepare_experts([layer.stored() for layer in layers])
+            for layer, values in zip(layers, prepared.values or (), strict=False):
+                layer.weight = nn.Parameter(values, requires_grad=False)  # the stack is the only copy
+                layer.prepare()
+            self._prepared[projection, part] = prepared, [layer.prepared for layer in layers]
+        return prepared
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy or a pickle takes along; what is prepared belongs to this machine."""
+        return vars(self) | {"_prepared": {}}
+
+    def extra_repr(self) -> str:
+        """Return the arguments for `print(model)`."""
+        return f"num_experts={self.num_experts}"
+
+
+def replace_experts(model: Any, matrices: list[ExpertMatrix], layer_of: dict[str, Int8Linear]) -> None:
+    """Put experts in int8 into the place of the modules that the matrices belong to.
+
+    Args:
+        model: on the meta device.
+        matrices: of whole modules.
+        layer_of: name of a matrix in the checkpoint -> its layer.
+
+    Raises:
+        LLMInt8Error: some matrices of a module are int8 in the checkpoint, and others are not.
+
+    """
+    made: dict[str, Int8Experts] = {}
+    for matrix in sorted(matrices, key=lambda matrix: matrix.part):
+        if matrix.name not in layer_of:
+            raise LLMInt8Error(
+                f"{matrix.name}: not int8 in the checkpoint, as other experts of {type(model).__name__} are"
+            )
+        if matrix.experts not in made:
+            made[matrix.experts] = Int8Experts(model.get_submodule(matrix.experts))
+        made[matrix.experts].add(matrix, layer_of[matrix.name])
+    for name, experts in made.items():
+        model.set_submodule(name, experts.train(model.get_submodule(name).training))
