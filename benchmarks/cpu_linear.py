@@ -30,7 +30,7 @@ from llmint8.kernels.cpu import native
 from llmint8.kernels.cpu.linear import CpuWeight
 from llmint8.kernels.reference import Rotation
 from llmint8.runtime import Int8Linear
-from llmint8.runtime.model.arguments import ActivationGroup
+from llmint8.runtime.layers.arguments import ActivationGroup
 
 ROUNDS = 7
 SECONDS = 0.06  # of one variant in one round, at least one call

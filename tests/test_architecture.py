@@ -430,7 +430,7 @@ def test_what_is_linear_for_any_class_of_the_type_is_named_for_bitsandbytes(case
 
 def test_no_name_for_other_classes_hides_an_int8_layer() -> None:
     """bitsandbytes takes what ends like a name in the list for it."""
-    from llmint8.converter.planning.selection import Selection
+    from llmint8.converter.planning.selected import Selection
 
     kept = {"model.layers.0.q": "--skip", "model.layers.1.q": "--skip"}
     module_of = {name: name for name in [*kept, "model.tower.layers.0.q"]}

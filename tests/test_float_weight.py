@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llmint8 import runtime
 from llmint8.formats import LLMInt8Error
 from llmint8.runtime import Int8Linear
-from llmint8.runtime.model import float_weight
+from llmint8.runtime.layers import float_weight
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from llmint8 import converter, runtime
 from llmint8.converter.calibration.text import load_calibration
 from llmint8.formats import CheckpointError, LLMInt8Error, open_checkpoint, read_manifest
+from llmint8.runtime.layers.misses import MissCounter
 from llmint8.runtime.model import compiled
-from llmint8.runtime.model.misses import MissCounter
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 

@@ -56,7 +56,7 @@ def _stream(source, read, on_linear):
     selection = select_layers(source, model, (), ())
     layers = {selection.module_of[name]: layer.weight.name for name, layer in selection.layers.items()}
     fused = fused_parameters(model, source.tensors)
-    with streamed(model, tensor_of, fused, layers, {}, read, on_linear, torch.device("cpu")) as call:
+    with streamed(model, tensor_of, fused, layers, {}, {}, read, on_linear, torch.device("cpu")) as call:
         call("forward", _inputs(config))
     return layers
 

@@ -9,8 +9,8 @@ import tokenizers
 import transformers
 from click.testing import CliRunner
 
+from llmint8.converter.calibration.tokenizer import load_tokenizer
 from llmint8.converter.commands.convert import convert_command
-from llmint8.converter.model.tokenizer import load_tokenizer
 from llmint8.runtime.commands.main import main
 
 CONFIGS = {

@@ -6,10 +6,9 @@ know of the weight, and the layer's output where that is small: a conversion tha
 the pass again, but reads and multiplies by few of the weights that it had reached.
 """
 
-import copy
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from llmint8.formats import LLMInt8Error
 from llmint8.formats.writing.journal import Journal, Record
@@ -25,13 +23,14 @@ from llmint8.formats.writing.journal import Journal, Record
 from ..machine import return_freed_memory, same_random_numbers
 from ..model.buffers import nobodys_notice
 from ..model.build import meta_model
-from ..model.experts import ExpertMatrix
+from ..model.config import in_float32
+from ..model.experts import ExpertMatrix, in_order
 from ..model.inputs import runs
 from ..model.names import fused_parameters, parameter_tensors
 from ..outliers.choosing import select
 from ..outliers.measuring import Curve, InputStatistics, column_norms, rounded
 from ..planning.plan import ConversionPlan, kept_output_bytes
-from ..planning.selection import SelectedLayer
+from ..planning.selected import SelectedLayer
 from ..words import first_line
 from .gptq import Gptq, Round
 from .streaming import LinearCall, streamed
@@ -44,32 +43,6 @@ _RECORDED_CANDIDATES = 64
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 
 Quantize = Callable[[SelectedLayer, Tensor, Round | None], tuple[Tensor, Tensor]]
-
-
-def _in_float32(config: Any) -> Any:
-    """Return a config whose model computes its buffers in float32, as the pass does all else: float16 may overflow."""
-    config = copy.deepcopy(config)
-    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-        if isinstance(part, PreTrainedConfig):
-            part.dtype = torch.float32
-    return config
-
-
-def _in_order(model: Any, layers: Mapping[str, SelectedLayer], experts: Iterable[ExpertMatrix]) -> list[str]:
-    """Return the names of layers as a model has them, those of experts where their module is."""
-    inside: dict[str, list[str]] = defaultdict(list)
-    for matrix in experts:
-        inside[matrix.experts].append(matrix.module)
-    return [
-        layer for name, _ in model.named_modules() for layer in ([name] if name in layers else inside.get(name, ()))
-    ]
-
-
-def _starved(count: int, total: int) -> str:
-    return (
-        f"{count} of {total} matrices of experts were reached by no token of the calibration, and have no outlier "
-        "columns; with more --calibration-tokens they may be"
-    )
 
 
 def _no_columns(name: str) -> tuple[Tensor, Tensor]:
@@ -116,10 +89,10 @@ class Calibrator:
 
         """
         selection = self._plan.selection
-        model: Any = meta_model(_in_float32(self._plan.config))
+        model: Any = meta_model(in_float32(self._plan.config))
         module_of = selection.module_of
         layers = {module_of[name]: layer for name, layer in selection.layers.items()}
-        order = _in_order(model, layers, selection.experts.values())
+        order = in_order(model, layers, selection.experts.values())
         done = {name: record for name in order if (record := self._earlier(layers[name], has)) is not None}
         not_finite: dict[str, None] = {}
         tensor_of = parameter_tensors(model, self._plan.source.tensors)
@@ -166,7 +139,9 @@ class Calibrator:
         fused = fused_parameters(model, self._plan.source.tensors)
         of_experts = {matrix.module: matrix for matrix in selection.experts.values()}
         weights = {name: layers[name].weight.name for name in order if name not in of_experts}
-        experts = [(of_experts[name], layers[name]) for name in order if name in of_experts]
+        experts: dict[str, list[tuple[ExpertMatrix, SelectedLayer]]] = defaultdict(list)
+        for matrix in selection.experts.values():
+            experts[matrix.experts].append((matrix, selection.layers[matrix.name]))
         ended: dict[str, str] = {}  # what the model was shown -> why that came to no end
         with (
             same_random_numbers(self._device),
@@ -193,8 +168,7 @@ class Calibrator:
                 error if what == "text" else f"{what}: {error}" for what, error in ended.items() if what not in finished
             ]
             self._notices += [f"the calibration pass ended early ({'; '.join(early)})"] if early else []
-        if starved := selection.experts.keys() - reached:
-            self._notices.append(_starved(len(starved), len(selection.experts)))
+        self._notices += selection.starved(reached)
         if self._rounding and self._rounding.wide:
             self._notices.append(self._rounding.notice)
         if nobodys := nobodys_notice(model, tensor_of.keys()):

@@ -8,7 +8,6 @@ model's code comes by its weights. The next linear weight is read ahead in a thr
 Activations are float32. The output head is not run unless it is to be converted: nothing after it matters here.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
@@ -24,10 +23,10 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..model.buffers import computed_parameters, fill_computed
-from ..model.experts import ExpertMatrix, by_expert, run_experts
+from ..model.experts import ExpertMatrix, by_expert, run_experts, side_by_side
 from ..model.missing import without_pooler
 from ..model.names import FusedParameter
-from ..planning.selection import SelectedLayer
+from ..planning.selected import SelectedLayer
 from .reading_ahead import Read, ReadAhead
 
 
@@ -55,7 +54,7 @@ def streamed(
     tensor_of: Mapping[str, str],
     fused: Mapping[str, FusedParameter],
     layers: Mapping[str, str],
-    experts: Sequence[tuple[ExpertMatrix, SelectedLayer]],
+    experts: Mapping[str, Sequence[tuple[ExpertMatrix, SelectedLayer]]],
     outputs: Mapping[str, Callable[[], Tensor]],
     read: Read,
     on_linear: OnLinear,
@@ -71,7 +70,7 @@ def streamed(
         tensor_of: parameter or buffer name in the model -> tensor name in the source.
         fused: parameter name in the model -> how it is made of several tensors.
         layers: module name in the model -> tensor name of its weight, in the order expected.
-        experts: matrices of experts, each with its layer; those of a module are all there.
+        experts: module name in the model -> all of its matrices, each with its layer.
         outputs: module name in the model -> what loads the output of its first call in an earlier run, float32 [M, N]
             without bias; the weight is then not read for it.
         read: returns a tensor of the source, on the CPU; for the weights of `layers` it is called in a thread.
@@ -93,14 +92,14 @@ def streamed(
             out_features: Any = module.nf if isinstance(module, Conv1D) else module.out_features
             what = name, out_features, transposed, weight, bias, outputs.get(name)
             module.forward = _StreamedLinear(*what, ahead.get, on_linear, device)
-        for name, matrices in _by_module(experts).items():
+        for name, matrices in experts.items():
             of_experts = {}
             for matrix, layer in matrices:
                 own = matrix.module, layer.out_features, layer.transposed, layer.weight.name, None
                 streamed_one = _StreamedLinear(*own, outputs.get(matrix.module), read, on_linear, device)
                 of_experts[matrix.projection, matrix.expert, matrix.part] = streamed_one
             module = model.get_submodule(name)
-            module.forward = partial(run_experts, module, by_expert(partial(_multiply, of_experts), module.num_experts))
+            module.forward = partial(run_experts, module, by_expert(side_by_side(of_experts), module.num_experts))
         head = model.get_output_embeddings()
         # What some models call so is the embedding, which they need.
         if head is not None and not isinstance(head, nn.Embedding):
@@ -127,25 +126,6 @@ def streamed(
                 (model if method == "forward" else getattr(model, method))(**arguments)
 
         yield call
-
-
-def _by_module(
-    experts: Sequence[tuple[ExpertMatrix, SelectedLayer]],
-) -> dict[str, list[tuple[ExpertMatrix, SelectedLayer]]]:
-    found: dict[str, list[tuple[ExpertMatrix, SelectedLayer]]] = defaultdict(list)
-    for entry in experts:
-        found[entry[0].experts].append(entry)
-    return found
-
-
-def _multiply(
-    of_experts: Mapping[tuple[str, int, int], "_StreamedLinear"], projection: str, expert: int, x: Tensor
-) -> Tensor:
-    """Compute a projection of an expert, for x [M, K]: its matrices see the same tensor, and so share outliers."""
-    parts: list[Tensor] = []
-    while (matrix := of_experts.get((projection, expert, len(parts)))) is not None:
-        parts.append(matrix(x))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def _first_logits(head: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:

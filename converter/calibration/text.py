@@ -21,8 +21,8 @@ from ..model.build import meta_model
 from ..model.config import is_trusted
 from ..model.inputs import Given, special_ids, takes_text
 from ..model.limits import longest_text
-from ..model.tokenizer import load_tokenizer
 from ..words import written
+from .tokenizer import load_tokenizer
 
 _RANDOM_SEED = 0
 # Of models that hash code points instead of having a vocabulary.

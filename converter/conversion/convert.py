@@ -125,7 +125,7 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
         time.monotonic() - started,
         notices,
         precision=plan.precision,
-        searches=plan.layout == BITSANDBYTES,
+        searches=plan.options.layout == BITSANDBYTES,
     )
 
 
@@ -156,7 +156,7 @@ def already_done(plan: ConversionPlan, progress: Progress = _no_progress) -> Con
         [],
         already=True,
         precision=plan.precision,
-        searches=plan.layout == BITSANDBYTES,
+        searches=plan.options.layout == BITSANDBYTES,
     )
 
 
@@ -203,7 +203,7 @@ def _without_nonfinite(plan: ConversionPlan, journal: Journal, progress: Progres
     """Return the plan with every layer whose weight is not finite left in 16 bit."""
     reasons = {}
     for name, layer in plan.selection.layers.items():
-        if journal.get("tensor", f"{name}.{plan.layout.absmax}"):  # what has been quantized was finite
+        if journal.get("tensor", f"{name}.{plan.options.layout.absmax}"):  # what has been quantized was finite
             continue
         progress(f"looking for NaN in {name}", 0)
         if not all(bool(rows.isfinite().all()) for rows in plan.source.read_rows(layer.weight.name)):

@@ -15,7 +15,7 @@ from llmint8.kernels.weights import quantize_weight
 from ..calibration.calibrator import Outliers
 from ..calibration.gptq import Round
 from ..planning.plan import ConversionPlan, in_file_order, output_dtype
-from ..planning.selection import SelectedLayer
+from ..planning.selected import SelectedLayer
 
 Progress = Callable[[str, int], None]
 
@@ -69,7 +69,7 @@ class Transfer:
 
     def has(self, layer: SelectedLayer) -> bool:
         """Tell whether an earlier run has written a layer; then it is done."""
-        found = self._writer.has(*(f"{layer.name}.{suffix}" for suffix in self._plan.layout.int8_suffixes))
+        found = self._writer.has(*(f"{layer.name}.{suffix}" for suffix in self._plan.options.layout.int8_suffixes))
         if found:
             self._finish(layer.weight.name, self._to_quantize)
         return found
@@ -124,8 +124,8 @@ class Transfer:
         return values, absmax
 
     def _write_scales(self, layer: SelectedLayer, absmax: Tensor) -> None:
-        self._writer.write(f"{layer.name}.{self._plan.layout.absmax}", absmax)
-        if self._plan.layout.weight_format:
+        self._writer.write(f"{layer.name}.{self._plan.options.layout.absmax}", absmax)
+        if self._plan.options.layout.weight_format:
             self._writer.write(f"{layer.name}.weight_format", torch.zeros((), dtype=torch.uint8))
         self._finish(layer.weight.name, self._to_quantize)
 

@@ -1,11 +1,14 @@
 """The config of a checkpoint, through transformers: values checked, and no code unless it is trusted."""
 
+import copy
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
+from transformers import PreTrainedConfig
 
 from llmint8.formats import SourceError, read_json
 from llmint8.formats.disk.names import CONFIG_NAME
@@ -87,3 +90,12 @@ def own_code(config: Mapping[str, Any], file: Path) -> dict[str, str]:
                 f"{file}: auto_map[{name[:80]!r}] is {str(reference)[:80]!r}, expected module.Class of a file beside it"
             )
     return {name: reference for name, reference in code.items() if not name.startswith("AutoTokenizer")}
+
+
+def in_float32(config: Any) -> Any:
+    """Return a config whose model computes its buffers in float32, as the pass does all else: float16 may overflow."""
+    config = copy.deepcopy(config)
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if isinstance(part, PreTrainedConfig):
+            part.dtype = torch.float32
+    return config

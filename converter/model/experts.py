@@ -8,7 +8,7 @@ tensor `T` of all experts they are `T.0`, `T.1` and so on.
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -106,6 +106,17 @@ def expert_matrices(model: Any, tensor_names: Collection[str]) -> list[ExpertMat
     return found
 
 
+def in_order(model: Any, layers: Collection[str], matrices: Iterable[ExpertMatrix]) -> list[str]:
+    """Return the names of layers as a model has them, those of experts where their module is."""
+    inside: dict[str, list[str]] = defaultdict(list)
+    for matrix in matrices:
+        inside[matrix.experts].append(matrix.module)
+    found: list[str] = []
+    for name, _ in model.named_modules():
+        found += [name] if name in layers else inside.get(name, [])
+    return found
+
+
 def _of_all(module: Any, tensor: str, experts: str, projection: str) -> Iterator[ExpertMatrix]:
     for expert in range(module.num_experts):
         yield ExpertMatrix(
@@ -162,6 +173,18 @@ def run_experts(experts: Any, multiply: MultiplyRows, hidden: Tensor, index: Ten
     out = experts.post_expert_norm(out) if experts.has_post_expert_norm else out
     out = out * weights.reshape(-1, 1)
     return out.view(*index.shape, -1).sum(1).to(hidden.dtype)
+
+
+def side_by_side(matrices: Mapping[tuple[str, int, int], Callable[[Tensor], Tensor]]) -> Multiply:
+    """Multiply with what computes each part of a projection of an expert; all of them see the same tensor."""
+
+    def multiply(projection: str, expert: int, x: Tensor) -> Tensor:
+        parts: list[Tensor] = []
+        while (matrix := matrices.get((projection, expert, len(parts)))) is not None:
+            parts.append(matrix(x))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    return multiply
 
 
 def by_expert(multiply: Multiply, num_experts: int) -> MultiplyRows:

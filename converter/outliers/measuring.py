@@ -9,7 +9,7 @@ of token t is, by expectation over independent rounding errors,
 
 which needs neither another product nor the weight itself once a and e are known. Relative to the output it is averaged
 in two ways, per token and over all tokens, because single huge tokens must count, but not alone.
-Where a layer is rotated, j goes over the dimensions that it is rotated to.
+Of a rotated layer, j are the dimensions that it is rotated to.
 
 Layers that share an input share its ranking, their errors add up, and they get the same dimensions. Of layers that run
 several times, as shared blocks do, all calls count.
@@ -31,15 +31,11 @@ from .criterion import GRID, OUTLIER_MAGNITUDE, OUTLIER_POSITIONS, Criterion, ma
 
 _TINY = 1e-30
 _BLOCK_ELEMENTS = 1 << 17
+Norms = tuple[Tensor, Tensor]
 
 
-def column_norms(
-    weight: Tensor, values: Tensor, absmax: Tensor, rotation: Rotation | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return |W_j|^2 and |W_j - Wq_j|^2 for every column, float32 [K], of a weight [N, K] and its quantization.
-
-    Of a rotated one, they are those of the columns that it is rotated to.
-    """
+def column_norms(weight: Tensor, values: Tensor, absmax: Tensor, rotation: Rotation | None = None) -> Norms:
+    """Return |W_j|^2 and |W_j - Wq_j|^2 for every column, float32 [K], of a weight [N, K] and its quantization."""
     norms = torch.zeros(2, weight.shape[1], device=weight.device)
     step = max(1, _BLOCK_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
@@ -55,9 +51,9 @@ class InputGroup:
     """The layers that share an input, and what was measured on it.
 
     `dims` are the candidates, by falling magnitude; `errors[i]` is the relative output error, summed over the layers,
-    when the first `ks[i]` of them stay in 16 bit. What is chosen are the candidates at the first positions of `order`.
-    `absmax` is the largest magnitude of each candidate, and then that of all other dimensions, where there are any;
-    `positions` the share of tokens in which a candidate reaches the paper's magnitude.
+    when the first `ks[i]` of them stay in 16 bit. Chosen are the candidates at the first positions of `order`. `absmax`
+    is the largest magnitude of each candidate, and then of all other dimensions, if any; `positions` the share of
+    tokens in which a candidate reaches the paper's magnitude.
     """
 
     layers: list[str]
@@ -95,7 +91,7 @@ class InputStatistics:
         self._open: list[_Call] = []
         self._group_of: dict[str, _Group] = {}
 
-    def see(self, layer: str, x: Tensor, rows: Tensor, norms: tuple[Tensor, Tensor], out: Tensor) -> Tensor:
+    def see(self, layer: str, x: Tensor, rows: Tensor, norms: Norms, out: Tensor) -> Tensor:
         """Take one layer's input and output, and return the candidate dimensions, int64 [C].
 
         A layer may be seen many times. It stays with the layers that shared its first input, and all that they see
@@ -213,13 +209,13 @@ class _Call:
     source: Callable[[], Tensor | None]
     rows: Tensor
     group: _Group
-    norms: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    norms: list[Norms] = field(default_factory=list)
     energies: list[Tensor] = field(default_factory=list)
 
 
 def error_curve(
     x: Tensor,
-    norms: Sequence[tuple[Tensor, Tensor]],
+    norms: Sequence[Norms],
     energies: Sequence[Tensor],
     dims: Tensor,
     scheme: Scheme,
@@ -239,11 +235,10 @@ def error_curve(
     energy = torch.stack(list(energies), 1)  # [T, L]
     per_token = 1 / (energy + 1e-6 * energy.mean(0) + _TINY) / len(x)
     overall = 1 / energy.sum(0).clamp_min(_TINY)
-    largest = min(len(dims), GRID[-1])
-    ks, errors = [k for k in GRID if k <= largest], []
+    ks, errors = [k for k in GRID if k <= len(dims)], []
     for k in ks:
         kept = rotate(x.index_fill(1, dims[:k].to(x.device), 0), scheme.rotation)
-        # What is left out is 0 already, and rotated are all of them.
+        # What is left out is 0 already.
         quantized = quantize_rows(kept, dims[:0], scheme.activation, scheme.activation_group).dequantize()
         error = (kept - quantized).square_() @ weight_norms + quantized.square() @ weight_errors
         errors.append(float((error * (per_token + overall)).sum() / 2))

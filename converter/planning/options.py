@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from llmint8.formats import LAYOUTS, Scheme
+from llmint8.formats import LAYOUTS, Layout, Scheme
 from llmint8.kernels.reference import Activation, Group, Rotation
 
 OnNonfinite = Literal["error", "keep"]
@@ -76,6 +76,11 @@ class Options:
             raise ValueError(f"jobs {self.jobs}, expected at least 1")
         if self.calibration_tokens < 1:
             raise ValueError(f"calibration tokens {self.calibration_tokens}, expected at least 1")
+
+    @property
+    def layout(self) -> Layout:
+        """What files and tensors are called in the result."""
+        return LAYOUTS[self.format]
 
     @property
     def scheme(self) -> Scheme:

@@ -7,11 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from llmint8.formats import (
-    BITSANDBYTES,
     DTYPES,
     FLOAT_DTYPES,
-    NATIVE,
-    Layout,
     OutputError,
     Source,
     SourceError,
@@ -38,7 +35,8 @@ from ..words import parse_size, precision
 from .head import Head, own_head
 from .options import Options
 from .samples import Samples, choose_samples
-from .selection import SelectedLayer, Selection, select_layers
+from .selected import SelectedLayer, Selection
+from .selection import select_layers
 
 _CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
 # What a conversion holds beside its largest tensor: the interpreter's own growth, headers, blocks being quantized.
@@ -67,11 +65,6 @@ class ConversionPlan:
     groups: list[list[TensorSpec]]  # the tensors to write, in the order of the source; without outliers not yet chosen
     class_notices: list[str]  # what `settle_class` has to tell, also among the others
     samples: Samples | None  # the images and sounds of a directory that the pass is to show
-
-    @property
-    def layout(self) -> Layout:
-        """What files and tensors are called in the result."""
-        return NATIVE if self.options.format == 2 else BITSANDBYTES
 
     @property
     def untied(self) -> bool:
@@ -228,7 +221,7 @@ def with_selection(plan: ConversionPlan, selection: Selection) -> ConversionPlan
             groups.append([TensorSpec(info.name, output_dtype(info.dtype, dtype), info.shape)])
         if layer is not None:
             outlier_dtype = output_dtype(info.dtype, dtype)
-            specs = plan.layout.int8_specs(layer.name, layer.out_features, layer.in_features)
+            specs = plan.options.layout.int8_specs(layer.name, layer.out_features, layer.in_features)
             if plan.criterion.kind == "none":
                 specs += outlier_specs(layer.name, layer.out_features, 0, outlier_dtype)
             groups.append(specs)

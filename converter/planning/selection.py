@@ -1,19 +1,16 @@
 """Choose the linear layers to quantize, from the model's structure where transformers knows it."""
 
-import dataclasses
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from transformers import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from llmint8.formats import FLOAT_DTYPES, Source, SourceError, TensorInfo
+from llmint8.formats import FLOAT_DTYPES, Source, SourceError
 from llmint8.formats.int8.records import MAX_IN_FEATURES
 
-from ..endings import Endings
 from ..model.architecture import linear_elsewhere
 from ..model.build import is_linear, meta_model
 from ..model.experts import ExpertMatrix, expert_matrices
@@ -21,81 +18,9 @@ from ..model.names import module_names
 from ..model.own_use import weights_used_directly
 from .head import Head
 from .leftovers import MIN_FEATURES, NOT_LINEAR, doubtful_notices, leftovers, reason_to_doubt
+from .selected import SelectedLayer, Selection, with_all_experts
 
 _ROUTER = re.compile(r"(^|[._])router([._]|$)|(^|\.)(((shared_)?experts?_|moe_)?gate|gating)(\.|$)")
-
-
-@dataclass(frozen=True)
-class SelectedLayer:
-    """A layer to quantize. `name` is its module's name in the source's tensor names."""
-
-    name: str
-    weight: TensorInfo
-    transposed: bool  # stored [in, out], as GPT-2's Conv1D is
-    tied: bool = False  # the head of a model whose embedding is this tensor too, and stays beside it
-
-    @property
-    def out_features(self) -> int:
-        """N."""
-        return self.weight.shape[1 if self.transposed else 0]
-
-    @property
-    def in_features(self) -> int:
-        """K."""
-        return self.weight.shape[0 if self.transposed else 1]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """The layers to quantize by name, those left alone with the reason, and what to tell the user.
-
-    `module_of` has the module name in the model for all of them. It differs from the name in the checkpoint where
-    transformers renames tensors when it loads them. A model without a head has them without `prefix`; `elsewhere` are
-    linear modules that only other classes of the model's type have.
-    """
-
-    layers: dict[str, SelectedLayer]
-    kept: dict[str, str]
-    module_of: dict[str, str]
-    notices: list[str]
-    prefix: str = ""
-    elsewhere: Sequence[str] = ()
-    experts: dict[str, ExpertMatrix] = field(default_factory=dict)  # those of the layers that are one of them
-
-    @property
-    def layer_of(self) -> dict[str, SelectedLayer]:
-        """The layers to quantize by the tensor names of their weights."""
-        return {layer.weight.name: layer for layer in self.layers.values()}
-
-    @property
-    def skip_modules(self) -> list[str]:
-        """The linear modules left alone, for bitsandbytes, which quantizes whatever it is not told to skip.
-
-        Under their names in other classes of the model's type, too, but for those with which bitsandbytes would skip an
-        int8 layer: it takes names that end like one of these for it.
-        """
-        own, int8 = {self.module_of[name] for name in self.kept}, Endings(self.module_of[name] for name in self.layers)
-        others = {name.removeprefix(self.prefix) for name in own} | set(self.elsewhere)
-        return sorted(own | {name for name in others if not int8.count(name)})
-
-    @property
-    def stacks(self) -> list[str]:
-        """The tensors of the source of which layers are parts; they have to be split before these are read."""
-        return list(dict.fromkeys(matrix.tensor for matrix in self.experts.values() if matrix.shared))
-
-    def without(self, reasons: dict[str, str]) -> "Selection":
-        """Return the selection with more layers left alone, each for its reason."""
-        kept = {**_of_all_experts(self.experts, reasons), **reasons}
-        layers = {name: layer for name, layer in self.layers.items() if name not in kept}
-        experts = {name: matrix for name, matrix in self.experts.items() if name in layers}
-        return dataclasses.replace(self, layers=layers, kept={**self.kept, **kept}, experts=experts)
-
-
-def _of_all_experts(experts: dict[str, ExpertMatrix], kept: Collection[str]) -> dict[str, str]:
-    """Return why other matrices of experts stay, too, where some do: transformers loads all of a model in one way."""
-    if not experts.keys() & set(kept):
-        return {}
-    return {name: "other experts are not in int8" for name in experts if name not in kept}
 
 
 def select_layers(
@@ -162,7 +87,7 @@ def select_layers(
             )
         else:
             layers[name] = layer
-    for name, why in _of_all_experts(of_experts, kept.keys() & of_experts.keys()).items():
+    for name, why in with_all_experts(of_experts, kept.keys() & of_experts.keys()).items():
         kept[name] = why
         del layers[name]
     if not layers:

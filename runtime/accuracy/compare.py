@@ -14,18 +14,18 @@ import torch
 from transformers.utils import is_peft_available
 
 from llmint8.converter.calibration.text import read_text
+from llmint8.converter.calibration.tokenizer import load_tokenizer
 from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.machine import usable_device
 from llmint8.converter.model.build import model_class, quiet_transformers
 from llmint8.converter.model.config import load_config
 from llmint8.converter.model.limits import bounded_modules
-from llmint8.converter.model.tokenizer import load_tokenizer
 from llmint8.converter.planning.options import ACTIVATION_GROUP
 from llmint8.formats import LLMInt8Error, SourceError, open_source
 from llmint8.formats.disk.names import ADAPTER_CONFIG_NAME
 
+from ..layers.misses import outlier_misses
 from ..model.load import load
-from ..model.misses import outlier_misses
 from .evaluate import Evaluation, measure, token_windows
 from .methods import METHODS, THRESHOLD
 from .runs import HEAD_OF_THE_SOURCE, Mode, Runs, int8_layers

@@ -15,8 +15,8 @@ from torch import Tensor
 from llmint8.converter.words import activations
 from llmint8.kernels.reference import Activation
 
-from ..model.arguments import ActivationGroup, Outliers, kernels_group
-from ..model.layer import Int8Linear
+from ..layers.arguments import ActivationGroup, Outliers, kernels_group
+from ..layers.layer import Int8Linear
 from .evaluate import Logits
 from .halves import Halves
 from .methods import Method, NotRowsError, Simulation

@@ -13,7 +13,7 @@ from llmint8.converter.commands.progress import pass_bar
 from llmint8.converter.words import count
 
 if TYPE_CHECKING:
-    from ..model.arguments import ActivationGroup
+    from ..layers.arguments import ActivationGroup
 
 MEASURED_M = (1, 16, 128, 2048)
 
@@ -73,7 +73,7 @@ def layers_of(checkpoint: str | None) -> tuple[list[Shape], "ActivationGroup"]:
     from llmint8.converter.planning.options import ACTIVATION_GROUP
     from llmint8.formats import open_checkpoint
 
-    from ..model.arguments import recorded_group
+    from ..layers.arguments import recorded_group
 
     if checkpoint is None:
         return COMMON, ACTIVATION_GROUP
@@ -114,7 +114,7 @@ def layer_times(shape: Shape, m: int, device: Any, group: "ActivationGroup") -> 
     from llmint8.kernels.gpu.measure import interleaved, weight_copies
     from llmint8.kernels.gpu.tune import scattered_dims
 
-    from ..model.layer import Int8Linear
+    from ..layers.layer import Int8Linear
 
     n, k, outliers, _ = shape
     dims = scattered_dims(outliers, k, device)

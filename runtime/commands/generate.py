@@ -35,8 +35,8 @@ def generate_command(
 ) -> None:
     """Generate text with an int8 checkpoint, streaming it to the terminal."""
     set_up_logging(False)
+    from llmint8.converter.calibration.tokenizer import load_tokenizer
     from llmint8.converter.hub.resolve import resolve
-    from llmint8.converter.model.tokenizer import load_tokenizer
     from llmint8.formats import SourceError
 
     from ..model.generate import require_text_model, statistics, stream_chat

@@ -1,1 +1,1 @@
-"""The model that runs: loaded, its layers, its generation."""
+"""The model that runs: loaded, saved, its generation."""

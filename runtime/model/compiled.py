@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from transformers.generation.configuration_utils import CompileConfig, GenerationConfig
 
-from .experts import Int8Experts
-from .layer import Int8Linear
+from ..layers.experts import Int8Experts
+from ..layers.layer import Int8Linear
 
 log = logging.getLogger("llmint8")
 # transformers makes JSON of its settings, to compare and to print them; a function has none.

@@ -36,7 +36,7 @@ from llmint8.formats.disk.names import MANIFEST_NAME
 from llmint8.kernels.linear import has_groups, is_laid_out_anew
 from llmint8.kernels.reference import Activation
 
-from .arguments import (
+from ..layers.arguments import (
     ACTIVATION_GROUPS,
     ActivationGroup,
     Outliers,
@@ -47,9 +47,9 @@ from .arguments import (
     recorded_group,
     settled_dtype,
 )
+from ..layers.layer import Int8Linear
 from .calibration import Calibration, read_calibration
 from .compiled import compile_decode
-from .layer import Int8Linear
 from .pretrained import config_and_class, from_pretrained, int8_config
 
 log = logging.getLogger("llmint8")

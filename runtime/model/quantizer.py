@@ -11,20 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.core_model_loading import WeightConverter, revert_weight_conversion
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmint8.converter.model.experts import ExpertMatrix, expert_matrices
 from llmint8.converter.model.limits import check_buffers
 from llmint8.converter.model.names import module_names
 from llmint8.formats import BITSANDBYTES, NATIVE, Int8Record, Layout, LLMInt8Error, Manifest
 from llmint8.kernels.reference import Activation
 
-from .arguments import ActivationGroup, Outliers
-from .experts import replace_experts
-from .layer import Int8Linear
+from ..layers.arguments import ActivationGroup, Outliers
+from ..layers.experts import replace_experts
+from ..layers.layer import Int8Linear
+from .places import check_matrix, check_shapes, linear_for, matrices_of
 from .saving import provenance_of, save_as_loaded
 
 log = logging.getLogger("llmint8")
@@ -122,22 +121,23 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         self._layers: dict[str, str] = {}
         names = module_names(model, config.shapes)
-        matrices = _expert_matrices(model, config)
+        # In format 1 there are none, and the names of its layers are those of linear modules.
+        matrices = matrices_of(model, config.records, config.shapes) if config.layout == NATIVE else {}
         of_experts: dict[str, Int8Linear] = {}
         for record in config.records:
             if record.name in matrices:
                 matrix = matrices[record.name]
-                _check_matrix(model, matrix, record)
+                check_matrix(model, matrix, record)
                 of_experts[record.name] = self._layer(record, matrix.module, False, dtype)
                 continue
             name = names.get(f"{record.name}.weight", "").removesuffix(".weight")
-            linear = _linear_for(model, name, record)
+            linear = linear_for(model, name, record)
             layer = self._layer(record, name, linear.bias is not None, dtype)
             model.set_submodule(name, layer.train(linear.training))
         self._experts = {f"{matrix.experts}.{matrix.projection}" for matrix in matrices.values()}
         if of_experts:
             replace_experts(model, list(matrices.values()), of_experts)
-        _check_shapes(model, config.shapes, names)
+        check_shapes(model, config.shapes, names)
         check_buffers(model)
         # Early bitsandbytes did not write it; there is nothing to warn about.
         ignored: Any = model._keys_to_ignore_on_load_missing or ()
@@ -211,57 +211,6 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         """Say that there is no way back yet, as above."""
         source = self.quantization_config.source
         raise LLMInt8Error(f"an int8 model is not turned back into 16 bit; load what it was converted from, {source}")
-
-
-def _linear_for(model: nn.Module, name: str, record: Int8Record) -> nn.Linear | Conv1D:
-    """Return the layer an int8 record stands for.
-
-    Raises:
-        LLMInt8Error: there is none, it is not a plain linear layer, or its shape is another.
-
-    """
-    where = f"{record.name}: int8 in the checkpoint, but {type(model).__name__}"
-    if not name:
-        raise LLMInt8Error(f"{where} has no layer of its own for it")
-    module = model.get_submodule(name)
-    if isinstance(module, Conv1D):
-        out_features, in_features = module.nf, module.nx
-    elif isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-        out_features, in_features = module.out_features, module.in_features
-    else:
-        raise LLMInt8Error(f"{where} has {type(module).__name__} there, expected Linear or Conv1D")
-    if (out_features, in_features) != (record.out_features, record.in_features):
-        found = [record.out_features, record.in_features]
-        raise LLMInt8Error(f"{where} wants shape {[out_features, in_features]}, not {found}")
-    return module
-
-
-def _expert_matrices(model: nn.Module, config: Int8Config) -> dict[str, ExpertMatrix]:
-    """Return the matrices of experts that are layers of the checkpoint, by their names in it."""
-    records = {record.name for record in config.records}
-    if config.layout != NATIVE:
-        return {}
-    matrices = expert_matrices(model, config.shapes)
-    return {matrix.name: matrix for matrix in matrices} if any(m.name in records for m in matrices) else {}
-
-
-def _check_matrix(model: nn.Module, matrix: ExpertMatrix, record: Int8Record) -> None:
-    """Hold a matrix of an expert against the model. Raises LLMInt8Error: its shape is another."""
-    stack = model.get_submodule(matrix.experts).get_parameter(matrix.projection)
-    inputs, outputs = (stack.shape[1], stack.shape[2]) if matrix.transposed else (stack.shape[2], stack.shape[1])
-    if record.in_features != inputs or record.out_features > outputs:
-        found = [record.out_features, record.in_features]
-        where = f"{record.name}: int8 in the checkpoint, but {type(model).__name__}"
-        raise LLMInt8Error(f"{where} wants shape {[outputs, inputs]}, not {found}")
-
-
-def _check_shapes(model: nn.Module, shapes: dict[str, tuple[int, ...]], names: dict[str, str]) -> None:
-    """Find a tensor of another shape before transformers does: depending on its version it may say nothing."""
-    expected = model.state_dict()
-    for tensor, name in names.items():
-        if shapes[tensor] != tuple(expected[name].shape):
-            wanted = list(expected[name].shape)
-            raise LLMInt8Error(f"{tensor}: shape {list(shapes[tensor])}, {type(model).__name__} wants {wanted}")
 
 
 def _saved_names(model: nn.Module, layers: dict[str, str]) -> dict[str, str]:

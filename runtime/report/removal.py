@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from llmint8.converter.calibration.text import load_calibration
+from llmint8.converter.calibration.tokenizer import load_tokenizer
 from llmint8.converter.model.config import is_trusted, load_config
 from llmint8.converter.model.names import module_names
-from llmint8.converter.model.tokenizer import load_tokenizer
 from llmint8.formats import LLMInt8Error
 
 from ..model.load import load

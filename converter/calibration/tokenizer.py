@@ -10,8 +10,8 @@ from transformers import AutoTokenizer
 
 from llmint8.formats.disk.small_files import small_files
 
+from ..model.build import quiet_transformers
 from ..words import first_line
-from .build import quiet_transformers
 
 log = logging.getLogger("llmint8")
 

@@ -95,7 +95,8 @@ class Int8Experts(nn.Module):
         here = [layer.prepared for layer in layers]
         if prepared is None or any(one is not other for one, other in zip(here, made_from, strict=True)):
             prepared = prepare_experts([layer.stored() for layer in layers])
-            for layer, values in zip(layers, prepared.values or (), strict=False):
+            stack = () if prepared.values is None else prepared.values
+            for layer, values in zip(layers, stack, strict=False):
                 layer.weight = nn.Parameter(values, requires_grad=False)  # the stack is the only copy
                 layer.prepare()
             self._prepared[projection, part] = prepared, [layer.prepared for layer in layers]

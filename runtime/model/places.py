@@ -1,0 +1,58 @@
+"""Where the layers of a checkpoint belong in a model, and whether they fit there."""
+
+from collections.abc import Collection, Iterable
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from llmint8.converter.model.experts import ExpertMatrix, expert_matrices
+from llmint8.formats import Int8Record, LLMInt8Error
+
+
+def linear_for(model: nn.Module, name: str, record: Int8Record) -> nn.Linear | Conv1D:
+    """Return the layer an int8 record stands for.
+
+    Raises:
+        LLMInt8Error: there is none, it is not a plain linear layer, or its shape is another.
+
+    """
+    where = f"{record.name}: int8 in the checkpoint, but {type(model).__name__}"
+    if not name:
+        raise LLMInt8Error(f"{where} has no layer of its own for it")
+    module = model.get_submodule(name)
+    if isinstance(module, Conv1D):
+        out_features, in_features = module.nf, module.nx
+    elif isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        out_features, in_features = module.out_features, module.in_features
+    else:
+        raise LLMInt8Error(f"{where} has {type(module).__name__} there, expected Linear or Conv1D")
+    if (out_features, in_features) != (record.out_features, record.in_features):
+        found = [record.out_features, record.in_features]
+        raise LLMInt8Error(f"{where} wants shape {[out_features, in_features]}, not {found}")
+    return module
+
+
+def matrices_of(model: nn.Module, records: Iterable[Int8Record], tensors: Collection[str]) -> dict[str, ExpertMatrix]:
+    """Return the matrices of experts that are layers of the checkpoint, by their names in it."""
+    names = {record.name for record in records}
+    matrices = expert_matrices(model, tensors)
+    return {matrix.name: matrix for matrix in matrices} if any(m.name in names for m in matrices) else {}
+
+
+def check_matrix(model: nn.Module, matrix: ExpertMatrix, record: Int8Record) -> None:
+    """Hold a matrix of an expert against the model. Raises LLMInt8Error: its shape is another."""
+    stack = model.get_submodule(matrix.experts).get_parameter(matrix.projection)
+    inputs, outputs = (stack.shape[1], stack.shape[2]) if matrix.transposed else (stack.shape[2], stack.shape[1])
+    if record.in_features != inputs or record.out_features > outputs:
+        found = [record.out_features, record.in_features]
+        where = f"{record.name}: int8 in the checkpoint, but {type(model).__name__}"
+        raise LLMInt8Error(f"{where} wants shape {[outputs, inputs]}, not {found}")
+
+
+def check_shapes(model: nn.Module, shapes: dict[str, tuple[int, ...]], names: dict[str, str]) -> None:
+    """Find a tensor of another shape before transformers does: depending on its version it may say nothing."""
+    expected = model.state_dict()
+    for tensor, name in names.items():
+        if shapes[tensor] != tuple(expected[name].shape):
+            wanted = list(expected[name].shape)
+            raise LLMInt8Error(f"{tensor}: shape {list(shapes[tensor])}, {type(model).__name__} wants {wanted}")
