@@ -1,4 +1,4 @@
-"""The facade for weights before they are in a layer: it picks what quantizes one, and what adds up its rows.
+"""The facade for weights before they are in a layer: it picks what rotates and quantizes one, and adds up its rows.
 
 On the CPU these are compiled functions where there are any; elsewhere, and for what stands for other numbers than its
 own, the reference and torch. All return the same bits.
@@ -18,6 +18,13 @@ def quantize_weight(weight: Tensor, rotation: Rotation | None = None) -> tuple[T
     if _is_compiled(weight) and weight.dtype in FLOATS:
         return weights.quantize_weight(weight, rotation)
     return reference.quantize_weight(weight, rotation)
+
+
+def rotate(x: Tensor, rotation: Rotation | None) -> Tensor:
+    """Rotate float [M, K]; see `reference.rotate`."""
+    if rotation is not None and _is_compiled(x):
+        return weights.rotate(x)
+    return reference.rotate(x, rotation)
 
 
 def row_sums(values: Tensor, group: Group | None) -> Tensor:

@@ -119,7 +119,7 @@ def test_the_streamed_head_sees_what_the_model_gives_it(name: str, tmp_path: Pat
         seen[call.name] = call.rows
 
     tensor_of, device = parameter_tensors(untied, source.tensors), torch.device("cpu")
-    with streamed(meta_model(config), tensor_of, {}, layers, {}, source.read, see, device) as call:
+    with streamed(meta_model(config), tensor_of, {}, layers, {}, {}, source.read, see, device) as call:
         call("forward", {"input_ids": TOKENS})
     assert relative_error(seen[head.module], expected[0].flatten(0, 1)) < 1e-3  # its weights are in float16 on the disk
 

@@ -38,6 +38,18 @@ def every_finite(dtype: torch.dtype) -> Tensor:
 
 @dtypes
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"N{shape[0]}-K{shape[1]}")
+def test_rows_are_rotated_as_by_the_reference(shape: tuple[int, int], dtype: torch.dtype, kind: native.Kind) -> None:
+    x = torch.randn(shape).to(dtype)
+    before = x.clone()
+    assert torch.equal(weights.rotate(x, kind), reference.rotate(x, 64))
+    assert torch.equal(weights.rotate(x.t().contiguous().t(), kind), reference.rotate(x, 64))
+    assert torch.equal(facade.rotate(x, 64), reference.rotate(x, 64))
+    assert torch.equal(facade.rotate(x, None), x.float())
+    assert torch.equal(x, before)
+
+
+@dtypes
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"N{shape[0]}-K{shape[1]}")
 def test_weights_of_any_shape_are_those_of_the_reference(
     shape: tuple[int, int], dtype: torch.dtype, kind: native.Kind
 ) -> None:

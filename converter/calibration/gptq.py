@@ -15,7 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llmint8.kernels.reference import Rotation, rotate
+from llmint8.kernels.reference import Rotation
+from llmint8.kernels.weights import rotate
 
 from ..outliers.choosing import likely_outliers
 from ..outliers.criterion import Criterion

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from llmint8.formats import Scheme
-from llmint8.kernels.reference import Rotation, quantize_rows, rotate
+from llmint8.kernels.reference import Rotation, quantize_rows
+from llmint8.kernels.weights import rotate
 
 from .criterion import GRID, OUTLIER_MAGNITUDE, OUTLIER_POSITIONS, Criterion, max_candidates
 
@@ -192,10 +193,7 @@ class _Group:
         return InputGroup(self.layers, self.dims, absmax, order, statistics, *self._curve(), positions)
 
     def _curve(self) -> Curve:
-        """Return the mean of a layer's error over all tokens of all calls, times the layers.
-
-        In each call it was measured with the dimensions ranked as they were known to be by then.
-        """
+        """Return the mean of a layer's error over all tokens of all calls, in each with its ranking, times the layers."""
         ks = min((ks for _, _, (ks, _) in self.curves), key=len)
         seen = sum(tokens * layers for tokens, layers, _ in self.curves)
         sums = [sum(tokens * errors[i] for tokens, _, (_, errors) in self.curves) for i in range(len(ks))]

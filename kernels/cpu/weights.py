@@ -21,6 +21,7 @@ def _functions() -> CDLL:
     assert not isinstance(library, str)
     library.llmint8_quantize_weight.argtypes = (*[c_void_p] * 4, *[c_int64] * 2, *[c_int32] * 3)
     library.llmint8_row_sums.argtypes = (*[c_void_p] * 2, *[c_int64] * 3, *[c_int32] * 2)
+    library.llmint8_rotate.argtypes = (c_void_p, *[c_int64] * 2, *[c_int32] * 2)
     return library
 
 
@@ -46,6 +47,14 @@ def quantize_weight(
         to = values[start:].data_ptr(), absmax[start:].data_ptr(), None if wide is None else wide.data_ptr()
         _functions().llmint8_quantize_weight(rows.data_ptr(), *to, *rows.shape, *how, threads)
     return values, absmax
+
+
+def rotate(x: Tensor, kind: native.Kind | None = None) -> Tensor:
+    """Rotate float [M, K] on the CPU, of any dtype and strides, as `reference.rotate` does, to the bit."""
+    rotated = torch.empty(x.shape, dtype=torch.float32, device="cpu").copy_(x)
+    number = native.KINDS[kind or native.kinds()[0]]
+    _functions().llmint8_rotate(rotated.data_ptr(), *rotated.shape, number, _threads(rotated))
+    return rotated
 
 
 def row_sums(values: Tensor, group: int | None = None, kind: native.Kind | None = None) -> Tensor:

@@ -35,6 +35,7 @@ typedef struct {
     float (*quantize_rotated)(const void *row, int64_t k, int type, int8_t *values, float *wide);
     void (*sum_groups)(const int8_t *row, int64_t k, int64_t group, int16_t *sums);
     int32_t (*sum)(const int8_t *row, int64_t k);
+    void (*rotate)(float *row, int64_t blocks);
 } WeightKernels;
 
 static inline float float_of(uint32_t word) {
@@ -99,6 +100,12 @@ void llmint8_quantize_weight(
         absmax[i] = wide ? kernels->quantize_rotated(row, k, type, values + i * k, wide + omp_get_thread_num() * k)
                          : kernels->quantize(row, k, type, values + i * k);
     }
+}
+
+// Rotate the rows of x [n, k], contiguous, in place.
+void llmint8_rotate(float *x, int64_t n, int64_t k, int32_t kind, int32_t threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < n; i++) WEIGHT_KERNELS[kind]->rotate(x + i * k, k / 64);
 }
 
 // Add up the rows of values [n, k], contiguous: to int32 sums [n], or where there is a group, at most 256 of k, to int16

@@ -101,7 +101,7 @@ static int32_t FN(sum_row)(const int8_t *row, int64_t k) {
     return sum + FN(sum)(row + i, k - i);
 }
 
-static const WeightKernels FN(rows) = {FN(quantize_row), FN(quantize_rotated), FN(sum_groups), FN(sum_row)};
+static const WeightKernels FN(rows) = {FN(quantize_row), FN(quantize_rotated), FN(sum_groups), FN(sum_row), FN(rotate)};
 
 #undef FN
 #undef BYTES
