@@ -21,6 +21,7 @@ test: .venv/test ## run the linters, the type checker and every test
 
 soak: .venv/soak ## what takes longer than a test may: kill, starve, fuzz, compile all, add otherwise (30 minutes)
 	$(BIN)/pytest -rP soak
+	LLMINT8_TESTED_FORMAT=2 $(BIN)/pytest tests/test_damage.py
 
 bench: .venv/test ## measure the speed and memory of conversions (benchmarks/outlier_rules.py takes a model and a text)
 	$(BIN)/python benchmarks/convert.py

@@ -8,6 +8,7 @@ the first that breaks the invariant and writes it to `crash-...`. What it finds 
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import logging
@@ -35,6 +36,7 @@ with atheris.instrument_imports(include=["llmint8.formats", "pickletools", "zipf
 FOLDER = Path(tempfile.mkdtemp(prefix="fuzz-"))
 SOURCE = {"name": "s", "repo": None, "commit": None}
 QUANTIZATION = quantization.Quantization(["lm_head"], {"a": 1}, criterion="top-k=1", source=SOURCE)
+QUANTIZATION_2 = dataclasses.replace(QUANTIZATION, layout=formats.NATIVE, layers={"a": "int8"})
 
 
 def header(data: bytes) -> None:
@@ -68,8 +70,9 @@ def quantization_config(data: bytes) -> None:
         value = strict_json.parse_json(data)
         if isinstance(value, dict):
             found = quantization.Quantization.from_dict(value)
-            if "llmint8" in value:
-                found = found.with_block(value["llmint8"])
+            native = found.layout == formats.NATIVE
+            if native or "llmint8" in value:
+                found = found.with_block(value if native else value["llmint8"])
             durable.encode_json(found.to_dict())
     except ValueError as error:
         check_line(error)
@@ -151,7 +154,10 @@ TARGETS: dict[str, Target] = {
     "header": (header, [ORIGINALS[SHARD], struct.pack("<Q", 2) + b"{}"]),
     "index": (index, [ORIGINALS[names.SAFETENSORS_INDEX_NAME]]),
     "manifest": (manifest_file, [ORIGINALS[names.MANIFEST_NAME]]),
-    "quantization": (quantization_config, [json.dumps(QUANTIZATION.to_dict()).encode()]),
+    "quantization": (
+        quantization_config,
+        [json.dumps(of.to_dict()).encode() for of in (QUANTIZATION, QUANTIZATION_2)],
+    ),
     "pickle": (pickle, [zipfile.ZipFile(io.BytesIO(saved())).read("archive/data.pkl")]),
     "torch-save": (torch_save, [saved(), saved(_use_new_zipfile_serialization=False)]),
     "checkpoint": (

@@ -193,7 +193,7 @@ class _Group:
         return InputGroup(self.layers, self.dims, absmax, order, statistics, *self._curve(), positions)
 
     def _curve(self) -> Curve:
-        """Return the mean of a layer's error over the tokens of all calls, in each with its ranking, times the layers."""
+        """Return the mean of a layer's error over the tokens of all calls, each with its ranking, times the layers."""
         ks = min((ks for _, _, (ks, _) in self.curves), key=len)
         seen = sum(tokens * layers for tokens, layers, _ in self.curves)
         sums = [sum(tokens * errors[i] for tokens, _, (_, errors) in self.curves) for i in range(len(ks))]
