@@ -353,6 +353,20 @@ def test_copies_and_pickles_are_of_their_own(tmp_path: Path) -> None:
     assert not runtime.load(tmp_path / "int8", compile=True).generation_config.cache_implementation
 
 
+@pytest.mark.parametrize("low_disk", [False, True], ids=["fetched", "low disk"])
+def test_experts_of_a_repo_are_those_of_a_directory(low_disk: bool, tmp_path: Path, hub: Any) -> None:
+    source = make(tmp_path / "source", "gpt_oss")
+    hub.add("alice/mixture", files(source))
+    how: dict[str, Any] = {"format": 2, "rotate": True, "outliers": "top-k=4"}
+    converter.convert("alice/mixture", tmp_path / "of repo", low_disk=low_disk, **how)
+    converter.convert(source, tmp_path / "of directory", **how)
+    one, other = (open_checkpoint(tmp_path / name) for name in ("of repo", "of directory"))
+    assert one.tensors.keys() == other.tensors.keys()
+    for name in one.tensors:
+        assert torch.equal(one.read(name), other.read(name)), name
+    assert converter.convert("alice/mixture", tmp_path / "of repo", low_disk=low_disk, **how).already
+
+
 def test_a_checkpoint_with_some_experts_only_is_refused(tmp_path: Path) -> None:
     source = make(tmp_path / "source", "mixtral")
     converter.convert(source, tmp_path / "int8", format=2, outliers="none")

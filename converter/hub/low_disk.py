@@ -52,6 +52,7 @@ class HubFile:
     def __init__(self, path: Path, size: int, tensors: dict[str, TensorInfo], shelf: "_Shelf") -> None:
         """Take where the file would be in a snapshot of the repo, and what its header says."""
         self.path, self.size, self.tensors, self._shelf = path, size, tensors, shelf
+        self.announced = dict(tensors)  # the others may be split
 
     def read(self, name: str) -> Tensor:
         """Read one tensor, and download the file before if it is not on the disk."""
@@ -69,7 +70,7 @@ class _Shelf:
         self._origin, self._folder = origin, folder
         self._lock = threading.Lock()
         self._files: dict[str, HubFile] = {}
-        self._waiting: dict[str, set[str]] = {}  # file -> its tensors that have not been released
+        self._waiting: dict[str, set[str]] = {}  # file -> its tensors that have not been released, once there was one
         self._present: list[str] | None = None  # files on the disk, the one read last at the end; None: not looked yet
 
     def has(self, name: str) -> bool:
@@ -81,7 +82,6 @@ class _Shelf:
         with ThreadPoolExecutor(_HEADERS_AT_A_TIME) as pool:
             for name, (size, tensors) in zip(names, pool.map(self._header, names), strict=True):
                 self._files[name] = HubFile(self._origin.path / name, size, tensors, self)
-                self._waiting[name] = set(tensors)
         return list(self._files.values())
 
     def _header(self, name: str) -> tuple[int, dict[str, TensorInfo]]:
@@ -95,6 +95,8 @@ class _Shelf:
     def release(self, name: str) -> None:
         """Take note that a tensor has been converted."""
         with self._lock:
+            for file, held in self._files.items():
+                self._waiting.setdefault(file, set(held.tensors))
             for file in [file for file, waiting in self._waiting.items() if name in waiting]:  # perhaps in two
                 self._waiting[file].discard(name)
                 self._tidy(file)
@@ -141,6 +143,6 @@ class _Shelf:
 
 def _is_whole(path: Path, file: HubFile) -> bool:
     try:
-        return path.stat().st_size == file.size and read_header(path) == file.tensors
+        return path.stat().st_size == file.size and read_header(path) == file.announced
     except (CorruptFileError, OSError):
         return False
