@@ -35,6 +35,7 @@ OPTIONS = {
     "calibrated": {"calibration_tokens": 64},
     "outputs-kept": {"calibration_tokens": 16},
     "data-free": {"outliers": "none"},
+    "rotated": {"calibration_tokens": 64, "format": 2, "rotate": True},
 }
 
 

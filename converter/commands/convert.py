@@ -19,12 +19,13 @@ from .terminal import printable
 @click.option("--revision", metavar="REV", help="Branch, tag or commit, when SOURCE is a Hub repo.")
 @click.option(
     "--format",
+    metavar="N",
     type=click.IntRange(1, 2),
     default=1,
     show_default=True,
     help="1, which bitsandbytes loads too, or 2, which it does not: for --rotate, --rounding and experts.",
 )
-@click.option("--rotate", is_flag=True, help="Rotate weights and inputs: a tenth of the error. Takes --format 2.")
+@click.option("--rotate", is_flag=True, help="Rotate weights and inputs: a third less error. Takes --format 2.")
 @click.option(
     "--rounding",
     type=click.Choice(["nearest", "gptq"]),
