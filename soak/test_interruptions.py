@@ -120,7 +120,8 @@ def test_killed_at_every_tensor(source: Path, tmp_path: Path, options: dict[str,
     while (code := finish(start(convert(source, tmp_path / "out", progress=kill, **options)))) == -signal.SIGKILL:
         kills.append(code)
     assert code == 0
-    assert len(kills) == len(formats.open_source(source).tensors)
+    # And when the outlier columns, and then all that is written, are about to go to the disk.
+    assert len(kills) == len(formats.open_source(source).tensors) + 2
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
     print(f"{len(kills)} kills, one after each tensor")
 
