@@ -18,7 +18,7 @@ from torch import Tensor
 from llmint8.kernels import reference
 from llmint8.kernels.cpu import native
 from llmint8.kernels.operands import Operands
-from llmint8.kernels.reference import Activation, Group, Int8Weight, groups, quantize_weight, row_sums
+from llmint8.kernels.reference import Activation, Group, Int8Weight, Rotation, groups, quantize_weight, row_sums
 
 pytest.importorskip("ziglang")
 unicorn = pytest.importorskip("unicorn")
@@ -95,12 +95,12 @@ class Machine:
 def run(program: bytes, operands: Operands, x: Tensor, zeropoint: bool) -> Tensor:
     """Run the layer on a fresh machine."""
     machine = Machine(program)
-    values, scale, row_sum, dims, columns, bias, _, group = operands
+    values, scale, row_sum, dims, columns, bias, _, group, rotation = operands
     parts = [machine.put(raw(part)) for part in (values, scale, row_sum, dims, columns)]
     count, width = groups(values.shape[1], group)
-    sizes = (*values.shape, len(dims), columns.shape[1], width, count)
+    sizes = (*values.shape, len(dims), columns.shape[1], width, count, rotation or 0)
     types = (native.DTYPES[columns.dtype], 0 if bias is None else native.DTYPES[bias.dtype])
-    weight = machine.put(struct.pack("<6q6Q2i", *sizes, *parts, 0 if bias is None else machine.put(raw(bias)), *types))
+    weight = machine.put(struct.pack("<7q6Q2i", *sizes, *parts, 0 if bias is None else machine.put(raw(bias)), *types))
     out = torch.empty(len(x), len(values), dtype=x.dtype)
     found = machine.put(raw(out))
     kind = native.KINDS["Arm dotprod"]
@@ -168,7 +168,9 @@ def test_layers(
     full = torch.randn(n, k, generator=random).to(dtype)
     dims = torch.randperm(k, generator=random)[:outliers].sort().values.int()
     bias = torch.randn(n, generator=random).to(dtype)
-    weight = Int8Weight(*quantize_weight(full), dims, full[:, dims.long()], bias, group=group)
+    rotation: Rotation | None = 64 if m % 2 else None
+    stored = dims, full[:, dims.long()], bias
+    weight = Int8Weight(*quantize_weight(full, rotation), *stored, group=group, rotation=rotation)
     x = (3 * torch.randn(m, k, generator=random) + 0.5).to(dtype)
     expected = reference.int8_linear(x.float(), weight, activation)
     found = run(program, Operands.prepare(weight), x, activation == "zeropoint").float()
@@ -185,11 +187,16 @@ def test_layers(
 def test_weights_are_those_of_the_reference(dtype: torch.dtype, tmp_path: Path, rows: Any) -> None:
     machine = Machine(build(tmp_path, "weight.c", "llmint8_quantize_weight"))
     weight = rows.hard_rows(200, dtype)
-    values, absmax = quantize_weight(weight)
-    found = machine.put(raw(values * 0)), machine.put(raw(absmax * 0))
-    machine.call(machine.put(raw(weight)), *found, *weight.shape, native.DTYPES[dtype], native.KINDS["Arm dotprod"], 1)
-    assert torch.equal(machine.get(found[0], values), values)
-    assert torch.equal(machine.get(found[1], absmax), absmax)
+    # The threads, of which there is one here, are not passed.
+    how = *weight.shape, native.DTYPES[dtype], native.KINDS["Arm dotprod"]
+    rotations: tuple[Rotation | None, ...] = (None, 64)
+    for rotation in rotations:
+        values, absmax = quantize_weight(weight, rotation)
+        found = machine.put(raw(values * 0)), machine.put(raw(absmax * 0))
+        wide = 0 if rotation is None else machine.put(bytes(4 * weight.shape[1]))
+        machine.call(machine.put(raw(weight)), *found, wide, *how)
+        assert torch.equal(machine.get(found[0], values), values)
+        assert torch.equal(machine.get(found[1], absmax), absmax)
 
 
 @pytest.mark.parametrize("group", [0, 64, 256])
