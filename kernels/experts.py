@@ -16,6 +16,7 @@ from .linear import prepare
 from .operators import has_triton
 from .prepared import PreparedWeight
 from .reference import Activation, Int8Weight
+from .routing import by_expert
 
 
 class PreparedExperts(ABC):
@@ -77,14 +78,9 @@ class _Experts(PreparedExperts):
     def linear(self, x: Tensor, expert_of_row: Tensor, activation: Activation = "absmax") -> Tensor:
         first = self.layers[0]
         _check(x, expert_of_row, first.in_features, first.device)
-        repeats = len(expert_of_row) // max(1, len(x))
         out = x.new_zeros(len(expert_of_row), first.out_features)
-        expert, order = expert_of_row.long().sort(stable=True)
-        ends = torch.searchsorted(expert, torch.arange(len(self.layers) + 1, device=expert.device)).tolist()
-        for layer, start, end in zip(self.layers, ends, ends[1:], strict=False):
-            if start < end:
-                rows = order[start:end]
-                out[rows] = layer.linear(x[rows // repeats], activation)
+        for expert, rows, inputs in by_expert(x, expert_of_row, len(self.layers)):
+            out[rows] = self.layers[expert].linear(inputs, activation)
         return out
 
 

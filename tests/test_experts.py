@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from llmint8 import converter, runtime
 from llmint8.converter.conversion.comparison import compare_with_source
 from llmint8.converter.model.build import meta_model
-from llmint8.converter.model.experts import by_expert, expert_matrices, experts_of, projections, run_experts
+from llmint8.converter.model.experts import expert_by_expert, expert_matrices, experts_of, projections, run_experts
 from llmint8.formats import NATIVE, LLMInt8Error, check_values, open_checkpoint, open_source
 from llmint8.kernels import reference
 from llmint8.runtime import Int8Linear
@@ -147,16 +148,18 @@ def test_the_arithmetic_is_that_of_transformers(family: str) -> None:
 
     x, index = torch.randn(9, 64), torch.randint(3, (9, 2))
     weights = torch.rand(9, 2)
+    each = {(name, expert): [partial(multiply, name, expert)] for name in projections(experts) for expert in range(4)}
+    multiply_rows = expert_by_expert(each, 4)
     with torch.no_grad():
-        found = run_experts(experts, by_expert(multiply, 4), x, index, weights)
+        found = run_experts(experts, multiply_rows, x, index, weights)
         assert torch.allclose(found, experts(x, index, weights), atol=1e-5)
         if not experts.has_bias:  # which of its own forward passes over them too
             index[4] = 4
             kept = index < 4
-            none = run_experts(experts, by_expert(multiply, 4), x, index, weights * kept)
+            none = run_experts(experts, multiply_rows, x, index, weights * kept)
             assert not none[4].any()
             assert torch.allclose(none[:4], found[:4])
-        assert run_experts(experts, by_expert(multiply, 4), x[:0], index[:0], weights[:0]).shape == (0, 64)
+        assert run_experts(experts, multiply_rows, x[:0], index[:0], weights[:0]).shape == (0, 64)
 
 
 def test_layers_are_named_as_their_tensors(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ model's code comes by its weights. The next linear weight is read ahead in a thr
 Activations are float32. The output head is not run unless it is to be converted: nothing after it matters here.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..model.buffers import computed_parameters, fill_computed
-from ..model.experts import ExpertMatrix, by_expert, run_experts, side_by_side
+from ..model.experts import ExpertMatrix, expert_by_expert, run_experts
 from ..model.missing import without_pooler
 from ..model.names import FusedParameter
 from ..planning.selected import SelectedLayer
@@ -93,13 +94,13 @@ def streamed(
             what = name, out_features, transposed, weight, bias, outputs.get(name)
             module.forward = _StreamedLinear(*what, ahead.get, on_linear, device)
         for name, matrices in experts.items():
-            of_experts = {}
-            for matrix, layer in matrices:
+            of_experts = defaultdict(list)
+            for matrix, layer in sorted(matrices, key=lambda one: one[0].part):
                 own = matrix.module, layer.out_features, layer.transposed, layer.weight.name, None
                 streamed_one = _StreamedLinear(*own, outputs.get(matrix.module), read, on_linear, device)
-                of_experts[matrix.projection, matrix.expert, matrix.part] = streamed_one
+                of_experts[matrix.projection, matrix.expert].append(streamed_one)
             module = model.get_submodule(name)
-            module.forward = partial(run_experts, module, by_expert(side_by_side(of_experts), module.num_experts))
+            module.forward = partial(run_experts, module, expert_by_expert(of_experts, module.num_experts))
         head = model.get_output_embeddings()
         # What some models call so is the embedding, which they need.
         if head is not None and not isinstance(head, nn.Embedding):

@@ -8,14 +8,15 @@ tensor `T` of all experts they are `T.0`, `T.1` and so on.
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import dot_natural_key
+
+from llmint8.kernels.routing import by_expert
 
 from .names import fused_parameters, module_names
 
@@ -143,7 +144,6 @@ def _of_each(module: Any, fused: Any, experts: str, projection: str) -> list[Exp
     return found
 
 
-Multiply = Callable[[str, int, Tensor], Tensor]
 MultiplyRows = Callable[[str, Tensor, Tensor], Tensor]
 
 
@@ -175,31 +175,30 @@ def run_experts(experts: Any, multiply: MultiplyRows, hidden: Tensor, index: Ten
     return out.view(*index.shape, -1).sum(1).to(hidden.dtype)
 
 
-def side_by_side(matrices: Mapping[tuple[str, int, int], Callable[[Tensor], Tensor]]) -> Multiply:
-    """Multiply with what computes each part of a projection of an expert; all of them see the same tensor."""
+def side_by_side(parts: Sequence[Tensor]) -> Tensor:
+    """Return what the parts of a projection have computed as one, [M, N] of parts that are [M, N1], [M, N2]..."""
+    return parts[0] if len(parts) == 1 else torch.cat(tuple(parts), -1)
+
+
+def expert_by_expert(
+    matrices: Mapping[tuple[str, int], Sequence[Callable[[Tensor], Tensor]]], num_experts: int
+) -> MultiplyRows:
+    """Multiply rows expert by expert.
+
+    Args:
+        matrices: projection and number of an expert -> what computes each part for x [M, K]; all see the same tensor.
+        num_experts: how many there are.
+
+    """
 
     def multiply(projection: str, expert: int, x: Tensor) -> Tensor:
-        parts: list[Tensor] = []
-        while (matrix := matrices.get((projection, expert, len(parts)))) is not None:
-            parts.append(matrix(x))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-
-    return multiply
-
-
-def by_expert(multiply: Multiply, num_experts: int) -> MultiplyRows:
-    """Multiply rows expert by expert, with what computes a projection of one expert for x [M, K]."""
+        return side_by_side([matrix(x) for matrix in matrices[projection, expert]])
 
     def multiply_rows(projection: str, x: Tensor, of_row: Tensor) -> Tensor:
-        repeats = len(of_row) // len(x)
-        expert, order = of_row.sort(stable=True)
-        ends = torch.searchsorted(expert, torch.arange(num_experts + 1, device=expert.device)).tolist()
         nothing = multiply(projection, 0, x[:0])
         out = nothing.new_zeros(len(of_row), nothing.shape[-1])
-        for number, (start, end) in enumerate(pairwise(ends)):
-            if start < end:
-                rows = order[start:end]
-                out[rows] = multiply(projection, number, x[rows // repeats])
+        for expert, rows, inputs in by_expert(x, of_row, num_experts):
+            out[rows] = multiply(projection, expert, inputs)
         return out
 
     return multiply_rows

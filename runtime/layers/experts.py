@@ -8,10 +8,15 @@ two launches (`kernels/experts.py`), which read the layers' weights as one stack
 from collections import defaultdict
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from llmint8.converter.model.experts import ExpertMatrix, by_expert, projections, run_experts
+from llmint8.converter.model.experts import (
+    ExpertMatrix,
+    expert_by_expert,
+    projections,
+    run_experts,
+    side_by_side,
+)
 from llmint8.formats import LLMInt8Error
 from llmint8.kernels.experts import PreparedExperts, prepare_experts
 from llmint8.kernels.operators import has_triton
@@ -70,12 +75,8 @@ class Int8Experts(nn.Module):
 
         """
         grouped = self._is_grouped(hidden_states)
-        multiply = self._multiply_rows if grouped else by_expert(self._multiply, self.num_experts)
+        multiply = self._multiply_rows if grouped else expert_by_expert(self._layers, self.num_experts)
         return run_experts(self, multiply, hidden_states, top_k_index, top_k_weights)
-
-    def _multiply(self, projection: str, expert: int, x: Tensor) -> Tensor:
-        found = [layer(x) for layer in self._layers[projection, expert]]
-        return found[0] if len(found) == 1 else torch.cat(found, -1)
 
     @staticmethod
     def _is_grouped(x: Tensor) -> bool:
@@ -85,8 +86,7 @@ class Int8Experts(nn.Module):
     def _multiply_rows(self, projection: str, x: Tensor, of_row: Tensor) -> Tensor:
         parts = range(len(self._layers[projection, 0]))
         activation = self._layers[projection, 0][0].activation
-        found = [self._prepared_part(projection, part).linear(x, of_row, activation) for part in parts]
-        return found[0] if len(found) == 1 else torch.cat(found, -1)
+        return side_by_side([self._prepared_part(projection, part).linear(x, of_row, activation) for part in parts])
 
     def _prepared_part(self, projection: str, part: int) -> PreparedExperts:
         """Return the weights of one matrix of all experts, made anew when they were moved or changed."""
