@@ -137,8 +137,7 @@ class Calibrator:
 
         known = {n: partial(self._journal.load, r.tensors[2]) for n, r in done.items() if len(r.tensors) > 2}
         fused = fused_parameters(model, self._plan.source.tensors)
-        of_experts = {matrix.module: matrix for matrix in selection.experts.values()}
-        weights = {name: layers[name].weight.name for name in order if name not in of_experts}
+        weights = {name: layers[name].weight.name for name in order if layers[name].name not in selection.experts}
         experts: dict[str, list[tuple[ExpertMatrix, SelectedLayer]]] = defaultdict(list)
         for matrix in selection.experts.values():
             experts[matrix.experts].append((matrix, selection.layers[matrix.name]))

@@ -40,9 +40,7 @@ def compare_with_source(
     with bounded_modules(len(source.tensors)):
         model = None if config is None else meta_model(config)
     selection = select_layers(source, model, (), (), experts=checkpoint.layout == NATIVE)
-    for stack in selection.stacks:
-        if f"{stack}.0" in checkpoint.records:
-            source.split(stack)
+    source.split(stack for stack in selection.stacks if f"{stack}.0" in checkpoint.records)
     layer_of = selection.layer_of
     errors: dict[str, float] = {}
     heads = _tied_heads(checkpoint, source, model)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmint8.formats import BITSANDBYTES, CheckpointWriter, Manifest, OutputError, SourceError, open_source
+from llmint8.formats import CheckpointWriter, Manifest, OutputError, SourceError, open_source
 from llmint8.formats.disk.names import CARD_NAME
 from llmint8.formats.disk.small_files import MODULES_NAME
 from llmint8.formats.writing.journal import Journal
@@ -125,7 +125,7 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
         time.monotonic() - started,
         notices,
         precision=plan.precision,
-        searches=plan.options.layout == BITSANDBYTES,
+        searches=plan.options.layout.searches,
     )
 
 
@@ -156,7 +156,7 @@ def already_done(plan: ConversionPlan, progress: Progress = _no_progress) -> Con
         [],
         already=True,
         precision=plan.precision,
-        searches=plan.options.layout == BITSANDBYTES,
+        searches=plan.options.layout.searches,
     )
 
 
@@ -178,8 +178,7 @@ def _with_weights(plan: ConversionPlan) -> ConversionPlan:
         return plan
     fetch_weights(origin, [file.path.name for file in plan.source.files])
     source = open_source(origin.path)
-    for stack in plan.selection.stacks:
-        source.split(stack)
+    source.split(plan.selection.stacks)
     if source.tensors != plan.source.tensors:
         raise SourceError(f"{origin.name}: what was downloaded is not what its headers announced")
     return dataclasses.replace(plan, source=source, origin=dataclasses.replace(origin, remote=False))
@@ -212,6 +211,5 @@ def _without_nonfinite(plan: ConversionPlan, journal: Journal, progress: Progres
         name = next(iter(reasons))
         raise SourceError(f"{plan.source.path}: no layer is left to quantize: {name} and all others hold NaN")
     selection = plan.selection.without(reasons)
-    for stack in set(plan.selection.stacks) - set(selection.stacks):
-        plan.source.join(stack)
+    plan.source.join(set(plan.selection.stacks) - set(selection.stacks))
     return with_selection(plan, selection)

@@ -42,8 +42,7 @@ def finished(plan: ConversionPlan, progress: Progress) -> tuple[Checkpoint, Mani
         f"{key} was {then[key]} and is {now.get(key, 'not there')}" for key in sorted(then) if then[key] != now.get(key)
     ] + _unrecorded(sorted(now.keys() - then.keys()))
     if not changes and plan.origin.commit is None:
-        for stack in plan.selection.stacks:
-            plan.source.join(stack)  # which the comparison splits itself
+        plan.source.join(plan.selection.stacks)  # which the comparison splits itself
         changes = compare_with_source(checkpoint, plan.source, progress).problems[:1]
     if changes:
         raise OutputError(

@@ -95,8 +95,8 @@ class _Shelf:
     def release(self, name: str) -> None:
         """Take note that a tensor has been converted."""
         with self._lock:
-            for file, held in self._files.items():
-                self._waiting.setdefault(file, set(held.tensors))
+            if not self._waiting:
+                self._waiting = {file: set(held.tensors) for file, held in self._files.items()}
             for file in [file for file, waiting in self._waiting.items() if name in waiting]:  # perhaps in two
                 self._waiting[file].discard(name)
                 self._tidy(file)

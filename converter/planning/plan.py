@@ -9,6 +9,7 @@ from typing import Any
 from llmint8.formats import (
     DTYPES,
     FLOAT_DTYPES,
+    NATIVE,
     OutputError,
     Source,
     SourceError,
@@ -196,12 +197,11 @@ def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> Conv
         model = None if config is None else meta_model(config)
         if options.quantize_head:
             config, model, head = own_head(config, model)
-    selection = select_layers(source, model, options.skip, options.only, head, experts=options.format == 2)
-    for stack in selection.stacks:
-        source.split(stack)
+    selection = select_layers(source, model, options.skip, options.only, head, experts=options.layout == NATIVE)
+    source.split(selection.stacks)
     selection.notices[:0] = [*source.notices, *notices, *(samples.notices if samples else [])]
     if model is None and criterion.kind != "none":
-        then = ", and layers search for their outliers in every call" if options.format == 1 else ""
+        then = ", and layers search for their outliers in every call" if options.layout.searches else ""
         selection.notices.append(f"without the model there is no calibration: no outlier columns are stored{then}")
     if options.outliers != _DEFAULTS.outliers:  # of what nobody asked for, as much as there can be
         selection.notices.extend(budget_notices(criterion, [layer.in_features for layer in selection.layers.values()]))

@@ -87,7 +87,7 @@ def select_layers(
             )
         else:
             layers[name] = layer
-    for name, why in with_all_experts(of_experts, kept.keys() & of_experts.keys()).items():
+    for name, why in with_all_experts(of_experts, kept).items():
         kept[name] = why
         del layers[name]
     if not layers:

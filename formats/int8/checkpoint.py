@@ -120,7 +120,7 @@ def _quantization(path: Path, config: Mapping[str, Any]) -> Quantization:
 def _weight_map(path: Path, layout: Layout) -> dict[str, str]:
     """Return the index's map, or nothing for a checkpoint in one file."""
     for other in LAYOUTS.values():
-        if other is not layout and (strange := _weights_of(path, other)):
+        if other != layout and (strange := _weights_of(path, other)):
             raise CorruptFileError(
                 f"{strange[0]}: a weight file of format {other.major}, where config.json says {layout.major}; "
                 "remove it if it belongs elsewhere"

@@ -15,6 +15,7 @@ class Layout:
         stem: how names of weight files begin.
         absmax: what a layer's absmax is called.
         weight_format: whether a layer has a tensor of this name, which bitsandbytes wants.
+        searches: whether a layer for which no outlier columns were chosen searches them in every call.
 
     """
 
@@ -23,6 +24,7 @@ class Layout:
     stem: str
     absmax: str
     weight_format: bool
+    searches: bool
 
     @property
     def single(self) -> str:
@@ -53,12 +55,12 @@ class Layout:
 
     def int8_specs(self, name: str, out_features: int, in_features: int) -> list[TensorSpec]:
         """Return the tensors of a layer that are made of its weight alone, as they stand in a file."""
-        specs = [
-            TensorSpec(f"{name}.weight", "I8", (out_features, in_features)),
-            TensorSpec(f"{name}.{self.absmax}", "F32", (out_features,)),
-            TensorSpec(f"{name}.weight_format", "U8", ()),
-        ]
-        return specs[: len(self.int8_suffixes)]
+        stored = {
+            "weight": ("I8", (out_features, in_features)),
+            self.absmax: ("F32", (out_features,)),
+            "weight_format": ("U8", ()),
+        }
+        return [TensorSpec(f"{name}.{suffix}", *stored[suffix]) for suffix in self.int8_suffixes]
 
     def record_specs(
         self, name: str, out_features: int, in_features: int, outlier_count: int, outlier_dtype: str
@@ -78,6 +80,6 @@ def outlier_specs(name: str, out_features: int, outlier_count: int, outlier_dtyp
     ]
 
 
-BITSANDBYTES = Layout(1, "bitsandbytes", "model", "SCB", weight_format=True)
-NATIVE = Layout(2, "llmint8", "llmint8-model", "absmax", weight_format=False)
+BITSANDBYTES = Layout(1, "bitsandbytes", "model", "SCB", weight_format=True, searches=True)
+NATIVE = Layout(2, "llmint8", "llmint8-model", "absmax", weight_format=False, searches=False)
 LAYOUTS = {layout.major: layout for layout in (BITSANDBYTES, NATIVE)}

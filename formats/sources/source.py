@@ -6,7 +6,7 @@ transformers; nothing outside this folder asks what the files were.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -65,17 +65,19 @@ class Source:
         rows = (info.rows(number, number + 1) for number in range(info.shape[0]))
         return [replace(one, name=f"{name}.{number}", shape=one.shape[1:]) for number, one in enumerate(rows)]
 
-    def split(self, name: str) -> None:
-        """Have the matrices of a stack in its place; see `parts`."""
-        self._exchange([self.tensors[name]], self.parts(name))
+    def split(self, names: Iterable[str]) -> None:
+        """Have the matrices of stacks in their place; see `parts`."""
+        for name in names:
+            self._exchange([self.tensors[name]], self.parts(name))
 
-    def join(self, name: str) -> None:
+    def join(self, names: Iterable[str]) -> None:
         """Undo `split`."""
-        parts: list[TensorInfo] = []
-        first = self.tensors[f"{name}.0"]
-        while (part := self.tensors.get(f"{name}.{len(parts)}")) is not None:
-            parts.append(part)
-        self._exchange(parts, [replace(first, name=name, shape=(len(parts), *first.shape))])
+        for name in names:
+            parts: list[TensorInfo] = []
+            first = self.tensors[f"{name}.0"]
+            while (part := self.tensors.get(f"{name}.{len(parts)}")) is not None:
+                parts.append(part)
+            self._exchange(parts, [replace(first, name=name, shape=(len(parts), *first.shape))])
 
     def _exchange(self, old: list[TensorInfo], new: list[TensorInfo]) -> None:
         for holder in (self.tensors, self._file_of[old[0].file].tensors):

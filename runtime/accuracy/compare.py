@@ -90,11 +90,11 @@ def compare(
     windows = token_windows(tokenizer, content, tokens, window)
     model = load(resolved.path, device=device, dtype=torch.float32)
     reference = load_reference(origin.path, window, device)
-    rotated = any(layer.rotation is not None for layer in int8_layers(model).values())
+    layers = int8_layers(model)
+    rotated = any(layer.rotation is not None for layer in layers.values())
     modes = _modes(model.config.quantization_config, methods, rotated)
     named = {f"{resolved.name}: {mode.label}": mode for mode in modes}
     runs = Runs(reference, model, named, METHODS if methods else (), windows)
-    layers = int8_layers(model)
     counted = not methods and any(layer.kept_limit is not None for layer in layers.values())
     if counted:
         outlier_misses(model)

@@ -35,7 +35,6 @@ def inspect_command(checkpoint: str, revision: str | None, every: bool, as_json:
 
 
 def _facts(opened: Any) -> dict[str, Any]:
-    from llmint8.formats import BITSANDBYTES
     from llmint8.kernels.cpu import native
 
     quantization = opened.quantization
@@ -81,7 +80,7 @@ def _facts(opened: Any) -> dict[str, Any]:
         "activation": quantization.scheme.activation,
         "activation_group": quantization.scheme.activation_group,
         "threshold": quantization.threshold,
-        "searches": quantization.layout == BITSANDBYTES,
+        "searches": quantization.layout.searches,
         "not_calibrated": _not_calibrated(opened),
         "runs_on": native.kinds()[0] if native.kinds() else f"plain torch ({native.why_not()})",
         "files": opened.files,

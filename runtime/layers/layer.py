@@ -122,8 +122,15 @@ class Int8Linear(QuantizedTensors):
             check_outlier_dims(dims, weight.shape[1])
         columns = weight[:, dims] if outlier_weight is None else outlier_weight.detach().clone()
         bias = None if linear.bias is None else linear.bias.detach().clone()
-        k, n, how = weight.shape[1], len(weight), {"device": "meta", "dtype": weight.dtype}
-        layer = cls(k, n, bias is not None, len(dims), rotation=rotation, **how)  # type: ignore[arg-type]
+        layer = cls(
+            weight.shape[1],
+            len(weight),
+            bias is not None,
+            len(dims),
+            device="meta",
+            dtype=weight.dtype,
+            rotation=rotation,
+        )
         layer.weight = nn.Parameter(values, requires_grad=False)
         layer.SCB, layer.weight_format = absmax, absmax.new_zeros((), dtype=torch.uint8)
         layer.outlier_dims, layer.outlier_weight = dims.to(torch.int32, copy=True), columns

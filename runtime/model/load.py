@@ -23,7 +23,6 @@ from llmint8.converter.model.missing import fill_missing
 from llmint8.converter.model.names import module_names
 from llmint8.converter.words import activations
 from llmint8.formats import (
-    BITSANDBYTES,
     DTYPES,
     Checkpoint,
     CheckpointError,
@@ -125,7 +124,7 @@ def load(
     calibration = read_calibration(checkpoint, manifest if needed else None)
     # What LLM.int8() would do is the least that a layer gets; a threshold of 0 means that nothing is an outlier. Inputs
     # that are rotated do better without a search.
-    searches = outliers is None and mode == "static" and threshold and checkpoint.layout == BITSANDBYTES
+    searches = outliers is None and mode == "static" and threshold and checkpoint.layout.searches
     searched = calibration.missed if searches else frozenset()
     config.quantization_config = {
         **int8_config(checkpoint),

@@ -16,7 +16,7 @@ def linear_for(model: nn.Module, name: str, record: Int8Record) -> nn.Linear | C
         LLMInt8Error: there is none, it is not a plain linear layer, or its shape is another.
 
     """
-    where = f"{record.name}: int8 in the checkpoint, but {type(model).__name__}"
+    where = _where(model, record)
     if not name:
         raise LLMInt8Error(f"{where} has no layer of its own for it")
     module = model.get_submodule(name)
@@ -27,9 +27,17 @@ def linear_for(model: nn.Module, name: str, record: Int8Record) -> nn.Linear | C
     else:
         raise LLMInt8Error(f"{where} has {type(module).__name__} there, expected Linear or Conv1D")
     if (out_features, in_features) != (record.out_features, record.in_features):
-        found = [record.out_features, record.in_features]
-        raise LLMInt8Error(f"{where} wants shape {[out_features, in_features]}, not {found}")
+        raise _another_shape(model, record, out_features, in_features)
     return module
+
+
+def _where(model: nn.Module, record: Int8Record) -> str:
+    return f"{record.name}: int8 in the checkpoint, but {type(model).__name__}"
+
+
+def _another_shape(model: nn.Module, record: Int8Record, out_features: int, in_features: int) -> LLMInt8Error:
+    found = [record.out_features, record.in_features]
+    return LLMInt8Error(f"{_where(model, record)} wants shape {[out_features, in_features]}, not {found}")
 
 
 def matrices_of(model: nn.Module, records: Iterable[Int8Record], tensors: Collection[str]) -> dict[str, ExpertMatrix]:
@@ -44,9 +52,7 @@ def check_matrix(model: nn.Module, matrix: ExpertMatrix, record: Int8Record) -> 
     stack = model.get_submodule(matrix.experts).get_parameter(matrix.projection)
     inputs, outputs = (stack.shape[1], stack.shape[2]) if matrix.transposed else (stack.shape[2], stack.shape[1])
     if record.in_features != inputs or record.out_features > outputs:
-        found = [record.out_features, record.in_features]
-        where = f"{record.name}: int8 in the checkpoint, but {type(model).__name__}"
-        raise LLMInt8Error(f"{where} wants shape {[outputs, inputs]}, not {found}")
+        raise _another_shape(model, record, outputs, inputs)
 
 
 def check_shapes(model: nn.Module, shapes: dict[str, tuple[int, ...]], names: dict[str, str]) -> None:
