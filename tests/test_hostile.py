@@ -258,7 +258,7 @@ PICKLES: dict[str, tuple[Attack, str]] = {
     "a call that never was": (torch_file(lambda: archive(b"\x80\x02NNR.", {})), "calls what is no function"),
     "keys nested a million deep": (
         torch_file(lambda: archive(b"})" + b"\x85" * 10**6 + b"Ns.", {})),
-        "a key is a tuple",
+        "a tuple",
     ),
     "a value nested 100,000 deep": (
         torch_file(lambda: archive(state(b")" + b"\x85" * 100_000), {})),

@@ -21,7 +21,7 @@ def load_batch(plan: ConversionPlan) -> Calibration | None:
     """
     if plan.config is None:
         return None
-    source, config, options = plan.source.path, plan.config, plan.options
+    source, config, options = plan.source.beside, plan.config, plan.options
     text = None if options.calibration is None or plan.samples else Path(options.calibration)
     batch = load_calibration(source, config, text, options.calibration_tokens) if takes_text(config) else without_text()
     if plan.samples is None:

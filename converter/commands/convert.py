@@ -152,7 +152,7 @@ def _destination(plan: Any, repo: str, private: bool) -> Any:
     from ..hub.destination import destination
     from ..hub.push import check_licence
 
-    check_licence(plan.source.path, plan.origin.repo)
+    check_licence(plan.source.beside, plan.origin.repo)
     return destination(repo, plan.origin.repo, private=private)
 
 

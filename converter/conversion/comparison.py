@@ -35,7 +35,7 @@ def compare_with_source(
     checkpoint: Checkpoint, source: Source, progress: Callable[[str, int], None] = lambda name, nbytes: None
 ) -> Comparison:
     """Convert the source once more in memory, tensor by tensor, and compare bit for bit."""
-    config = load_config(source.path)
+    config = load_config(source.beside)
     config = None if config is None else settle_class(config, source)[0]
     with bounded_modules(len(source.tensors)):
         model = None if config is None else meta_model(config)

@@ -112,7 +112,7 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
         shown = calibrator.shown if calibrator else {}
         calibration, said = record(plan, batch, shown, len(outliers.counts))
         manifest = _commit(plan, writer, outliers, calibration)
-    notices = [*plan.selection.notices, *outliers.notices, *said]
+    notices = [*plan.selection.notices, *outliers.notices, *said, *plan.source.differences]
     columns = sum(layer.in_features for layer in plan.selection.layers.values())
     return ConversionReport(
         plan.out,
@@ -176,7 +176,7 @@ def _with_weights(plan: ConversionPlan) -> ConversionPlan:
     origin = plan.origin
     if not origin.remote or origin.low_disk:
         return plan
-    fetch_weights(origin, [file.path.name for file in plan.source.files])
+    fetch_weights(origin, [path.name for path in plan.source.stored])
     source = open_source(origin.path)
     source.split(plan.selection.stacks)
     if source.tensors != plan.source.tensors:
@@ -190,11 +190,11 @@ def _commit(
     """Complete the checkpoint: small files, a card in place of the source's, manifest and config."""
     config, identity, quantization = output_config(plan), identify(plan), describe(plan, outliers.counts, calibration)
     in_features = [layer.in_features for layer in plan.selection.layers.values()]
-    small_files = {str(file.relative_to(plan.source.path)): file.read_bytes() for file in plan.source.small_files}
+    small_files = {str(file.relative_to(plan.source.beside)): file.read_bytes() for file in plan.source.small_files}
     names = [spec.name for group in plan.groups for spec in group]
     beside = MODULES_NAME in small_files
     subject = Subject(config, quantization, identity, in_features, writer.nbytes, sentences=beside, tensors=names)
-    small_files[CARD_NAME] = new_card(subject, read_card(plan.source.path)).encode()
+    small_files[CARD_NAME] = new_card(subject, read_card(plan.source.beside)).encode()
     return writer.commit(config, quantization, identity, outliers.statistics, small_files)
 
 

@@ -62,7 +62,7 @@ def _unrecorded(names: list[str]) -> list[str]:
 
 def _small_files(plan: ConversionPlan) -> dict[str, str]:
     """Return what lies beside the source's weights and is copied, by its name -> the SHA-256 of its content."""
-    files = {file.relative_to(plan.source.path).as_posix(): file for file in plan.source.small_files}
+    files = {file.relative_to(plan.source.beside).as_posix(): file for file in plan.source.small_files}
     files.pop(CARD_NAME, None)
     return {name: _sha256(file) for name, file in files.items()}
 

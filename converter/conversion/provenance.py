@@ -64,11 +64,11 @@ def describe(plan: ConversionPlan, outliers: dict[str, int], calibration: dict[s
 
 def identify(plan: ConversionPlan) -> dict[str, Any]:
     """Identify the source in the manifest: its origin, the sizes of its files, the hash of its config; and options."""
-    config = (plan.source.path / "config.json").read_bytes()
+    config = (plan.source.beside / "config.json").read_bytes()
     return {
         **_origin(plan),
         "config_sha256": hashlib.sha256(config).hexdigest(),
-        "files": {file.path.name: file.size for file in plan.source.files},
+        "files": {path.name: size for path, size in plan.source.stored.items()},
         "options": _options(plan),
     }
 
@@ -88,13 +88,13 @@ def fingerprint(plan: ConversionPlan) -> dict[str, str]:
     source = plan.source
     found = {"the source": plan.origin.name, "its commit": str(plan.origin.commit), **plan.options.spelled()}
     found["the calibration"] = _calibration(plan)
-    for file in [source.path / "config.json", *source.small_files]:
-        found[f"the source's {file.relative_to(source.path)}"] = _short_hash(file)
-    for weights in source.files:
+    for file in [source.beside / "config.json", *source.small_files]:
+        found[f"the source's {file.relative_to(source.beside)}"] = _short_hash(file)
+    for weights, nbytes in source.stored.items():
         # Of a commit the files are always the same, and may be fetched anew.
-        time = None if plan.origin.commit else datetime.fromtimestamp(weights.path.stat().st_mtime, UTC)
+        time = None if plan.origin.commit else datetime.fromtimestamp(weights.stat().st_mtime, UTC)
         modified = f", modified {time.isoformat()}" if time else ""
-        found[f"the source's {weights.path.name}"] = f"{weights.size} bytes{modified}"
+        found[f"the source's {weights.name}"] = f"{nbytes} bytes{modified}"
     return found | {name: _version(name) for name in ("llmint8", "torch", "transformers")}
 
 

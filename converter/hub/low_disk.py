@@ -13,7 +13,7 @@ keeps no half of a file. Whole shards that an earlier process has left are used.
 import dataclasses
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -49,9 +49,13 @@ def open_remote(origin: Resolved, folder: Path) -> Source:
 class HubFile:
     """A weight file on the Hub."""
 
+    in_blocks = True
+    differences: Mapping[str, str] = {}
+
     def __init__(self, path: Path, size: int, tensors: dict[str, TensorInfo], shelf: "_Shelf") -> None:
         """Take where the file would be in a snapshot of the repo, and what its header says."""
         self.path, self.size, self.tensors, self._shelf = path, size, tensors, shelf
+        self.stored = {path: size}
         self.announced = dict(tensors)  # the others may be split
 
     def read(self, name: str) -> Tensor:

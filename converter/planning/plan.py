@@ -103,7 +103,7 @@ class ConversionPlan:
                 aside += layer.weight.nbytes * max_candidates(layer.in_features) // layer.in_features
                 aside += max(kept_output_bytes(layer, rows) for rows in self._rows)
         # With --low-disk, the shards that are there at a time.
-        shards = sorted(file.size for file in self.source.files)[-MOST_SHARDS:] if self.origin.low_disk else []
+        shards = sorted(self.source.stored.values())[-MOST_SHARDS:] if self.origin.low_disk else []
         fetched = self.bytes_to_fetch if self.origin.path.stat().st_dev == _existing(self.out).stat().st_dev else 0
         written = self.bytes_after + small + aside + 1024 * sum(len(group) for group in self.groups)
         return written + sum(shards) + fetched
@@ -118,7 +118,7 @@ class ConversionPlan:
     def bytes_to_fetch(self) -> int:
         """Bytes of weights that the conversion fetches into the Hub's cache before it begins."""
         whole = self.origin.remote and not self.origin.low_disk
-        return sum(file.size for file in self.source.files if not file.path.exists()) if whole else 0
+        return sum(size for path, size in self.source.stored.items() if not path.exists()) if whole else 0
 
     @property
     def cache_free(self) -> int:
@@ -140,7 +140,7 @@ class ConversionPlan:
         whole = 0  # the largest tensor that is not handled in blocks of its rows
         for info in self.source.tensors.values():
             layer = layer_of.get(info.name)
-            if (layer and layer.transposed) or not info.file.endswith(".safetensors"):
+            if (layer and layer.transposed) or not self.source.in_blocks(info.name):
                 whole = max(whole, int(1.5 * info.nbytes))
         peak = self.options.threads * (whole + 6 * BLOCK_BYTES)
         if self.criterion.kind != "none" and self.config is not None:
@@ -190,7 +190,7 @@ def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> Conv
     if not origin.name.isprintable():  # it is written into config.json
         raise SourceError(f"{origin.path}: has a name that cannot be printed; rename the directory")
     source = open_remote(origin, out / WORKING_NAME) if origin.remote else open_source(origin.path)
-    config, head = load_config(origin.path, options.trust_remote_code), None
+    config, head = load_config(source.beside, options.trust_remote_code), None
     config, notices = (None, []) if config is None else settle_class(config, source)
     samples = choose_samples(options.calibration, config if criterion.kind != "none" else None)
     with bounded_modules(len(source.tensors)):

@@ -110,18 +110,22 @@ def read_tensor(path: Path, info: TensorInfo) -> Tensor:
 def read_from(file: FileIO, path: Path, info: TensorInfo) -> Tensor:
     """Read a tensor as `read_tensor` does from a file that is open for unbuffered reading; `path` is for its errors."""
     tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
-    view = as_bytes(tensor)
+    read_into(file, path, info.name, info.offset, as_bytes(tensor))
+    return tensor
+
+
+def read_into(file: FileIO, path: Path, name: str, offset: int, view: memoryview) -> None:
+    """Fill `view` with the bytes of a tensor from `offset` on; path and name are for errors."""
     try:
-        file.seek(info.offset)
+        file.seek(offset)
         done = 0
         while done < len(view):
             count = file.readinto(view[done:])
             if not count:
-                raise CorruptFileError(f"{path}: {info.name}: the file ends {len(view) - done} bytes too early")
+                raise CorruptFileError(f"{path}: {name}: the file ends {len(view) - done} bytes too early")
             done += count
     except OSError as error:
-        raise CorruptFileError(f"{path}: {info.name}: cannot be read: {error.strerror}") from None
-    return tensor
+        raise CorruptFileError(f"{path}: {name}: cannot be read: {error.strerror}") from None
 
 
 def read_blocks(file: FileIO, path: Path, info: TensorInfo) -> Iterator[Tensor]:

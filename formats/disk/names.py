@@ -7,6 +7,8 @@ SAFETENSORS_NAME = "model.safetensors"
 SAFETENSORS_INDEX_NAME = "model.safetensors.index.json"
 TORCH_NAME = "pytorch_model.bin"
 TORCH_INDEX_NAME = "pytorch_model.bin.index.json"
+# Weights of a source, in the order of transformers' `_get_resolved_checkpoint_files`.
+WEIGHT_NAMES = (SAFETENSORS_NAME, SAFETENSORS_INDEX_NAME, TORCH_NAME, TORCH_INDEX_NAME)
 MANIFEST_NAME = "llmint8_manifest.json"
 CARD_NAME = "README.md"
 # Of PEFT.

@@ -1,8 +1,8 @@
 """A 16-bit checkpoint as somebody else wrote it: names, shapes and lazily read tensors.
 
 Understood are the layouts of the Hugging Face Hub: `model.safetensors` or `pytorch_model.bin`, whole or in shards
-with an index. Every other layout (metaseq, GGUF, ...) becomes a `Source` here too, with tensor names as in
-transformers; nothing outside this folder asks what the files were.
+with an index; and OPT as metaseq saves it. Every layout becomes a `Source` here, with tensor names as in transformers;
+nothing outside this folder asks what the files were.
 """
 
 import re
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,9 @@ from ..disk.names import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from ..disk.reading import read_json
 from ..disk.small_files import small_files
 from ..errors import SourceError
+from .metaseq.beside import describe
+from .metaseq.model import MetaseqModel
+from .metaseq.names import metaseq_files
 from .quantized import already_quantized, check_quantization, stored_quantization
 from .weight_files import LocalFolder, TensorFile, WeightFiles, WeightFolder, weight_files
 
@@ -35,7 +39,8 @@ class Source:
     """A source checkpoint, opened and checked; no tensor has been read yet.
 
     `release` takes the name of a tensor that has been converted. Where weights are fetched as they are needed, files of
-    which all tensors have been released are deleted. `notices` say what was left aside, and why.
+    which all tensors have been released are deleted. `notices` say what was left aside, and why. `made` is a directory
+    with what transformers wants beside the weights, where that is not in `path` and was made of what is.
     """
 
     path: Path
@@ -45,6 +50,26 @@ class Source:
     small_files: list[Path]
     release: Callable[[str], None] = _keep
     notices: list[str] = field(default_factory=list)
+    made: TemporaryDirectory[str] | None = None
+
+    @property
+    def beside(self) -> Path:
+        """The directory with config.json, the tokenizer and all other small files."""
+        return Path(self.made.name) if self.made else self.path
+
+    @cached_property
+    def stored(self) -> dict[Path, int]:
+        """The weight files, and the bytes of each."""
+        return {path: size for file in self.files for path, size in file.stored.items()}
+
+    @property
+    def differences(self) -> list[str]:
+        """What was found while tensors were read: of some that are there more than once, not all are the same."""
+        return [said for file in self.files for said in file.differences.values()]
+
+    def in_blocks(self, name: str) -> bool:
+        """Tell whether `read_rows` holds no more of a tensor than a block of its rows."""
+        return self._file_of[self.tensors[name].file].in_blocks
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, contiguous on the CPU."""
@@ -104,9 +129,11 @@ def open_source(path: Path, folder: WeightFolder | None = None) -> Source:
     """
     if not path.is_dir():
         raise SourceError(f"{path}: no such directory")
+    local = folder is None
+    if local and (names := metaseq_files(path)):
+        return _of_metaseq(path, MetaseqModel(path, names))
     config = _read_config(path)
     quantization = stored_quantization(path, config)
-    local = folder is None
     folder = folder or LocalFolder(path)
     try:
         found = weight_files(path, folder.has, config.get("transformers_weights"))
@@ -132,6 +159,13 @@ def open_source(path: Path, folder: WeightFolder | None = None) -> Source:
     source = Source(path, config, files, tensors, small_files(path))
     source.notices.extend([*_left_aside(found), *_twice_notices(source, twice, local), *stale, *_adapter_notice(path)])
     return source
+
+
+def _of_metaseq(path: Path, model: MetaseqModel) -> Source:
+    made, notices = describe(path, model)
+    beside = Path(made.name)
+    config = read_json(beside / CONFIG_NAME)
+    return Source(path, config, [model], model.tensors, small_files(beside), notices=notices, made=made)
 
 
 def _left_aside(found: WeightFiles) -> list[str]:

@@ -1,7 +1,7 @@
 """The weight files of a source: where they are, and each opened without reading a tensor."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,21 +13,40 @@ from ..containers.pytorch.file import TorchFile
 from ..containers.safetensors import read_header
 from ..containers.tensors import TensorInfo, read_blocks, read_from
 from ..disk.lending import OpenFiles
-from ..disk.names import CONFIG_NAME, SAFETENSORS_INDEX_NAME, SAFETENSORS_NAME, TORCH_INDEX_NAME, TORCH_NAME
+from ..disk.names import (
+    CONFIG_NAME,
+    SAFETENSORS_INDEX_NAME,
+    SAFETENSORS_NAME,
+    TORCH_INDEX_NAME,
+    TORCH_NAME,
+    WEIGHT_NAMES,
+)
 from ..disk.reading import open_regular, require_inside
 from ..errors import SourceError
 
 _SUFFIX = {SAFETENSORS_INDEX_NAME: ".safetensors", TORCH_INDEX_NAME: ".bin"}
-# As in transformers' `_get_resolved_checkpoint_files`.
-_ORDER = (SAFETENSORS_NAME, SAFETENSORS_INDEX_NAME, TORCH_NAME, TORCH_INDEX_NAME)
 
 
 class TensorFile(Protocol):
-    """One weight file, of `size` bytes."""
+    """One weight file; or several, of which all hold parts of tensors.
+
+    Attributes:
+        path: the file, or a name for all of them.
+        stored: the files on the disk, and the bytes of each.
+        tensors: what can be read.
+        in_blocks: whether `read_rows` never holds more than a block.
+
+    """
 
     path: Path
-    size: int
+    stored: dict[Path, int]
     tensors: dict[str, TensorInfo]
+    in_blocks: bool
+
+    @property
+    def differences(self) -> Mapping[str, str]:
+        """Name of a tensor that is there more than once -> how what has been read of it differs."""
+        ...
 
     def read(self, name: str) -> Tensor:
         """Return the tensor, contiguous on the CPU, in memory that the caller may keep or drop."""
@@ -69,11 +88,14 @@ class LocalFolder:
 class SafetensorsFile:
     """A safetensors file; only its header is held."""
 
+    in_blocks = True
+    differences: Mapping[str, str] = {}
+
     def __init__(self, path: Path, opened: OpenFiles) -> None:
         """Read the header; `opened` lends the file for all that follows. Raises CorruptFileError."""
         self.path, self._opened = path, opened
         self.tensors = read_header(path)
-        self.size = path.stat().st_size
+        self.stored = {path: path.stat().st_size}
 
     def read(self, name: str) -> Tensor:
         """Read one tensor."""
@@ -109,7 +131,7 @@ def weight_files(path: Path, has: Callable[[str], bool], named: object = None) -
         CorruptFileError: a broken index.
 
     """
-    taken = next((name for name in _ORDER if ((path / name).exists() if name in _SUFFIX else has(name))), None)
+    taken = next((name for name in WEIGHT_NAMES if ((path / name).exists() if name in _SUFFIX else has(name))), None)
     if named is not None:
         if not isinstance(named, str) or not re.fullmatch(r"[\w.-]+\.safetensors(\.index\.json)?", named):
             raise SourceError(
@@ -119,7 +141,7 @@ def weight_files(path: Path, has: Callable[[str], bool], named: object = None) -
     if taken is None:
         raise SourceError(f"{path}: no weights; expected {SAFETENSORS_NAME} or {TORCH_NAME}, or an index of shards")
     # Of a repo nobody asks for more.
-    aside = [name for name in _ORDER if name != taken and (path / name).exists()]
+    aside = [name for name in WEIGHT_NAMES if name != taken and (path / name).exists()]
     if not taken.endswith(".json"):
         return WeightFiles([taken], "", {}, aside)
     weight_map = read_weight_map(path / taken, _SUFFIX.get(taken, ".safetensors"))

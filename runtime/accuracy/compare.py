@@ -21,7 +21,7 @@ from llmint8.converter.model.build import model_class, quiet_transformers
 from llmint8.converter.model.config import load_config
 from llmint8.converter.model.limits import bounded_modules
 from llmint8.converter.planning.options import ACTIVATION_GROUP
-from llmint8.formats import LLMInt8Error, SourceError, open_source
+from llmint8.formats import LLMInt8Error, Source, SourceError, open_source
 from llmint8.formats.disk.names import ADAPTER_CONFIG_NAME
 
 from ..layers.misses import outlier_misses
@@ -84,12 +84,13 @@ def compare(
     usable_device(device)
     resolved, origin = resolve(checkpoint, kind="int8"), resolve(source, kind="source")
     content = read_text(text)
-    tokenizer, why = load_tokenizer(origin.path)
+    opened = open_source(origin.path)
+    tokenizer, why = load_tokenizer(opened.beside)
     if tokenizer is None:
         raise SourceError(f"{origin.path}: {why}, so no text can be shown to it")
     windows = token_windows(tokenizer, content, tokens, window)
     model = load(resolved.path, device=device, dtype=torch.float32)
-    reference = load_reference(origin.path, window, device)
+    reference = load_reference(opened, window, device)
     layers = int8_layers(model)
     rotated = any(layer.rotation is not None for layer in layers.values())
     modes = _modes(model.config.quantization_config, methods, rotated)
@@ -113,22 +114,22 @@ def compare(
     return Comparison(len(windows), len(layers), head_kl, stored / max(1, columns), beyond, found)
 
 
-def load_reference(path: Path, window: int, device: str) -> Any:
+def load_reference(source: Source, window: int, device: str) -> Any:
     """Load a 16-bit source checkpoint as a causal language model in float32, in eval mode.
 
     Raises:
-        SourceError, CorruptFileError: not a source checkpoint, or not complete.
+        SourceError, CorruptFileError: the checkpoint is not complete, or a file is broken.
         LLMInt8Error: transformers does not know the model, or it does not predict the next token.
         ValueError: the model takes fewer tokens than a window has.
 
     """
-    source = open_source(path)
+    path = source.path
     if (adapter := path / ADAPTER_CONFIG_NAME).exists() and is_peft_available():
         raise LLMInt8Error(
             f"{adapter}: an adapter, which transformers would load into the model that the "
             "checkpoint was made from; move it to another directory"
         )
-    config = load_config(path)
+    config = load_config(source.beside)
     cls = None if config is None else model_class(config)
     if config is None or cls is None:
         named = {key: source.config.get(key) for key in ("model_type", "architectures")}
@@ -139,8 +140,11 @@ def load_reference(path: Path, window: int, device: str) -> Any:
     if window > longest:
         raise ValueError(f"a window of {window} tokens is too long: {path} was made for {longest} positions")
     with quiet_transformers(), bounded_modules(len(source.tensors)):
+        # What transformers does not read itself it is given.
+        weights = None if source.made is None else {name: source.read(name) for name in source.tensors}
         model, info = cls.from_pretrained(
-            path,
+            path if weights is None else None,
+            state_dict=weights,
             config=config,
             dtype=torch.float32,
             local_files_only=True,

@@ -7,7 +7,7 @@ place, like a tensor of a safetensors file.
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from ...disk.reading import check_is_no_pointer, open_regular
 from ...errors import CorruptFileError, LLMInt8Error
 from ..tensors import DTYPE_NAMES, DTYPES, TensorInfo, is_shape, is_tensor_name, read_blocks, read_from
 from .pickles import Call, Label
-from .storages import Place, read_container, storage_of
+from .storages import Place, may_name, read_container, storage_of
 
 _REBUILD = "torch._utils._rebuild_"
 _DTYPE_OF_LABEL = {str(dtype): name for dtype, name in DTYPE_NAMES.items()}
@@ -28,8 +28,8 @@ log = logging.getLogger("llmint8")
 
 
 @dataclass(frozen=True)
-class _View:
-    """A tensor in the file; `info.offset` is its first element's place, strides count elements."""
+class View:
+    """A tensor in a file; `info.offset` is its first element's place, strides count elements."""
 
     info: TensorInfo
     stride: tuple[int, ...]
@@ -54,13 +54,17 @@ class _View:
 class TorchFile:
     """One `torch.save` file. Nothing in it is executed and none of its numbers trusted."""
 
+    in_blocks = False  # what is not contiguous
+    differences: Mapping[str, str] = {}
+
     def __init__(self, path: Path, opened: OpenFiles) -> None:
         """List the tensors; `opened` lends the file for all that follows. Raises CorruptFileError."""
-        self.path, self.size, self._opened = path, path.stat().st_size, opened
+        size = path.stat().st_size
+        self.path, self.stored, self._opened = path, {path: size}, opened
         with open_regular(path) as file:
             check_is_no_pointer(path, file.read(64) or b"")
             file.seek(0)
-            self._views = _views(path, file, self.size)
+            self._views = _views_of(path, file, size)
         self.tensors = {name: view.info for name, view in self._views.items()}
 
     def read(self, name: str) -> Tensor:
@@ -84,20 +88,31 @@ class TorchFile:
 
 def parse_torch_header(path: Path, file: Any, size: int) -> dict[str, TensorInfo]:
     """List the tensors as `TorchFile` does of what reads like a file of `size` bytes; `path` is for its errors."""
-    return {name: view.info for name, view in _views(path, file, size).items()}
+    return {name: view.info for name, view in _views_of(path, file, size).items()}
 
 
-def _views(path: Path, file: Any, size: int) -> dict[str, _View]:
+def read_saved(
+    path: Path, file: Any, size: int, may_name: Callable[[str], bool] = may_name
+) -> tuple[Any, dict[str, Place]]:
+    """Return what was saved, as `read_container` does. Raises CorruptFileError for whatever is wrong with it."""
     try:
-        state, places = read_container(file, size)
+        return read_container(file, size, may_name)
     except LLMInt8Error:
         raise
     except Exception as error:  # zipfile and pickletools raise what they like for what is broken
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise CorruptFileError(f"{path}: cannot be read as a checkpoint of tensors: {reason}") from None
+
+
+def _views_of(path: Path, file: Any, size: int) -> dict[str, View]:
+    return views(path, *read_saved(path, file, size))
+
+
+def views(path: Path, state: Any, places: dict[str, Place]) -> dict[str, View]:
+    """List the tensors of a state dict that `read_saved` returned. Raises CorruptFileError."""
     if not isinstance(state, dict):
         raise CorruptFileError(f"{path}: holds a {type(state).__name__}, expected a dict of tensors")
-    views: dict[str, _View] = {}
+    found: dict[str, View] = {}
     for key, value in state.items():
         name = key.decode(errors="replace") if isinstance(key, bytes) else key  # bytes: written by Python 2
         if not is_tensor_name(name):
@@ -108,10 +123,10 @@ def _views(path: Path, file: Any, size: int) -> dict[str, _View]:
             log.warning("%s: %s is a %s and not a tensor: left out", path, name, what)
             continue
         try:
-            views[name] = _view(TensorInfo(name, "", (), path.name, 0), call, places)
+            found[name] = _view(TensorInfo(name, "", (), path.name, 0), call, places)
         except ValueError as error:
             raise CorruptFileError(f"{path}: {name}: {error}") from None
-    return views
+    return found
 
 
 def _tensor_call(value: Any) -> Call | None:
@@ -128,7 +143,7 @@ def _tensor_call(value: Any) -> Call | None:
     return None
 
 
-def _view(named: TensorInfo, call: Call, places: dict[str, Place]) -> _View:
+def _view(named: TensorInfo, call: Call, places: dict[str, Place]) -> View:
     """Hold what a pickle says about a tensor against the file. Raises ValueError."""
     kind, arguments = call.function.name.removeprefix(_REBUILD), call.arguments
     typed = kind == "tensor_v3"  # the dtype is an argument, and not the storage's
@@ -151,7 +166,7 @@ def _view(named: TensorInfo, call: Call, places: dict[str, Place]) -> _View:
     if not _is_sizes((first,)):
         raise ValueError("its place in the storage is not a number >= 0")
     start = storage.part + first * DTYPES[dtype].itemsize
-    view = _View(TensorInfo(named.name, dtype, shape, named.file, place.offset + start), stride)
+    view = View(TensorInfo(named.name, dtype, shape, named.file, place.offset + start), stride)
     end = start + view.span * DTYPES[dtype].itemsize
     if view.span and end > storage.nbytes:
         raise ValueError(f"it ends at byte {end} of a storage of {storage.nbytes} bytes")

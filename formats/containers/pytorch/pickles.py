@@ -8,7 +8,7 @@ does so before the file has shown that it is that large.
 
 import pickletools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 # A tensor takes about 35 operations.
@@ -29,12 +29,14 @@ class Label:
     name: str
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Call:
-    """What the pickle would have called, and with what."""
+    """What the pickle would have called, and with what; and what it would then have set on the result."""
 
     function: Label
     arguments: tuple[Any, ...]
+    state: Any = None
+    items: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +44,16 @@ class Reference:
     """What the pickle keeps outside of itself: for torch, a storage."""
 
     key: Any
+
+
+@dataclass(frozen=True, eq=False)
+class _OddKey:
+    """In place of a key that is neither a string nor a number: to hash one that is nested deep ends the interpreter."""
+
+    kind: str
+
+    def __str__(self) -> str:
+        return f"<a {self.kind}>"
 
 
 class _Mark:
@@ -146,13 +158,15 @@ class PickleReader:
         self._set(self._pop_to_mark())
 
     def _set(self, items: list[Any]) -> None:
-        target = self._top(dict)
+        target = self._stack[-1].items if self._stack and isinstance(self._stack[-1], Call) else self._top(dict)
         if len(items) % 2:
             raise ValueError("a key without a value")
         target.update(_dict_of(zip(items[::2], items[1::2], strict=True)))
 
     def _do_reduce(self, argument: None) -> None:
         function, arguments = self._pop_many(2)
+        if isinstance(function, Call):  # a method of something that was never made
+            function = function.function
         if not isinstance(function, Label) or not isinstance(arguments, tuple):
             raise ValueError("it calls what is no function")
         if function.name == _DICT:
@@ -167,7 +181,9 @@ class PickleReader:
         self._do_reduce(argument)
 
     def _do_build(self, argument: None) -> None:
-        self._pop()  # attributes, such as a state dict's _metadata; there is nothing in them for us
+        state = self._pop()  # attributes, such as a state dict's _metadata
+        if self._stack and isinstance(self._stack[-1], Call):
+            self._stack[-1].state = state
 
     def _do_binput(self, argument: int) -> None:
         self._memo[argument] = self._top(object)
@@ -188,7 +204,5 @@ def _dict_of(pairs: Any) -> dict[Any, Any]:
     # A tuple nested a million times as a key would crash the interpreter when it is hashed.
     result = {}
     for key, value in pairs:
-        if not isinstance(key, str | int | bytes):
-            raise ValueError(f"a key is a {type(key).__name__}")
-        result[key] = value
+        result[key if isinstance(key, str | int | bytes) else _OddKey(type(key).__name__)] = value
     return result

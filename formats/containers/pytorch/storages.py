@@ -6,6 +6,7 @@ pickles, the last of which lists the storages that follow. What is declared is h
 
 import re
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
@@ -57,7 +58,12 @@ class Place:
     nbytes: int
 
 
-def read_container(file: Any, size: int) -> tuple[Any, dict[str, Place]]:
+def may_name(name: str) -> bool:
+    """Tell whether a file of tensors may name a class or function."""
+    return _ALLOWED.fullmatch(name) is not None
+
+
+def read_container(file: Any, size: int, may_name: Callable[[str], bool] = may_name) -> tuple[Any, dict[str, Place]]:
     """Return what was saved in a file of `size` bytes, as `PickleReader` has it, and each storage's place by its key.
 
     Raises:
@@ -66,7 +72,7 @@ def read_container(file: Any, size: int) -> tuple[Any, dict[str, Place]]:
     """
     zipped = file.read(4) == b"PK\x03\x04"
     file.seek(0)
-    state, places = _read_zip(file) if zipped else _read_legacy(file)
+    state, places = (_read_zip if zipped else _read_legacy)(file, may_name)
     for place in places.values():
         if place.offset + place.nbytes > size:
             raise ValueError(f"cut short: {size} bytes, a storage ends at {place.offset + place.nbytes}")
@@ -90,7 +96,7 @@ def storage_of(reference: Any) -> Storage:
     return Storage(_text(key), dtype, count * itemsize, part * itemsize)
 
 
-def _read_zip(file: Any) -> tuple[Any, dict[str, Place]]:
+def _read_zip(file: Any, may_name: Callable[[str], bool]) -> tuple[Any, dict[str, Place]]:
     with zipfile.ZipFile(_InSmallPieces(file)) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         if len(entries) != len(archive.infolist()):
@@ -107,7 +113,7 @@ def _read_zip(file: Any) -> tuple[Any, dict[str, Place]]:
         order = entries.get(f"{folder}byteorder")
         if order is not None and _content(file, order) != b"little":
             raise ValueError("it was written on a big-endian machine")
-        return PickleReader(BytesIO(_content(file, entries[mains[0]])), _may_name).read(), places
+        return PickleReader(BytesIO(_content(file, entries[mains[0]])), may_name).read(), places
 
 
 def _content(file: Any, entry: zipfile.ZipInfo) -> bytes:
@@ -143,9 +149,9 @@ class _InSmallPieces:
         return data
 
 
-def _read_legacy(file: Any) -> tuple[Any, dict[str, Place]]:
+def _read_legacy(file: Any, may_name: Callable[[str], bool]) -> tuple[Any, dict[str, Place]]:
     head = BytesIO(file.read(MAX_PICKLE_BYTES))
-    reader = PickleReader(head, _may_name)
+    reader = PickleReader(head, may_name)
     if reader.read() != _MAGIC_NUMBER or reader.read() != _PROTOCOL_VERSION:
         raise ValueError("it does not begin as a torch.save file does")
     system = reader.read()
@@ -163,10 +169,6 @@ def _read_legacy(file: Any) -> tuple[Any, dict[str, Place]]:
         places[key] = Place(offset + 8, count * (DTYPES[dtype].itemsize if dtype in DTYPES else 1))
         offset += 8 + places[key].nbytes
     return state, places
-
-
-def _may_name(name: str) -> bool:
-    return _ALLOWED.fullmatch(name) is not None
 
 
 def _text(value: Any) -> str:

@@ -1,0 +1,1 @@
+"""Checkpoints of metaseq, in which Meta hands out OPT and OPT-IML."""
