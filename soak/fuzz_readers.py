@@ -81,7 +81,7 @@ def quantization_config(data: bytes) -> None:
 def pickle(data: bytes) -> None:
     """The stack machine alone."""
     with contextlib.suppress(ValueError):
-        pickles.PickleReader(io.BytesIO(data), lambda name: True).read()
+        pickles.PickleReader(data, lambda name: True).read()
 
 
 def torch_save(data: bytes) -> None:

@@ -1,16 +1,20 @@
 """Tiny random-weight models of many architectures: convert, load, and compare with the 16-bit model."""
 
+import json
 import re
 
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llmint8 import converter, formats, runtime
+from llmint8.converter.commands.convert import convert_command
 from llmint8.converter.planning import selection
 from llmint8.converter.words import size
+from llmint8.runtime.commands.verify import verify_command
 
 _SMALL = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _LLAMA = {**_SMALL, "intermediate_size": 96, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -174,3 +178,41 @@ NO_ROUTERS = ["mlp.gate_proj", "self_attn.output_gate", "per_layer_input_gate", 
 
 def test_what_is_a_router_by_its_name():
     assert [name for name in ROUTERS + NO_ROUTERS if selection._ROUTER.search(name)] == ROUTERS
+
+
+@pytest.mark.parametrize(("family", "prefix"), [("bloom", "transformer."), ("opt", "model.")])
+def test_sharded_files_of_pytorch_without_the_models_prefix(family, prefix, tmp_path):
+    """As BLOOM-176B and OPT-66B are on the Hub: `pytorch_model_00001-of-00072.bin`, keys such as `h.0...`."""
+    from safetensors.torch import load_file
+
+    expected = _logits(_make(family, tmp_path / "source", torch.float16))
+    tensors = load_file(tmp_path / "source" / "model.safetensors")
+    (tmp_path / "source" / "model.safetensors").unlink()
+    parts = [dict(list(tensors.items())[number::3]) for number in range(3)]
+    weight_map = {}
+    for number, part in enumerate(parts, 1):
+        name = f"pytorch_model_{number:05d}-of-00003.bin"
+        torch.save({key.removeprefix(prefix): tensor for key, tensor in part.items()}, tmp_path / "source" / name)
+        weight_map |= {key.removeprefix(prefix): name for key in part}
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (tmp_path / "source" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    seen = []
+
+    def interrupt(name, nbytes):
+        seen.append(name)
+        if len(seen) == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        converter.convert(tmp_path / "source", tmp_path / "out", progress=interrupt)
+    converter.convert(tmp_path / "source", tmp_path / "out")
+    converter.convert(tmp_path / "source", tmp_path / "whole")
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
+    logits = _logits(runtime.load(tmp_path / "out", dtype=torch.float32))
+    assert (logits - expected).norm() / expected.norm() < 0.04
+    verified = CliRunner().invoke(verify_command, [str(tmp_path / "out"), "--source", str(tmp_path / "source")])
+    assert verified.exit_code == 0, verified.output
+    dry = CliRunner().invoke(convert_command, [str(tmp_path / "source"), str(tmp_path / "new"), "--dry-run"])
+    assert dry.exit_code == 0, dry.output
+    assert not (tmp_path / "new").exists()

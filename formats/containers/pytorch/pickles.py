@@ -7,18 +7,13 @@ does so before the file has shown that it is that large.
 """
 
 import pickletools
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any
 
 # A tensor takes about 35 operations.
 MAX_OPERATIONS = 4_000_000
-_VALUES = frozenset(
-    "BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE BINSTRING SHORT_BINSTRING SHORT_BINBYTES "  # noqa: SIM905
-    "BINBYTES".split()
-)
-_CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
-_FIXED_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _DICT = "collections.OrderedDict"
 
 
@@ -61,47 +56,65 @@ class _Mark:
 
 
 class PickleReader:
-    """Reads one pickle after another from a file object."""
+    """Reads one pickle after another from the beginning of what may go on with something else.
 
-    def __init__(self, file: BinaryIO, may_name: Callable[[str], bool]) -> None:
-        """Take the file, and a function that tells whether a pickle may name a class or function at all."""
-        self._file, self._may_name = file, may_name
-        self.references: list[Reference] = []  # of all pickles read so far
+    Attributes:
+        position: where the next one begins, or whatever follows.
+        references: of all pickles read so far.
+
+    """
+
+    def __init__(self, data: bytes, may_name: Callable[[str], bool]) -> None:
+        """Take the bytes, and a function that tells whether a pickle may name a class or function at all."""
+        self._data, self._may_name = data, may_name
+        self.position = 0
+        self.references: list[Reference] = []
         self._left = MAX_OPERATIONS
 
     def read(self) -> Any:
         """Return the next object. Raises ValueError: broken, too long, or with more than data."""
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
-        for operation, argument, _ in pickletools.genops(self._file):
+        data, end = self._data, len(self._data)
+        while self.position < end:
+            operation = data[self.position]
+            self.position += 1
             self._left -= 1
             if self._left < 0:
                 raise ValueError(f"more than {MAX_OPERATIONS} operations")
-            if operation.name == "STOP":
+            if operation == _STOP:
                 return self._pop()
-            self._step(operation.name, argument)
+            action = _ACTIONS.get(operation)
+            if action is None:
+                raise ValueError(f"operation {_name(operation)} is not one that torch.save writes")
+            action(self)
         raise ValueError("it does not end")
 
-    def _step(self, name: str, argument: Any) -> None:
-        if name in _VALUES:
-            self._stack.append(argument)
-        elif name in _CONSTANTS:
-            self._stack.append(_CONSTANTS[name])
-        elif name in _FIXED_TUPLES:
-            self._stack.append(tuple(self._pop_many(_FIXED_TUPLES[name])))
-        else:
-            action = getattr(self, f"_do_{name.lower()}", None)
-            if action is None:
-                raise ValueError(f"operation {name} is not one that torch.save writes")
-            action(argument)
+    def _take(self, count: int) -> bytes:
+        start, self.position = self.position, self.position + count
+        if self.position > len(self._data):
+            raise ValueError(f"it ends {self.position - len(self._data)} bytes too early")
+        return self._data[start : self.position]
+
+    def _number(self, count: int, signed: bool = False) -> int:
+        start, self.position = self.position, self.position + count
+        if self.position > len(self._data):
+            raise ValueError("it ends in a number")
+        return int.from_bytes(self._data[start : self.position], "little", signed=signed)
+
+    def _string(self, count: int, encoding: str = "utf-8") -> None:
+        self._stack.append(self._take(count).decode(encoding, "surrogatepass" if encoding == "utf-8" else "strict"))
+
+    def _line(self) -> str:
+        end = self._data.find(b"\n", self.position)
+        if end < 0:
+            raise ValueError("a line does not end")
+        return self._take(end + 1 - self.position)[:-1].decode()
 
     def _pop(self) -> Any:
         if not self._stack or isinstance(self._stack[-1], _Mark):
             raise ValueError("its stack is empty")
         return self._stack.pop()
-
-    def _pop_many(self, count: int) -> list[Any]:
-        return [self._pop() for _ in range(count)][::-1]
 
     def _pop_to_mark(self) -> list[Any]:
         items: list[Any] = []
@@ -117,45 +130,21 @@ class PickleReader:
             raise ValueError(f"expected a {kind.__name__} on the stack")
         return self._stack[-1]
 
-    def _do_proto(self, argument: int) -> None:
-        pass
-
-    def _do_global(self, argument: str) -> None:
-        name = ".".join(argument.split(" "))
+    def _global(self) -> None:
+        name = f"{self._line()}.{self._line()}"
         if not self._may_name(name):
             raise ValueError(f"it holds more than tensors ({name[:80]!r}), and loading that could run code of its own")
         self._stack.append(Label(name))
 
-    def _do_binpersid(self, argument: None) -> None:
+    def _persistent(self) -> None:
         self.references.append(Reference(self._pop()))
         self._stack.append(self.references[-1])
 
-    def _do_mark(self, argument: None) -> None:
-        self._stack.append(_Mark())
+    def _tuple(self, count: int) -> None:
+        self._stack.append(tuple([self._pop() for _ in range(count)][::-1]))
 
-    def _do_empty_dict(self, argument: None) -> None:
-        self._stack.append({})
-
-    def _do_empty_list(self, argument: None) -> None:
-        self._stack.append([])
-
-    def _do_tuple(self, argument: None) -> None:
-        self._stack.append(tuple(self._pop_to_mark()))
-
-    def _do_append(self, argument: None) -> None:
-        item = self._pop()
-        self._top(list).append(item)
-
-    def _do_appends(self, argument: None) -> None:
-        items = self._pop_to_mark()
+    def _append(self, items: list[Any]) -> None:
         self._top(list).extend(items)
-
-    def _do_setitem(self, argument: None) -> None:
-        pair = self._pop_many(2)
-        self._set(pair)
-
-    def _do_setitems(self, argument: None) -> None:
-        self._set(self._pop_to_mark())
 
     def _set(self, items: list[Any]) -> None:
         target = self._stack[-1].items if self._stack and isinstance(self._stack[-1], Call) else self._top(dict)
@@ -163,8 +152,8 @@ class PickleReader:
             raise ValueError("a key without a value")
         target.update(_dict_of(zip(items[::2], items[1::2], strict=True)))
 
-    def _do_reduce(self, argument: None) -> None:
-        function, arguments = self._pop_many(2)
+    def _reduce(self) -> None:
+        arguments, function = self._pop(), self._pop()
         if isinstance(function, Call):  # a method of something that was never made
             function = function.function
         if not isinstance(function, Label) or not isinstance(arguments, tuple):
@@ -177,27 +166,67 @@ class PickleReader:
         else:
             self._stack.append(Call(function, arguments))
 
-    def _do_newobj(self, argument: None) -> None:
-        self._do_reduce(argument)
-
-    def _do_build(self, argument: None) -> None:
+    def _build(self) -> None:
         state = self._pop()  # attributes, such as a state dict's _metadata
         if self._stack and isinstance(self._stack[-1], Call):
             self._stack[-1].state = state
 
-    def _do_binput(self, argument: int) -> None:
-        self._memo[argument] = self._top(object)
+    def _put(self, index: int) -> None:
+        self._memo[index] = self._top(object)
 
-    def _do_long_binput(self, argument: int) -> None:
-        self._do_binput(argument)
+    def _get(self, index: int) -> None:
+        if index not in self._memo:
+            raise ValueError(f"nothing was kept under {index}")
+        self._stack.append(self._memo[index])
 
-    def _do_binget(self, argument: int) -> None:
-        if argument not in self._memo:
-            raise ValueError(f"nothing was kept under {argument}")
-        self._stack.append(self._memo[argument])
 
-    def _do_long_binget(self, argument: int) -> None:
-        self._do_binget(argument)
+def _name(operation: int) -> str:
+    known: Any = next((known for known in pickletools.opcodes if known.code == chr(operation)), None)
+    return known.name if known else f"0x{operation:02x}"
+
+
+_STOP = ord(".")
+_ACTIONS: dict[int, Callable[[PickleReader], Any]] = {
+    ord(operation): action
+    for operation, action in {
+        "\x80": lambda reader: reader._take(1),  # the protocol
+        "c": PickleReader._global,
+        "Q": PickleReader._persistent,
+        "(": lambda reader: reader._stack.append(_Mark()),
+        "}": lambda reader: reader._stack.append({}),
+        "]": lambda reader: reader._stack.append([]),
+        ")": lambda reader: reader._stack.append(()),
+        "t": lambda reader: reader._stack.append(tuple(reader._pop_to_mark())),
+        "\x85": lambda reader: reader._tuple(1),
+        "\x86": lambda reader: reader._tuple(2),
+        "\x87": lambda reader: reader._tuple(3),
+        "a": lambda reader: reader._append([reader._pop()]),
+        "e": lambda reader: reader._append(reader._pop_to_mark()),
+        "s": lambda reader: reader._set([reader._pop(), reader._pop()][::-1]),
+        "u": lambda reader: reader._set(reader._pop_to_mark()),
+        "R": PickleReader._reduce,
+        "\x81": PickleReader._reduce,  # NEWOBJ
+        "b": PickleReader._build,
+        "q": lambda reader: reader._put(reader._number(1)),
+        "r": lambda reader: reader._put(reader._number(4)),
+        "h": lambda reader: reader._get(reader._number(1)),
+        "j": lambda reader: reader._get(reader._number(4)),
+        "N": lambda reader: reader._stack.append(None),
+        "\x88": lambda reader: reader._stack.append(True),
+        "\x89": lambda reader: reader._stack.append(False),
+        "K": lambda reader: reader._stack.append(reader._number(1)),
+        "M": lambda reader: reader._stack.append(reader._number(2)),
+        "J": lambda reader: reader._stack.append(reader._number(4, signed=True)),
+        "\x8a": lambda reader: reader._stack.append(reader._number(reader._number(1), signed=True)),
+        "G": lambda reader: reader._stack.append(struct.unpack(">d", reader._take(8))[0]),
+        "X": lambda reader: reader._string(reader._number(4)),
+        "\x8c": lambda reader: reader._string(reader._number(1)),
+        "T": lambda reader: reader._string(reader._number(4), "latin-1"),
+        "U": lambda reader: reader._string(reader._number(1), "latin-1"),
+        "B": lambda reader: reader._stack.append(reader._take(reader._number(4))),
+        "C": lambda reader: reader._stack.append(reader._take(reader._number(1))),
+    }.items()
+}
 
 
 def _dict_of(pairs: Any) -> dict[Any, Any]:

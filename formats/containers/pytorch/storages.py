@@ -8,7 +8,6 @@ import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Any
 
 from ..tensors import DTYPES
@@ -113,7 +112,7 @@ def _read_zip(file: Any, may_name: Callable[[str], bool]) -> tuple[Any, dict[str
         order = entries.get(f"{folder}byteorder")
         if order is not None and _content(file, order) != b"little":
             raise ValueError("it was written on a big-endian machine")
-        return PickleReader(BytesIO(_content(file, entries[mains[0]])), may_name).read(), places
+        return PickleReader(_content(file, entries[mains[0]]), may_name).read(), places
 
 
 def _content(file: Any, entry: zipfile.ZipInfo) -> bytes:
@@ -150,8 +149,7 @@ class _InSmallPieces:
 
 
 def _read_legacy(file: Any, may_name: Callable[[str], bool]) -> tuple[Any, dict[str, Place]]:
-    head = BytesIO(file.read(MAX_PICKLE_BYTES))
-    reader = PickleReader(head, may_name)
+    reader = PickleReader(file.read(MAX_PICKLE_BYTES), may_name)
     if reader.read() != _MAGIC_NUMBER or reader.read() != _PROTOCOL_VERSION:
         raise ValueError("it does not begin as a torch.save file does")
     system = reader.read()
@@ -159,7 +157,7 @@ def _read_legacy(file: Any, may_name: Callable[[str], bool]) -> tuple[Any, dict[
         raise ValueError("it was written on a big-endian machine")
     state, keys = reader.read(), reader.read()
     storages = {storage.key: storage for storage in map(storage_of, reader.references)}
-    places, offset = {}, head.tell()
+    places, offset = {}, reader.position
     for key in map(_text, keys if isinstance(keys, list) else []):
         if key not in storages:
             raise ValueError(f"storage {key[:80]!r} belongs to no tensor")
