@@ -398,6 +398,44 @@ def gpt2(path: Path) -> None:
     transformers.GPT2LMHeadModel(config).half().save_pretrained(path)
 
 
+def metaseq(metadata: Any = None, **state: Any) -> Attack:
+    """Put a file of metaseq, with one flat parameter, in the place of the safetensors."""
+
+    def attack(path: Path) -> None:
+        (path / WEIGHTS).unlink()
+        content = {"model": {"flat_param_0": torch.ones(8)}, "shard_metadata": metadata, **state}
+        torch.save(content, path / "reshard.pt")
+
+    return attack
+
+
+def flat(**described: Any) -> dict[str, Any]:
+    whole = {"names": ["decoder.a"], "shapes": [(8,)], "padding": 0, **described}
+    return {"param_metadata": [{"fsdp_path": "", "params": {"flat_param_0": whole}}]}
+
+
+METASEQ: dict[str, tuple[Attack, str]] = {
+    "code in place of the model": (metaseq(model=Runs()), "no `model`"),
+    "code in place of the metadata": (metaseq(Runs()), "not fairscale's"),
+    "code in place of a tensor": (metaseq(model={"decoder.a": Runs()}), "missing"),
+    "code in place of a shape": (metaseq(flat(shapes=[Runs()])), "no shape"),
+    "a flat parameter of 2**60 elements": (metaseq(flat(shapes=[(2**30, 2**30)])), "8 of 1152921504606846976"),
+    "a shape of 2**80": (metaseq(flat(shapes=[(2**80,)])), "no shape"),
+    "a negative size": (metaseq(flat(shapes=[(-8, -1)])), "no shape"),
+    "a padding of -8": (metaseq(flat(padding=-8)), "padded by -8 of 8"),
+    "a padding of 2**70": (metaseq(flat(padding=2**70)), "padded by"),
+    "a million parameters of no elements": (
+        metaseq(flat(names=["decoder.a"] * 10**6, shapes=[(0,)] * 10**6)),
+        "8 of 0 elements",
+    ),
+    "a name that drives the terminal": (metaseq(flat(names=[f"a{ESCAPE}"])), "do not go together"),
+    "a file linked from outside": (
+        lambda path: [(path / WEIGHTS).unlink(), link("reshard.pt", "../secret.json")(path)],
+        "outside of the checkpoint",
+    ),
+}
+
+
 def name_file(name: str) -> Attack:
     return lambda path: (path / name).write_text("x")
 
@@ -456,11 +494,8 @@ def assert_refused(result: Result, words: str) -> None:
     assert len(lines[-1]) < 1000
 
 
-ALL = {
-    f"{kind}: {name}": attack
-    for kind, table in (("file", FILES), ("pickle", PICKLES), ("model", MODELS), ("small file", SMALL_FILES))
-    for name, attack in table.items()
-}
+TABLES = {"file": FILES, "pickle": PICKLES, "metaseq": METASEQ, "model": MODELS, "small file": SMALL_FILES}
+ALL = {f"{kind}: {name}": attack for kind, table in TABLES.items() for name, attack in table.items()}
 
 
 @pytest.mark.parametrize("name", ALL)

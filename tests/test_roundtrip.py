@@ -1,9 +1,11 @@
 """What is written is read back, for any layers, sizes and shards; PyTorch files say to us what they say to torch."""
 
+import pickle
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ from llmint8.formats import (
     open_checkpoint,
 )
 from llmint8.formats.containers.pytorch.file import TorchFile
+from llmint8.formats.containers.pytorch.pickles import Call, PickleReader
 from llmint8.formats.containers.tensors import as_bytes
 from llmint8.formats.disk.lending import OpenFiles
 from llmint8.formats.disk.reading import open_regular
@@ -134,3 +137,32 @@ def test_a_torch_file_says_what_it_says_to_torch(state: dict[str, Tensor], legac
             read = ours.read(name)
             assert (read.dtype, read.shape, read.is_contiguous()) == (expected.dtype, expected.shape, True)
             assert bytes(as_bytes(read)) == bytes(as_bytes(expected.detach().contiguous()))
+
+
+_NUMBERS = st.integers(-(2**70), 2**70) | st.sampled_from([0, 255, 256, 65535, 65536, 2**31 - 1, 2**31, -(2**31)])
+_PLAIN = st.none() | st.booleans() | _NUMBERS | st.floats(allow_nan=False) | st.text() | st.binary(max_size=300)
+_PICKLED = st.recursive(
+    _PLAIN,
+    lambda inner: (
+        st.lists(inner) | st.lists(inner, max_size=5).map(tuple) | st.dictionaries(st.text() | st.integers(), inner)
+    ),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(_PICKLED, _PICKLED)
+def test_pickles_are_read_as_python_reads_them(first: Any, second: Any) -> None:
+    reader = PickleReader(pickle.dumps(first, protocol=2) + pickle.dumps(second, protocol=2) + b"what follows", bool)
+    read = [reader.read(), reader.read()]
+    assert [_bytes_called(value) for value in read] == [first, second]
+    assert reader.position == len(pickle.dumps(first, protocol=2)) + len(pickle.dumps(second, protocol=2))
+
+
+def _bytes_called(value: Any) -> Any:
+    """Make what a pickle would make of bytes, which protocol 2 writes as a call."""
+    if isinstance(value, Call):
+        assert value.function.name == "_codecs.encode" or not value.arguments
+        return value.arguments[0].encode(value.arguments[1]) if value.arguments else b""
+    if isinstance(value, dict):
+        return {key: _bytes_called(item) for key, item in value.items()}
+    return type(value)(map(_bytes_called, value)) if isinstance(value, list | tuple) else value
