@@ -161,7 +161,7 @@ def load(
     if nobodys := nobodys_notice(model, set(names.values())):
         log.warning("%s", nobodys)
     _prepare(model, checkpoint, names, calibration)
-    _log_summary(model)
+    log_summary(model)
     if compile:
         compile_decode(model)
     return model
@@ -218,7 +218,8 @@ def _int8_layers(model: Any) -> list[Int8Linear]:
     return [module for module in model.modules() if isinstance(module, Int8Linear)]
 
 
-def _log_summary(model: Any) -> None:
+def log_summary(model: Any) -> None:
+    """Say in one line how a model runs."""
     layers = _int8_layers(model)
     config = model.config.quantization_config
     mode = f"dynamic (|x| >= {config.threshold:g})" if config.outliers == "dynamic" else config.outliers

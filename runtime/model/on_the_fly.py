@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmint8.converter.conversion.in_memory import Found, find_out
 from llmint8.converter.machine import return_freed_memory
+from llmint8.converter.outliers.criterion import parse_criterion
 from llmint8.converter.planning.options import Options
 from llmint8.converter.planning.selected import SelectedLayer
 from llmint8.formats import Manifest
@@ -28,6 +29,7 @@ from ..layers.arguments import group_to_run
 from ..layers.experts import replace_experts
 from ..layers.layer import Int8Linear
 from .calibration import Calibration, calibration_of
+from .load import log_summary
 from .places import take_hook
 from .quantizer import Int8Quantizer, LoadedConfig
 
@@ -72,6 +74,7 @@ def quantize(model: Any, calibration: Any = None, *, tokenizer: Any = None, **op
     Int8Quantizer(config, pre_quantized=True).adopt(model, layers)
     if overflow := known.overflow(layers if model.dtype == torch.float16 else ()):
         log.warning("%s", overflow)
+    log_summary(model)
     return model
 
 
@@ -80,7 +83,9 @@ def chosen_options(calibration: Any, options: dict[str, Any], device: torch.devi
     if others := sorted(options.keys() - set(OPTIONS)):
         raise ValueError(f"{others[0]}: no option of quantize, which takes {', '.join(OPTIONS)}")
     text = None if isinstance(calibration, Tensor) else calibration
-    return Options(calibration=text, device=device, **options)
+    chosen = Options(calibration=text, device=device, **options)
+    parse_criterion(chosen.outliers)
+    return chosen
 
 
 def _config(found: Found, device: torch.device) -> LoadedConfig:
