@@ -6,10 +6,10 @@ Two checkpoints of random weights are written as metaseq and fairscale write the
 - `files`: all 96 layers at a reduced width, in 124 shards of each part: 992 files, with a limit of 1,024 open ones.
 
 Each is converted from that form and from safetensors files with the same tensors, data-free and calibrated, in
-processes of their own; what the calibrated one made of `shapes` is loaded, and one forward pass is run. The peak is of
-the resident memory over its value after the imports. One layer of OPT-175B has 3.6 GB in 16 bit; what is projected to
-96 layers assumes that all layers take as long, and that the embedding is read once. Printed, and written to
-`results/scale-INSTRUCTIONS.json`.
+processes of their own, with files that are in no cache; what the calibrated one made of `shapes` is loaded, and one
+forward pass is run. The peak is of the resident memory over its value after the imports. One layer of OPT-175B has
+3.6 GB in 16 bit; what is projected to 96 layers assumes that all layers take as long, and that the embedding is read
+once. Printed, and written to `results/scale-INSTRUCTIONS.json`.
 
     python benchmarks/scale.py [DIRECTORY] [--layers 3] [--width 2048]
 """
@@ -144,12 +144,21 @@ def write_safetensors(metaseq: Path, folder: Path) -> int:
     return sum(info.nbytes for info in source.tensors.values())
 
 
+def evict(folder: Path) -> None:
+    """Have the files read from the disk the next time, as those of 350 GB are."""
+    os.sync()
+    for file in folder.iterdir():
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def conversions(folder: Path, nbytes: int) -> dict[str, Any]:
     """Convert both forms, each data-free and calibrated; leave what the last one made in `out`."""
     rows: dict[str, Any] = {}
     for name, options in (("data-free", {"outliers": "none"}), ("calibrated", {})):
         for form in ("safetensors", "metaseq"):
             shutil.rmtree(folder / "out", ignore_errors=True)
+            evict(folder / form)
             found = convert(folder / form, folder / "out", options)
             rows[f"{name}, {form}"] = {**found, "mb_per_second": round(nbytes / 1e6 / found["seconds"], 1)}
             print(name, form, rows[f"{name}, {form}"], flush=True)

@@ -3,7 +3,7 @@
 Values are checked by `validate.py`: that reads every byte, this reads headers only.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..containers.index import read_weight_map
 from ..containers.safetensors import METADATA, read_header
-from ..containers.tensors import FLOAT_DTYPES, TensorInfo, read_tensor
+from ..containers.tensors import FLOAT_DTYPES, TensorInfo, read_blocks, read_tensor
 from ..disk.names import CONFIG_NAME, LEGACY_QUANTIZATION_NAME, is_unfinished
-from ..disk.reading import read_json, require_inside
+from ..disk.reading import open_regular, read_json, require_inside
 from ..errors import CheckpointError, CorruptFileError, LLMInt8Error
 from .layouts import BITSANDBYTES, LAYOUTS, NATIVE, Layout
 from .quantization import Quantization
@@ -40,6 +40,13 @@ class Checkpoint:
         """Return one tensor, in memory of its own."""
         info = self.tensors[name]
         return read_tensor(self.path / info.file, info)
+
+    def read_rows(self, name: str) -> Iterator[Tensor]:
+        """Yield one tensor in blocks of its rows, each in memory of its own; a scalar as it is."""
+        info = self.tensors[name]
+        path = self.path / info.file
+        with open_regular(path) as file:
+            yield from read_blocks(file, path, info)
 
     @property
     def files(self) -> list[str]:

@@ -8,6 +8,7 @@ from llmint8.converter.commands.push import push_command
 
 from .bench import bench_command
 from .eval import eval_command
+from .export import export_command
 from .generate import generate_command
 from .inspect import inspect_command
 from .report import report_command
@@ -27,6 +28,7 @@ for _command in (
     generate_command,
     eval_command,
     report_command,
+    export_command,
     bench_command,
     push_command,
 ):
