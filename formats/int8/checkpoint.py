@@ -61,8 +61,7 @@ def open_checkpoint(
 
     Args:
         path: the directory.
-        headers_elsewhere: returns what the header of a weight file says, where those are not in the directory; rule
-            E10 is not checked then, for which a tensor has to be read, and nothing can be read later.
+        headers_elsewhere: returns the header of a weight file that is not there; E10, which reads one, is left out then.
 
     Raises:
         CheckpointError: the first rule that is broken, with the file, the tensor and what would be right.
