@@ -61,7 +61,7 @@ def open_checkpoint(
 
     Args:
         path: the directory.
-        headers_elsewhere: returns the header of a weight file that is not there; E10, which reads one, is left out then.
+        headers_elsewhere: returns the header of a weight file that is not there; E10, which reads one, waits then.
 
     Raises:
         CheckpointError: the first rule that is broken, with the file, the tensor and what would be right.
