@@ -176,6 +176,13 @@ def converted(source: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
+def in_one_file(source: Path) -> Path:
+    converter.convert(source, source.parent / "one", outliers="none")
+    assert not (source.parent / "one" / "model.safetensors.index.json").exists()
+    return source.parent / "one"
+
+
+@pytest.fixture(scope="module")
 def converted_mixture(mixture: Path) -> Path:
     converter.convert(mixture, mixture.parent / "out", calibration_tokens=16, format=2, rotate=True)
     return mixture.parent / "out"
@@ -388,7 +395,7 @@ def test_accelerate_places_blocks_where_the_plan_has_them(source: Path) -> None:
     assert found == {name: placed.get(name) for name in found}
 
 
-@pytest.mark.parametrize("which", ["source", "converted", "mixture", "converted_mixture"])
+@pytest.mark.parametrize("which", ["source", "converted", "in_one_file", "mixture", "converted_mixture"])
 def test_of_a_hub_id_no_weights_are_fetched(which: str, hub: Any, request: pytest.FixtureRequest) -> None:
     path: Path = request.getfixturevalue(which)
     files = {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
@@ -398,6 +405,19 @@ def test_of_a_hub_id_no_weights_are_fetched(which: str, hub: Any, request: pytes
     for same in ("class", "parameters", "by_kind", "int8_bytes", "cache_bytes", "machines", "smallest_sets", "notices"):
         assert found[same] == expected[same]
     assert not [file for file in Path(constants.HF_HUB_CACHE).rglob("*") if file.suffix == ".safetensors"]
+
+
+def test_a_checkpoint_of_bitsandbytes_is_one_in_int8(converted: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(converted, tmp_path / "theirs"))
+    config = json.loads((path / "config.json").read_text())
+    ours = config["quantization_config"].pop("llmint8")
+    (path / "config.json").write_text(json.dumps(config))
+    found, known = facts(path), facts(converted)
+    assert ours["format_version"]
+    assert found["origin"] == known["origin"] == "a directory, int8"
+    assert found["int8_bytes_on_disk"] == known["int8_bytes_on_disk"] == bytes_on_disk(converted)
+    # Inputs are not quantized in groups there, so there is one sum for each row.
+    assert found["int8_bytes"] < known["int8_bytes"]
 
 
 def test_the_text_says_what_the_json_says(source: Path) -> None:
@@ -475,7 +495,9 @@ def test_a_model_that_transformers_does_not_know_is_planned_by_names(source: Pat
     path = Path(shutil.copytree(source, tmp_path / "unknown"))
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of", "architectures": ["Unheard"]}))
+    (path / "adapter_config.json").write_text("{}")
     found, known = facts(path, "--gpu", "2x24GB"), facts(source, "--gpu", "2x24GB")
+    assert any("adapter_config.json" in notice for notice in found["notices"])
     assert (found["class"], found["cache_bytes"]) == (None, None)
     assert any("none are counted" in notice for notice in found["notices"])
     for same in ("parameters", "int8_layers", "int8_bytes", "half_bytes", "blocks"):
