@@ -11,6 +11,7 @@ from .eval import eval_command
 from .export import export_command
 from .generate import generate_command
 from .inspect import inspect_command
+from .plan import plan_command
 from .report import report_command
 from .verify import verify_command
 
@@ -22,6 +23,7 @@ def main() -> None:
 
 
 for _command in (
+    plan_command,
     convert_command,
     inspect_command,
     verify_command,
