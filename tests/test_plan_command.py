@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 import weakref
 from collections.abc import Sequence
@@ -537,3 +538,21 @@ def test_what_cannot_be_planned_is_one_line(arguments: list[str], words: list[st
 )
 def test_a_machine_is_named_in_many_ways(text: str, names: list[str]) -> None:
     assert [gpu.name for gpu in parse_machine(text)] == names
+
+
+def test_the_document_has_the_machines_that_hold_opt_175b() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "opt-175b.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "GB | " in line]
+    rows = [row for row in rows if re.fullmatch(r"\d+x\d+GB", row[0])]
+    assert len(rows) == 3
+    for machine, weights, cache, reserved, free, longest in rows:
+        planned = json.loads(plan("opt-175b", "--context", 1024, "--gpu", machine, "--json").stdout)["machines"][0]
+        found = planned["int8"]
+        low, high = min(gpu["weights"] for gpu in found["gpus"]), max(gpu["weights"] for gpu in found["gpus"])
+        tightest = min(found["gpus"], key=lambda gpu: gpu["free"])
+        gb = [low, high, tightest["cache"], tightest["reserved"] + tightest["activations"], tightest["free"]]
+        said = [*re.fullmatch(r"([\d.]+) to ([\d.]+) GB", weights).groups(), *(c.removesuffix(" GB") for c in (cache, reserved, free))]  # fmt: skip
+        assert said == [f"{nbytes / 1e9:.1f}" for nbytes in gb], machine
+        assert found["fits"]
+        assert not planned["half"]["fits"]
+        assert int(longest) == found["longest_context"]
