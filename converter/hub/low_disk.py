@@ -43,7 +43,13 @@ def open_remote(origin: Resolved, folder: Path) -> Source:
 
     """
     shelf = _Shelf(origin, folder)
-    return dataclasses.replace(open_source(origin.path, shelf), release=shelf.release)
+    source = open_source(origin.path, shelf)
+
+    def release(name: str) -> None:
+        for part in source.parts_of.get(name, [name]):
+            shelf.release(part)
+
+    return dataclasses.replace(source, release=release)
 
 
 class HubFile:

@@ -35,15 +35,13 @@ from .head import Head, own_head
 from .options import Options
 from .out import check_out
 from .samples import Samples, choose_samples
-from .selected import SelectedLayer, Selection
+from .selected import Selection, kept_output_bytes
 from .selection import select_layers
 
 _CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
 # What a conversion holds beside its largest tensor: the interpreter's own growth, headers, blocks being quantized.
 _BASE_MEMORY = 64 << 20
 _ACTIVATION_COPIES = 8
-# An output is put aside when it takes at most this part of its weight.
-_OUTPUT_SHARE = 4
 _LOGIT_COPIES = 2
 _DEFAULTS = Options()
 
@@ -93,19 +91,27 @@ class ConversionPlan:
         return sum(spec.nbytes for group in self.groups for spec in group) + int(columns * rows)
 
     @property
-    def disk_needed(self) -> int:
-        """Bytes on disk, with headers, small files, what the calibrated pass puts aside, and a cache on that disk."""
+    def bytes_to_read(self) -> int:
+        """Bytes of weights that are read from the disk: each once, and twice where NaN is looked for before."""
+        return sum(self.source.stored.values()) * (2 if self.options.on_nonfinite == "keep" else 1)
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Bytes that are written where OUT is: tensors, headers, small files, and what the pass puts aside."""
         small = sum(file.stat().st_size for file in self.source.small_files)
         aside = 0
         if self.criterion.kind != "none":
             for layer in self.selection.layers.values():
                 aside += layer.weight.nbytes * max_candidates(layer.in_features) // layer.in_features
                 aside += max(kept_output_bytes(layer, rows) for rows in self._rows)
-        # With --low-disk, the shards that are there at a time.
+        return self.bytes_after + small + aside + 1024 * sum(len(group) for group in self.groups)
+
+    @property
+    def disk_needed(self) -> int:
+        """Bytes that there have to be for what is written, for what `--low-disk` fetches, and a cache on that disk."""
         shards = sorted(self.source.stored.values())[-MOST_SHARDS:] if self.origin.low_disk else []
         fetched = self.bytes_to_fetch if self.origin.path.stat().st_dev == _existing(self.out).stat().st_dev else 0
-        written = self.bytes_after + small + aside + 1024 * sum(len(group) for group in self.groups)
-        return written + sum(shards) + fetched
+        return self.bytes_to_write + sum(shards) + fetched
 
     @property
     def _rows(self) -> tuple[int, int]:
@@ -156,15 +162,6 @@ class ConversionPlan:
 def _existing(out: Path) -> Path:
     """Return the directory, or the first of those above it that is there."""
     return next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-
-
-def kept_output_bytes(layer: SelectedLayer, tokens: int) -> int:
-    """Return the bytes of a layer's output in the calibrated pass, where it is put aside; else 0.
-
-    With it a pass that goes on after an interruption needs neither to read the weight again nor to multiply by it.
-    """
-    nbytes = 4 * tokens * layer.out_features
-    return nbytes if _OUTPUT_SHARE * nbytes <= layer.weight.nbytes else 0
 
 
 def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> ConversionPlan:
