@@ -16,6 +16,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from llmint8 import converter, runtime
+from llmint8.converter.model.names import module_names
 from llmint8.formats import SourceError, check_values, open_checkpoint, read_manifest
 from llmint8.runtime.commands.main import main
 from llmint8.runtime.model import on_the_fly
@@ -80,6 +81,8 @@ def assert_same(model: Any, converted: Path, saved: Path) -> None:
         other = expected.get_submodule(name)
         assert repr(layer) == repr(other)
         assert (layer.name, layer.kept_limit, layer.training) == (name, other.kept_limit, False)
+    names = open_checkpoint(converted).tensors
+    assert module_names(model, names) == module_names(expected, names)
     model.save_pretrained(saved)
     assert check_values(open_checkpoint(saved)) == []
     assert CliRunner().invoke(main, ["verify", str(saved)]).exit_code == 0

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -70,8 +69,8 @@ def quantize(model: Any, calibration: Any = None, *, tokenizer: Any = None, **op
         known = calibration_of(found.plan.selection.layers, found.outliers.statistics, config.searched)
         _replace(model, found, config, known)
         layers = {name: found.plan.selection.module_of[name] for name in found.plan.selection.layers}
-    _leave_out_rules(model, found)
-    Int8Quantizer(config, pre_quantized=True).adopt(model, layers)
+        stacks = {f"{matrix.experts}.{matrix.projection}" for matrix in found.plan.selection.experts.values()}
+    Int8Quantizer(config, pre_quantized=True).adopt(model, layers, stacks)
     if overflow := known.overflow(layers if model.dtype == torch.float16 else ()):
         log.warning("%s", overflow)
     log_summary(model)
@@ -172,16 +171,6 @@ def _made(found: Found, config: LoadedConfig, known: Calibration, layer: Selecte
     made.load_state_dict(state, assign=True)
     made.kept_limit = known.limits.get(name) if made.outliers == "static" else None
     return made
-
-
-def _leave_out_rules(model: Any, found: Found) -> None:
-    """Leave out the rules by which transformers would take stacks of experts apart that are there no longer."""
-    stacks = {f"{matrix.experts}.{matrix.projection}" for matrix in found.plan.selection.experts.values()}
-    rules = getattr(model, "_weight_conversions", None)
-    if stacks and rules is not None:
-        targets = {rule: rule.target_patterns for rule in rules if isinstance(rule, WeightConverter)}
-        left = [rule for rule in rules if not any(s.endswith(t) for s in stacks for t in targets.get(rule, ()))]
-        model._weight_conversions = left
 
 
 @register_quantization_config(ON_THE_FLY)

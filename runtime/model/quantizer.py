@@ -216,9 +216,9 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         model.config.__dict__.pop("_is_quantized", None)
         return model if dtype is None else model.to(dtype)
 
-    def adopt(self, model: Any, layers: dict[str, str]) -> None:
-        """Take on a model in which the int8 layers are in their places: name in a checkpoint -> name in the model."""
-        self._layers = layers
+    def adopt(self, model: Any, layers: dict[str, str], stacks: set[str]) -> None:
+        """Take on a model with its layers, name in a checkpoint -> in the model, and the stacks that some stand for."""
+        self._layers, self._experts = layers, stacks
         model.hf_quantizer, model.is_quantized, model.quantization_method = self, True, QUANT_METHOD
         self.postprocess_model(model)
 
