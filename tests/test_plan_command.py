@@ -551,7 +551,8 @@ def test_the_document_has_the_machines_that_hold_opt_175b() -> None:
         low, high = min(gpu["weights"] for gpu in found["gpus"]), max(gpu["weights"] for gpu in found["gpus"])
         tightest = min(found["gpus"], key=lambda gpu: gpu["free"])
         gb = [low, high, tightest["cache"], tightest["reserved"] + tightest["activations"], tightest["free"]]
-        said = [*re.fullmatch(r"([\d.]+) to ([\d.]+) GB", weights).groups(), *(c.removesuffix(" GB") for c in (cache, reserved, free))]  # fmt: skip
+        lowest, highest = weights.removesuffix(" GB").split(" to ")
+        said = [lowest, highest, *(cell.removesuffix(" GB") for cell in (cache, reserved, free))]
         assert said == [f"{nbytes / 1e9:.1f}" for nbytes in gb], machine
         assert found["fits"]
         assert not planned["half"]["fits"]
