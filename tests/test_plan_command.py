@@ -13,6 +13,7 @@ import accelerate
 import pytest
 import torch
 import transformers
+from accelerate.utils.modeling import check_device_map
 from click.testing import CliRunner
 from huggingface_hub import constants
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -396,6 +397,14 @@ def test_accelerate_places_blocks_where_the_plan_has_them(source: Path) -> None:
     assert found == {name: placed.get(name) for name in found}
 
 
+@pytest.mark.parametrize("name", ["opt-350m", "t5-small", "mixtral-8x7b", "gpt2"])
+def test_what_gpus_hold_is_a_device_map(name: str) -> None:
+    held = facts(name, "--gpu", "3x80GB")["machines"][0]["int8"]["gpus"]
+    placed = {module: number for number, gpu in enumerate(held) for module in gpu["holds"]}
+    assert len(placed) == sum(len(gpu["holds"]) for gpu in held)
+    check_device_map(meta_model(known_config(name)), placed)
+
+
 @pytest.mark.parametrize("which", ["source", "converted", "in_one_file", "mixture", "converted_mixture"])
 def test_of_a_hub_id_no_weights_are_fetched(which: str, hub: Any, request: pytest.FixtureRequest) -> None:
     path: Path = request.getfixturevalue(which)
@@ -406,6 +415,25 @@ def test_of_a_hub_id_no_weights_are_fetched(which: str, hub: Any, request: pytes
     for same in ("class", "parameters", "by_kind", "int8_bytes", "cache_bytes", "machines", "smallest_sets", "notices"):
         assert found[same] == expected[same]
     assert not [file for file in Path(constants.HF_HUB_CACHE).rglob("*") if file.suffix == ".safetensors"]
+
+
+def test_a_head_that_is_in_the_file_beside_its_embedding_is_in_memory_once(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(**{**FAMILIES["opt"][1], "hidden_size": 64, "word_embed_proj_dim": 64})
+    model = transformers.OPTForCausalLM(config).half()
+    model.save_pretrained(tmp_path / "once")
+    shutil.copytree(tmp_path / "once", tmp_path / "twice", ignore=shutil.ignore_patterns("*.safetensors"))
+    state = model.state_dict()
+    assert "lm_head.weight" in state
+    torch.save(state, tmp_path / "twice" / "pytorch_model.bin")
+    once, twice = (facts(tmp_path / name, "--gpu", "2x24GB") for name in ("once", "twice"))
+    for same in ("parameters", "half_bytes", "int8_bytes", "machines"):
+        assert once[same] == twice[same]
+    converter.convert(tmp_path / "twice", tmp_path / "out", outliers="none")
+    embedding = 2 * 64 * 64
+    assert twice["int8_bytes_on_disk"] - once["int8_bytes_on_disk"] == embedding
+    assert facts(tmp_path / "out")["int8_bytes_on_disk"] == bytes_on_disk(tmp_path / "out")
+    assert facts(tmp_path / "out")["parameters"] == once["parameters"]
 
 
 def test_a_checkpoint_of_bitsandbytes_is_one_in_int8(converted: Path, tmp_path: Path) -> None:
@@ -457,7 +485,8 @@ def test_what_does_not_fit_is_said_with_the_context_that_would() -> None:
     assert held["half"]["longest_context"] == 0
     holds = [name for gpu in held["int8"]["gpus"] for name in gpu["holds"]]
     assert holds[0] == "model.decoder.embed_tokens"
-    # The head has its weight in common with the embedding, and so no place of its own.
+    # The head has its weight in common with the embedding.
+    assert holds[1] == "lm_head"
     assert holds[-24:] == [f"model.decoder.layers.{number}" for number in range(24)]
 
 
