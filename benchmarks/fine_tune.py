@@ -1,10 +1,10 @@
 """Fine-tune a model with LoRA in 16 bit and in int8, with the same batches, and draw how the loss falls.
 
-    python benchmarks/fine_tune.py SOURCE TEXT [--steps N]
+    python benchmarks/fine_tune.py SOURCE TEXT [--steps N] [--work DIRECTORY]
 
 SOURCE is a 16-bit checkpoint with a tokenizer, converted with the defaults and with `--format 2 --rotate`. The adapters
 (rank 8, on every linear layer of the blocks) begin alike and are trained on the first nine tenths of TEXT; the loss is
-drawn that 16 windows of the last tenth have. Everything but int8 is computed in float32, as processors without bfloat16
+drawn that 8 windows of the last tenth have. Everything but int8 is computed in float32, as processors without bfloat16
 instructions multiply 16-bit numbers at a fraction of that speed. At the end the adapter is merged, into int8 weights
 in an int8 model. Printed, and written to `results/fine_tune-NAME.json` and `docs/images/fine-tuning.png`.
 """
@@ -26,7 +26,7 @@ from llmint8 import converter, runtime
 from llmint8.runtime.report.axes import BLUE, GREEN, ORANGE
 
 ROOT = Path(__file__).parent.parent
-LENGTH, BATCH, EVERY, RATE = 128, 4, 5, 5e-4
+LENGTH, BATCH, EVERY, RATE = 128, 2, 4, 1e-3
 COLOURS = {"16 bit": BLUE, "int8": ORANGE, "int8, format 2, rotated": GREEN}
 
 
@@ -96,17 +96,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("text", type=Path)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--work", type=Path, help="keep what is converted here, and take it from here")
     options = parser.parse_args()
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.source)
     windows = torch.tensor(tokenizer(options.text.read_text(encoding="utf-8")).input_ids)
     windows = windows[: len(windows) // LENGTH * LENGTH].view(-1, LENGTH)
-    held_out = windows[len(windows) * 9 // 10 :][:16]
+    held_out = windows[len(windows) * 9 // 10 :][:8]
     windows = windows[: len(windows) * 9 // 10]
     rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as work:
-        for label, load in models(options.source, Path(work)).items():
-            print(label)
+        for label, load in models(options.source, options.work or Path(work)).items():
+            print(label, flush=True)
             rows[label] = fine_tune(load(), windows, held_out, options.steps)
             first, last = rows[label]["curve"][0][1], rows[label]["curve"][-1][1]
             print(f"{label}: {first:.4f} -> {last:.4f}, merged {rows[label]['merged']:.4f}", flush=True)

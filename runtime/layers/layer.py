@@ -2,8 +2,8 @@
 
 Quantization is a named step, `from_linear` or `overwrite`, and forward changes nothing. The weight is frozen; gradients
 flow through it to the input, and to the bias where it wants one (`kernels/gradient.py`), but not in forward mode (jvp):
-it says so. Who writes into one of its tensors calls `prepare` then. For adapters, and all who look for linear layers, it is
-an `nn.Linear`.
+it says so. Who writes into one of its tensors calls `prepare` then. For adapters, and all who look for linear layers,
+it is an `nn.Linear`.
 """
 
 from dataclasses import replace
