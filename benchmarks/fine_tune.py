@@ -26,7 +26,7 @@ from llmint8 import converter, runtime
 from llmint8.runtime.report.axes import BLUE, GREEN, ORANGE
 
 ROOT = Path(__file__).parent.parent
-LENGTH, BATCH, EVERY, RATE = 128, 2, 4, 1e-3
+LENGTH, BATCH, EVERY, RATE = 64, 2, 4, 1e-3
 COLOURS = {"16 bit": BLUE, "int8": ORANGE, "int8, format 2, rotated": GREEN}
 
 
@@ -96,7 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("text", type=Path)
-    parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--work", type=Path, help="keep what is converted here, and take it from here")
     options = parser.parse_args()
     tokenizer = transformers.AutoTokenizer.from_pretrained(options.source)

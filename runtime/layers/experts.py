@@ -80,9 +80,8 @@ class Int8Experts(nn.Module):
         wants_gradient = torch.is_grad_enabled() and hidden_states.requires_grad
         grouped = self._is_grouped(hidden_states) and not wants_gradient
         if grouped and all(type(layer) is Int8Linear for parts in layers.values() for layer in parts):
-            multiply = self._multiply_rows
-        else:
-            multiply = expert_by_expert(layers, self.num_experts)
+            return run_experts(self, self._multiply_rows, hidden_states, top_k_index, top_k_weights)
+        multiply = expert_by_expert(layers, self.num_experts)
         return run_experts(self, multiply, hidden_states, top_k_index, top_k_weights)
 
     @staticmethod
