@@ -1,12 +1,16 @@
 """Adapters of PEFT on int8 models: nothing is registered, they are trained, saved, loaded, merged and taken out."""
 
+import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 
 from llmint8 import converter, runtime
@@ -18,6 +22,7 @@ from llmint8.runtime.layers.experts import Int8Experts
 peft = pytest.importorskip("peft", minversion="0.20")
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
+ROOT = Path(__file__).parent.parent
 TOKENS = torch.arange(3, 35).view(2, 16)
 LLAMA: dict[str, Any] = {
     "vocab_size": 97,
@@ -119,6 +124,12 @@ def test_a_saved_adapter_is_loaded_again(checkpoint: Path, method: str, tmp_path
     assert torch.equal(logits(again), logits(model))
     of_float = peft.PeftModel.from_pretrained(float_model(checkpoint), tmp_path)
     assert distance(logits(again), logits(of_float)) < 0.1
+
+
+def test_an_adapter_of_the_16_bit_model_fits(checkpoint: Path, tmp_path: Path) -> None:
+    other = with_adapter(float_model(checkpoint), "LoRA")
+    other.save_pretrained(tmp_path)
+    assert distance(logits(peft.PeftModel.from_pretrained(runtime.load(checkpoint), tmp_path)), logits(other)) < 0.1
 
 
 def test_it_is_put_on_by_transformers_too(checkpoint: Path, tmp_path: Path) -> None:
@@ -308,6 +319,33 @@ def test_gradients_flow_through_experts_without_adapters(tmp_path: Path) -> None
     assert distance(*(torch.cat([one[name].flatten() for name in sorted(one)]) for one in pair)) < 0.15
 
 
+def test_kernels_for_all_experts_are_left_where_a_gradient_or_an_adapter_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, used = make_mixture(tmp_path, "gpt_oss"), []
+    multiply = Int8Experts._multiply_rows
+    monkeypatch.setattr(Int8Experts, "_is_grouped", staticmethod(lambda x: True))
+    monkeypatch.setattr(Int8Experts, "_multiply_rows", lambda *given: used.append(1) or multiply(*given))
+    model = runtime.load(path)
+    logits(model)
+    assert used
+    used.clear()
+    gradients(with_adapter(model, "two layers"))
+    assert not used
+    logits(with_adapter(runtime.load(path), "LoRA"))
+    assert not used
+
+
+def test_a_change_below_half_a_step_is_rounded_away_but_in_the_outlier_columns() -> None:
+    layer = Int8Linear.from_linear(nn.Linear(130, 8).requires_grad_(False), torch.tensor([3, 29]))
+    before, weight = layer.dequantize(), layer.unpacked_weight().clone()
+    change = 0.4 * layer.SCB[:, None].min() / 127 * torch.randn(8, 130).sign()
+    change[layer.unpacked_weight().abs() == 127] = 0  # the step stays
+    layer.weight.data += change
+    assert torch.equal(layer.unpacked_weight(), weight)
+    assert torch.allclose(layer.dequantize()[:, [3, 29]], (before + change)[:, [3, 29]], rtol=1e-6)
+
+
 def test_what_is_no_weight_is_refused_and_the_layer_stays() -> None:
     linear = nn.Linear(30, 8).requires_grad_(False)
     layer, x = Int8Linear.from_linear(linear, torch.tensor([3, 29])), torch.randn(4, 30)
@@ -342,6 +380,7 @@ def test_what_is_written_into_the_data_is_quantized_as_from_the_start(rotation: 
         layer.bias = nn.Parameter(second.bias, requires_grad=False)
         write(layer)
         assert torch.equal(layer(x), expected(x))
+        assert layer.prepared is not None
         assert torch.equal(layer.state_dict()["weight"], expected.state_dict()["weight"])
     layer = Int8Linear.from_linear(first, dims, rotation=rotation)
     wanted = layer.dequantize() + 0.25
@@ -349,3 +388,33 @@ def test_what_is_written_into_the_data_is_quantized_as_from_the_start(rotation: 
     expected = Int8Linear.from_linear(nn.Linear(130, 8), dims, rotation=rotation)
     expected.overwrite(wanted)
     assert torch.equal(layer.dequantize(), expected.dequantize())
+
+
+def test_the_document_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(3)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**LLAMA)).save_pretrained(tmp_path / "model")
+    words = {word: number for number, word in enumerate(["<unk>", "Whatever", "it", "is", "to", "learn", "."])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    fast.save_pretrained(tmp_path / "model")
+    converter.convert(tmp_path / "model", tmp_path / "model-int8", calibration_tokens=48)
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "fine-tuning.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    found: dict[str, Any] = {}
+    exec(code, found)
+    with torch.no_grad():
+        assert found["model"](input_ids=found["ids"], labels=found["ids"]).loss < 0.5 * np.log(97)
+
+
+def test_its_figures_are_those_of_the_benchmark() -> None:
+    text = (ROOT / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
+    file = ROOT / "benchmarks" / "results" / "fine_tune-SmolLM2-135M-Instruct.json"
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    for label, row in rows.items():
+        figures = row["curve"][0][1], row["curve"][-1][1], row["merged"]
+        assert f"| {label} | " + " | ".join(f"{figure:.3f}" for figure in figures) + " |" in text
+        kept = (figures[0] - figures[2]) / (figures[0] - figures[1])
+        assert label == "16 bit" or 0.955 < kept < 0.975, "keeps 96 to 97 %"

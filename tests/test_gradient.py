@@ -78,6 +78,7 @@ def test_the_gradient_is_the_product_with_the_dequantized_weight(
             assert_gradient(layer, of_out, gradients(layer, x, of_out))
             stored = layer.stored()
             assert_gradient(layer, of_out, reference.linear_gradient(of_out, stored))
+            assert_gradient(layer, of_out, linear_gradient(of_out, stored))
 
 
 def test_many_blocks_of_columns_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
