@@ -407,7 +407,7 @@ def test_the_document_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     found: dict[str, Any] = {}
     exec(code, found)
     with torch.no_grad():
-        # Untrained it is that of a guess, log(97); how far ten steps come depends on the random numbers they begin with.
+        # Untrained it is that of a guess, log(97); how far ten steps come depends on random numbers.
         assert found["model"](input_ids=found["ids"], labels=found["ids"]).loss < 0.75 * np.log(97)
 
 
