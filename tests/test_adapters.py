@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -337,14 +336,16 @@ def test_kernels_for_all_experts_are_left_where_a_gradient_or_an_adapter_is(
 
 
 def test_a_change_below_half_a_step_is_rounded_away_but_in_the_outlier_columns() -> None:
-    layer = Int8Linear.from_linear(nn.Linear(130, 8).requires_grad_(False), torch.tensor([3, 29]))
+    linear, dims = nn.Linear(130, 8).requires_grad_(False), torch.tensor([3, 29])
+    linear.weight[:, dims] *= 0.1  # no row has its largest element there
+    layer = Int8Linear.from_linear(linear, dims)
+    kept = torch.ones(130).index_fill(0, dims, 0).bool()
     before, weight = layer.dequantize(), layer.unpacked_weight().clone()
     change = 0.4 * layer.SCB[:, None].min() / 127 * torch.randn(8, 130).sign()
-    change[layer.unpacked_weight().abs() == 127] = 0  # the step stays
+    change[weight.abs() == 127] = 0  # the step stays
     layer.weight.data += change
-    others = [column for column in range(130) if column not in (3, 29)]  # these may be near a tie
-    assert torch.equal(layer.unpacked_weight()[:, others], weight[:, others])
-    assert torch.allclose(layer.dequantize()[:, [3, 29]], (before + change)[:, [3, 29]], rtol=1e-6)
+    assert torch.equal(layer.unpacked_weight()[:, kept], weight[:, kept])
+    assert torch.allclose(layer.dequantize()[:, dims], (before + change)[:, dims], rtol=1e-6)
 
 
 def test_what_is_no_weight_is_refused_and_the_layer_stays() -> None:
@@ -401,14 +402,14 @@ def test_the_document_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     fast.save_pretrained(tmp_path / "model")
     converter.convert(tmp_path / "model", tmp_path / "model-int8", calibration_tokens=48)
     monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs" / "fine-tuning.md").read_text(encoding="utf-8"), re.DOTALL
-    )
+    text = (ROOT / "docs" / "fine-tuning.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     found: dict[str, Any] = {}
     exec(code, found)
+    pair = found["model"], runtime.load("model-int8")
     with torch.no_grad():
-        # Untrained it is that of a guess, log(97); how far ten steps come depends on random numbers.
-        assert found["model"](input_ids=found["ids"], labels=found["ids"]).loss < 0.75 * np.log(97)
+        after, before = (float(model(input_ids=found["ids"], labels=found["ids"]).loss) for model in pair)
+    assert after < 0.8 * before
 
 
 def test_its_figures_are_those_of_the_benchmark() -> None:
