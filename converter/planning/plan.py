@@ -10,7 +10,6 @@ from llmint8.formats import (
     DTYPES,
     FLOAT_DTYPES,
     NATIVE,
-    OutputError,
     Source,
     SourceError,
     TensorInfo,
@@ -18,10 +17,9 @@ from llmint8.formats import (
     is_unfinished,
     open_source,
     outlier_specs,
-    require_writable,
 )
 from llmint8.formats.containers.tensors import BLOCK_BYTES
-from llmint8.formats.disk.names import CONFIG_NAME, MANIFEST_NAME, WORKING_NAME
+from llmint8.formats.disk.names import WORKING_NAME
 from llmint8.formats.disk.small_files import left_behind
 
 from ..hub.low_disk import MOST_SHARDS, open_remote
@@ -35,6 +33,7 @@ from ..outliers.criterion import Criterion, budget_notices, max_candidates, pars
 from ..words import parse_size, precision
 from .head import Head, own_head
 from .options import Options
+from .out import check_out
 from .samples import Samples, choose_samples
 from .selected import Selection, kept_output_bytes
 from .selection import select_layers
@@ -160,11 +159,6 @@ class ConversionPlan:
         return peak + _BASE_MEMORY
 
 
-def is_finished(out: Path) -> bool:
-    """Tell whether a directory holds a conversion that came to its end."""
-    return not is_unfinished(out) and all((out / name).exists() for name in (CONFIG_NAME, MANIFEST_NAME))
-
-
 def _existing(out: Path) -> Path:
     """Return the directory, or the first of those above it that is there."""
     return next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
@@ -179,14 +173,20 @@ def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> Conv
         ValueError: an option's value is not valid.
 
     """
-    criterion = parse_criterion(options.outliers)
+    parse_criterion(options.outliers)
     if options.dtype is not None and options.dtype not in _CAST_DTYPES:
         raise ValueError(f"dtype {options.dtype!r}, expected one of {', '.join(_CAST_DTYPES)}")
-    max_shard_bytes = parse_size(options.max_shard_size)
-    _check_out(origin.path, out)
+    parse_size(options.max_shard_size)
+    check_out(origin.path, out)
     if not origin.name.isprintable():  # it is written into config.json
         raise SourceError(f"{origin.path}: has a name that cannot be printed; rename the directory")
     source = open_remote(origin, out / WORKING_NAME) if origin.remote else open_source(origin.path)
+    return plan_source(source, origin, out, options)
+
+
+def plan_source(source: Source, origin: Resolved, out: Path, options: Options) -> ConversionPlan:
+    """Choose the layers of a source that is open, and lay out the result. Raises what `make_plan` does, but of OUT."""
+    criterion, max_shard_bytes = parse_criterion(options.outliers), parse_size(options.max_shard_size)
     config, head = load_config(source.beside, options.trust_remote_code), None
     config, notices = (None, []) if config is None else settle_class(config, source)
     samples = choose_samples(options.calibration, config if criterion.kind != "none" else None)
@@ -233,14 +233,3 @@ def in_file_order(source: Source) -> list[TensorInfo]:
 def output_dtype(dtype: str, cast: str | None) -> str:
     """Return the dtype in which an unquantized tensor is stored; only floats of 16 and 32 bits are ever cast."""
     return cast if cast and dtype in FLOAT_DTYPES else dtype
-
-
-def _check_out(source: Path, out: Path) -> None:
-    real_source, real_out = source.resolve(), out.resolve()
-    if real_out == real_source:
-        raise OutputError(f"{out}: is the source itself; name another directory for the result")
-    if real_source in real_out.parents:
-        raise OutputError(f"{out}: lies inside the source {source}; name a directory outside of it")
-    # Whether it is a conversion of this source is known later; nothing is written to a finished one in any case.
-    if not is_finished(out):
-        require_writable(out)

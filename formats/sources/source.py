@@ -27,6 +27,8 @@ from .metaseq.names import metaseq_files
 from .quantized import already_quantized, check_quantization, method_of, stored_quantization
 from .weight_files import LocalFolder, TensorFile, WeightFiles, WeightFolder, weight_files
 
+# The name of the file that tensors in memory have, see `memory.py`.
+IN_MEMORY = "memory"
 # Of tensors that are there twice; more are not read only to be compared.
 _MAX_COMPARED_BYTES = 256 << 20
 
@@ -90,7 +92,7 @@ class Source:
         There are none of a file of PyTorch, which cannot be read in parts.
         """
         info = self.tensors[name]
-        if not info.file.endswith(".safetensors"):
+        if not info.file.endswith((".safetensors", IN_MEMORY)):
             return []
         rows = (info.rows(number, number + 1) for number in range(info.shape[0]))
         return [replace(one, name=f"{name}.{number}", shape=one.shape[1:]) for number, one in enumerate(rows)]
