@@ -11,6 +11,7 @@ from . import reference
 from .checks import FLOATS, check_input, check_weight
 from .cpu import native, product
 from .cpu.linear import CpuWeight
+from .gradient import differentiable
 from .operators import GpuWeight, NativeWeight, OperatorWeight, has_triton
 from .prepared import PreparedWeight, ReferenceWeight
 from .reference import Activation, Int8Weight
@@ -62,7 +63,7 @@ def int8_linear(x: Tensor, weight: PreparedWeight, activation: Activation = "abs
         activation: how the rows of x are quantized.
 
     Returns:
-        [..., N] in the dtype of x, or of autocast.
+        [..., N] in the dtype of x, or of autocast. Gradients flow to x, and to a bias that wants one (`gradient.py`).
 
     Raises:
         ValueError: x does not fit the weight.
@@ -75,8 +76,9 @@ def int8_linear(x: Tensor, weight: PreparedWeight, activation: Activation = "abs
         return int8_linear(x.float(), weight, activation).double()
     check_input(x, weight.in_features, weight.device)
     if x.ndim == 2:
-        return weight.linear(x, activation)
-    return weight.linear(x.reshape(-1, weight.in_features), activation).reshape(*x.shape[:-1], weight.out_features)
+        return differentiable(x, weight, activation)
+    rows = differentiable(x.reshape(-1, weight.in_features), weight, activation)
+    return rows.reshape(*x.shape[:-1], weight.out_features)
 
 
 def _under_autocast(x: Tensor, weight: PreparedWeight, activation: Activation) -> Tensor:

@@ -3,7 +3,7 @@
 On a GPU it is one or two launches of Triton kernels (`gpu/linear.py`). With outliers searched in the call,
 `torch.ops.llmint8.dynamic_int8_linear`, two more come before. Nothing in them waits for the GPU, and shapes do not
 depend on values. On the CPU they are the compiled layer (`cpu/native.py`) or, where there is none, what the CPU's other
-weights run (`cpu/linear.py`). They have no gradient.
+weights run (`cpu/linear.py`). They have no gradient of their own; `gradient.py` has it.
 
 Called eagerly, a weight passes the operator by: its dispatch takes as long as the rest of a call.
 Without Triton (CUDA on Windows) there is no such weight, and the operator runs the reference.
@@ -60,7 +60,19 @@ class OperatorWeight(PreparedWeight):
         operands = Operands.prepare(weight, row_sums)
         n, k = operands.values.shape
         runs_on, run = cls._runner(operands)
-        return cls(in_features=k, out_features=n, values=operands.values, runs_on=runs_on, operands=operands, run=run)
+        return cls(
+            in_features=k,
+            out_features=n,
+            values=operands.values,
+            bias=operands.bias,
+            runs_on=runs_on,
+            operands=operands,
+            run=run,
+        )
+
+    def stored(self) -> Int8Weight:
+        """Return the weight; see `PreparedWeight`."""
+        return self.operands.stored()
 
     def linear(self, x: Tensor, activation: Activation) -> Tensor:
         """Run the layer; see `PreparedWeight`."""

@@ -1,7 +1,7 @@
 """What a layer is run with: a weight laid out for one device."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class PreparedWeight(ABC):
         in_features: K.
         out_features: N.
         values: the int8 values, in the layout that is read.
+        bias: float [N] or None, the tensor that was given: what is written into it counts.
         runs_on: what computes it, for people.
 
     """
@@ -27,6 +28,7 @@ class PreparedWeight(ABC):
     in_features: int
     out_features: int
     values: Tensor
+    bias: Tensor | None
     runs_on: str
 
     @property
@@ -39,6 +41,10 @@ class PreparedWeight(ABC):
         return self.values
 
     @abstractmethod
+    def stored(self) -> Int8Weight:
+        """Return the weight as it was stored, its absmax to a unit in the last place, without outliers it searches."""
+
+    @abstractmethod
     def linear(self, x: Tensor, activation: Activation) -> Tensor:
         """Run the layer for x [M, K] in float16, bfloat16 or float32: [M, N] in its dtype."""
 
@@ -47,15 +53,27 @@ class PreparedWeight(ABC):
 class ReferenceWeight(PreparedWeight):
     """A weight as it is stored, for devices without kernels of their own."""
 
-    stored: Int8Weight
+    weight: Int8Weight
 
     @classmethod
     def prepare(cls, weight: Int8Weight) -> "ReferenceWeight":
         """Take a weight on any device."""
         n, k = weight.values.shape
         runs_on = f"plain PyTorch on {weight.values.device.type}"
-        return cls(in_features=k, out_features=n, values=weight.values, runs_on=runs_on, stored=weight)
+        return cls(
+            in_features=k, out_features=n, values=weight.values, bias=weight.bias, runs_on=runs_on, weight=weight
+        )
+
+    def stored(self) -> Int8Weight:
+        """Return the weight; see `PreparedWeight`."""
+        if self.weight.threshold is None:
+            return self.weight
+        return replace(
+            self.weight,
+            outlier_dims=self.weight.outlier_dims[:0],
+            outlier_weight=self.weight.outlier_weight[:, :0],
+        )
 
     def linear(self, x: Tensor, activation: Activation) -> Tensor:
         """Run the layer; see `PreparedWeight`."""
-        return reference.int8_linear(x, self.stored, activation)
+        return reference.int8_linear(x, self.weight, activation)

@@ -277,6 +277,25 @@ def int8_linear(x: Tensor, weight: Int8Weight, activation: Activation = "absmax"
     return out.to(x.dtype)
 
 
+def linear_gradient(gradient: Tensor, weight: Int8Weight) -> Tensor:
+    """The gradient of `int8_linear` with respect to x: `gradient @ W`, W dequantized, outlier columns as they are.
+
+    Rounding x to int8 counts as if it were not there (straight-through estimator, Bengio et al. 2013, arXiv 1308.3432).
+
+    Args:
+        gradient: float [M, N], that with respect to the output.
+        weight: of N rows and K columns. Outliers that are searched come from the int8 values, like all other columns.
+
+    Returns:
+        [M, K] in the dtype of the gradient; sums are float32.
+
+    """
+    dequantized = dequantize_weight(weight.values, weight.absmax, weight.rotation)
+    if weight.threshold is None and weight.outlier_dims.numel():
+        dequantized[:, weight.outlier_dims.long()] = weight.outlier_weight.float()
+    return _float32_product(gradient, dequantized.t()).to(gradient.dtype)
+
+
 def grouped_int8_linear(
     x: Tensor, weights: Sequence[Int8Weight], expert_of_row: Tensor, activation: Activation = "absmax"
 ) -> Tensor:

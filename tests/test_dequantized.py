@@ -1,7 +1,8 @@
 """Sources that are stored in 8 bits: what is read of them, what a conversion makes of it, and what is refused."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,50 @@ def float8_blocks(weight: Tensor) -> tuple[Stored, Tensor]:
     return {"weight": values, "weight_scale_inv": scale}, restored
 
 
+def gptq(weight: Tensor, added: int = 1, bits: int = 4) -> tuple[Stored, Tensor]:
+    """Groups of 8 rows of [K, N] in another order than they stand, as `desc_act` leaves them."""
+    rows, pack = weight.t().contiguous(), 32 // bits
+    k, n = rows.shape
+    group = torch.randperm(k, generator=torch.Generator().manual_seed(1)) // 8
+    scale, zero = torch.empty(k // 8, n), torch.empty(k // 8, n, dtype=torch.int64)
+    for number in range(k // 8):
+        low, high = rows[group == number].amin(0).clamp(max=0), rows[group == number].amax(0).clamp(min=0)
+        scale[number] = ((high - low) / (2**bits - 1)).half()
+        zero[number] = (-low / scale[number]).round().clamp(added, 2**bits - 1)
+    values = (rows / scale[group] + zero[group]).round().clamp(0, 2**bits - 1).long()
+    stored = {
+        "qweight": words(values.view(-1, pack, n), 1, range(pack), bits),
+        "qzeros": words((zero - added).view(k // 8, -1, pack), 2, range(pack), bits),
+        "scales": scale.half(),
+        "g_idx": group.int(),
+    }
+    return stored, ((values - zero[group]).float() * scale[group]).t()
+
+
+def awq(weight: Tensor) -> tuple[Stored, Tensor]:
+    rows = weight.t().contiguous()
+    k, n = rows.shape
+    grouped = rows.view(-1, 8, n)
+    low, high = grouped.amin(1).clamp(max=0), grouped.amax(1).clamp(min=0)
+    scale = ((high - low) / 15).half().float()
+    zero = (-low / scale).round().clamp(0, 15).long()
+    values = (grouped / scale[:, None] + zero[:, None]).round().clamp(0, 15).long()
+    order = (0, 2, 4, 6, 1, 3, 5, 7)  # AutoAWQ: the value that each place of a word has
+    stored = {
+        "qweight": words(values.view(k, -1, 8)[..., order], 2, range(8), 4),
+        "qzeros": words(zero.view(k // 8, -1, 8)[..., order], 2, range(8), 4),
+        "scales": scale.half(),
+    }
+    return stored, ((values - zero[:, None]).float() * scale[:, None]).view(k, n).t()
+
+
+def words(values: Tensor, dim: int, places: Iterable[int], bits: int) -> Tensor:
+    """Pack values that stand side by side along a dimension into 32-bit words."""
+    word = sum(values.select(dim, place) << (bits * place) for place in places)
+    assert isinstance(word, Tensor)
+    return (((word + 2**31) % 2**32) - 2**31).int()
+
+
 METHODS: dict[str, tuple[Callable[[Tensor], tuple[Stored, Tensor]], dict[str, Any]]] = {
     "bitsandbytes": (bitsandbytes, {"quant_method": "bitsandbytes", "load_in_8bit": True}),
     "compressed-tensors int-quantized": (
@@ -80,6 +125,12 @@ METHODS: dict[str, tuple[Callable[[Tensor], tuple[Stored, Tensor]], dict[str, An
         float8_tensor,
         {"quant_method": "compressed-tensors", "format": "float-quantized"},
     ),
+    "gptq": (gptq, {"quant_method": "gptq", "bits": 4, "group_size": 8, "desc_act": True}),
+    "gptq, 8 bits, second version": (
+        partial(gptq, added=0, bits=8),
+        {"quant_method": "gptq", "bits": 8, "group_size": 8, "checkpoint_format": "gptq_v2"},
+    ),
+    "awq": (awq, {"quant_method": "awq", "bits": 4, "group_size": 8, "version": "gemm"}),
     "fp8": (float8_blocks, {"quant_method": "fp8", "weight_block_size": [128, 128]}),
 }
 
@@ -185,6 +236,9 @@ def edited(path: Path, **changes: Tensor | None) -> Path:
             {"weight_zero_point": torch.zeros(200, 1, dtype=torch.int8)},
             "weight_zero_point has another shape than",
         ),
+        ("gptq", {"qzeros": torch.zeros(17, 24).int()}, r"qweight is \[17, 200\], with scales"),
+        ("gptq", {"g_idx": torch.full((136,), 99).int()}, "g_idx names groups that are not among 17"),
+        ("gptq", {"scales": None}, "already quantized"),
         ("compressed-tensors int-quantized", {"weight_packed": torch.ones(2, 2).int()}, "already quantized"),
     ],
 )

@@ -132,15 +132,14 @@ def test_asking_for_it_computes_nothing_and_using_it_is_said_once(
         for one in (layer, other, layer):
             F.linear(X, one.weight)
     assert [record.getMessage() for record in caplog.records] == [
-        "model.blocks.*.proj: the model's code uses the weight itself, which is dequantized for it in every call; "
+        "model.blocks.*.proj: the model's code, or an adapter, uses the weight itself, which is dequantized for it in "
+        "every call; "
         "--skip at conversion keeps the layer in 16 bit"
     ]
 
 
 WRITES: dict[str, Callable[[Tensor], Any]] = {
     "zero_": lambda w: w.zero_(),
-    "data.copy_": lambda w: w.data.copy_(torch.ones(8, 30)),
-    "data +=": lambda w: w.data.add_(1),
     "init": nn.init.normal_,
     "out=": lambda w: torch.mul(torch.ones(8, 30), 2, out=w),
     "detached": lambda w: w.detach().mul_(2),
@@ -154,6 +153,14 @@ def test_what_would_write_into_it_is_an_error_that_names_the_layer(write: str) -
     with torch.no_grad(), pytest.raises(LLMInt8Error, match=r"^model\.blocks\.3\.proj: .* int8 and frozen; --skip"):
         WRITES[write](layer.weight)
     assert torch.equal(layer.unpacked_weight(), before)
+
+
+def test_what_is_no_layers_data_is_not_written_into_either() -> None:
+    moved = make_layer().weight._moved(torch.device("cpu", 0))  # type: ignore[attr-defined]
+    with pytest.raises(LLMInt8Error, match=r"^model\.blocks\.3\.proj: an assignment to the data of its weight"):
+        moved.data = torch.ones(8, 30)
+    with pytest.raises(LLMInt8Error, match="int8 and frozen"):
+        moved.data.add_(1)
 
 
 @pytest.mark.parametrize("take", [np.from_dlpack, torch.from_dlpack], ids=["numpy", "torch"])

@@ -592,17 +592,6 @@ def test_tensors_are_named_as_on_disk_and_frozen() -> None:
     assert "bias" not in make_layer(30, 8, 2, bias=False).state_dict()
 
 
-def test_backward_is_an_error_and_not_a_wrong_gradient() -> None:
-    layer = make_layer(30, 8, 2, torch.float32)
-    x = torch.randn(3, 30, requires_grad=True)
-    out = layer(x)
-    assert torch.equal(out, layer(x.detach()))
-    with pytest.raises(NotImplementedError, match="no gradient through Int8Linear yet"):
-        out.sum().backward()
-    with torch.no_grad():
-        assert not layer(x).requires_grad
-
-
 def test_repr_says_how_the_layer_runs() -> None:
     layer = make_layer(30, 8, 2, bias=False)
     assert "in_features=30, out_features=8, bias=False, outlier_dims=2, outliers='static'" in repr(layer)

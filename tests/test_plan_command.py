@@ -16,6 +16,7 @@ import transformers
 from accelerate.utils.modeling import check_device_map
 from click.testing import CliRunner
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -436,17 +437,31 @@ def test_a_head_that_is_in_the_file_beside_its_embedding_is_in_memory_once(tmp_p
     assert facts(tmp_path / "out")["parameters"] == once["parameters"]
 
 
-def test_a_checkpoint_of_bitsandbytes_is_one_in_int8(converted: Path, tmp_path: Path) -> None:
-    path = Path(shutil.copytree(converted, tmp_path / "theirs"))
+def test_a_checkpoint_of_bitsandbytes_is_one_in_int8(in_one_file: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(in_one_file, tmp_path / "theirs"))
+    tensors = load_file(path / "model.safetensors")
+    theirs = {name: tensor for name, tensor in tensors.items() if ".outlier_" not in name}
+    assert theirs.keys() != tensors.keys()
+    save_file(theirs, path / "model.safetensors", {"format": "pt"})
     config = json.loads((path / "config.json").read_text())
-    ours = config["quantization_config"].pop("llmint8")
+    assert config["quantization_config"].pop("llmint8")
     (path / "config.json").write_text(json.dumps(config))
-    found, known = facts(path), facts(converted)
-    assert ours["format_version"]
+    found, known = facts(path), facts(in_one_file)
     assert found["origin"] == known["origin"] == "a directory, int8"
-    assert found["int8_bytes_on_disk"] == known["int8_bytes_on_disk"] == bytes_on_disk(converted)
+    assert found["int8_bytes_on_disk"] == known["int8_bytes_on_disk"] == bytes_on_disk(path)
     # Inputs are not quantized in groups there, so there is one sum for each row.
     assert found["int8_bytes"] < known["int8_bytes"]
+
+
+def test_a_config_that_says_int8_over_weights_in_16_bit_is_not_believed(source: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(source, tmp_path / "merged"))
+    config = json.loads((path / "config.json").read_text())
+    stale = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": stale}))
+    found = facts(path)
+    assert found["origin"] == "a directory"
+    assert found["int8_bytes"] == facts(source)["int8_bytes"]
+    assert any("no tensor is quantized" in notice for notice in found["notices"])
 
 
 def test_the_text_says_what_the_json_says(source: Path) -> None:

@@ -3,11 +3,9 @@
 import copy
 import gc
 import json
-import operator
 import pickle
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -173,42 +171,3 @@ def test_without_a_manifest_there_is_none_to_keep(checkpoint: Path, tmp_path: Pa
     runtime.load(tmp_path).save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved" / MANIFEST).exists()
     assert check_values(open_checkpoint(tmp_path / "saved")) == []
-
-
-def test_what_does_not_work_yet_is_said_in_our_own_words(checkpoint: Path) -> None:
-    model = runtime.load(checkpoint)
-    with pytest.raises(LLMInt8Error, match=r"^there is no gradient through int8 layers yet; train the 16-bit model"):
-        transformers.trainer_utils.validate_quantization_for_training(model)
-    logits(model)  # it still runs
-
-
-def test_peft_is_told_apart_before_it_refuses_a_layer(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """As its LoRA does for each layer, in `_create_and_replace`; and PEFT itself, where it is installed."""
-    config = runtime.load(checkpoint).config.quantization_config
-    assert config.to_dict() == copy.deepcopy(config).to_dict()
-    assert not peft_lines(caplog)
-    for _ in range(2):
-        with pytest.raises(AttributeError):
-            operator.attrgetter("hf_quantizer.quantization_config.get_apply_tensor_subclass")(with_config(config))
-    assert peft_lines(caplog) == [
-        "PEFT puts no adapter on an int8 layer yet: put it on the 16-bit model, source, and convert what "
-        "merge_and_unload() makes of it"
-    ]
-
-
-def with_config(config: Any) -> Any:
-    return SimpleNamespace(hf_quantizer=SimpleNamespace(quantization_config=config))
-
-
-def peft_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [line for line in caplog.messages if "PEFT" in line]
-
-
-def test_peft_refuses_int8_layers_and_takes_others(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
-    peft = pytest.importorskip("peft")
-    with pytest.raises(ValueError, match="Int8Linear"):
-        peft.get_peft_model(runtime.load(checkpoint), peft.LoraConfig(target_modules=["q_proj"]))
-    assert len(peft_lines(caplog)) == 1
-    model = peft.get_peft_model(runtime.load(checkpoint), peft.LoraConfig(target_modules=["lm_head"]))
-    model(TOKENS).logits.sum().backward()
-    assert sum(parameter.grad is not None for parameter in model.parameters()) == 2

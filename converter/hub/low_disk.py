@@ -55,13 +55,13 @@ def open_remote(origin: Resolved, folder: Path) -> Source:
 class HubFile:
     """A weight file on the Hub."""
 
-    in_blocks = True
     differences: Mapping[str, str] = {}
 
     def __init__(self, path: Path, size: int, tensors: dict[str, TensorInfo], shelf: "_Shelf") -> None:
         """Take where the file would be in a snapshot of the repo, and what its header says."""
         self.path, self.size, self.tensors, self._shelf = path, size, tensors, shelf
         self.stored = {path: size}
+        self.in_blocks = path.suffix == ".safetensors"  # others are planned with, and read when they are on the disk
         self.announced = dict(tensors)  # the others may be split
 
     def read(self, name: str) -> Tensor:

@@ -1,20 +1,23 @@
-"""Weights that a source stores in 8 bits, read as the float32 weights that they stand for.
+"""Weights that a source stores quantized, read as the float32 weights that they stand for.
 
 Known are int8 by rows as bitsandbytes saves it, int8 and float8 as compressed-tensors does (a scale for a tensor, a row
 or a group of a row, with zero points where there are any), and float8 with a scale for each block of 128 x 128, as
 DeepSeek publishes it. A weight is its stored value times the scale, in float32. It stays float32 because a rounding to
-16 bit would come on top of the one that is there: int8 by rows becomes the same integers again.
+16 bit would come on top of the one that is there: int8 by rows becomes the same integers again. What GPTQ and AWQ pack
+is known too; see `packed.py`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..containers.tensors import FLOAT_DTYPES, TensorInfo
 from ..errors import SourceError
+from .packed import PackedWeight, packed_weights
 from .weight_files import TensorFile
 
 _STORED = ("I8", "F8_E4M3", "F8_E5M2")
@@ -49,14 +52,21 @@ class StoredWeight:
         return replace(self.stored, dtype="F32")
 
 
-def stored_weights(path: Path, tensors: Mapping[str, TensorInfo]) -> dict[str, StoredWeight]:
-    """Return the weights in 8 bits by name; none for an int8 checkpoint of ours, which has columns beside them.
+def stored_weights(
+    path: Path, tensors: Mapping[str, TensorInfo], quantization: Any
+) -> dict[str, StoredWeight | PackedWeight]:
+    """Return the quantized weights by name; none for an int8 checkpoint of ours, which has columns beside them.
+
+    Args:
+        path: the source.
+        tensors: as they are stored.
+        quantization: what its config says.
 
     Raises:
         SourceError: the scales of a weight are of another shape than is known.
 
     """
-    found: dict[str, StoredWeight] = {}
+    found: dict[str, StoredWeight | PackedWeight] = {**packed_weights(path, tensors, quantization)}
     for name, info in tensors.items():
         base, _, suffix = name.rpartition(".")
         if suffix != "weight" or info.dtype not in _STORED or len(info.shape) != 2:
@@ -97,14 +107,17 @@ def _size(scale: TensorInfo, features: int, blocks: int) -> int:
 
 
 class DequantizedFile:
-    """A weight file whose weights in 8 bits are read as float32; its scales may lie in others."""
+    """A weight file whose quantized weights are read as float32; their scales may lie in others."""
 
-    def __init__(self, file: TensorFile, weights: Mapping[str, StoredWeight], files: Sequence[TensorFile]) -> None:
-        """Take the file, the weights in 8 bits of all files, and all files."""
+    def __init__(
+        self, file: TensorFile, weights: Mapping[str, StoredWeight | PackedWeight], files: Sequence[TensorFile]
+    ) -> None:
+        """Take the file, the quantized weights of all files, and all files."""
         self._file = file
-        self._weights = {name: weight for name, weight in weights.items() if weight.stored.file == file.path.name}
+        self._weights = {name: weight for name, weight in weights.items() if weight.info.file == file.path.name}
         self._file_of = {one.path.name: one for one in files}
-        self.path, self.stored, self.in_blocks = file.path, file.stored, file.in_blocks
+        self.path, self.stored = file.path, file.stored
+        self.in_blocks = file.in_blocks and not any(isinstance(w, PackedWeight) for w in self._weights.values())
         parts = {name for weight in weights.values() for name in weight.tensors}
         kept = {name: info for name, info in file.tensors.items() if name not in parts}
         self.tensors = kept | {name: weight.info for name, weight in self._weights.items()}
@@ -126,16 +139,19 @@ class DequantizedFile:
             yield from self._file.read_rows(name)
             return
         weight = self._weights[name]
+        if isinstance(weight, PackedWeight):
+            yield weight.read(self._read_part)
+            return
         if weight.layout is not None and bool(self._read_part(weight.layout).any()):
             raise SourceError(
                 f"{self.path}: {weight.layout.name} is not 0: a layout that bitsandbytes before 0.46 alone reads; load "
                 "the model there and save it again"
             )
-        scale, zero_point = self._read_part(weight.scale), None
+        scale, zero_point = _by_rows(self._read_part(weight.scale)), None
         if weight.scale.name.endswith(f".{_OF_ROWS}"):
             scale = scale / 127
         if weight.zero_point is not None:
-            zero_point = self._read_part(weight.zero_point)
+            zero_point = _by_rows(self._read_part(weight.zero_point))
         start = 0
         for stored in self._file.read_rows(name):
             block = stored.float()
@@ -147,5 +163,9 @@ class DequantizedFile:
             start += len(block)
 
     def _read_part(self, info: TensorInfo) -> Tensor:
-        part = self._file_of[info.file].read(info.name).float()
-        return part if part.ndim == 2 else part.reshape(-1, 1)
+        return self._file_of[info.file].read(info.name)
+
+
+def _by_rows(scale: Tensor) -> Tensor:
+    """Return scales for rows and columns, float32, whatever dimensions they have."""
+    return scale.float() if scale.ndim == 2 else scale.float().reshape(-1, 1)

@@ -44,7 +44,7 @@ class Source:
     `release` takes the name of a tensor that has been converted. Where weights are fetched as they are needed, files of
     which all tensors have been released are deleted. `notices` say what was left aside, and why. `made` is a directory
     with what transformers wants beside the weights, where that is not in `path` and was made of what is. `quantized`
-    says how the weights are stored, where that is in 8 bits; they are read as float32 then, each of the tensors that
+    says how the weights are stored, where they are quantized; they are read as float32 then, each of the tensors that
     `parts_of` names.
     """
 
@@ -160,7 +160,7 @@ def open_source(path: Path, folder: WeightFolder | None = None) -> Source:
     for name, holder in found.weight_map.items():
         if name not in tensors or tensors[name].file != holder:
             raise SourceError(f"{path / holder}: {name} is missing, but {found.index} says that it is here")
-    weights = stored_weights(path, tensors)
+    weights = stored_weights(path, tensors, quantization)
     if weights:
         files = [DequantizedFile(file, weights, files) for file in files]
         parts = {part for weight in weights.values() for part in weight.tensors}

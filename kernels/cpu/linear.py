@@ -71,7 +71,6 @@ class CpuWeight(PreparedWeight):
         row_sum: float32 [N, G], the sums of the rows of `values` over each group of dimensions.
         outlier_dims: int64 [k].
         outlier_weight: float32 [k, N], contiguous: the columns of W as rows.
-        bias: float32 [N] or None.
         threshold: see `Int8Weight`; nothing is packed then, as every call takes columns of `values`.
         group: see `Int8Weight`; nothing is packed then, as no int8 product is made.
         rotation: see `Int8Weight`.
@@ -83,7 +82,6 @@ class CpuWeight(PreparedWeight):
     row_sum: Tensor
     outlier_dims: Tensor
     outlier_weight: Tensor
-    bias: Tensor | None
     threshold: float | None
     group: Group | None
     rotation: Rotation | None
@@ -108,7 +106,7 @@ class CpuWeight(PreparedWeight):
             row_sum=row_sum.float(),
             outlier_dims=weight.outlier_dims.long(),
             outlier_weight=weight.outlier_weight.float().t().contiguous(),
-            bias=None if weight.bias is None else weight.bias.float(),
+            bias=weight.bias,
             threshold=weight.threshold,
             group=weight.group,
             rotation=weight.rotation,
@@ -138,6 +136,14 @@ class CpuWeight(PreparedWeight):
     def unpack(self) -> Tensor:
         """Return the values; see `PreparedWeight`."""
         return unpack(self.values) if self.product == "packed" else self.values
+
+    def stored(self) -> Int8Weight:
+        """Return the weight; see `PreparedWeight`."""
+        dims, columns = self.outlier_dims, self.outlier_weight.t()
+        if self.threshold is not None:
+            dims, columns = dims[:0], columns[:, :0]
+        how = self.bias, self.threshold, self.group, self.rotation
+        return Int8Weight(self.unpack(), self.scale * 127, dims, columns, *how)
 
     def linear(self, x: Tensor, activation: Activation) -> Tensor:
         """Run the layer; see `PreparedWeight`.

@@ -1,13 +1,15 @@
 """The experts of a mixture in int8, in the place of the model's own module of stacks.
 
 Each matrix of each expert is an `Int8Linear`, under the name that its tensors have in the checkpoint: so they are
-loaded, saved, prepared, configured and counted as all layers are. On CUDA all experts of a projection are multiplied in
-two launches (`kernels/experts.py`), which read the layers' weights as one stack; elsewhere expert by expert.
+loaded, saved, prepared, configured and counted as all layers are, and adapters are put on them. On CUDA all experts of
+a projection are multiplied in two launches (`kernels/experts.py`), which read the layers' weights as one stack;
+elsewhere, and where a gradient is wanted or an adapter stands in the place of a layer, expert by expert.
 """
 
 from collections import defaultdict
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from llmint8.converter.model.experts import (
@@ -47,7 +49,7 @@ class Int8Experts(nn.Module):
                 self.register_parameter(name, parameter)
         for name, module in experts.named_children():
             self.add_module(name, module)
-        self._layers: dict[tuple[str, int], list[Int8Linear]] = defaultdict(list)
+        self._places: dict[tuple[str, int], list[tuple[nn.Module, str]]] = defaultdict(list)
         self._prepared: dict[tuple[str, int], tuple[PreparedExperts, list[Any]]] = {}
 
     def add(self, matrix: ExpertMatrix, layer: Int8Linear) -> None:
@@ -59,7 +61,7 @@ class Int8Experts(nn.Module):
                 holder.add_module(part, nn.Module())
             holder = holder._modules[part]  # type: ignore[assignment]
         holder.add_module(name, layer)
-        self._layers[matrix.projection, matrix.expert].append(layer)
+        self._places[matrix.projection, matrix.expert].append((holder, name))
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         found: Tensor = self._kind._apply_gate(self, gate_up)
@@ -74,8 +76,12 @@ class Int8Experts(nn.Module):
             top_k_weights: [T, R].
 
         """
-        grouped = self._is_grouped(hidden_states)
-        multiply = self._multiply_rows if grouped else expert_by_expert(self._layers, self.num_experts)
+        layers = {key: self._layers_of(*key) for key in self._places}
+        wants_gradient = torch.is_grad_enabled() and hidden_states.requires_grad
+        grouped = self._is_grouped(hidden_states) and not wants_gradient
+        if grouped and all(type(layer) is Int8Linear for parts in layers.values() for layer in parts):
+            return run_experts(self, self._multiply_rows, hidden_states, top_k_index, top_k_weights)
+        multiply = expert_by_expert(layers, self.num_experts)
         return run_experts(self, multiply, hidden_states, top_k_index, top_k_weights)
 
     @staticmethod
@@ -83,14 +89,18 @@ class Int8Experts(nn.Module):
         """Tell whether all experts are multiplied at once: where to wait for the GPU would cost more."""
         return x.is_cuda and has_triton()
 
+    def _layers_of(self, projection: str, expert: int) -> list[Any]:
+        """Return the layers of an expert, or what an adapter has put in their places."""
+        return [holder._modules[name] for holder, name in self._places[projection, expert]]
+
     def _multiply_rows(self, projection: str, x: Tensor, of_row: Tensor) -> Tensor:
-        parts = range(len(self._layers[projection, 0]))
-        activation = self._layers[projection, 0][0].activation
+        first = self._layers_of(projection, 0)
+        parts, activation = range(len(first)), first[0].activation
         return side_by_side([self._prepared_part(projection, part).linear(x, of_row, activation) for part in parts])
 
     def _prepared_part(self, projection: str, part: int) -> PreparedExperts:
         """Return the weights of one matrix of all experts, made anew when they were moved or changed."""
-        layers = [self._layers[projection, expert][part] for expert in range(self.num_experts)]
+        layers: list[Int8Linear] = [self._layers_of(projection, one)[part] for one in range(self.num_experts)]
         prepared, made_from = self._prepared.get((projection, part), (None, []))
         here = [layer.prepared for layer in layers]
         if prepared is None or any(one is not other for one, other in zip(here, made_from, strict=True)):

@@ -5,8 +5,9 @@ or multiply by it themselves, as PyTorch's own attention does. The int8 values w
 `Int8Linear.weight` is a `FloatWeight`: shape, dtype and device are those of the float weight and cost nothing; an
 operator that is given it gets the dequantized weight, stored outlier columns exact, made anew in each call. A warning
 names the layer once, as that is slow, and `--skip` keeps it in 16 bit. What would write into it is refused, as the
-result would be thrown away. A slice of it is a tensor of its own: what is written into that is lost,
-and nobody says so.
+result would be thrown away. But who writes into `weight.data`, or assigns to it, as PEFT does to merge an adapter,
+means it: the layer quantizes what comes of it (`Int8Linear.overwrite`). A slice of it is a tensor of its own: what is
+written into that is lost, and nobody says so.
 
 The int8 values stay the module's parameter, so `parameters()`, `state_dict()`, `.to()` and those who move tensors by
 name see them. It answers below the operators (`__torch_dispatch__`) and not above them (`__torch_function__`): PyTorch
@@ -47,11 +48,15 @@ class FloatWeight(Tensor):
     Attributes:
         read: returns what it is dequantized from; called in each use.
         layer: its name, for people.
+        overwrite: takes what is written into its `data`, or None where it is no layer's.
+        is_data: whether it is the `data` of another.
 
     """
 
     read: Callable[[], Int8Weight]
     layer: str
+    overwrite: Callable[[Tensor], None] | None = None
+    is_data = False
     _is_param = True  # `isinstance(layer.weight, nn.Parameter)` holds, as of any layer
 
     @staticmethod
@@ -62,6 +67,21 @@ class FloatWeight(Tensor):
         made: Self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         made.read, made.layer = read, name
         return made
+
+    @property
+    def data(self) -> Tensor:
+        """What stands for the same weight, and may be written into, or replaced by another float tensor [N, K]."""
+        found = self._like(self.read, self.device)
+        found.overwrite, found.is_data = self.overwrite, self.overwrite is not None
+        return found
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if isinstance(value, FloatWeight) and value.is_data and value.overwrite == self.overwrite:
+            return  # `weight.data += change` has written by now
+        if self.overwrite is None:
+            raise self._refused("an assignment to the data")
+        self.overwrite(value)
 
     def data_ptr(self) -> int:
         """Return where the int8 values are: accelerate tells tied weights by it."""
@@ -118,10 +138,21 @@ class FloatWeight(Tensor):
         for i, argument in enumerate(func._schema.arguments if func._schema.is_mutable else ()):
             given = args[i] if i < len(args) else kwargs.get(argument.name)
             if argument.is_write and isinstance(given, cls):
+                if given.is_data:
+                    return given._written(func, args, kwargs)
                 what = f"{given.layer}: {func} would write into its weight, which is int8 and frozen"
                 raise LLMInt8Error(f"{what}; --skip at conversion keeps the layer in 16 bit")
         args, kwargs = tree_map_only(cls, _used, (args, kwargs))
         return func(*args, **kwargs)
+
+    def _written(self, func: Any, args: Any, kwargs: Any) -> Tensor:
+        """Run an operator that writes into it."""
+        assert self.overwrite is not None  # it is the data of a layer's
+        result = dequantized(self.read(), torch.float32)
+        args, kwargs = tree_map_only(FloatWeight, lambda one: result if one is self else _used(one), (args, kwargs))
+        func(*args, **kwargs)
+        self.overwrite(result)
+        return self
 
     def _like(self, read: Callable[[], Int8Weight], device: torch.device) -> "FloatWeight":
         n, k = self.shape
@@ -146,14 +177,15 @@ class FloatWeight(Tensor):
 
 
 def _used(weight: FloatWeight) -> Tensor:
-    _tell_once(re.sub(r"\d+", "*", weight.layer))
+    if not weight.is_data:
+        _tell_once(re.sub(r"\d+", "*", weight.layer))
     return dequantized(weight.read(), weight.dtype)
 
 
 @functools.cache
 def _tell_once(names: str) -> None:
     log.warning(
-        "%s: the model's code uses the weight itself, which is dequantized for it in every call; --skip at conversion "
-        "keeps the layer in 16 bit",
+        "%s: the model's code, or an adapter, uses the weight itself, which is dequantized for it in every call; "
+        "--skip at conversion keeps the layer in 16 bit",
         names,
     )

@@ -1,7 +1,9 @@
 """The quantized linear layer: the tensors of a checkpoint (`tensors.py`), and one call into the kernels.
 
-Quantization is a named step, `from_linear`, and forward changes nothing. The layer is frozen, and there is no gradient
-through it yet, backward or forward (jvp): it says so. Who writes into one of its tensors calls `prepare` then.
+Quantization is a named step, `from_linear` or `overwrite`, and forward changes nothing. The weight is frozen; gradients
+flow through it to the input, and to the bias where it wants one (`kernels/gradient.py`), but not in forward mode (jvp):
+it says so. Who writes into one of its tensors calls `prepare` then. For adapters, and all who look for linear layers,
+it is an `nn.Linear`.
 """
 
 from dataclasses import replace
@@ -29,16 +31,7 @@ from .arguments import (
 )
 from .float_weight import dequantized
 from .tensors import QuantizedTensors
-
-
-class _RefuseBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, out: Tensor, x: Tensor) -> Tensor:
-        return out.view_as(out)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise NotImplementedError("there is no gradient through Int8Linear yet; run the model under torch.no_grad()")
+from .writing import quantized_into
 
 
 def _setting(name: str) -> Any:
@@ -187,17 +180,29 @@ class Int8Linear(QuantizedTensors):
         """Map x [..., K] in float16, bfloat16 or float32 to [..., N] in the dtype of x."""
         if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
             raise NotImplementedError("there is no derivative in forward mode (jvp) through Int8Linear yet")
-        if not torch.is_grad_enabled():
-            return self._run(x)
-        # The graph through the scales and the outlier columns alone would give gradients that are wrong.
-        with torch.no_grad():
-            out = self._run(x)
-        return _RefuseBackward.apply(out, x) if x.requires_grad else out  # type: ignore[no-untyped-call]
-
-    def _run(self, x: Tensor) -> Tensor:
         if self.miss_counter is not None:
-            self.miss_counter(x)
+            self.miss_counter(x.detach())
         return int8_linear(x, self.ready(), self._activation)
+
+    def overwrite(self, weight: Tensor) -> None:
+        """Quantize another weight into the layer, in the place of the one it has; a line of the log says what it cost.
+
+        It is what an adapter is merged by, as `layer.weight.data = weight` and `layer.weight.data += change` call it.
+
+        Args:
+            weight: float [N, K], finite. Its columns at `outlier_dims` are stored as they are, in the layer's dtype.
+
+        Raises:
+            LLMInt8Error: it has another shape, is not floating point, or not finite; the layer is as it was then.
+
+        """
+        written = quantized_into(super().stored(), weight, self.name)
+        self._unprepare()
+        self.weight = nn.Parameter(written.values, requires_grad=False)
+        self._buffers[self._layout.absmax] = written.absmax
+        if self.outlier_weight is not None:
+            self.outlier_weight = written.outlier_weight
+        self.prepare()
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight in floating point, [N, K]; stored outlier columns are exact."""

@@ -4,7 +4,8 @@ Moving or casting moves the tensors and casts bias and outlier columns; the int8
 dtypes. What runs is the prepared weight (`kernels/prepared.py`), which is made anew when tensors are moved, cast or
 loaded. It may have the values in the layout of a kernel, in the place of `weight`; `unpacked_weight`, the state dict,
 copies and moves give them back as they were. Tensors that are put in the place of those it was made of are used from
-then on; who writes into one calls `prepare`.
+then on; who writes into one calls `prepare`. Over 250 lines, as all that touches these tensors has to leave what is
+prepared in step with them.
 """
 
 import contextlib
@@ -23,7 +24,7 @@ from llmint8.kernels.reference import Int8Weight, Rotation
 from .float_weight import FloatWeight, dequantized
 
 
-class QuantizedTensors(nn.Module):
+class QuantizedTensors(nn.Linear):
     """The tensors of a quantized layer, and the weight that is prepared from them.
 
     Attributes:
@@ -42,7 +43,7 @@ class QuantizedTensors(nn.Module):
 
     """
 
-    bias: nn.Parameter | None
+    bias: nn.Parameter | None  # type: ignore[assignment]
     outlier_dims: Tensor | None
     outlier_weight: Tensor | None
 
@@ -58,7 +59,8 @@ class QuantizedTensors(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         """Make zeros, to be filled and prepared; `dtype` is that of the bias and the outlier columns."""
-        super().__init__()
+        nn.Module.__init__(self)  # that of `nn.Linear` would make a float weight
+        self._is_hf_initialized = True  # transformers fills linear layers with random numbers
         self.in_features, self.out_features, self.rotation = in_features, out_features, rotation
         self._layout = layout
         self.prepared: PreparedWeight | None = None
@@ -93,6 +95,7 @@ class QuantizedTensors(nn.Module):
             return dequantized(QuantizedTensors.stored(self), self.dtype)  # a compiler drops what nobody uses
         shape, read = (self.out_features, self.in_features), functools.partial(QuantizedTensors.stored, self)
         weight = FloatWeight(read, self.name, shape, self.dtype, values.device)
+        weight.overwrite = self.overwrite
         vars(weight).update(vars(values))  # transformers notes there that a parameter needs no random values
         return weight
 
@@ -100,6 +103,11 @@ class QuantizedTensors(nn.Module):
     def weight(self, value: Tensor | None) -> None:
         """Take on int8 values. torch does that by itself, but for tensors that are no parameters."""
         self._parameters["weight"] = value  # type: ignore[assignment]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Leave the weight as it is where what stands for it is put in its place, as PEFT does when it is done."""
+        if not (isinstance(param, FloatWeight) and param.overwrite == self.overwrite):
+            super().register_parameter(name, param)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,6 +125,10 @@ class QuantizedTensors(nn.Module):
         if dims is None or columns is None:
             dims, columns = absmax.new_empty(0, dtype=torch.int32), absmax.new_empty(self.out_features, 0)
         return Int8Weight(self.unpacked_weight(), absmax, dims, columns, self.bias, rotation=self.rotation)
+
+    def overwrite(self, weight: Tensor) -> None:
+        """Quantize another weight, float [N, K], into the layer; see `Int8Linear`."""
+        raise NotImplementedError
 
     def prepare(self) -> None:
         """Check the tensors, and lay them out for the device they are on.

@@ -5,7 +5,6 @@ tensors find their places by name. `load.py` puts the config together, so that n
 """
 
 import copy
-import logging
 from typing import Any
 
 import torch
@@ -27,8 +26,6 @@ from .dequantize import replace_int8
 from .places import check_matrix, check_shapes, linear_for, matrices_of
 from .saving import provenance_of, save_as_loaded
 from .settings import let_cast
-
-log = logging.getLogger("llmint8")
 
 QUANT_METHOD = "llmint8"
 
@@ -67,7 +64,6 @@ class LoadedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.manifest = manifest
         self.provenance: bytes | None = None  # what is kept of it for a model that is saved
         self.quant_method = quant_method
-        self._told = False
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -89,26 +85,6 @@ class LoadedConfig(QuantizationConfigMixin):  # type: ignore[misc]
     def block(self) -> dict[str, Any]:
         """What llmint8 says in it: of format 1 a part, of format 2 all; nothing where bitsandbytes wrote it."""
         return self.stored if self.layout == NATIVE else self.stored.get("llmint8") or {}
-
-    @property
-    def get_apply_tensor_subclass(self) -> Any:
-        """Say once what to do instead, before PEFT refuses an int8 layer in words of its own.
-
-        PEFT's LoRA asks every quantization config for this, which only that of torchao has, when it is about to put an
-        adapter on a layer. It may be one in 16 bit, which it does as always; so nothing is refused here.
-
-        Raises:
-            AttributeError: always.
-
-        """
-        if not self._told:
-            self._told = True
-            log.warning(
-                "PEFT puts no adapter on an int8 layer yet: put it on the 16-bit model, %s, and convert what "
-                "merge_and_unload() makes of it",
-                self.source,
-            )
-        raise AttributeError("get_apply_tensor_subclass")
 
 
 @register_quantizer(QUANT_METHOD)
@@ -201,13 +177,8 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """Say that there is no gradient through the layers yet, before transformers asks for an issue on GitHub.
-
-        Raises:
-            LLMInt8Error: always.
-
-        """
-        raise LLMInt8Error("there is no gradient through int8 layers yet; train the 16-bit model and convert it again")
+        """Tell that adapters on the model can be trained."""
+        return True
 
     def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         """Turn a model back into one in floating point; see `dequantize.py`."""

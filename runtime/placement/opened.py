@@ -15,6 +15,7 @@ from llmint8.converter.model.build import meta_model
 from llmint8.converter.model.config import load_config
 from llmint8.formats import (
     Checkpoint,
+    CheckpointError,
     Quantization,
     Source,
     SourceError,
@@ -50,13 +51,10 @@ def open_sized(source: str) -> Sized:
     where = "a directory" if origin.repo is None else f"on the Hub, commit {str(origin.commit)[:12]}"
     stated = _stated(origin.path)
     if "llmint8" in (*stated, stated.get("quant_method")):
-        return _of_int8(origin, where)
-    try:
-        opened = _opened(origin)
-    except SourceError:
-        if not _is_int8(stated):
-            raise
-        return _of_int8(origin, where)
+        return sized_checkpoint(origin.name, where, _checkpoint(origin), load_config(origin.path))
+    if (checkpoint := _of_bitsandbytes(origin, stated)) is not None:
+        return sized_checkpoint(origin.name, where, checkpoint, load_config(origin.path))
+    opened = _opened(origin)
     config = load_config(opened.beside)
     config, said = (None, []) if config is None else settle_class(config, opened)
     sized = sized_source(origin.name, where, opened, config)
@@ -72,11 +70,13 @@ def _stated(path: Path) -> dict[str, Any]:
     return stated if isinstance(stated, dict) else {}
 
 
-def _is_int8(stated: dict[str, Any]) -> bool:
+def _of_bitsandbytes(origin: Resolved, stated: dict[str, Any]) -> Checkpoint | None:
+    """Return an int8 checkpoint that bitsandbytes wrote; None for what is none, though its config may say so."""
     try:
-        return bool(stated and Quantization.from_dict(stated))
-    except ValueError:
-        return False
+        found = _checkpoint(origin) if stated and Quantization.from_dict(stated) else None
+    except (ValueError, CheckpointError):
+        return None
+    return found if found and found.records else None
 
 
 def _opened(origin: Resolved) -> Source:
@@ -85,10 +85,6 @@ def _opened(origin: Resolved) -> Source:
     from llmint8.converter.hub.low_disk import open_remote
 
     return open_remote(origin, origin.path)  # where nothing is ever fetched to
-
-
-def _of_int8(origin: Resolved, where: str) -> Sized:
-    return sized_checkpoint(origin.name, where, _checkpoint(origin), load_config(origin.path))
 
 
 def _checkpoint(origin: Resolved) -> Checkpoint:

@@ -62,6 +62,7 @@ class Part:
         stored: bytes beside int8 layers; not of those.
         int8: bytes of an int8 layer; None of all else.
         width: how many numbers of an int8 layer's input and output there are for a token.
+        twice: bytes of a tensor that shares its memory with another in the model, and has its own in the file.
 
     """
 
@@ -72,6 +73,7 @@ class Part:
     stored: int
     int8: Int8Bytes | None = None
     width: int = 0
+    twice: int = 0
 
     def taken(self, int8: bool) -> int:
         """Return the bytes that it takes in GPU memory, in int8 where it is a layer of it, or in 16 bit."""

@@ -50,7 +50,7 @@ class Plan:
     def on_disk(self) -> int:
         """Bytes of the tensors of the int8 checkpoint."""
         made = sum(part.int8.prepared for part in self.sized.parts if part.int8 is not None)
-        return self.taken(True) - made
+        return self.taken(True) - made + sum(part.twice for part in self.sized.parts)
 
     @property
     def notices(self) -> list[str]:
@@ -84,12 +84,20 @@ class Plan:
         return found
 
     def units(self, int8: bool) -> list[Unit]:
-        """Return what is placed as a whole, in the order of the model."""
+        """Return what is placed as a whole, in the order of the model; what is tied behind what it is tied to."""
         weights: Counter[str] = Counter()
         for part in self.sized.parts:
-            weights[unit_of(part.place)] += part.taken(int8)
-        cache = self.cache
-        return [Unit(name, nbytes, cache.get(name, 0)) for name, nbytes in weights.items()]
+            if not part.twice:
+                weights[unit_of(part.place)] += part.taken(int8)
+        tied: dict[str, list[str]] = {}
+        for name, origin in getattr(self.sized.model, "all_tied_weights_keys", {}).items():
+            if unit_of(name) not in weights:
+                tied.setdefault(unit_of(origin), []).append(unit_of(name))
+        cache, units = self.cache, []
+        for name, nbytes in weights.items():
+            units.append(Unit(name, nbytes, cache.get(name, 0)))
+            units += [Unit(other, 0, 0) for other in tied.get(name, ())]
+        return units
 
     def split(self, gpus: Sequence[Gpu], int8: bool) -> list[Share]:
         """Return what each GPU of a machine holds."""

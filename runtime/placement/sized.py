@@ -36,7 +36,7 @@ class Sized:
         name: of SOURCE.
         origin: what SOURCE is, in words.
         model: transformers' model on the meta device, or None where it knows none.
-        parts: what the model is made of; tensors that share their memory with another are left out.
+        parts: what the model is made of, in its order.
         outliers: columns of a layer that stay in 16 bit, on average.
         layout: of the int8 checkpoint.
         notices: what to tell the user.
@@ -145,7 +145,7 @@ def _all_parts(
         in_half: whether what is not int8 will be in 16 bit, whatever it is in now.
 
     """
-    mapped = {} if model is None else module_names(model, tensors)
+    mapped, tied = ({}, {}) if model is None else (module_names(model, tensors), model.all_tied_weights_keys)
     int8 = {part.place.removesuffix(".weight"): part.kind for found in layers.values() for part in found}
     parts = []
     for name, info in tensors.items():
@@ -156,7 +156,11 @@ def _all_parts(
         kind = int8.get(place.removesuffix(".bias")) or kind_of(model, place, heads)
         kind = "kept" if kind == "rest" and len(info.shape) > 1 else kind
         half = half_bytes(info)
-        parts.append(Part(name, place, kind, half, half if in_half else info.nbytes))
+        stored = half if in_half else info.nbytes
+        if tied.get(place) in mapped.values():  # it is in the file once more, and will be in memory only once
+            parts.append(Part(name, place, kind, 0, 0, twice=stored))
+        else:
+            parts.append(Part(name, place, kind, half, stored))
     return sorted(parts, key=partial(_rank, {} if model is None else _ranks(model)))
 
 
