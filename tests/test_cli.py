@@ -235,7 +235,7 @@ def test_inspect_json(converted):
 
 
 def test_inspect_of_something_else_is_one_line(source):
-    assert_one_line_error(run(main, "inspect", source), "E02", "not an int8 checkpoint")
+    assert_one_line_error(run(main, "inspect", source), "E02", "not an int8 checkpoint; llmint8-convert makes one")
 
 
 def test_verify(converted, source):

@@ -117,7 +117,7 @@ def _quantization(path: Path, config: Mapping[str, Any]) -> Quantization:
     if raw is None and (path / LEGACY_QUANTIZATION_NAME).exists():
         raw = _checked("E01", lambda: read_json(path / LEGACY_QUANTIZATION_NAME))
     if not isinstance(raw, dict):
-        raise CheckpointError("E02", f"{path / CONFIG_NAME}: no quantization_config, so not int8; use llmint8-convert")
+        raise CheckpointError("E02", f"{path / CONFIG_NAME}: not an int8 checkpoint; llmint8-convert makes one")
     try:
         quantization = Quantization.from_dict(raw)
     except ValueError as error:
