@@ -5,11 +5,11 @@ Two checkpoints of random weights are written as metaseq and fairscale write the
 - `shapes`: hidden 12288, FFN 49152, 96 heads, with as many of the 96 layers as asked for;
 - `files`: all 96 layers at a reduced width, in 124 shards of each part: 992 files, with a limit of 1,024 open ones.
 
-Each is converted from that form and from safetensors files with the same tensors, data-free and calibrated, in
-processes of their own; what the calibrated one made of `shapes` is loaded, and one forward pass is run. The peak is of
-the resident memory over its value after the imports. One layer of OPT-175B has 3.6 GB in 16 bit; what is projected to
-96 layers assumes that all layers take as long, and that the embedding is read once. Printed, and written to
-`results/scale-INSTRUCTIONS.json`.
+Each is converted from that form and from safetensors files with the same tensors, in processes of their own, with files
+that are in no cache: `files` data-free, `shapes` calibrated too. What that made is loaded, and one forward pass is run.
+The peak is of the resident memory over its value after the imports. One layer of OPT-175B has 3.6 GB in 16 bit; what is
+projected to 96 layers assumes that all layers take as long, and that the embedding is read once. Printed, and written
+to `results/scale-INSTRUCTIONS.json`.
 
     python benchmarks/scale.py [DIRECTORY] [--layers 3] [--width 2048]
 """
@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from llmint8.kernels.cpu import native
 
 PARTS, HIDDEN, LAYERS, SHARDS, VOCABULARY, POSITIONS = 8, 12288, 96, 124, 50272, 2050
 OPEN_FILES = 1024
+DATA_FREE = {"data-free": {"outliers": "none"}}
 LOAD = """
 import json, sys, time
 import torch, transformers
@@ -144,12 +145,21 @@ def write_safetensors(metaseq: Path, folder: Path) -> int:
     return sum(info.nbytes for info in source.tensors.values())
 
 
-def conversions(folder: Path, nbytes: int) -> dict[str, Any]:
-    """Convert both forms, each data-free and calibrated; leave what the last one made in `out`."""
+def evict(folder: Path) -> None:
+    """Have the files read from the disk the next time, as those of 350 GB are."""
+    os.sync()
+    for file in folder.iterdir():
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def conversions(folder: Path, nbytes: int, ways: Mapping[str, dict[str, str]]) -> dict[str, Any]:
+    """Convert both forms in each of the ways; leave what the last one made in `out`."""
     rows: dict[str, Any] = {}
-    for name, options in (("data-free", {"outliers": "none"}), ("calibrated", {})):
+    for name, options in ways.items():
         for form in ("safetensors", "metaseq"):
             shutil.rmtree(folder / "out", ignore_errors=True)
+            evict(folder / form)
             found = convert(folder / form, folder / "out", options)
             rows[f"{name}, {form}"] = {**found, "mb_per_second": round(nbytes / 1e6 / found["seconds"], 1)}
             print(name, form, rows[f"{name}, {form}"], flush=True)
@@ -159,7 +169,7 @@ def conversions(folder: Path, nbytes: int) -> dict[str, Any]:
     return rows
 
 
-def measure(folder: Path, hidden: int, layers: int, shards: int) -> dict[str, Any]:
+def measure(folder: Path, hidden: int, layers: int, shards: int, ways: Mapping[str, dict[str, str]]) -> dict[str, Any]:
     """Write one checkpoint in both forms, and convert it."""
     folder.mkdir()
     write_metaseq(folder / "metaseq", hidden, layers, shards)
@@ -169,7 +179,7 @@ def measure(folder: Path, hidden: int, layers: int, shards: int) -> dict[str, An
     nbytes = write_safetensors(folder / "metaseq", folder / "safetensors")
     facts = {"hidden": hidden, "layers": layers, "files": PARTS * shards, "bytes": nbytes, "open_seconds": opened}
     print(facts, flush=True)
-    return {**facts, "conversions": conversions(folder, nbytes)}
+    return {**facts, "conversions": conversions(folder, nbytes, ways)}
 
 
 def projected(found: dict[str, Any]) -> dict[str, Any]:
@@ -206,7 +216,7 @@ def main() -> None:
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
         shapes = Path(directory) / "shapes"
-        result["shapes"] = measure(shapes, HIDDEN, arguments.layers, 4)
+        result["shapes"] = measure(shapes, HIDDEN, arguments.layers, 4, {**DATA_FREE, "calibrated": {}})
         result["shapes"]["projection"] = projected(result["shapes"])
         shutil.rmtree(shapes / "metaseq")
         shutil.rmtree(shapes / "safetensors")
@@ -214,7 +224,7 @@ def main() -> None:
         result["shapes"]["loaded"] = run_result(shapes, made)
         print(result["shapes"], flush=True)
         shutil.rmtree(shapes)
-        result["files"] = measure(Path(directory) / "files", arguments.width, LAYERS, SHARDS)
+        result["files"] = measure(Path(directory) / "files", arguments.width, LAYERS, SHARDS, DATA_FREE)
     result = {"date": time.strftime("%Y-%m-%d"), "cores": os.cpu_count(), **result}
     file = result_file("scale", native.kinds()[0] if native.kinds() else "none")
     file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

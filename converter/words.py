@@ -24,6 +24,13 @@ def sizes(nbytes: Iterable[float]) -> str:
     return f"{low} {name}" if low == high else f"{low} to {high} {name}"
 
 
+def duration(seconds: float) -> str:
+    """Write a time with its unit, as nobody knows it more closely: `40 s`, `25 min`, `3.5 h`."""
+    if round(seconds) < 100:
+        return f"{max(1, round(seconds))} s"
+    return f"{round(seconds / 60)} min" if round(seconds / 60) < 100 else f"{seconds / 3600:.1f} h"
+
+
 def count(number: int, noun: str, plural: str = "") -> str:
     """Write a number of things; their plural ends with an `s` where none is given."""
     return f"{number} {noun if number == 1 else plural or f'{noun}s'}"

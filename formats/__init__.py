@@ -11,6 +11,7 @@ from .int8.quantization import FORMAT_VERSIONS, Quantization
 from .int8.records import Int8Record
 from .int8.schemes import Scheme
 from .int8.validate import check_manifest, check_values
+from .sources.memory import source_in_memory
 from .sources.source import Source, open_source
 from .writing.writer import CheckpointWriter, require_writable
 
@@ -46,4 +47,5 @@ __all__ = [
     "read_json",
     "read_manifest",
     "require_writable",
+    "source_in_memory",
 ]

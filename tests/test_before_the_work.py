@@ -109,7 +109,7 @@ def test_a_plan_is_made_from_headers(layout: str, hub: Any, model: Any, source: 
     plan = converter.make_plan(converter.resolve(SOURCE, kind="source", weights=False), tmp_path / "out")
     local = converter.make_plan(converter.resolve(path), tmp_path / "out")
     assert plan.source.tensors == local.source.tensors
-    assert plan.bytes_to_fetch == sum(file.size for file in local.source.files)
+    assert plan.bytes_to_fetch == sum(local.source.stored.values())
     lines, expected = result.stdout.splitlines(), run(path, tmp_path / "out", "--dry-run").stdout.splitlines()
     assert lines[1:5] == expected[1:5]
     assert lines[-1].startswith("Download     1")

@@ -82,9 +82,16 @@ def test_dry_run_writes_nothing_and_tells_the_truth(source, tmp_path):
     assert "lm_head: output head" in plan
     for word in ("Peak memory", "Disk space", "free"):
         assert word in plan
+    read = (source / "model.safetensors").stat().st_size
+    found = re.search(r"^Disk time    1 s at 500\.0 MB/s: (.*) read, (.*) kB written$", plan, re.MULTILINE)
+    assert found
+    assert found[1] == words.size(read)
     done = run(convert_command, source, tmp_path / "out", "--outliers", "none").stdout
     size = done.split(" -> ")[1].split(" (")[0]
     assert f"Result       {size}," in plan
+    written = sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    # A header has at most a kilobyte for each tensor.
+    assert 0 <= 1000 * float(found[2]) - written <= 1024 * len(formats.open_checkpoint(tmp_path / "out").tensors)
 
 
 def test_verbose_names_the_layers_left_alone(source, tmp_path):
@@ -228,7 +235,7 @@ def test_inspect_json(converted):
 
 
 def test_inspect_of_something_else_is_one_line(source):
-    assert_one_line_error(run(main, "inspect", source), "E02", "not an int8 checkpoint")
+    assert_one_line_error(run(main, "inspect", source), "E02", "not an int8 checkpoint; llmint8-convert makes one")
 
 
 def test_verify(converted, source):

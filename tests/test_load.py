@@ -160,7 +160,7 @@ def test_what_the_checkpoint_records_is_the_default(checkpoint: Path, tmp_path: 
 def test_inputs_are_quantized_in_the_groups_asked_for_or_recorded(
     checkpoint: Path, tmp_path: Path, version: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmint8.runtime.model.load.has_groups", lambda device: True)
+    monkeypatch.setattr("llmint8.runtime.layers.arguments.has_groups", lambda device: True)
 
     def change(tensors: Tensors, config: dict[str, Any]) -> None:
         block = config["quantization_config"]["llmint8"]

@@ -24,6 +24,8 @@ from llmint8 import converter
 from llmint8.converter.commands.convert import convert_command
 from llmint8.converter.hub import low_disk, remote
 from llmint8.formats import CorruptFileError, OutputError, SourceError, open_source
+from llmint8.formats.disk.names import WORKING_NAME
+from llmint8.kernels.reference import quantize_weight
 
 REPO = "alice/tiny"
 WEIGHTS = r"safetensors$"
@@ -101,6 +103,26 @@ def test_the_result_is_that_of_an_ordinary_conversion_and_two_shards_are_there_a
     assert "config.json" in cached
     assert not cached & set(shards(source))
     converter.convert(REPO, tmp_path / "ordinary", outliers=outliers)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "ordinary")
+
+
+def test_weights_in_8_bits_are_released_with_their_scales(
+    hub: Any, source: Path, tmp_path: Path, most_on_disk: list[int]
+) -> None:
+    files, weight_map = files_of(source), {}
+    for shard in shards(source):
+        tensors: dict[str, torch.Tensor] = {}
+        for name, tensor in load(files[shard]).items():
+            tensors[name] = tensor
+            if "_proj" in name and name.endswith(".weight"):
+                tensors[name], tensors[name.replace("weight", "SCB")] = quantize_weight(tensor)
+        files[shard] = save(tensors)
+        weight_map |= dict.fromkeys(tensors, shard)
+    files["model.safetensors.index.json"] = json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
+    hub.add(REPO, files)
+    converter.convert(REPO, tmp_path / "out", outliers="none", low_disk=True)
+    assert not (tmp_path / "out" / WORKING_NAME).exists()
+    converter.convert(REPO, tmp_path / "ordinary", outliers="none")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "ordinary")
 
 

@@ -27,6 +27,7 @@ from llmint8.formats.containers import tensors
 from llmint8.formats.containers.tensors import TensorInfo
 from llmint8.formats.sources.metaseq.config import derive_config
 from llmint8.runtime.accuracy.compare import load_reference
+from llmint8.runtime.commands.main import main
 
 State = dict[str, Tensor]
 SIZES = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 3, "ffn_dim": 128, "max_position_embeddings": 64}
@@ -513,6 +514,8 @@ def test_commands_take_it_as_any_source(model: tuple[Path, State], tmp_path: Pat
     assert planned.exit_code == 0, planned.output
     assert "18 linear layers" in planned.output
     assert not out.exists()
+    sized = json.loads(CliRunner().invoke(main, ["plan", str(source), "--json"]).stdout)
+    assert (sized["class"], sized["int8_layers"]) == ("OPTForCausalLM", 18)
     whole = weights(convert(source, tmp_path / "whole"))
     seen: list[str] = []
 

@@ -86,6 +86,7 @@ COMMANDS: dict[str, tuple[bool, Callable[[Path, Path], list[object]]]] = {
     "verify": (False, lambda folder, new: [folder / "out"]),
     "verify --source": (False, lambda folder, new: [folder / "out", "--source", folder / "source"]),
     "report": (False, lambda folder, new: [folder / "out", "--output", new / "page", "--no-run"]),
+    "plan": (True, lambda folder, new: [folder / "source", "--gpu", "T4"]),
     "inspect": (True, lambda folder, new: [folder / "out"]),
     "inspect --json": (True, lambda folder, new: [folder / "out", "--json"]),
     "generate": (True, lambda folder, new: [folder / "out", "--prompt", "\u4e01 \u4e02", "--max-new-tokens", 9]),
@@ -119,7 +120,7 @@ def test_an_encoding_that_lacks_a_character_is_no_error(
     out, err = streams(encoding)
     assert run(name, folder, tmp_path / CHINESE) == 0
     assert "Error" not in err.text
-    known = {"eval": "windows", "generate": "\\u4e0", "inspect": "mlp.up_proj"}
+    known = {"eval": "windows", "generate": "\\u4e0", "inspect": "mlp.up_proj", "plan": "model.layers.0"}
     assert known.get(name.split()[0], "\\u4e2d\\u6587") in out.text or name in ("convert --dry-run", "inspect --json")
 
 

@@ -14,7 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmint8 import runtime
 from llmint8.converter.commands.convert import convert_command
+from llmint8.converter.planning.options import Options
 from llmint8.runtime.commands.main import main
+from llmint8.runtime.model.on_the_fly import OPTIONS as OPTIONS_IN_MEMORY
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -67,14 +69,22 @@ def test_the_table_names_every_option_with_its_default_and_choices(heading: str)
         assert all(f"`{choice}`" in meaning for choice in choices), name
 
 
-def test_the_table_names_every_argument_of_load() -> None:
-    parameters = dict(inspect.signature(runtime.load).parameters)
+@pytest.mark.parametrize("name", ["load", "configure", "quantize", "dequantize"])
+def test_the_table_names_every_argument_of_a_function(name: str) -> None:
+    parameters = dict(inspect.signature(getattr(runtime, name)).parameters)
     first = next(iter(parameters))
-    rows = reference()[f"runtime.load({first})"]
+    rows = reference()[f"runtime.{name}({first})"]
     del parameters[first]
-    assert {name: row[1] for name, row in rows.items()} == {
-        name: f"`{parameter.default!r}`" for name, parameter in parameters.items()
-    }
+    defaults = {name: parameter.default for name, parameter in parameters.items()}
+    if defaults.pop("options", None) is not None:  # those of a conversion
+        defaults |= {option: getattr(Options(), option) for option in OPTIONS_IN_MEMORY}
+    assert {name: row[1] for name, row in rows.items()} == {name: f"`{value!r}`" for name, value in defaults.items()}
+
+
+def test_every_public_name_is_explained() -> None:
+    explained = {re.match(r"runtime\.(\w+)", heading) for heading in reference()}
+    left = set(runtime.__all__) - {match[1] for match in explained if match} - {"OutlierMisses"}  # what misses are
+    assert left == set()
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])

@@ -29,8 +29,8 @@ from ..model.inputs import runs
 from ..model.names import fused_parameters, parameter_tensors
 from ..outliers.choosing import select
 from ..outliers.measuring import Curve, InputStatistics, column_norms, rounded
-from ..planning.plan import ConversionPlan, kept_output_bytes
-from ..planning.selected import SelectedLayer
+from ..planning.plan import ConversionPlan
+from ..planning.selected import SelectedLayer, kept_output_bytes
 from ..words import first_line
 from .gptq import Gptq, Round
 from .streaming import LinearCall, streamed

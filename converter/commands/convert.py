@@ -6,11 +6,14 @@ from typing import Any
 
 import click
 
-from ..words import count, size
+from ..words import count, duration, size
 from .command import Command, set_up_logging
 from .output import echo_result
 from .progress import progress_bar
 from .terminal import printable
+
+# Bytes a second, of a SATA SSD: a conversion without calibration is about as fast as its disk.
+_DISK_SPEED = 500_000_000
 
 
 @click.command("convert", cls=Command)
@@ -217,6 +220,8 @@ def _plan_text(plan: Any, verbose: bool) -> str:
         f"Result       {size(plan.bytes_after)}, {plan.bytes_after / plan.bytes_before:.0%} of the source",
         f"Peak memory  about {size(plan.peak_memory)} beside Python and torch",
         f"Disk space   {size(plan.disk_needed)} needed, {size(plan.disk_free)} free",
+        f"Disk time    {duration((plan.bytes_to_read + plan.bytes_to_write) / _DISK_SPEED)} at "
+        f"{size(_DISK_SPEED)}/s: {size(plan.bytes_to_read)} read, {size(plan.bytes_to_write)} written",
     ]
     if plan.bytes_to_fetch:
         lines.append(f"Download     {size(plan.bytes_to_fetch)} to the Hub's cache, {size(plan.cache_free)} free there")

@@ -8,7 +8,8 @@ from typing import Any
 from llmint8.formats import Checkpoint, CheckpointError, Manifest, OutputError, open_checkpoint, read_manifest
 from llmint8.formats.disk.names import CARD_NAME
 
-from ..planning.plan import ConversionPlan, is_finished
+from ..planning.out import is_finished
+from ..planning.plan import ConversionPlan
 from ..words import count
 from .comparison import compare_with_source
 from .provenance import identify

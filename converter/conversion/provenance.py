@@ -67,6 +67,7 @@ def identify(plan: ConversionPlan) -> dict[str, Any]:
     config = (plan.source.beside / "config.json").read_bytes()
     return {
         **_origin(plan),
+        **({"quantized": plan.source.quantized} if plan.source.quantized else {}),
         "config_sha256": hashlib.sha256(config).hexdigest(),
         "files": {path.name: size for path, size in plan.source.stored.items()},
         "options": _options(plan),

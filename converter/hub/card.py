@@ -123,7 +123,7 @@ def _generated(subject: Subject, repo: str | None) -> str:
 
 
 def _introduction(subject: Subject) -> list[str]:
-    name, repo, commit = (subject.source.get(key) for key in ("name", "repo", "commit"))
+    name, repo, commit, quantized = (subject.source.get(key) for key in ("name", "repo", "commit", "quantized"))
     title = harmless(str(name or "This model"))
     origin = f"`{title}`"
     if repo:
@@ -135,6 +135,7 @@ def _introduction(subject: Subject) -> list[str]:
         f"This is {origin} with its linear layers in 8-bit integers, made by {harmless(subject.quantization.producer)}",
         "with the method of [LLM.int8()](https://arxiv.org/abs/2208.07339). What the model is for, how it was trained",
         "and what its limits are, the card of the original says; its licence holds for this copy too.",
+        *([f"The original was quantized already: {harmless(str(quantized))}."] if quantized else []),
         "",
     ]
 

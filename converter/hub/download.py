@@ -18,7 +18,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError, LocalEntryNotFoundError
 
-from llmint8.formats import BITSANDBYTES, LAYOUTS, CheckpointError, Quantization, SourceError, read_json
+from llmint8.formats import BITSANDBYTES, LAYOUTS, NATIVE, CheckpointError, Quantization, SourceError, read_json
 from llmint8.formats.disk.names import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from llmint8.formats.disk.small_files import module_folders
 from llmint8.formats.sources.quantized import already_quantized, stored_quantization
@@ -58,7 +58,8 @@ def download(repo: str, revision: str | None, kind: Kind | None, low_disk: bool,
         _check_kind(repo, quantization, kind)
         origin = Resolved(snapshot, repo, snapshot.name, low_disk=low_disk)
         # The reader of int8 checkpoints says which files it misses.
-        named = _int8_weights(snapshot, quantization) if kind == "int8" else content.get("transformers_weights")
+        int8 = kind == "int8" or (kind is None and _is_native(quantization))
+        named = _int8_weights(snapshot, quantization) if int8 else content.get("transformers_weights")
         has = partial(has_file, origin)
         try:
             names = weight_files(snapshot, has, named).names
@@ -73,6 +74,10 @@ def download(repo: str, revision: str | None, kind: Kind | None, low_disk: bool,
             return dataclasses.replace(origin, remote=low_disk or not all((snapshot / name).exists() for name in names))
         _fetch_weights(origin, names)
     return origin
+
+
+def _is_native(quantization: Any) -> bool:
+    return isinstance(quantization, dict) and quantization.get("quant_method") == NATIVE.method
 
 
 def _int8_weights(snapshot: Path, quantization: Any) -> str:

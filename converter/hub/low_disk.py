@@ -43,19 +43,25 @@ def open_remote(origin: Resolved, folder: Path) -> Source:
 
     """
     shelf = _Shelf(origin, folder)
-    return dataclasses.replace(open_source(origin.path, shelf), release=shelf.release)
+    source = open_source(origin.path, shelf)
+
+    def release(name: str) -> None:
+        for part in source.parts_of.get(name, [name]):
+            shelf.release(part)
+
+    return dataclasses.replace(source, release=release)
 
 
 class HubFile:
     """A weight file on the Hub."""
 
-    in_blocks = True
     differences: Mapping[str, str] = {}
 
     def __init__(self, path: Path, size: int, tensors: dict[str, TensorInfo], shelf: "_Shelf") -> None:
         """Take where the file would be in a snapshot of the repo, and what its header says."""
         self.path, self.size, self.tensors, self._shelf = path, size, tensors, shelf
         self.stored = {path: size}
+        self.in_blocks = path.suffix == ".safetensors"  # others are planned with, and read when they are on the disk
         self.announced = dict(tensors)  # the others may be split
 
     def read(self, name: str) -> Tensor:

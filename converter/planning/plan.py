@@ -10,7 +10,6 @@ from llmint8.formats import (
     DTYPES,
     FLOAT_DTYPES,
     NATIVE,
-    OutputError,
     Source,
     SourceError,
     TensorInfo,
@@ -18,10 +17,9 @@ from llmint8.formats import (
     is_unfinished,
     open_source,
     outlier_specs,
-    require_writable,
 )
 from llmint8.formats.containers.tensors import BLOCK_BYTES
-from llmint8.formats.disk.names import CONFIG_NAME, MANIFEST_NAME, WORKING_NAME
+from llmint8.formats.disk.names import WORKING_NAME
 from llmint8.formats.disk.small_files import left_behind
 
 from ..hub.low_disk import MOST_SHARDS, open_remote
@@ -35,16 +33,15 @@ from ..outliers.criterion import Criterion, budget_notices, max_candidates, pars
 from ..words import parse_size, precision
 from .head import Head, own_head
 from .options import Options
+from .out import check_out
 from .samples import Samples, choose_samples
-from .selected import SelectedLayer, Selection
+from .selected import Selection, kept_output_bytes
 from .selection import select_layers
 
 _CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
 # What a conversion holds beside its largest tensor: the interpreter's own growth, headers, blocks being quantized.
 _BASE_MEMORY = 64 << 20
 _ACTIVATION_COPIES = 8
-# An output is put aside when it takes at most this part of its weight.
-_OUTPUT_SHARE = 4
 _LOGIT_COPIES = 2
 _DEFAULTS = Options()
 
@@ -94,19 +91,27 @@ class ConversionPlan:
         return sum(spec.nbytes for group in self.groups for spec in group) + int(columns * rows)
 
     @property
-    def disk_needed(self) -> int:
-        """Bytes on disk, with headers, small files, what the calibrated pass puts aside, and a cache on that disk."""
+    def bytes_to_read(self) -> int:
+        """Bytes of weights that are read from the disk: each once, and twice where NaN is looked for before."""
+        return sum(self.source.stored.values()) * (2 if self.options.on_nonfinite == "keep" else 1)
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Bytes that are written where OUT is: tensors, headers, small files, and what the pass puts aside."""
         small = sum(file.stat().st_size for file in self.source.small_files)
         aside = 0
         if self.criterion.kind != "none":
             for layer in self.selection.layers.values():
                 aside += layer.weight.nbytes * max_candidates(layer.in_features) // layer.in_features
                 aside += max(kept_output_bytes(layer, rows) for rows in self._rows)
-        # With --low-disk, the shards that are there at a time.
+        return self.bytes_after + small + aside + 1024 * sum(len(group) for group in self.groups)
+
+    @property
+    def disk_needed(self) -> int:
+        """Bytes that there have to be for what is written, for what `--low-disk` fetches, and a cache on that disk."""
         shards = sorted(self.source.stored.values())[-MOST_SHARDS:] if self.origin.low_disk else []
         fetched = self.bytes_to_fetch if self.origin.path.stat().st_dev == _existing(self.out).stat().st_dev else 0
-        written = self.bytes_after + small + aside + 1024 * sum(len(group) for group in self.groups)
-        return written + sum(shards) + fetched
+        return self.bytes_to_write + sum(shards) + fetched
 
     @property
     def _rows(self) -> tuple[int, int]:
@@ -154,23 +159,9 @@ class ConversionPlan:
         return peak + _BASE_MEMORY
 
 
-def is_finished(out: Path) -> bool:
-    """Tell whether a directory holds a conversion that came to its end."""
-    return not is_unfinished(out) and all((out / name).exists() for name in (CONFIG_NAME, MANIFEST_NAME))
-
-
 def _existing(out: Path) -> Path:
     """Return the directory, or the first of those above it that is there."""
     return next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
-
-
-def kept_output_bytes(layer: SelectedLayer, tokens: int) -> int:
-    """Return the bytes of a layer's output in the calibrated pass, where it is put aside; else 0.
-
-    With it a pass that goes on after an interruption needs neither to read the weight again nor to multiply by it.
-    """
-    nbytes = 4 * tokens * layer.out_features
-    return nbytes if _OUTPUT_SHARE * nbytes <= layer.weight.nbytes else 0
 
 
 def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> ConversionPlan:
@@ -182,14 +173,20 @@ def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> Conv
         ValueError: an option's value is not valid.
 
     """
-    criterion = parse_criterion(options.outliers)
+    parse_criterion(options.outliers)
     if options.dtype is not None and options.dtype not in _CAST_DTYPES:
         raise ValueError(f"dtype {options.dtype!r}, expected one of {', '.join(_CAST_DTYPES)}")
-    max_shard_bytes = parse_size(options.max_shard_size)
-    _check_out(origin.path, out)
+    parse_size(options.max_shard_size)
+    check_out(origin.path, out)
     if not origin.name.isprintable():  # it is written into config.json
         raise SourceError(f"{origin.path}: has a name that cannot be printed; rename the directory")
     source = open_remote(origin, out / WORKING_NAME) if origin.remote else open_source(origin.path)
+    return plan_source(source, origin, out, options)
+
+
+def plan_source(source: Source, origin: Resolved, out: Path, options: Options) -> ConversionPlan:
+    """Choose the layers of a source that is open, and lay out the result. Raises what `make_plan` does, but of OUT."""
+    criterion, max_shard_bytes = parse_criterion(options.outliers), parse_size(options.max_shard_size)
     config, head = load_config(source.beside, options.trust_remote_code), None
     config, notices = (None, []) if config is None else settle_class(config, source)
     samples = choose_samples(options.calibration, config if criterion.kind != "none" else None)
@@ -236,14 +233,3 @@ def in_file_order(source: Source) -> list[TensorInfo]:
 def output_dtype(dtype: str, cast: str | None) -> str:
     """Return the dtype in which an unquantized tensor is stored; only floats of 16 and 32 bits are ever cast."""
     return cast if cast and dtype in FLOAT_DTYPES else dtype
-
-
-def _check_out(source: Path, out: Path) -> None:
-    real_source, real_out = source.resolve(), out.resolve()
-    if real_out == real_source:
-        raise OutputError(f"{out}: is the source itself; name another directory for the result")
-    if real_source in real_out.parents:
-        raise OutputError(f"{out}: lies inside the source {source}; name a directory outside of it")
-    # Whether it is a conversion of this source is known later; nothing is written to a finished one in any case.
-    if not is_finished(out):
-        require_writable(out)

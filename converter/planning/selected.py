@@ -9,6 +9,9 @@ from llmint8.formats import TensorInfo
 from ..endings import Endings
 from ..model.experts import ExpertMatrix
 
+# An output is put aside when it takes at most this part of its weight.
+_OUTPUT_SHARE = 4
+
 
 @dataclass(frozen=True)
 class SelectedLayer:
@@ -28,6 +31,15 @@ class SelectedLayer:
     def in_features(self) -> int:
         """K."""
         return self.weight.shape[0 if self.transposed else 1]
+
+
+def kept_output_bytes(layer: SelectedLayer, tokens: int) -> int:
+    """Return the bytes of a layer's output in the calibrated pass, where it is put aside; else 0.
+
+    With it a pass that goes on after an interruption needs neither to read the weight again nor to multiply by it.
+    """
+    nbytes = 4 * tokens * layer.out_features
+    return nbytes if _OUTPUT_SHARE * nbytes <= layer.weight.nbytes else 0
 
 
 @dataclass(frozen=True)

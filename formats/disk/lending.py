@@ -16,7 +16,7 @@ class OpenFiles:
     def __init__(self, open_file: Callable[[Path], FileIO]) -> None:
         """Take what opens a file."""
         self._open = open_file
-        self._idle: list[tuple[Path, FileIO]] = []  # the one used last at the end
+        self._idle: list[tuple[str, FileIO]] = []  # the one used last at the end; to compare paths takes long
         self._lock = threading.Lock()
 
     @contextmanager
@@ -30,14 +30,15 @@ class OpenFiles:
 
     def _take(self, path: Path) -> FileIO | None:
         with self._lock:
-            found = next((entry for entry in self._idle if entry[0] == path), None)
+            name = str(path)
+            found = next((entry for entry in self._idle if entry[0] == name), None)
             if found is not None:
                 self._idle.remove(found)
         return found[1] if found else None
 
     def _put_back(self, path: Path, file: FileIO) -> None:
         with self._lock:
-            self._idle.append((path, file))
+            self._idle.append((str(path), file))
             surplus = self._idle[:-_MOST_IDLE]
             del self._idle[:-_MOST_IDLE]
         for _, oldest in surplus:

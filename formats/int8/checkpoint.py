@@ -3,7 +3,7 @@
 Values are checked by `validate.py`: that reads every byte, this reads headers only.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..containers.index import read_weight_map
 from ..containers.safetensors import METADATA, read_header
-from ..containers.tensors import FLOAT_DTYPES, TensorInfo, read_tensor
+from ..containers.tensors import FLOAT_DTYPES, TensorInfo, read_blocks, read_tensor
 from ..disk.names import CONFIG_NAME, LEGACY_QUANTIZATION_NAME, is_unfinished
-from ..disk.reading import read_json, require_inside
+from ..disk.reading import open_regular, read_json, require_inside
 from ..errors import CheckpointError, CorruptFileError, LLMInt8Error
 from .layouts import BITSANDBYTES, LAYOUTS, NATIVE, Layout
 from .quantization import Quantization
@@ -41,14 +41,27 @@ class Checkpoint:
         info = self.tensors[name]
         return read_tensor(self.path / info.file, info)
 
+    def read_rows(self, name: str) -> Iterator[Tensor]:
+        """Yield one tensor in blocks of its rows, each in memory of its own; a scalar as it is."""
+        info = self.tensors[name]
+        path = self.path / info.file
+        with open_regular(path) as file:
+            yield from read_blocks(file, path, info)
+
     @property
     def files(self) -> list[str]:
         """Names of the weight files."""
         return sorted({info.file for info in self.tensors.values()})
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, headers_elsewhere: Callable[[str], Mapping[str, TensorInfo]] | None = None
+) -> Checkpoint:
     """Open an int8 checkpoint directory and check its structure, rules E01 to E11.
+
+    Args:
+        path: the directory.
+        headers_elsewhere: returns the header of a weight file that is not there; E10, which reads one, waits then.
 
     Raises:
         CheckpointError: the first rule that is broken, with the file, the tensor and what would be right.
@@ -57,14 +70,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = Path(path)
     config = _checked("E01", lambda: _read_config(path))
     quantization = _quantization(path, config)
-    weight_map = _checked("E04", lambda: _weight_map(path, quantization.layout))
+    local = headers_elsewhere is None
+    weight_map = _checked("E04", lambda: _weight_map(path, quantization.layout, local))
     file_names = sorted(set(weight_map.values())) if weight_map else [quantization.layout.single]
-    for name in file_names:
+    for name in file_names if local else ():
         if not (path / name).is_file():
             raise CheckpointError("E05", f"{path / name}: no such regular file; is the download complete?")
         _checked("E05", lambda name=name: require_inside(path / name, path))
     said = METADATA if quantization.llmint8 else None
-    headers = {name: _checked("E06", lambda name=name: read_header(path / name, said)) for name in file_names}
+    read = headers_elsewhere or (lambda name: read_header(path / name, said))
+    headers = {name: _checked("E06", lambda name=name: read(name)) for name in file_names}
     tensors = _merge(path, headers, weight_map)
     modules = [
         name.removesuffix(".weight")
@@ -74,7 +89,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     _check_presence(path, tensors, modules, quantization)
     records = {name: _record(path, tensors, name, quantization) for name in modules}
     checkpoint = Checkpoint(path, config, quantization, tensors, records)
-    for name in records:
+    for name in records if local else ():
         _check_weight_format(checkpoint, name)
     _check_counts(checkpoint)
     return checkpoint
@@ -102,7 +117,7 @@ def _quantization(path: Path, config: Mapping[str, Any]) -> Quantization:
     if raw is None and (path / LEGACY_QUANTIZATION_NAME).exists():
         raw = _checked("E01", lambda: read_json(path / LEGACY_QUANTIZATION_NAME))
     if not isinstance(raw, dict):
-        raise CheckpointError("E02", f"{path / CONFIG_NAME}: no quantization_config, so not an int8 checkpoint")
+        raise CheckpointError("E02", f"{path / CONFIG_NAME}: not an int8 checkpoint; llmint8-convert makes one")
     try:
         quantization = Quantization.from_dict(raw)
     except ValueError as error:
@@ -117,8 +132,8 @@ def _quantization(path: Path, config: Mapping[str, Any]) -> Quantization:
         raise CheckpointError("E03", f"{path / CONFIG_NAME}: quantization_config{where}: {error}") from None
 
 
-def _weight_map(path: Path, layout: Layout) -> dict[str, str]:
-    """Return the index's map, or nothing for a checkpoint in one file."""
+def _weight_map(path: Path, layout: Layout, local: bool) -> dict[str, str]:
+    """Return the index's map, or nothing for a checkpoint in one file; `local` tells whether that would be here."""
     for other in LAYOUTS.values():
         if other != layout and (strange := _weights_of(path, other)):
             raise CorruptFileError(
@@ -126,7 +141,7 @@ def _weight_map(path: Path, layout: Layout) -> dict[str, str]:
                 "remove it if it belongs elsewhere"
             )
     index, single = (path / layout.index).exists(), (path / layout.single).exists()
-    if index == single:
+    if local and index == single:
         what = "both are there" if index else "neither is there"
         raise CorruptFileError(f"{path}: expected either {layout.single} or {layout.index}, {what}")
     return read_weight_map(path / layout.index, ".safetensors") if index else {}

@@ -37,12 +37,30 @@ def already_quantized(where: object, quantization: Any) -> SourceError:
     )
 
 
-def check_quantization(path: Path, quantization: Any, tensors: Mapping[str, TensorInfo]) -> list[str]:
-    """Return the notice for a `quantization_config` over weights that are none. Raises SourceError where they are."""
-    if quantization is None:
+def check_quantization(
+    path: Path, quantization: Any, tensors: Mapping[str, TensorInfo], dequantized: int = 0
+) -> list[str]:
+    """Return the notice for a `quantization_config`: that weights are dequantized, or that none is quantized.
+
+    Args:
+        path: the source.
+        quantization: what its config says.
+        tensors: as they are read.
+        dequantized: how many of them are stored in 8 bits, and read as the floats that they stand for.
+
+    Raises:
+        SourceError: one is quantized in a way that is not known.
+
+    """
+    if quantization is None and not dequantized:
         return []
     if any(_is_part(info) for info in tensors.values()):
         raise already_quantized(path / CONFIG_NAME, quantization)
+    if dequantized:
+        return [
+            f"{dequantized} weights of the source are quantized ({method_of(quantization)}), and are read as the "
+            "float32 weights that they stand for; what that rounding has cost stays, and int8 comes on top"
+        ]
     return [
         f"quantization_config{_method(quantization)} in {CONFIG_NAME} is left out: no tensor is quantized, as after "
         "a merge"
@@ -52,6 +70,13 @@ def check_quantization(path: Path, quantization: Any, tensors: Mapping[str, Tens
 def _is_part(info: TensorInfo) -> bool:
     packed = info.name.endswith(".weight") and info.dtype not in _FLOATS
     return packed or info.dtype.startswith("F8") or bool(_PARTS.search(info.name))
+
+
+def method_of(quantization: Any) -> str:
+    """Say how a source is quantized: the method that its config names, and the format where there are several."""
+    named = quantization if isinstance(quantization, dict) else {}
+    parts = (named.get("quant_method"), named.get("format"))
+    return " ".join(str(part)[:80] for part in parts if isinstance(part, str)) or "8 bit"
 
 
 def _method(quantization: Any) -> str:

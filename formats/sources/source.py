@@ -6,7 +6,7 @@ nothing outside this folder asks what the files were.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,12 +20,15 @@ from ..disk.names import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from ..disk.reading import read_json
 from ..disk.small_files import small_files
 from ..errors import SourceError
+from .dequantized import DequantizedFile, stored_weights
 from .metaseq.beside import describe
 from .metaseq.model import MetaseqModel
 from .metaseq.names import metaseq_files
-from .quantized import already_quantized, check_quantization, stored_quantization
+from .quantized import already_quantized, check_quantization, method_of, stored_quantization
 from .weight_files import LocalFolder, TensorFile, WeightFiles, WeightFolder, weight_files
 
+# The name of the file that tensors in memory have, see `memory.py`.
+IN_MEMORY = "memory"
 # Of tensors that are there twice; more are not read only to be compared.
 _MAX_COMPARED_BYTES = 256 << 20
 
@@ -40,17 +43,21 @@ class Source:
 
     `release` takes the name of a tensor that has been converted. Where weights are fetched as they are needed, files of
     which all tensors have been released are deleted. `notices` say what was left aside, and why. `made` is a directory
-    with what transformers wants beside the weights, where that is not in `path` and was made of what is.
+    with what transformers wants beside the weights, where that is not in `path` and was made of what is. `quantized`
+    says how the weights are stored, where they are quantized; they are read as float32 then, each of the tensors that
+    `parts_of` names.
     """
 
     path: Path
     config: dict[str, Any]
-    files: list[TensorFile]
+    files: Sequence[TensorFile]
     tensors: dict[str, TensorInfo]
     small_files: list[Path]
     release: Callable[[str], None] = _keep
     notices: list[str] = field(default_factory=list)
     made: TemporaryDirectory[str] | None = None
+    quantized: str = ""
+    parts_of: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
     def beside(self) -> Path:
@@ -85,7 +92,7 @@ class Source:
         There are none of a file of PyTorch, which cannot be read in parts.
         """
         info = self.tensors[name]
-        if not info.file.endswith(".safetensors"):
+        if not info.file.endswith((".safetensors", IN_MEMORY)):
             return []
         rows = (info.rows(number, number + 1) for number in range(info.shape[0]))
         return [replace(one, name=f"{name}.{number}", shape=one.shape[1:]) for number, one in enumerate(rows)]
@@ -141,7 +148,7 @@ def open_source(path: Path, folder: WeightFolder | None = None) -> Source:
         if quantization is not None:
             raise already_quantized(path / CONFIG_NAME, quantization) from None
         raise (adapter_alone(path) or error) from None
-    files = folder.open(found.names)
+    files: Sequence[TensorFile] = folder.open(found.names)
     tensors: dict[str, TensorInfo] = {}
     twice: dict[str, tuple[TensorInfo, TensorInfo]] = {}
     for file in files:
@@ -153,11 +160,20 @@ def open_source(path: Path, folder: WeightFolder | None = None) -> Source:
     for name, holder in found.weight_map.items():
         if name not in tensors or tensors[name].file != holder:
             raise SourceError(f"{path / holder}: {name} is missing, but {found.index} says that it is here")
-    stale = check_quantization(path, quantization, tensors)
-    if stale:
+    weights = stored_weights(path, tensors, quantization)
+    if weights:
+        files = [DequantizedFile(file, weights, files) for file in files]
+        parts = {part for weight in weights.values() for part in weight.tensors}
+        tensors = {name: info for name, info in tensors.items() if name not in parts}
+        tensors |= {name: weight.info for name, weight in weights.items()}
+    said = check_quantization(path, quantization, tensors, len(weights))
+    if said:
         config = {key: value for key, value in config.items() if key != "quantization_config"}
     source = Source(path, config, files, tensors, small_files(path))
-    source.notices.extend([*_left_aside(found), *_twice_notices(source, twice, local), *stale, *_adapter_notice(path)])
+    if weights:
+        parts_of = {name: weight.tensors for name, weight in weights.items()}
+        source = replace(source, quantized=method_of(quantization), parts_of=parts_of)
+    source.notices.extend([*_left_aside(found), *_twice_notices(source, twice, local), *said, *_adapter_notice(path)])
     return source
 
 

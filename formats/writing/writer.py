@@ -30,6 +30,7 @@ from ..disk.names import (
 )
 from ..disk.reading import open_regular
 from ..errors import CorruptFileError, OutputError
+from ..int8.layouts import BITSANDBYTES, Layout
 from ..int8.manifest import Manifest, ManifestEntry, tensor_sha256
 from ..int8.quantization import Quantization
 from .commit import publish, take_back
@@ -175,21 +176,11 @@ class CheckpointWriter:
             small_files: relative name -> content of tokenizer, licence and the like.
 
         """
-        if missing := self._shards.places.keys() - self._hashes.keys():
-            raise ValueError(f"{len(missing)} planned tensors were never written, {min(missing)} among them")
-        self._shards.flush()
-        finals = self._shards.final_names(quantization.layout)
+        finals, files = self._finals(quantization.layout, small_files)
         entries = {
             name: ManifestEntry(finals[place.file], place.dtype, place.shape, self._hashes[name])
             for name, place in self._shards.places.items()
         }
-        files = dict(small_files)
-        if len(finals) > 1:
-            index = {
-                "metadata": {"total_size": self.nbytes},
-                "weight_map": {name: entry.file for name, entry in sorted(entries.items())},
-            }
-            files[quantization.layout.index] = encode_json(index)
         stored_config = encode_json({**config, "quantization_config": quantization.to_dict()})
         # The card is for its readers to edit.
         hashed = {name: data for name, data in files.items() if name != CARD_NAME} | {CONFIG_NAME: stored_config}
@@ -198,6 +189,36 @@ class CheckpointWriter:
         files[MANIFEST_NAME] = encode_json(manifest.to_dict())
         publish(self._out, self.journal, finals, files, stored_config)
         return manifest
+
+    def commit_other(self, config: dict[str, Any], small_files: dict[str, bytes]) -> None:
+        """Flush everything and give it its final name, as `commit` does, for a checkpoint that is not one of ours.
+
+        What has been written is read again, and compared with what was to be written.
+
+        Args:
+            config: config.json.
+            small_files: relative name -> content of tokenizer, licence and the like.
+
+        Raises:
+            OutputError: the disk gives back something else.
+
+        """
+        finals, files = self._finals(BITSANDBYTES, small_files)
+        for name, expected in self._hashes.items():
+            if tensor_sha256(self.read(name)) != expected:
+                raise OutputError(f"{self._out / self._shards.places[name].file}: {name}: not what was written to it")
+        publish(self._out, self.journal, finals, files, encode_json(config))
+
+    def _finals(self, layout: Layout, small_files: dict[str, bytes]) -> tuple[dict[str, str], dict[str, bytes]]:
+        """Flush the shards; return the name of each -> its final name, and all small files, the index among them."""
+        if missing := self._shards.places.keys() - self._hashes.keys():
+            raise ValueError(f"{len(missing)} planned tensors were never written, {min(missing)} among them")
+        self._shards.flush()
+        finals, files = self._shards.final_names(layout), dict(small_files)
+        if len(finals) > 1:
+            weight_map = {name: finals[place.file] for name, place in sorted(self._shards.places.items())}
+            files[layout.index] = encode_json({"metadata": {"total_size": self.nbytes}, "weight_map": weight_map})
+        return finals, files
 
 
 def require_writable(out: Path) -> None:

@@ -141,7 +141,8 @@ def load_reference(source: Source, window: int, device: str) -> Any:
         raise ValueError(f"a window of {window} tokens is too long: {path} was made for {longest} positions")
     with quiet_transformers(), bounded_modules(len(source.tensors)):
         # What transformers does not read itself it is given.
-        weights = None if source.made is None else {name: source.read(name) for name in source.tensors}
+        given = source.made is not None or source.quantized
+        weights = {name: source.read(name) for name in source.tensors} if given else None
         model, info = cls.from_pretrained(
             path if weights is None else None,
             state_dict=weights,

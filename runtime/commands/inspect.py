@@ -13,8 +13,8 @@ from llmint8.converter.commands.output import echo_result
 from llmint8.converter.commands.terminal import printable_lines
 from llmint8.converter.words import activations, count, precision, size, sizes
 
-# The name of a block ends with the first part that is a number: `model.layers.11` of `model.layers.11.mlp.up_proj`.
-_BLOCK = re.compile(r"(.+?\.\d+)(?:\.|$)")
+from ..placement.blocks import block_of, natural
+
 # What takes less than this part of all that is outside of the blocks is not named.
 _NAMED_SHARE = 0.05
 
@@ -50,7 +50,7 @@ def _facts(opened: Any) -> dict[str, Any]:
             "bias": record.has_bias,
             "bytes": taken[record.name],
         }
-        for record in sorted(opened.records.values(), key=lambda record: _natural(record.name))
+        for record in sorted(opened.records.values(), key=lambda record: natural(record.name))
     ]
     int8 = sum(layer["bytes"] for layer in layers)
     columns = {info.dtype for name, info in opened.tensors.items() if name.endswith(".outlier_weight")}
@@ -61,9 +61,8 @@ def _facts(opened: Any) -> dict[str, Any]:
     blocks: Counter[str] = Counter()
     outside: Counter[str] = Counter()
     for name, nbytes in taken.items():
-        block = _BLOCK.match(name)
-        if block:
-            blocks[block[1]] += nbytes
+        if block := block_of(name):
+            blocks[block] += nbytes
         else:
             outside[name] += nbytes
     return {
@@ -87,7 +86,7 @@ def _facts(opened: Any) -> dict[str, Any]:
         "bytes": taken.total(),
         "int8_layers_bytes": int8,
         "other_bytes_by_dtype": others,
-        "block_bytes": {name: blocks[name] for name in sorted(blocks, key=_natural)},
+        "block_bytes": {name: blocks[name] for name in sorted(blocks, key=natural)},
         "outside_bytes": dict(outside.most_common()),
         "not_quantized": quantization.skip_modules,
         "int8_head": quantization.int8_head,
@@ -102,11 +101,6 @@ def _not_calibrated(opened: Any) -> int:
 
     manifest = check_manifest(opened)[0]
     return len(missed_layers(opened, manifest)) if manifest and opened.quantization.threshold else 0
-
-
-def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """Return a key by which `layers.2` comes before `layers.10`."""
-    return [(not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in name.split(".")]
 
 
 def _text(facts: dict[str, Any], every: bool) -> str:

@@ -8,8 +8,10 @@ from llmint8.converter.commands.push import push_command
 
 from .bench import bench_command
 from .eval import eval_command
+from .export import export_command
 from .generate import generate_command
 from .inspect import inspect_command
+from .plan import plan_command
 from .report import report_command
 from .verify import verify_command
 
@@ -21,12 +23,14 @@ def main() -> None:
 
 
 for _command in (
+    plan_command,
     convert_command,
     inspect_command,
     verify_command,
     generate_command,
     eval_command,
     report_command,
+    export_command,
     bench_command,
     push_command,
 ):

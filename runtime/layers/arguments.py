@@ -1,5 +1,6 @@
 """What `load` was asked for, settled with what the checkpoint says."""
 
+import logging
 import math
 from collections import Counter
 from typing import Any, Literal, get_args
@@ -7,7 +8,10 @@ from typing import Any, Literal, get_args
 import torch
 
 from llmint8.formats import DTYPES, FLOAT_DTYPES, Checkpoint, Quantization
+from llmint8.kernels.linear import has_groups
 from llmint8.kernels.reference import Group
+
+log = logging.getLogger("llmint8")
 
 Outliers = Literal["static", "dynamic", "none"]
 ActivationGroup = Group | Literal["row"]
@@ -22,6 +26,19 @@ def kernels_group(activation_group: ActivationGroup) -> Group | None:
 def recorded_group(quantization: Quantization) -> ActivationGroup:
     """Return the group that a checkpoint records; the whole row where it records none."""
     return quantization.scheme.activation_group or "row"
+
+
+def group_to_run(quantization: Quantization, device: torch.device, where: str) -> ActivationGroup:
+    """Return the group that is recorded, where it runs at speed on a device; else the whole row, and a line says so."""
+    group = recorded_group(quantization)
+    if group == "row" or has_groups(device):
+        return group
+    log.info(
+        "%s: one scale for each input, and not one for each %d dimensions as recorded: without compiled kernels on %s, "
+        "that takes many times as long; activation_group=%d asks for it",
+        where, group, device.type, group,
+    )  # fmt: skip
+    return "row"
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,11 +45,22 @@ def read_calibration(checkpoint: Checkpoint, manifest: Manifest | None) -> Calib
     """Take from the manifest what it says of the layers. Raises LLMInt8Error: a statistic is malformed."""
     if manifest is None:
         return Calibration()
-    file, modules = checkpoint.path / MANIFEST_NAME, manifest.modules
+    missed = missed_layers(checkpoint, manifest)
+    try:
+        return calibration_of(checkpoint.records, manifest.modules, missed)
+    except ValueError as error:
+        file = checkpoint.path / MANIFEST_NAME
+        raise LLMInt8Error(f"{file}: {error}; convert the source again") from None
+
+
+def calibration_of(
+    layers: Iterable[str], modules: Mapping[str, Mapping[str, Any]], missed: frozenset[str]
+) -> Calibration:
+    """Take from statistics what they say of layers. Raises ValueError: one is malformed."""
     sharing: dict[str, list[str]] = defaultdict(list)
     limits: dict[str, float] = {}
     largest: dict[str, float] = {}
-    for name in checkpoint.records:
+    for name in layers:
         try:
             statistics = modules.get(name, {})
             sharing[statistics.get("shares_input_with", name)].append(name)
@@ -58,8 +69,7 @@ def read_calibration(checkpoint: Checkpoint, manifest: Manifest | None) -> Calib
             if found := _numbers(statistics.get("absmax")):
                 largest[name] = max(found)
         except (TypeError, ValueError) as error:
-            raise LLMInt8Error(f"{file}: {name}: malformed statistics ({error}); convert the source again") from None
-    missed = missed_layers(checkpoint, manifest)
+            raise ValueError(f"{name}: malformed statistics ({error})") from None
     return Calibration(_of_all(limits, sharing), _of_all(largest, sharing), missed)
 
 

@@ -32,7 +32,7 @@ from llmint8.formats import (
     read_manifest,
 )
 from llmint8.formats.disk.names import MANIFEST_NAME
-from llmint8.kernels.linear import has_groups, is_laid_out_anew
+from llmint8.kernels.linear import is_laid_out_anew
 from llmint8.kernels.reference import Activation
 
 from ..layers.arguments import (
@@ -41,6 +41,7 @@ from ..layers.arguments import (
     Outliers,
     check_choice,
     check_rotated,
+    group_to_run,
     kernels_group,
     outlier_mode,
     recorded_group,
@@ -60,6 +61,8 @@ def load(
     dtype: torch.dtype | str | None = None,
     device_map: str | dict[str, Any] | None = None,
     *,
+    max_memory: dict[int | str, int | str] | None = None,
+    offload_folder: str | Path | None = None,
     outliers: Outliers | None = None,
     threshold: float | None = None,
     activation: Activation | None = None,
@@ -75,7 +78,10 @@ def load(
         path_or_repo: a directory, or a repository id on the Hub.
         device: where the whole model goes; the CPU by default.
         dtype: of everything that is not int8 (`torch.float16` or `"float16"`); the checkpoint's by default.
-        device_map: transformers' and accelerate's placement over several devices, instead of `device`.
+        device_map: transformers' and accelerate's placement over several devices, instead of `device`. What it puts on
+            `cpu` beside a GPU, or on `disk`, comes from there in each call, as int8; `"disk"` puts all there.
+        max_memory: with `device_map="auto"`, bytes for each device, by number or as `"cpu"`.
+        offload_folder: where accelerate puts what is on `disk`, where it cannot be read from the checkpoint.
         outliers: which dimensions of the inputs are multiplied in floating point: `static` those stored in
             the checkpoint, `dynamic` those with any |x| >= `threshold`, searched in every call, `none` none.
             By default `static`, and `dynamic` in layers that the calibration should have reached and did not; for a
@@ -107,6 +113,8 @@ def load(
     check_choice("activation_group", activation_group, ACTIVATION_GROUPS)
     if device is not None and device_map is not None:
         raise ValueError(f"device is {device!r} and device_map is {device_map!r}; give one of them")
+    if max_memory is not None and not isinstance(device_map, str):
+        raise ValueError(f"max_memory is for device_map='auto' and the like, which is {device_map!r}")
     checkpoint = open_checkpoint(resolve(path_or_repo, revision, "int8").path)
     mode, threshold = outlier_mode(checkpoint.quantization, outliers, threshold)
     for scheme in checkpoint.quantization.schemes.values():
@@ -131,14 +139,17 @@ def load(
         "outliers": mode,
         "threshold": threshold,
         "activation": activation or checkpoint.quantization.scheme.activation,
-        "activation_group": activation_group or _group_to_run(checkpoint, device, device_map),
+        "activation_group": activation_group or _recorded_or_row(checkpoint, device, device_map),
         "searched": searched,
         "manifest": manifest,
     }
     if device is not None:
         device_map = {"": torch.device(device)}
+    placement: dict[str, Any] = {"device_map": {"": "disk"} if device_map == "disk" else device_map}
+    placement |= {"max_memory": max_memory} if max_memory is not None else {}
+    placement |= {"offload_folder": str(offload_folder)} if offload_folder is not None else {}
     with bounded_modules(len(checkpoint.tensors)):
-        model, missing = from_pretrained(cls, checkpoint, config, dtype=dtype, device_map=device_map)
+        model, missing = from_pretrained(cls, checkpoint, config, dtype=dtype, **placement)
         missing, spared = fill_missing(model, missing)
         if missing:
             more = f" and {len(missing) - 1} more" if missing[1:] else ""
@@ -150,24 +161,16 @@ def load(
     if nobodys := nobodys_notice(model, set(names.values())):
         log.warning("%s", nobodys)
     _prepare(model, checkpoint, names, calibration)
-    _log_summary(model)
+    log_summary(model)
     if compile:
         compile_decode(model)
     return model
 
 
-def _group_to_run(checkpoint: Checkpoint, device: torch.device | str | None, device_map: Any) -> ActivationGroup:
-    """Return the group that a checkpoint records, where it runs at speed; else the whole row."""
-    group = recorded_group(checkpoint.quantization)
-    target = torch.device(device or "cpu")
-    if group == "row" or device_map is not None or has_groups(target):
-        return group
-    log.info(
-        "%s: one scale for each input, and not one for each %d dimensions as recorded: without compiled kernels on %s, "
-        "that takes many times as long; activation_group=%d asks for it",
-        checkpoint.path, group, target.type, group,
-    )  # fmt: skip
-    return "row"
+def _recorded_or_row(checkpoint: Checkpoint, device: torch.device | str | None, device_map: Any) -> ActivationGroup:
+    if device_map is not None:
+        return recorded_group(checkpoint.quantization)
+    return group_to_run(checkpoint.quantization, torch.device(device or "cpu"), str(checkpoint.path))
 
 
 def _prepare(model: Any, checkpoint: Checkpoint, names: dict[str, str], calibration: Calibration) -> None:
@@ -215,7 +218,8 @@ def _int8_layers(model: Any) -> list[Int8Linear]:
     return [module for module in model.modules() if isinstance(module, Int8Linear)]
 
 
-def _log_summary(model: Any) -> None:
+def log_summary(model: Any) -> None:
+    """Say in one line how a model runs."""
     layers = _int8_layers(model)
     config = model.config.quantization_config
     mode = f"dynamic (|x| >= {config.threshold:g})" if config.outliers == "dynamic" else config.outliers

@@ -1,4 +1,4 @@
-"""Where the layers of a checkpoint belong in a model, and whether they fit there."""
+"""Where the layers of a checkpoint belong in a model, and whether they fit there; and what goes along with a place."""
 
 from collections.abc import Collection, Iterable
 
@@ -62,3 +62,11 @@ def check_shapes(model: nn.Module, shapes: dict[str, tuple[int, ...]], names: di
         if shapes[tensor] != tuple(expected[name].shape):
             wanted = list(expected[name].shape)
             raise LLMInt8Error(f"{tensor}: shape {list(shapes[tensor])}, {type(model).__name__} wants {wanted}")
+
+
+def take_hook(layer: nn.Module, made: nn.Module) -> None:
+    """Let accelerate move the inputs of a layer as it moved those of the one before it, in a model on many devices."""
+    if (hook := getattr(layer, "_hf_hook", None)) is not None:
+        from accelerate.hooks import add_hook_to_module
+
+        add_hook_to_module(made, hook)

@@ -22,14 +22,16 @@ from llmint8.kernels.reference import Activation
 from ..layers.arguments import ActivationGroup, Outliers
 from ..layers.experts import replace_experts
 from ..layers.layer import Int8Linear
+from .dequantize import replace_int8
 from .places import check_matrix, check_shapes, linear_for, matrices_of
 from .saving import provenance_of, save_as_loaded
+from .settings import let_cast
 
 QUANT_METHOD = "llmint8"
 
 
 @register_quantization_config(QUANT_METHOD)
-class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
+class LoadedConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """What a loaded model carries as `config.quantization_config`; it is saved as the checkpoint had it."""
 
     def __init__(
@@ -89,7 +91,7 @@ class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
 class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
     """Swaps linear layers for `Int8Linear` before transformers loads the tensors."""
 
-    quantization_config: Int8Config
+    quantization_config: LoadedConfig
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, dtype: torch.dtype | None = None, **kwargs: Any
@@ -178,10 +180,18 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         """Tell that adapters on the model can be trained."""
         return True
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """Say that there is no way back yet, as above."""
-        source = self.quantization_config.source
-        raise LLMInt8Error(f"an int8 model is not turned back into 16 bit; load what it was converted from, {source}")
+    def dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """Turn a model back into one in floating point; see `dequantize.py`."""
+        replace_int8(model, dtype)
+        self.remove_quantization_config(model)
+        model.config.__dict__.pop("_is_quantized", None)
+        return model if dtype is None else model.to(dtype)
+
+    def adopt(self, model: Any, layers: dict[str, str], stacks: set[str]) -> None:
+        """Take on a model with its layers, name in a checkpoint -> in the model, and the stacks that some stand for."""
+        self._layers, self._experts = layers, stacks
+        model.hf_quantizer, model.is_quantized, model.quantization_method = self, True, QUANT_METHOD
+        self.postprocess_model(model)
 
 
 def _saved_names(model: nn.Module, layers: dict[str, str]) -> dict[str, str]:
@@ -201,9 +211,10 @@ def _rename_layers(block: dict[str, Any], saved_names: dict[str, str]) -> None:
             holder[key] = {saved_names[name]: value for name, value in holder[key].items()}
 
 
-def _config(model: Any) -> Int8Config | None:
+def _config(model: Any) -> LoadedConfig | None:
     quantizer = getattr(model, "hf_quantizer", None)
     return quantizer.quantization_config if isinstance(quantizer, Int8Quantizer) else None
 
 
 save_as_loaded(_config)
+let_cast(lambda model: _config(model) is not None)

@@ -21,7 +21,7 @@ from llmint8.formats.writing.saved import write_manifest
 
 
 def save_as_loaded(config_of: Callable[[Any], Any]) -> None:
-    """Let `save_pretrained` write whole checkpoints of models for which `config_of` returns an `Int8Config`."""
+    """Let `save_pretrained` write whole checkpoints of models for which `config_of` returns a `LoadedConfig`."""
     saved = PreTrainedModel.save_pretrained
 
     @functools.wraps(saved)

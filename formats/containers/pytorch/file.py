@@ -19,7 +19,7 @@ from ...disk.reading import check_is_no_pointer, open_regular
 from ...errors import CorruptFileError, LLMInt8Error
 from ..tensors import DTYPE_NAMES, DTYPES, TensorInfo, is_shape, is_tensor_name, read_blocks, read_from
 from .pickles import Call, Label
-from .storages import Place, may_name, read_container, storage_of
+from .storages import Place, parse_strictly, read_container, storage_of
 
 _REBUILD = "torch._utils._rebuild_"
 _DTYPE_OF_LABEL = {str(dtype): name for dtype, name in DTYPE_NAMES.items()}
@@ -92,11 +92,11 @@ def parse_torch_header(path: Path, file: Any, size: int) -> dict[str, TensorInfo
 
 
 def read_saved(
-    path: Path, file: Any, size: int, may_name: Callable[[str], bool] = may_name
+    path: Path, file: Any, size: int, parse: Callable[[bytes], Any] = parse_strictly
 ) -> tuple[Any, dict[str, Place]]:
     """Return what was saved, as `read_container` does. Raises CorruptFileError for whatever is wrong with it."""
     try:
-        return read_container(file, size, may_name)
+        return read_container(file, size, parse)
     except LLMInt8Error:
         raise
     except Exception as error:  # zipfile and pickletools raise what they like for what is broken

@@ -57,13 +57,17 @@ class Place:
     nbytes: int
 
 
-def may_name(name: str) -> bool:
-    """Tell whether a file of tensors may name a class or function."""
-    return _ALLOWED.fullmatch(name) is not None
+def parse_strictly(raw: bytes) -> Any:
+    """Return what a pickle says that names nothing but tensors. Raises ValueError."""
+    return PickleReader(raw, _may_name).read()
 
 
-def read_container(file: Any, size: int, may_name: Callable[[str], bool] = may_name) -> tuple[Any, dict[str, Place]]:
-    """Return what was saved in a file of `size` bytes, as `PickleReader` has it, and each storage's place by its key.
+def read_container(
+    file: Any, size: int, parse: Callable[[bytes], Any] = parse_strictly
+) -> tuple[Any, dict[str, Place]]:
+    """Return what was saved in a file of `size` bytes, and each storage's place by its key.
+
+    `parse` reads the pickle of an archive; those of the layout before torch 1.6 are always read strictly.
 
     Raises:
         Exception: of many kinds, as zipfile and pickletools meet what is broken.
@@ -71,7 +75,7 @@ def read_container(file: Any, size: int, may_name: Callable[[str], bool] = may_n
     """
     zipped = file.read(4) == b"PK\x03\x04"
     file.seek(0)
-    state, places = (_read_zip if zipped else _read_legacy)(file, may_name)
+    state, places = _read_zip(file, parse) if zipped else _read_legacy(file)
     for place in places.values():
         if place.offset + place.nbytes > size:
             raise ValueError(f"cut short: {size} bytes, a storage ends at {place.offset + place.nbytes}")
@@ -95,7 +99,7 @@ def storage_of(reference: Any) -> Storage:
     return Storage(_text(key), dtype, count * itemsize, part * itemsize)
 
 
-def _read_zip(file: Any, may_name: Callable[[str], bool]) -> tuple[Any, dict[str, Place]]:
+def _read_zip(file: Any, parse: Callable[[bytes], Any]) -> tuple[Any, dict[str, Place]]:
     with zipfile.ZipFile(_InSmallPieces(file)) as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         if len(entries) != len(archive.infolist()):
@@ -112,7 +116,7 @@ def _read_zip(file: Any, may_name: Callable[[str], bool]) -> tuple[Any, dict[str
         order = entries.get(f"{folder}byteorder")
         if order is not None and _content(file, order) != b"little":
             raise ValueError("it was written on a big-endian machine")
-        return PickleReader(_content(file, entries[mains[0]]), may_name).read(), places
+        return parse(_content(file, entries[mains[0]])), places
 
 
 def _content(file: Any, entry: zipfile.ZipInfo) -> bytes:
@@ -148,8 +152,8 @@ class _InSmallPieces:
         return data
 
 
-def _read_legacy(file: Any, may_name: Callable[[str], bool]) -> tuple[Any, dict[str, Place]]:
-    reader = PickleReader(file.read(MAX_PICKLE_BYTES), may_name)
+def _read_legacy(file: Any) -> tuple[Any, dict[str, Place]]:
+    reader = PickleReader(file.read(MAX_PICKLE_BYTES), _may_name)
     if reader.read() != _MAGIC_NUMBER or reader.read() != _PROTOCOL_VERSION:
         raise ValueError("it does not begin as a torch.save file does")
     system = reader.read()
@@ -174,3 +178,7 @@ def _text(value: Any) -> str:
     if not isinstance(value, str | bytes | int):
         raise ValueError(f"a {type(value).__name__} is where a string should be")
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def _may_name(name: str) -> bool:
+    return _ALLOWED.fullmatch(name) is not None

@@ -14,7 +14,7 @@ from ...disk.reading import open_regular
 from ...errors import SourceError
 from .merged import Merged, merge
 from .names import FileNames
-from .parts import Part, read_part
+from .parts import Part, PartReader, read_part
 
 
 class MetaseqModel:
@@ -39,7 +39,8 @@ class MetaseqModel:
 
         """
         self.path, self._opened = directory / names.pattern, OpenFiles(open_regular)
-        parts = [read_part(directory, shards) for shards in names.parts]
+        reader = PartReader()
+        parts = [read_part(directory, shards, reader) for shards in names.parts]
         _check_updates(names, parts)
         self.stored = {path: size for part in parts for path, size in part.sizes.items()}
         self.facts: dict[str, Any] = parts[0].facts

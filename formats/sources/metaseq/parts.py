@@ -11,11 +11,12 @@ import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from ...containers.pytorch.file import View, read_saved, views
-from ...containers.pytorch.pickles import Call
+from ...containers.pytorch.pickles import Call, PickleReader
 from ...containers.tensors import is_tensor_name
 from ...disk.reading import check_is_no_pointer, open_regular, require_inside
 from ...errors import CorruptFileError, SourceError
@@ -28,6 +29,8 @@ _UPDATES = "num_updates"
 FACTS = ("decoder_attention_heads", "activation_fn")
 _TENSORS = ("model", "shard_metadata", "last_optimizer_state")
 _MOST_OBJECTS = 1_000_000
+# Pickles that are kept: of a part, the last shards have more padding.
+_KEPT = 4
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,22 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class _Saved:
-    """One file: its tensors; its units, and how many elements pad each of them here; and its other values."""
+class _Content:
+    """What the pickle of a file says: its tensors; its units, and how many elements pad each here; and other values."""
+
+    model: dict[Any, Any]
+    units: dict[str, Unit]
+    padding: dict[str, int]
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Saved(_Content):
+    """One file, and where its tensors lie in it."""
 
     path: Path
     size: int
     views: dict[str, View]
-    units: dict[str, Unit]
-    padding: dict[str, int]
-    values: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -65,19 +75,19 @@ class Part:
     updates: Any
 
 
-def read_part(directory: Path, names: list[str]) -> Part:
-    """Read what the files of a part say about its tensors, and none of these.
+def read_part(directory: Path, names: list[str], reader: "PartReader") -> Part:
+    """Read what the files of a part say about its tensors, and none of these; `reader` is that of the checkpoint.
 
     Raises:
         CorruptFileError: a broken file.
         SourceError: no checkpoint of metaseq, or files that are not of one.
 
     """
-    first = _read(directory / names[0])
+    first = reader.read(directory / names[0])
     extents: dict[str, list[Extent]] = {key: [] for key in first.units}
     sizes = {}
     for name in names:
-        saved = first if name == names[0] else _read(directory / name)
+        saved = first if name == names[0] else reader.read(directory / name)
         sizes[saved.path] = saved.size
         if (saved.units, saved.values.get(_UPDATES)) != (first.units, first.values.get(_UPDATES)):
             raise SourceError(f"{saved.path}: not of the same checkpoint as {names[0]}: its shard_metadata is another")
@@ -124,28 +134,44 @@ def _extent(saved: _Saved, view: View, padding: int) -> Extent:
     return Extent(saved.path, info.offset, info.nbytes - padding * itemsize)
 
 
-def _read(path: Path) -> _Saved:
-    require_inside(path, path.parent)
-    size = path.stat().st_size
-    with open_regular(path) as file:
-        check_is_no_pointer(path, file.read(64) or b"")
-        file.seek(0)
-        state, places = read_saved(path, file, size, lambda name: True)
+class PartReader:
+    """Reads what the files of a checkpoint say. Of many shards the pickles are the same, which are then read once."""
+
+    def __init__(self) -> None:
+        """Begin with nothing read."""
+        self._parse = lru_cache(_KEPT)(_parse)
+
+    def read(self, path: Path) -> "_Saved":
+        """Read a file. Raises CorruptFileError, and SourceError: it is no checkpoint of metaseq."""
+        require_inside(path, path.parent)
+        size = path.stat().st_size
+        with open_regular(path) as file:
+            check_is_no_pointer(path, file.read(64) or b"")
+            file.seek(0)
+            content, places = read_saved(path, file, size, self._parse)
+        if not isinstance(content, _Content):
+            raise SourceError(f"{path}: no checkpoint of metaseq: it has no `model`")
+        found = {_clean(name): view for name, view in views(path, content.model, places).items()}
+        if missing := sorted(content.units.keys() - found.keys()):
+            raise SourceError(f"{path}: {missing[0]}: missing, and shard_metadata names it")
+        return _Saved(**vars(content), path=path, size=size, views=found)
+
+
+def _parse(raw: bytes) -> "_Content | None":
+    """Read a pickle; None where it is of no checkpoint. Raises ValueError."""
+    state = PickleReader(raw, lambda name: True).read()
     model = state.get("model") if isinstance(state, dict) else None
     if not isinstance(model, dict):
-        raise SourceError(f"{path}: no checkpoint of metaseq: it has no `model`")
+        return None
     units: dict[str, Unit] = {}
     padding: dict[str, int] = {}
-    for key, unit, padded in _units(path, state.get("shard_metadata")):
+    for key, unit, padded in _units(state.get("shard_metadata")):
         units[key], padding[key] = unit, padded
-    found = views(path, model, places)
-    if missing := sorted(units.keys() - found.keys()):
-        raise SourceError(f"{path}: {missing[0]}: missing, and shard_metadata names it")
     others = {key: value for key, value in state.items() if key not in _TENSORS}
-    return _Saved(path, size, {_clean(name): view for name, view in found.items()}, units, padding, _values(others))
+    return _Content(model, units, padding, _values(others))
 
 
-def _units(path: Path, metadata: Any) -> Iterator[tuple[str, Unit, int]]:
+def _units(metadata: Any) -> Iterator[tuple[str, Unit, int]]:
     """Yield the flat parameters: what each is called, what it is made of, and how many elements pad it here."""
     if metadata is None:
         return
@@ -160,7 +186,7 @@ def _units(path: Path, metadata: Any) -> Iterator[tuple[str, Unit, int]]:
                 prefix = f"{module['fsdp_path']}." if module["fsdp_path"] else ""
                 yield _clean(prefix + flat), Unit(tuple(_clean(prefix + name) for name in names), shapes), padding
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CorruptFileError(f"{path}: shard_metadata is not fairscale's: {type(error).__name__}: {error}") from None
+        raise ValueError(f"shard_metadata is not fairscale's: {type(error).__name__}: {error}") from None
 
 
 def _sizes(shape: Any) -> tuple[int, ...]:

@@ -1,0 +1,1 @@
+"""Int8 checkpoints in the forms that other programs read."""

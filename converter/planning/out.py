@@ -1,0 +1,23 @@
+"""OUT: whether a conversion may be written there, and whether one is finished there."""
+
+from pathlib import Path
+
+from llmint8.formats import OutputError, is_unfinished, require_writable
+from llmint8.formats.disk.names import CONFIG_NAME, MANIFEST_NAME
+
+
+def is_finished(out: Path) -> bool:
+    """Tell whether a directory holds a conversion that came to its end."""
+    return not is_unfinished(out) and all((out / name).exists() for name in (CONFIG_NAME, MANIFEST_NAME))
+
+
+def check_out(source: Path, out: Path) -> None:
+    """Refuse a directory that nothing can be written to. Raises OutputError."""
+    real_source, real_out = source.resolve(), out.resolve()
+    if real_out == real_source:
+        raise OutputError(f"{out}: is the source itself; name another directory for the result")
+    if real_source in real_out.parents:
+        raise OutputError(f"{out}: lies inside the source {source}; name a directory outside of it")
+    # Whether it is a conversion of this source is known later; nothing is written to a finished one in any case.
+    if not is_finished(out):
+        require_writable(out)

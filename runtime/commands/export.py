@@ -1,0 +1,54 @@
+"""The command `llmint8 export`."""
+
+from pathlib import Path
+
+import click
+
+from llmint8.converter.commands.command import Command, set_up_logging
+from llmint8.converter.commands.progress import progress_bar
+from llmint8.converter.commands.terminal import printable
+from llmint8.converter.words import count, size
+
+
+@click.command("export", cls=Command)
+@click.argument("checkpoint", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.argument("dest", type=click.Path(path_type=Path))
+@click.option(
+    "--to",
+    type=click.Choice(["bitsandbytes", "compressed-tensors", "float16"]),
+    required=True,
+    help="The form: int8 without outlier columns, for bitsandbytes or for vLLM and SGLang, or 16 bit.",
+)
+@click.option(
+    "--keep-outlier-layers",
+    metavar="SHARE",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    help="Restore this share of the layers to 16 bit: those that lose most without their outlier columns.",
+)
+@click.option("--max-shard-size", metavar="SIZE", default="5GB", help="Split the weights into files of at most this.")
+@click.option("--quiet", is_flag=True, help="Print errors only.")
+def export_command(
+    checkpoint: Path, dest: Path, to: str, keep_outlier_layers: float, max_shard_size: str, quiet: bool
+) -> None:
+    """Write an int8 checkpoint in the form of another program, in the new directory DEST. The source is not needed."""
+    set_up_logging(False)
+    from llmint8.converter.export.export import export
+    from llmint8.formats import open_checkpoint
+
+    nbytes = sum(info.nbytes for info in open_checkpoint(checkpoint).tensors.values())
+    with progress_bar(nbytes, "Exporting", quiet) as progress:
+        report = export(
+            checkpoint,
+            dest,
+            to,
+            keep_outlier_layers=keep_outlier_layers,
+            max_shard_size=max_shard_size,
+            progress=progress,
+        )
+    if quiet:
+        return
+    for notice in report.notices:
+        click.echo(f"Note: {printable(notice)}", err=True)
+    layers = f"{count(report.int8, 'layer')} in int8, {count(report.restored, 'layer')} restored to 16 bit"
+    click.echo(f"{dest}: {layers}, {size(report.nbytes)}, read again and whole.")

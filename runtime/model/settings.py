@@ -1,0 +1,68 @@
+"""How a loaded model runs, changed with one call; and casts, which transformers refuses to quantized models."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from llmint8.kernels.reference import Activation
+
+from ..layers.arguments import ActivationGroup, Outliers, check_rotated, check_threshold
+from ..layers.layer import Int8Linear
+
+
+def configure(
+    model: nn.Module,
+    *,
+    outliers: Outliers | None = None,
+    threshold: float | None = None,
+    activation: Activation | None = None,
+    activation_group: ActivationGroup | None = None,
+) -> None:
+    """Change how all int8 layers of a model run; None leaves a setting as it is. All of them change, or none.
+
+    Args:
+        model: from `runtime.load` or `runtime.quantize`; it may be wrapped.
+        outliers, threshold, activation, activation_group: as of `runtime.load`.
+
+    Raises:
+        ValueError: there are no int8 layers; a value is not valid; `static` where nothing is stored, `dynamic` where
+            layers are rotated; or a threshold where no layer searches.
+
+    """
+    layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__}: has no int8 layers; expected a model from runtime.load")
+    # Checked for all of them first.
+    for layer in layers:
+        mode = outliers or layer.outliers
+        check_rotated(mode, layer.rotation)
+        check_threshold(mode, layer.threshold if threshold is None else threshold)
+        if outliers == "static" and layer.outlier_dims is None:
+            raise ValueError(f"{layer.name}: outliers is 'static', but it stores none; expected 'dynamic' or 'none'")
+    if threshold is not None and not any((outliers or layer.outliers) == "dynamic" for layer in layers):
+        raise ValueError(f"threshold is {threshold!r}, which only outliers='dynamic' uses")
+    settings: dict[str, Any] = {
+        "outliers": outliers,
+        "threshold": threshold,
+        "activation": activation,
+        "activation_group": activation_group,
+    }
+    for layer in layers:
+        layer.configure(**settings)
+
+
+def let_cast(is_ours: Callable[[Any], bool]) -> None:
+    """Let `half()` and `float()` cast what is not int8 in models of which `is_ours` is true; others as ever."""
+    for name in ("half", "float"):
+        setattr(PreTrainedModel, name, _casting(name, getattr(PreTrainedModel, name), is_ours))
+
+
+def _casting(name: str, refuses: Callable[..., Any], is_ours: Callable[[Any], bool]) -> Callable[..., Any]:
+    @functools.wraps(refuses)
+    def cast(self: Any, *arguments: Any) -> Any:
+        return getattr(nn.Module, name)(self) if is_ours(self) else refuses(self, *arguments)
+
+    return cast

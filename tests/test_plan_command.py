@@ -1,0 +1,603 @@
+"""`llmint8 plan`: what a model takes and which GPUs hold it, against the LLM.int8() paper and against what runs."""
+
+import itertools
+import json
+import re
+import shutil
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+import transformers
+from accelerate.utils.modeling import check_device_map
+from click.testing import CliRunner
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from llmint8 import converter, formats
+from llmint8.converter.model.build import meta_model, model_class
+from llmint8.converter.words import size
+from llmint8.kernels.operands import Operands
+from llmint8.runtime.commands.main import main
+from llmint8.runtime.layers.layer import Int8Linear
+from llmint8.runtime.placement.cache import activation_bytes, cache_of
+from llmint8.runtime.placement.gpus import Gpu, parse_machine
+from llmint8.runtime.placement.known import KNOWN, known_config
+from llmint8.runtime.placement.opened import open_sized
+from llmint8.runtime.placement.parts import Part, layer_bytes
+from llmint8.runtime.placement.plan import Plan
+from llmint8.runtime.placement.split import Unit, split
+
+# As the files of each have on the Hub, what is tied counted once.
+PARAMETERS = {
+    "opt-125m": 125_239_296,
+    "opt-350m": 331_196_416,
+    "opt-1.3b": 1_315_758_080,
+    "opt-2.7b": 2_651_596_800,
+    "opt-6.7b": 6_658_473_984,
+    "opt-13b": 12_853_473_280,
+    "opt-30b": 29_974_540_288,
+    "opt-66b": 65_719_701_504,
+    "opt-175b": 174_604_468_224,
+    "bloom-560m": 559_214_592,
+    "bloom-1b1": 1_065_314_304,
+    "bloom-1b7": 1_722_408_960,
+    "bloom-3b": 3_002_557_440,
+    "bloom-7b1": 7_069_016_064,
+    "bloom-176b": 176_247_271_424,
+    "t5-small": 60_506_624,
+    "t5-base": 222_903_552,
+    "t5-large": 737_668_096,
+    "t5-3b": 2_851_598_336,
+    "t5-11b": 11_307_321_344,
+    "gpt2": 124_439_808,
+    "gpt2-medium": 354_823_168,
+    "gpt2-large": 774_030_080,
+    "gpt2-xl": 1_557_611_200,
+    "gpt-j-6b": 6_050_882_784,
+    "gpt-neox-20b": 20_554_567_680,
+    "llama-7b": 6_738_415_616,
+    "llama-13b": 13_015_864_320,
+    "llama-30b": 32_528_943_616,
+    "llama-65b": 65_285_660_672,
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-2-70b": 68_976_648_192,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "llama-3.1-8b": 8_030_261_248,
+    "llama-3.1-70b": 70_553_706_496,
+    "llama-3.1-405b": 405_853_388_800,
+    "llama-3.2-1b": 1_235_814_400,
+    "llama-3.2-3b": 3_212_749_824,
+    "mistral-7b": 7_248_023_552,
+    "mixtral-8x7b": 46_702_792_704,
+    "mixtral-8x22b": 140_620_634_112,
+    "qwen2.5-0.5b": 494_032_768,
+    "qwen2.5-1.5b": 1_543_714_304,
+    "qwen2.5-3b": 3_085_938_688,
+    "qwen2.5-7b": 7_615_616_512,
+    "qwen2.5-14b": 14_770_033_664,
+    "qwen2.5-32b": 32_763_876_352,
+    "qwen2.5-72b": 72_706_203_648,
+}
+
+
+def plan(*arguments: object) -> Any:
+    return CliRunner().invoke(main, ["plan", *map(str, arguments)])
+
+
+def facts(*arguments: object) -> dict[str, Any]:
+    result = plan(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def test_sizes_that_are_known_by_name_have_the_parameters_that_were_published() -> None:
+    found = {name: sum(p.numel() for p in meta_model(known_config(name)).parameters()) for name in KNOWN}  # type: ignore[union-attr]
+    assert found == PARAMETERS
+
+
+# Of the models that the tables name, by parameters; T5-11B and GPT-2 have a test of their own.
+OF_THE_TABLES = ("gpt-j-6b", "opt-13b", "opt-30b", "opt-66b", "opt-175b", "bloom-176b")
+LARGEST = {
+    "A100-80GB:8": ("bloom-176b", "bloom-176b"),
+    "A100-40GB:8": ("bloom-176b", "opt-66b"),
+    "RTX-3090:8": ("bloom-176b", "opt-66b"),
+    "RTX-3090:4": ("opt-66b", "opt-30b"),
+    "T4": ("opt-13b", "gpt-j-6b"),
+}
+
+
+def test_the_largest_models_that_fit_are_those_of_the_paper() -> None:
+    """arXiv 2208.07339, tables 2 and 3. They are about weights, so this asks for a few tokens only."""
+    plans = {name: Plan(open_sized(name), 32, 1) for name in OF_THE_TABLES}
+    for machine, largest in LARGEST.items():
+        gpus = parse_machine(machine)
+        for int8, name in zip((True, False), largest, strict=True):
+            fitting = [one for one, plan in plans.items() if plan.fits(gpus, int8)]
+            assert fitting == list(OF_THE_TABLES[: OF_THE_TABLES.index(name) + 1]), (machine, int8)
+
+
+def test_t5_11b_fits_a_t4_in_int8_only_but_no_12_gb() -> None:
+    """The paper has it on 12 GB: since then transformers keeps a third of it, `wo`, out of int8."""
+    t4, small = parse_machine("T4"), parse_machine("12GB")
+    sized = open_sized("t5-11b")
+    t5, gpt2 = Plan(sized, 32, 1), Plan(open_sized("gpt2-xl"), 32, 1)
+    assert (t5.fits(t4, True), t5.fits(t4, False), gpt2.fits(t4, False)) == (True, False, True)
+    assert (t5.fits(small, True), gpt2.fits(small, False)) == (False, True)
+    wo = sum(part.half for part in sized.parts if part.kind == "kept")
+    assert wo == 48 * 2 * 65536 * 1024
+    assert any("keeps wo in float32" in notice and "6.44 GB" in notice for notice in sized.notices)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, quiet_transformers: None) -> Path:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=96,
+        hidden_size=160,
+        intermediate_size=320,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    path = tmp_path_factory.mktemp("plan") / "source"
+    transformers.LlamaForCausalLM(config).half().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory, quiet_transformers: None) -> Path:
+    torch.manual_seed(0)
+    config = transformers.MixtralConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    path = tmp_path_factory.mktemp("plan") / "mixture"
+    transformers.MixtralForCausalLM(config).half().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def converted(source: Path) -> Path:
+    converter.convert(source, source.parent / "out", calibration_tokens=16)
+    return source.parent / "out"
+
+
+@pytest.fixture(scope="module")
+def in_one_file(source: Path) -> Path:
+    converter.convert(source, source.parent / "one", outliers="none")
+    assert not (source.parent / "one" / "model.safetensors.index.json").exists()
+    return source.parent / "one"
+
+
+@pytest.fixture(scope="module")
+def converted_mixture(mixture: Path) -> Path:
+    converter.convert(mixture, mixture.parent / "out", calibration_tokens=16, format=2, rotate=True)
+    return mixture.parent / "out"
+
+
+def bytes_on_disk(checkpoint: Path) -> int:
+    return sum(info.nbytes for info in formats.open_checkpoint(checkpoint).tensors.values())
+
+
+@pytest.mark.parametrize("which", ["source", "mixture"])
+def test_what_a_plan_has_in_int8_is_what_the_converter_makes_of_it(which: str, request: pytest.FixtureRequest) -> None:
+    path = request.getfixturevalue(which)
+    out = request.getfixturevalue({"source": "converted", "mixture": "converted_mixture"}[which])
+    before, after = open_sized(str(path)), open_sized(str(out))
+    records = formats.open_checkpoint(out).records
+    for found in (before, after):
+        assert {part.name for part in found.parts if part.int8} == records.keys()
+    assert before.outliers == 16
+    assert after.outliers == sum(record.outlier_count or 0 for record in records.values()) / len(records)
+    assert Plan(after, 8, 1).on_disk == bytes_on_disk(out)
+    planned, made = (Plan(found, 8, 1) for found in (before, after))
+    assert (
+        planned.taken(False)
+        == made.taken(False)
+        == 2 * sum(info.nbytes // 2 for info in formats.open_source(path).tensors.values())
+    )
+    assert planned.cache == made.cache
+    assert [unit.name for unit in planned.units(True)] == [unit.name for unit in made.units(True)]
+    # How many columns a layer gets of those that there are on average, only the calibration knows.
+    assert planned.on_disk == pytest.approx(made.on_disk, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "outliers", "group", "layout"),
+    [
+        (33, 300, 5, 128, formats.BITSANDBYTES),
+        (64, 128, 0, 128, formats.BITSANDBYTES),
+        (17, 96, 40, None, formats.NATIVE),
+    ],
+    ids=lambda value: str(getattr(value, "major", value)),
+)
+def test_a_layer_holds_as_much_as_a_plan_says(n: int, k: int, outliers: int, group: Any, layout: Any) -> None:
+    """The bytes of all that a layer and what its kernels read have in memory of their own, as on a GPU."""
+    torch.manual_seed(0)
+    layer = Int8Linear(k, n, bias=False, outlier_count=outliers, layout=layout, dtype=torch.float16)
+    layer.configure(activation_group=group or "row")
+    operands = Operands.prepare(layer.stored())
+    tensors = [*layer._parameters.values(), *layer._buffers.values(), *operands]
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in tensors
+        if isinstance(tensor, torch.Tensor) and tensor.numel()
+    }
+    assert sum(storages.values()) == layer_bytes(n, k, outliers, layout, group).total
+
+
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GQA = {**TINY, "num_key_value_heads": 2}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "opt": ("opt", {**TINY, "ffn_dim": 48, "word_embed_proj_dim": 32, "max_position_embeddings": 64}),
+    "bloom": ("bloom", {**TINY, "n_layer": 3, "n_head": 4}),
+    "llama": ("llama", {**GQA, "head_dim": 24}),
+    "falcon": ("falcon", {**TINY, "multi_query": True}),
+    "sliding": ("mistral", {**GQA, "sliding_window": 8}),
+    "some sliding": ("qwen2", {**GQA, "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}),
+    "gpt2": ("gpt2", {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}),
+    "states": ("mamba", {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "eos_token_id": 2}),
+    "encoder-decoder": ("t5", {**TINY, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 3}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cache_takes_what_is_in_one(family: str) -> None:
+    model_type, settings = FAMILIES[family]
+    config = transformers.CONFIG_MAPPING[model_type](**settings)
+    cls: Any = model_class(config)
+    model = cls(config).to(torch.bfloat16).eval()
+    tokens = torch.ones(2, 20, dtype=torch.long)
+    arguments = {"input_ids": tokens, **({"decoder_input_ids": tokens} if config.is_encoder_decoder else {})}
+    with torch.no_grad():
+        out = model(**arguments, use_cache=True)
+    cache = getattr(out, "past_key_values", None) or out.cache_params
+    both = [cache.self_attention_cache, cache.cross_attention_cache] if config.is_encoder_decoder else [cache]
+    tensors = tree_leaves([vars(layer) for one in both for layer in one.layers])
+    expected = sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point())
+    found = cache_of(meta_model(config))
+    assert found is not None
+    assert sum(found.taken(20, 2).values()) == expected > 0
+    assert len(found.states) == len(both[0].layers)
+    assert not any("encoder.block" in block.replace("decoder", "") for block in found.taken(20, 2))
+
+
+def test_a_model_that_generates_nothing_has_no_cache_and_one_that_nobody_knows_none_that_is_known() -> None:
+    encoder = meta_model(transformers.BertConfig(**TINY, architectures=["BertForMaskedLM"]))
+    assert cache_of(encoder) is not None
+    assert cache_of(encoder).taken(20, 1) == {}  # type: ignore[union-attr]
+    assert cache_of(None) is None
+
+
+class Peak(TorchDispatchMode):
+    """Adds up the bytes of tensors that are there at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self._known | before:
+                self._known.add(storage._cdata)
+                self.bytes += storage.nbytes()
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        self.most = max(self.most, self.bytes)
+        return out
+
+    def _gone(self, key: int, nbytes: int) -> None:
+        self._known.discard(key)
+        self.bytes -= nbytes
+
+
+@pytest.mark.parametrize("context", [64, 2048])
+@pytest.mark.parametrize(
+    ("name", "fewer"),
+    [
+        ("opt-175b", {"num_hidden_layers": 2}),
+        ("bloom-176b", {"n_layer": 2}),
+        ("llama-2-70b", {"num_hidden_layers": 2}),
+        ("gpt2-xl", {"n_layer": 2}),
+        ("gpt-j-6b", {"n_layer": 2}),
+        ("t5-11b", {"num_layers": 2, "num_decoder_layers": 2}),
+    ],
+)
+def test_activations_take_no_more_than_is_reserved_and_a_fourth_of_it_at_least(
+    name: str, fewer: dict[str, int], context: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two blocks in 16 bit, on the meta device, where memory is counted as on any other."""
+    config, other = known_config(name), known_config(name)
+    for key, value in fewer.items():
+        setattr(config, key, value)
+        setattr(other, key, value)
+    model: Any = meta_model(config)
+    cache: Any = cache_of(meta_model(other))
+    layers = [m for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D")]
+    head = model.get_output_embeddings()
+    width = max(sum(layer.weight.shape) for layer in layers if layer is not head)
+    reserved = activation_bytes(model, [Part("", "", "linear", 0, 0, None, width)], context, 1)
+    # The attention of GPUs, which does not write the scores down.
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, *_, **__: torch.empty_like(q))
+    model.half().eval()
+    tokens = torch.zeros(1, context, dtype=torch.long, device="meta")
+    more = {"decoder_input_ids": tokens} if config.is_encoder_decoder else {"logits_to_keep": 1}
+    peak = Peak()
+    with torch.no_grad(), peak:
+        try:
+            out = model(input_ids=tokens, use_cache=True, **more)
+        except TypeError:
+            out = model(input_ids=tokens, use_cache=True)
+    assert out is not None
+    assert reserved / 4 < peak.most - sum(cache.taken(context, 1).values()) < reserved
+
+
+UNITS = [Unit("a", 50, 0), *(Unit(f"b.{i}", 20, 3) for i in range(7)), Unit("c", 1, 0)]
+
+
+def loads(shares: Sequence[Any]) -> list[int]:
+    return [share.weights + share.cache for share in shares]
+
+
+@pytest.mark.parametrize(
+    "rooms", [(100, 100, 100), (80, 80, 80), (60, 150), (30, 200, 30), (10, 10), (300,), (5, 5, 5, 5)]
+)
+def test_a_split_is_as_even_as_one_in_this_order_can_be(rooms: tuple[int, ...]) -> None:
+    room_of = [Gpu("", room) for room in rooms]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Gpu, "reserved", 0)
+        shares = split(UNITS, room_of, 0)
+        assert [unit for share in shares for unit in share.units] == UNITS
+        fullest = max(load / room for load, room in zip(loads(shares), rooms, strict=True))
+    best = float("inf")
+    for cuts in itertools.combinations_with_replacement(range(len(UNITS) + 1), len(rooms) - 1):
+        ends = [0, *cuts, len(UNITS)]
+        sums = [sum(u.weights + u.cache for u in UNITS[a:b]) for a, b in itertools.pairwise(ends)]
+        best = min(best, max(total / room for total, room in zip(sums, rooms, strict=True)))
+    assert fullest == pytest.approx(best)
+
+
+def test_accelerate_places_blocks_where_the_plan_has_them(source: Path) -> None:
+    planned = Plan(open_sized(str(source)), 1, 1)
+    shares = split([Unit(unit.name, unit.weights, 0) for unit in planned.units(False)], [Gpu("", 1 << 30)] * 3, 0)
+    model = meta_model(transformers.AutoConfig.from_pretrained(source)).half()  # type: ignore[union-attr]
+    # It counts buffers, too. And it keeps room for the largest block on the first GPU, through which others may pass.
+    most = {gpu: load + 4096 for gpu, load in enumerate(loads(shares))}
+    most[0] += max(unit.weights for unit in planned.units(False))
+    placed = accelerate.infer_auto_device_map(model, {**most, "cpu": 0}, ["LlamaDecoderLayer"])
+    found = {unit.name: gpu for gpu, share in enumerate(shares) for unit in share.units}
+    assert len(set(found.values())) == 3
+    assert found == {name: placed.get(name) for name in found}
+
+
+@pytest.mark.parametrize("name", ["opt-350m", "t5-small", "mixtral-8x7b", "gpt2"])
+def test_what_gpus_hold_is_a_device_map(name: str) -> None:
+    held = facts(name, "--gpu", "3x80GB")["machines"][0]["int8"]["gpus"]
+    placed = {module: number for number, gpu in enumerate(held) for module in gpu["holds"]}
+    assert len(placed) == sum(len(gpu["holds"]) for gpu in held)
+    check_device_map(meta_model(known_config(name)), placed)
+
+
+@pytest.mark.parametrize("which", ["source", "converted", "in_one_file", "mixture", "converted_mixture"])
+def test_of_a_hub_id_no_weights_are_fetched(which: str, hub: Any, request: pytest.FixtureRequest) -> None:
+    path: Path = request.getfixturevalue(which)
+    files = {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    hub.add("alice/tiny", files)
+    found, expected = facts("alice/tiny", "--gpu", "24GB"), facts(path, "--gpu", "24GB")
+    assert "on the Hub, commit" in found["origin"]
+    for same in ("class", "parameters", "by_kind", "int8_bytes", "cache_bytes", "machines", "smallest_sets", "notices"):
+        assert found[same] == expected[same]
+    assert not [file for file in Path(constants.HF_HUB_CACHE).rglob("*") if file.suffix == ".safetensors"]
+
+
+def test_a_head_that_is_in_the_file_beside_its_embedding_is_in_memory_once(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.OPTConfig(**{**FAMILIES["opt"][1], "hidden_size": 64, "word_embed_proj_dim": 64})
+    model = transformers.OPTForCausalLM(config).half()
+    model.save_pretrained(tmp_path / "once")
+    shutil.copytree(tmp_path / "once", tmp_path / "twice", ignore=shutil.ignore_patterns("*.safetensors"))
+    state = model.state_dict()
+    assert "lm_head.weight" in state
+    torch.save(state, tmp_path / "twice" / "pytorch_model.bin")
+    once, twice = (facts(tmp_path / name, "--gpu", "2x24GB") for name in ("once", "twice"))
+    for same in ("parameters", "half_bytes", "int8_bytes", "machines"):
+        assert once[same] == twice[same]
+    converter.convert(tmp_path / "twice", tmp_path / "out", outliers="none")
+    embedding = 2 * 64 * 64
+    assert twice["int8_bytes_on_disk"] - once["int8_bytes_on_disk"] == embedding
+    assert facts(tmp_path / "out")["int8_bytes_on_disk"] == bytes_on_disk(tmp_path / "out")
+    assert facts(tmp_path / "out")["parameters"] == once["parameters"]
+
+
+def test_a_checkpoint_of_bitsandbytes_is_one_in_int8(in_one_file: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(in_one_file, tmp_path / "theirs"))
+    tensors = load_file(path / "model.safetensors")
+    theirs = {name: tensor for name, tensor in tensors.items() if ".outlier_" not in name}
+    assert theirs.keys() != tensors.keys()
+    save_file(theirs, path / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    assert config["quantization_config"].pop("llmint8")
+    (path / "config.json").write_text(json.dumps(config))
+    found, known = facts(path), facts(in_one_file)
+    assert found["origin"] == known["origin"] == "a directory, int8"
+    assert found["int8_bytes_on_disk"] == known["int8_bytes_on_disk"] == bytes_on_disk(path)
+    # Inputs are not quantized in groups there, so there is one sum for each row.
+    assert found["int8_bytes"] < known["int8_bytes"]
+
+
+def test_a_config_that_says_int8_over_weights_in_16_bit_is_not_believed(source: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(source, tmp_path / "merged"))
+    config = json.loads((path / "config.json").read_text())
+    stale = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": stale}))
+    found = facts(path)
+    assert found["origin"] == "a directory"
+    assert found["int8_bytes"] == facts(source)["int8_bytes"]
+    assert any("no tensor is quantized" in notice for notice in found["notices"])
+
+
+def test_the_text_says_what_the_json_says(source: Path) -> None:
+    result = plan(source, "--gpu", "2xT4", "--gpu", "24GB", "--context", "100", "--batch", "3")
+    assert result.exit_code == 0
+    lines, found = result.stdout.splitlines(), facts(source, "--gpu", "2xT4", "--context", "100", "--batch", "3")
+    assert lines[0].startswith("Model         source (a directory): LlamaForCausalLM, ")
+    assert f"{found['parameters']:,} parameters, 3 blocks" in lines[0]
+    assert found["int8_layers"] == 21
+    assert found["cache_bytes"] == 3 * 100 * 3 * 2 * 2 * 40 * 2
+    assert "100 tokens of context, 3 texts at a time" in result.stdout
+    first = lines.index(next(line for line in lines if line.startswith("2xT4, int8: fits")))
+    assert lines[first + 2].endswith("model.embed_tokens, model.layers.0") or "model.layers.0 to 1" in lines[first + 2]
+    assert lines[first + 3].endswith("model.norm, lm_head")
+    assert [one["name"] for one in found["machines"]] == ["2xT4"]
+    assert all(one["int8"] == one["half"] == 1 for one in found["smallest_sets"])
+    assert [gpu["name"] for gpu in found["machines"][0]["int8"]["gpus"]] == ["T4", "T4"]
+    for gpu in found["machines"][0]["int8"]["gpus"]:
+        parts = ("weights", "cache", "reserved", "activations", "free")
+        assert sum(gpu[part] for part in parts) == gpu["memory"]
+
+
+def test_what_does_not_fit_is_said_with_the_context_that_would() -> None:
+    machine = ("--gpu", "2x1.5GB")
+    found = facts("opt-1.3b", *machine)
+    held = found["machines"][0]
+    longest = held["int8"]["longest_context"]
+    assert not held["int8"]["fits"]
+    assert min(gpu["free"] for gpu in held["int8"]["gpus"]) < 0
+    assert 500 < longest < 2048
+    text = plan("opt-1.3b", *machine).stdout
+    assert f"does not fit, {size(-min(gpu['free'] for gpu in held['int8']['gpus']))} are missing on one GPU" in text
+    assert f"with up to {longest:,} tokens of context it does" in text
+    sized, gpus = open_sized("opt-1.3b"), parse_machine("2x1.5GB")
+    assert [Plan(sized, context, 1).fits(gpus, True) for context in (longest, longest + 1)] == [True, False]
+    assert held["half"]["longest_context"] == 0
+    holds = [name for gpu in held["int8"]["gpus"] for name in gpu["holds"]]
+    assert holds[0] == "model.decoder.embed_tokens"
+    # The head has its weight in common with the embedding.
+    assert holds[1] == "lm_head"
+    assert holds[-24:] == [f"model.decoder.layers.{number}" for number in range(24)]
+
+
+def test_the_smallest_set_is_the_first_number_of_gpus_that_fits() -> None:
+    made = Plan(open_sized("opt-13b"), 2048, 1)
+    counts = {name: [one["int8"], one["half"]] for one in made.smallest_sets() for name in one["gpus"]}
+    for name, expected in (("T4", [2, 2]), ("RTX-3090", [1, 2]), ("H200", [1, 1])):
+        (gpu,) = parse_machine(name)
+        assert [next(n for n in range(1, 17) if made.fits([gpu] * n, int8)) for int8 in (True, False)] == expected
+        assert counts[name] == expected
+    (small,) = parse_machine("1GB")
+    assert made.smallest(small, False) is None
+
+
+def test_a_longer_text_than_the_model_allows_is_told() -> None:
+    result = plan("opt-125m", "--context", "4096")
+    assert "Note: the model allows 2,048 tokens, and not 4,096" in result.stderr
+
+
+def test_experts_that_take_format_2_are_told(mixture: Path) -> None:
+    result = plan(mixture)
+    assert "takes llmint8-convert --format 2; in format 1 they stay in 16 bit" in result.stderr
+    assert facts(mixture)["format"] == 2
+
+
+def test_a_source_in_float32_is_counted_in_16_bit_and_told(source: Path, tmp_path: Path) -> None:
+    model = transformers.LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "float32")
+    result = plan(tmp_path / "float32")
+    assert "--dtype bfloat16 makes it so" in result.stderr
+    assert facts(tmp_path / "float32")["half_bytes"] == facts(source)["half_bytes"]
+    assert facts(tmp_path / "float32")["int8_bytes"] == facts(source)["int8_bytes"]
+
+
+def test_a_model_that_transformers_does_not_know_is_planned_by_names(source: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(source, tmp_path / "unknown"))
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of", "architectures": ["Unheard"]}))
+    (path / "adapter_config.json").write_text("{}")
+    found, known = facts(path, "--gpu", "2x24GB"), facts(source, "--gpu", "2x24GB")
+    assert any("adapter_config.json" in notice for notice in found["notices"])
+    assert (found["class"], found["cache_bytes"]) == (None, None)
+    assert any("none are counted" in notice for notice in found["notices"])
+    for same in ("parameters", "int8_layers", "int8_bytes", "half_bytes", "blocks"):
+        assert found[same] == known[same]
+    held = found["machines"][0]["int8"]["gpus"][0]["holds"]
+    assert held == ["model.embed_tokens", "model.layers.0", "model.layers.1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["opt-176b"], ["opt-176b", "sizes that are known by name: opt-125m"]),
+        (["opt-125m", "--gpu", "A100"], ["'A100' is several of A100-40GB, A100-80GB"]),
+        (["opt-125m", "--gpu", "Voodoo"], ["'Voodoo' is none of T4"]),
+        (["opt-125m", "--gpu", "8x24GB:2"], ["expected such as 8x24GB, A100-80GB:4"]),
+        (["opt-125m", "--gpu", "0x24GB"], ["0 GPUs, expected 1 to"]),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(arguments: list[str], words: list[str], hub: Any) -> None:
+    result = plan(*arguments)
+    assert result.exit_code == 1
+    assert "Traceback" not in result.output
+    (line,) = result.stderr.splitlines()
+    assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("8x24GB", ["24 GB"] * 8),
+        ("A100-80GB:4", ["A100-80GB"] * 4),
+        ("3090", ["RTX-3090"]),
+        ("NVIDIA GeForce RTX 4090:2", ["RTX-4090"] * 2),
+        ("h200", ["H200"]),
+        ("2xT4, 48GB", ["T4", "T4", "48 GB"]),
+    ],
+)
+def test_a_machine_is_named_in_many_ways(text: str, names: list[str]) -> None:
+    assert [gpu.name for gpu in parse_machine(text)] == names
+
+
+def test_the_document_has_the_machines_that_hold_opt_175b() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "opt-175b.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "GB | " in line]
+    rows = [row for row in rows if re.fullmatch(r"\d+x\d+GB", row[0])]
+    assert len(rows) == 3
+    for machine, weights, cache, reserved, free, longest in rows:
+        planned = json.loads(plan("opt-175b", "--context", 1024, "--gpu", machine, "--json").stdout)["machines"][0]
+        found = planned["int8"]
+        low, high = min(gpu["weights"] for gpu in found["gpus"]), max(gpu["weights"] for gpu in found["gpus"])
+        tightest = min(found["gpus"], key=lambda gpu: gpu["free"])
+        gb = [low, high, tightest["cache"], tightest["reserved"] + tightest["activations"], tightest["free"]]
+        lowest, highest = weights.removesuffix(" GB").split(" to ")
+        said = [lowest, highest, *(cell.removesuffix(" GB") for cell in (cache, reserved, free))]
+        assert said == [f"{nbytes / 1e9:.1f}" for nbytes in gb], machine
+        assert found["fits"]
+        assert not planned["half"]["fits"]
+        assert int(longest) == found["longest_context"]
