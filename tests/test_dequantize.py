@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from llmint8 import converter, runtime
-from llmint8.formats import LLMInt8Error, open_checkpoint, open_source
+from llmint8.formats import LLMInt8Error, SourceError, open_checkpoint, open_source
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 TOKENS = torch.arange(3, 19)[None]
@@ -153,3 +153,16 @@ def test_what_cannot_be_turned_back(checkpoint: Path) -> None:
     with pytest.raises(LLMInt8Error, match=r"q_proj: offloaded, and has no numbers here; load the model without"):
         runtime.dequantize(model)
     logits(model)  # it still runs
+
+
+def test_an_adapter_is_taken_off_before(checkpoint: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(runtime.load(checkpoint), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(
+        LLMInt8Error, match=r"q_proj.base_layer: an adapter is on it; merge_and_unload\(\) takes"
+    ):
+        runtime.dequantize(model.base_model.model)
+    with pytest.raises(SourceError, match=r"^LlamaForCausalLM: quantized already$"):
+        runtime.quantize(model.base_model.model)
+    back = runtime.dequantize(model.merge_and_unload())
+    assert torch.equal(logits(back), logits(runtime.dequantize(runtime.load(checkpoint))))  # B begins as zeros

@@ -33,7 +33,7 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
 
     Raises:
         ValueError: it has no int8 layers.
-        LLMInt8Error: some of them are offloaded.
+        LLMInt8Error: some of them are offloaded, or have an adapter.
 
     """
     if not any(isinstance(module, Int8Linear) for module in model.modules()):
@@ -42,9 +42,11 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
 
 
 def replace_int8(model: Any, dtype: torch.dtype | None) -> None:
-    """Put layers in floating point in the place of all int8 ones. Raises LLMInt8Error: some are offloaded."""
+    """Put layers in floating point in the place of all int8 ones. Raises LLMInt8Error; see `dequantize`."""
     layers = [name for name, module in model.named_modules() if isinstance(module, Int8Linear)]
     for name in layers:
+        if name.endswith(".base_layer"):
+            raise LLMInt8Error(f"{name}: an adapter is on it; merge_and_unload() takes it off")
         if model.get_submodule(name).is_meta:
             raise LLMInt8Error(f"{name}: offloaded, and has no numbers here; load the model without offloading")
     config = copy.deepcopy(model.config)
