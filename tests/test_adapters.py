@@ -266,6 +266,20 @@ def test_a_trainer_trains_it(checkpoint: Path, tmp_path: Path) -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_model_is_trained_in_one_graph(checkpoint: Path) -> None:
+    model = with_adapter(runtime.load(checkpoint), "LoRA")
+    expected = gradients(model)
+    model.zero_grad()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None
+            assert torch.allclose(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)  # sums in any order
+
+
 def test_without_an_adapter_the_trainer_says_that_one_is_needed(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="Please attach trainable adapters on top"):
         transformers.trainer_utils.validate_quantization_for_training(runtime.load(checkpoint))

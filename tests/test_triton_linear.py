@@ -283,3 +283,16 @@ def test_sums_that_float16_cannot_hold_overflow_to_infinity(device: torch.device
     out, wide = run(layer, x, "absmax", device), run(layer, x.float(), "absmax", device)
     assert torch.equal(out.isinf(), wide.abs() >= 65520)
     assert bool(out.isinf().any())
+
+
+def test_a_bias_that_was_cast_in_its_place_gets_a_launch_of_its_own(device: torch.device) -> None:
+    """As `prepare_model_for_kbit_training` of PEFT casts it; what is compiled for its old dtype would misread it."""
+    layer = moved(make_layer(64, 128, 3, torch.bfloat16), device)
+    assert layer.bias is not None
+    bias = torch.nn.Parameter(layer.bias, requires_grad=False)
+    operands = Operands.prepare(dataclasses.replace(layer, bias=bias))
+    linear, x = gpu.GpuLinear(operands), rows(5, layer).to(device)
+    before = linear(x, False)
+    bias.data = bias.data.float()
+    assert torch.equal(linear(x, False), before)
+    assert len(linear._plans) == 2

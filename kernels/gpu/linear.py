@@ -47,7 +47,9 @@ class GpuLinear:
             strides = x.stride(0), x.stride(1)
             # All that Triton tells apart.
             layout = tuple((stride == 1, stride % 16 == 0, stride >= 1 << 31) for stride in strides)
-        key = ((m - 1).bit_length(), x.dtype, layout, x.data_ptr() % 16 == 0, zeropoint, _HIP and self._small(x))
+        bias = self._operands.bias  # a parameter, whose data may have been cast: PEFT does that for training
+        types = x.dtype, None if bias is None else bias.dtype
+        key = ((m - 1).bit_length(), types, layout, x.data_ptr() % 16 == 0, zeropoint, _HIP and self._small(x))
         plan = self._plans.get(key)
         if plan is None:
             plan = self._plans[key] = self._plan(m, x.dtype, zeropoint)

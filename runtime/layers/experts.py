@@ -76,7 +76,7 @@ class Int8Experts(nn.Module):
             top_k_weights: [T, R].
 
         """
-        layers = {key: self._layers_of(*key) for key in self._places}
+        layers = {key: self.layers_of(*key) for key in self._places}
         wants_gradient = torch.is_grad_enabled() and hidden_states.requires_grad
         grouped = self._is_grouped(hidden_states) and not wants_gradient
         if grouped and all(type(layer) is Int8Linear for parts in layers.values() for layer in parts):
@@ -89,18 +89,18 @@ class Int8Experts(nn.Module):
         """Tell whether all experts are multiplied at once: where to wait for the GPU would cost more."""
         return x.is_cuda and has_triton()
 
-    def _layers_of(self, projection: str, expert: int) -> list[Any]:
+    def layers_of(self, projection: str, expert: int) -> list[Any]:
         """Return the layers of an expert, or what an adapter has put in their places."""
         return [holder._modules[name] for holder, name in self._places[projection, expert]]
 
     def _multiply_rows(self, projection: str, x: Tensor, of_row: Tensor) -> Tensor:
-        first = self._layers_of(projection, 0)
+        first = self.layers_of(projection, 0)
         parts, activation = range(len(first)), first[0].activation
         return side_by_side([self._prepared_part(projection, part).linear(x, of_row, activation) for part in parts])
 
     def _prepared_part(self, projection: str, part: int) -> PreparedExperts:
         """Return the weights of one matrix of all experts, made anew when they were moved or changed."""
-        layers: list[Int8Linear] = [self._layers_of(projection, one)[part] for one in range(self.num_experts)]
+        layers: list[Int8Linear] = [self.layers_of(projection, one)[part] for one in range(self.num_experts)]
         prepared, made_from = self._prepared.get((projection, part), (None, []))
         here = [layer.prepared for layer in layers]
         if prepared is None or any(one is not other for one, other in zip(here, made_from, strict=True)):

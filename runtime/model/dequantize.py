@@ -84,7 +84,7 @@ def _experts(module: Any, experts: Int8Experts, dtype: torch.dtype | None) -> An
     """Fill the model's own module of experts, which is on the meta device, with stacks."""
 
     def matrix(projection: str, expert: int) -> Tensor:
-        parts = [layer.dequantize(dtype or layer.dtype) for layer in experts._layers_of(projection, expert)]
+        parts = [layer.dequantize(dtype or layer.dtype) for layer in experts.layers_of(projection, expert)]
         whole = torch.cat(parts)
         return whole.t() if module.is_transposed else whole
 
