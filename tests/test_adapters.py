@@ -267,6 +267,7 @@ def test_a_trainer_trains_it(checkpoint: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("checkpoint", ["rotated"], indirect=True)
 def test_a_compiled_model_is_trained_in_one_graph(checkpoint: Path) -> None:
     model = with_adapter(runtime.load(checkpoint), "LoRA")
     expected = gradients(model)

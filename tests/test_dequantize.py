@@ -158,9 +158,7 @@ def test_what_cannot_be_turned_back(checkpoint: Path) -> None:
 def test_an_adapter_is_taken_off_before(checkpoint: Path) -> None:
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(runtime.load(checkpoint), peft.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(
-        LLMInt8Error, match=r"q_proj.base_layer: an adapter is on it; merge_and_unload\(\) takes"
-    ):
+    with pytest.raises(LLMInt8Error, match=r"q_proj.base_layer: an adapter is on it; merge_and_unload\(\) takes"):
         runtime.dequantize(model.base_model.model)
     with pytest.raises(SourceError, match=r"^LlamaForCausalLM: quantized already$"):
         runtime.quantize(model.base_model.model)

@@ -589,8 +589,9 @@ def test_the_document_has_the_machines_that_hold_opt_175b() -> None:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "GB | " in line]
     rows = [row for row in rows if re.fullmatch(r"\d+x\d+GB", row[0])]
     assert len(rows) == 3
-    for machine, weights, cache, reserved, free, longest in rows:
-        planned = json.loads(plan("opt-175b", "--context", 1024, "--gpu", machine, "--json").stdout)["machines"][0]
+    machines = [argument for row in rows for argument in ("--gpu", row[0])]
+    found_all = json.loads(plan("opt-175b", "--context", 1024, *machines, "--json").stdout)["machines"]
+    for (machine, weights, cache, reserved, free, longest), planned in zip(rows, found_all, strict=True):
         found = planned["int8"]
         low, high = min(gpu["weights"] for gpu in found["gpus"]), max(gpu["weights"] for gpu in found["gpus"])
         tightest = min(found["gpus"], key=lambda gpu: gpu["free"])
