@@ -3,7 +3,7 @@
 from llmint8.converter.model.build import meta_model
 from llmint8.runtime.placement.known import KNOWN, known_config
 
-# What transformers builds of them, what is tied counted once: another number is a change of the table, or of transformers.
+# What transformers builds of them, what is tied counted once. Another number: the table has changed, or transformers.
 PARAMETERS = {
     "opt-125m": 125_239_296,
     "opt-350m": 331_196_416,
