@@ -106,21 +106,34 @@ def _size(scale: TensorInfo, features: int, blocks: int) -> int:
     return features // blocks if features % blocks == 0 else 0
 
 
+def dequantized_files(
+    files: Sequence[TensorFile], weights: Mapping[str, StoredWeight | PackedWeight]
+) -> list["DequantizedFile"]:
+    """Return the weight files of a source, with the quantized weights in the place of their parts."""
+    file_of = {file.path.name: file for file in files}
+    of_file: dict[str, dict[str, StoredWeight | PackedWeight]] = {name: {} for name in file_of}
+    for name, weight in weights.items():
+        of_file[weight.info.file][name] = weight
+    parts = {name for weight in weights.values() for name in weight.tensors}
+    return [DequantizedFile(file, of_file[name], parts, file_of) for name, file in file_of.items()]
+
+
 class DequantizedFile:
     """A weight file whose quantized weights are read as float32; their scales may lie in others."""
 
     def __init__(
-        self, file: TensorFile, weights: Mapping[str, StoredWeight | PackedWeight], files: Sequence[TensorFile]
+        self,
+        file: TensorFile,
+        weights: Mapping[str, StoredWeight | PackedWeight],
+        parts: set[str],
+        file_of: Mapping[str, TensorFile],
     ) -> None:
-        """Take the file, the quantized weights of all files, and all files."""
-        self._file = file
-        self._weights = {name: weight for name, weight in weights.items() if weight.info.file == file.path.name}
-        self._file_of = {one.path.name: one for one in files}
+        """Take the file, its quantized weights, the names of the parts of all of them, and all files by their names."""
+        self._file, self._weights, self._file_of = file, weights, file_of
         self.path, self.stored = file.path, file.stored
-        self.in_blocks = file.in_blocks and not any(isinstance(w, PackedWeight) for w in self._weights.values())
-        parts = {name for weight in weights.values() for name in weight.tensors}
+        self.in_blocks = file.in_blocks and not any(isinstance(weight, PackedWeight) for weight in weights.values())
         kept = {name: info for name, info in file.tensors.items() if name not in parts}
-        self.tensors = kept | {name: weight.info for name, weight in self._weights.items()}
+        self.tensors = kept | {name: weight.info for name, weight in weights.items()}
 
     @property
     def differences(self) -> Mapping[str, str]:

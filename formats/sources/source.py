@@ -20,7 +20,7 @@ from ..disk.names import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from ..disk.reading import read_json
 from ..disk.small_files import small_files
 from ..errors import SourceError
-from .dequantized import DequantizedFile, stored_weights
+from .dequantized import dequantized_files, stored_weights
 from .metaseq.beside import describe
 from .metaseq.model import MetaseqModel
 from .metaseq.names import metaseq_files
@@ -162,7 +162,7 @@ def open_source(path: Path, folder: WeightFolder | None = None) -> Source:
             raise SourceError(f"{path / holder}: {name} is missing, but {found.index} says that it is here")
     weights = stored_weights(path, tensors, quantization)
     if weights:
-        files = [DequantizedFile(file, weights, files) for file in files]
+        files = dequantized_files(files, weights)
         parts = {part for weight in weights.values() for part in weight.tensors}
         tensors = {name: info for name, info in tensors.items() if name not in parts}
         tensors |= {name: weight.info for name, weight in weights.items()}
