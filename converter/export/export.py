@@ -5,8 +5,9 @@ It needs nothing but the checkpoint. What an interruption leaves, the same call 
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from llmint8.formats import (
     Checkpoint,
     CheckpointWriter,
     Manifest,
-    OutputError,
     TensorSpec,
     open_checkpoint,
     read_manifest,
@@ -29,11 +29,10 @@ from llmint8.formats.writing.writer import require_writable
 from ..hub.usage import harmless
 from ..model.build import meta_model
 from ..model.config import load_config
+from ..planning.out import require_apart
 from ..words import count, parse_size
 from .layers import Layer, Stack, layers_of
 from .targets import FLOAT16, TARGETS, Blocks, Target
-
-_Write = Callable[[], Iterable[tuple[str, Blocks]]]
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class _Output:
     """Tensors that are written together, and what writes them."""
 
     specs: list[TensorSpec]
-    write: _Write
+    write: Callable[[], Iterator[tuple[str, Blocks]]]
     nbytes: int
 
 
@@ -86,7 +85,8 @@ def export(
     if not 0 <= keep_outlier_layers <= 1:
         raise ValueError(f"keep_outlier_layers is {keep_outlier_layers}, expected a share from 0 to 1")
     target, checkpoint = TARGETS[to], open_checkpoint(out)
-    _check_dest(out, dest)
+    require_apart(out, dest, "checkpoint")
+    require_writable(dest)
     config = load_config(out)
     model = None if config is None else meta_model(config)
     layers, stacks, experts = layers_of(checkpoint, model)
@@ -120,15 +120,9 @@ def export(
         return ExportReport(dest, len(layers) - len(restored), len(restored), writer.nbytes, notices)
 
 
-def _check_dest(out: Path, dest: Path) -> None:
-    if dest.resolve() == out.resolve() or out.resolve() in dest.resolve().parents:
-        raise OutputError(f"{dest}: is or lies inside the checkpoint {out}; name a directory outside of it")
-    require_writable(dest)
-
-
 def _outputs(
     checkpoint: Checkpoint, layers: dict[str, Layer], stacks: dict[str, Stack], restored: set[str], target: Target
-) -> Iterable[_Output]:
+) -> Iterator[_Output]:
     """Yield what is to be written, in the order of the checkpoint's files."""
     stack_of = {layer.name: stack for stack in stacks.values() for layer in stack.layers}
     layer_of = {tensor: layer for layer in layers.values() for tensor in layer.tensors}
@@ -137,7 +131,7 @@ def _outputs(
         layer = layer_of.get(info.name)
         if layer is None:
             spec = TensorSpec(info.name, info.dtype, info.shape)
-            yield _Output([spec], _copied(checkpoint, info.name), info.nbytes)
+            yield _Output([spec], partial(_copied, checkpoint, info.name), info.nbytes)
             continue
         whole: Layer | Stack = stack_of.get(layer.name, layer)
         if whole.name in done:
@@ -146,22 +140,18 @@ def _outputs(
         parts = whole.layers if isinstance(whole, Stack) else [whole]
         nbytes = sum(checkpoint.tensors[name].nbytes for part in parts for name in part.tensors)
         if isinstance(whole, Stack):
-            yield _Output([whole.weight], _restored(whole), nbytes)
+            yield _Output([whole.weight], partial(_restored, whole), nbytes)
         else:
             how = FLOAT16 if layer.name in restored else target
-            yield _Output(how.specs(layer), _made(how, layer), nbytes)
+            yield _Output(how.specs(layer), partial(how.blocks, layer), nbytes)
 
 
-def _copied(checkpoint: Checkpoint, name: str) -> _Write:
-    return lambda: [(name, checkpoint.read_rows(name))]
+def _copied(checkpoint: Checkpoint, name: str) -> Iterator[tuple[str, Blocks]]:
+    yield name, checkpoint.read_rows(name)
 
 
-def _restored(stack: Stack) -> _Write:
-    return lambda: [(stack.name, stack.original())]
-
-
-def _made(target: Target, layer: Layer) -> _Write:
-    return lambda: target.blocks(layer)
+def _restored(stack: Stack) -> Iterator[tuple[str, Blocks]]:
+    yield stack.name, stack.original()
 
 
 @dataclass(frozen=True)

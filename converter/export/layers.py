@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -63,12 +62,10 @@ class Layer:
         shape = (self.record.out_features, self.record.in_features)
         return TensorSpec(f"{self.name}.weight", self.dtype, shape[::-1] if self.transposed else shape)
 
-    @cached_property
     def absmax(self) -> Tensor:
-        """The absmax of each row, float32 [N]."""
+        """Read the absmax of each row, float32 [N]."""
         return self.checkpoint.read(f"{self.name}.{self.checkpoint.layout.absmax}").float()
 
-    @cached_property
     def _outliers(self) -> tuple[Tensor, Tensor] | None:
         names = f"{self.name}.outlier_dims", f"{self.name}.outlier_weight"
         if not set(names) <= self.checkpoint.tensors.keys():
@@ -81,19 +78,20 @@ class Layer:
 
     def restored(self) -> Iterator[Tensor]:
         """Yield the weight in blocks of rows, float32: dequantized, rotated back, and exact in the outlier columns."""
-        start = 0
+        start, absmax, outliers = 0, self.absmax(), self._outliers()
         for values in self.values():
             rows = slice(start, start + len(values))
-            block = dequantize_weight(values, self.absmax[rows], self.record.scheme.rotation)
-            if self._outliers is not None:
-                dims, columns = self._outliers
+            block = dequantize_weight(values, absmax[rows], self.record.scheme.rotation)
+            if outliers is not None:
+                dims, columns = outliers
                 block[:, dims] = columns[rows]
             yield block
             start = rows.stop
 
     def original(self) -> Iterator[Tensor]:
         """Yield the weight as `weight` describes it; one that is transposed as a whole."""
-        blocks = (block.to(DTYPES[self.dtype]) for block in self.restored())
+        dtype = DTYPES[self.dtype]
+        blocks = (block.to(dtype) for block in self.restored())
         return iter([torch.cat(list(blocks)).t().contiguous()]) if self.transposed else blocks
 
 

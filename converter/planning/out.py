@@ -11,13 +11,18 @@ def is_finished(out: Path) -> bool:
     return not is_unfinished(out) and all((out / name).exists() for name in (CONFIG_NAME, MANIFEST_NAME))
 
 
-def check_out(source: Path, out: Path) -> None:
-    """Refuse a directory that nothing can be written to. Raises OutputError."""
+def require_apart(source: Path, out: Path, what: str) -> None:
+    """Refuse a directory that is, or lies inside, what is read; `what` calls that. Raises OutputError."""
     real_source, real_out = source.resolve(), out.resolve()
     if real_out == real_source:
-        raise OutputError(f"{out}: is the source itself; name another directory for the result")
+        raise OutputError(f"{out}: is the {what} itself; name another directory for the result")
     if real_source in real_out.parents:
-        raise OutputError(f"{out}: lies inside the source {source}; name a directory outside of it")
+        raise OutputError(f"{out}: lies inside the {what} {source}; name a directory outside of it")
+
+
+def check_out(source: Path, out: Path) -> None:
+    """Refuse a directory that nothing can be written to. Raises OutputError."""
+    require_apart(source, out, "source")
     # Whether it is a conversion of this source is known later; nothing is written to a finished one in any case.
     if not is_finished(out):
         require_writable(out)
