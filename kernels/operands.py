@@ -41,9 +41,8 @@ class Operands(NamedTuple):
     @classmethod
     def prepare(cls, weight: Int8Weight, row_sums: RowSums = reference.row_sums) -> Self:
         """Lay out a weight on its device; `row_sums` is that of the reference, or gives the same."""
+        weight = weight.without_uncounted()
         dims, columns = weight.outlier_dims, weight.outlier_weight
-        if weight.threshold is not None:
-            dims, columns = dims.new_empty(0), columns.new_empty(len(columns), 0)
         values = weight.values.contiguous()
         return cls(
             values=values,

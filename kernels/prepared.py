@@ -1,7 +1,7 @@
 """What a layer is run with: a weight laid out for one device."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -66,13 +66,7 @@ class ReferenceWeight(PreparedWeight):
 
     def stored(self) -> Int8Weight:
         """Return the weight; see `PreparedWeight`."""
-        if self.weight.threshold is None:
-            return self.weight
-        return replace(
-            self.weight,
-            outlier_dims=self.weight.outlier_dims[:0],
-            outlier_weight=self.weight.outlier_weight[:, :0],
-        )
+        return self.weight.without_uncounted()
 
     def linear(self, x: Tensor, activation: Activation) -> Tensor:
         """Run the layer; see `PreparedWeight`."""

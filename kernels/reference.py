@@ -20,7 +20,7 @@ each operation is defined here and nowhere else.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -69,6 +69,13 @@ class Int8Weight:
     threshold: float | None = None
     group: Group | None = None
     rotation: Rotation | None = None
+
+    def without_uncounted(self) -> "Int8Weight":
+        """Return it without stored outliers where these do not count, as the threshold is given."""
+        if self.threshold is None:
+            return self
+        dims, columns = self.outlier_dims.new_empty(0), self.outlier_weight.new_empty(len(self.outlier_weight), 0)
+        return replace(self, outlier_dims=dims, outlier_weight=columns)
 
 
 class QuantizedRows(NamedTuple):
@@ -290,8 +297,9 @@ def linear_gradient(gradient: Tensor, weight: Int8Weight) -> Tensor:
         [M, K] in the dtype of the gradient; sums are float32.
 
     """
+    weight = weight.without_uncounted()
     dequantized = dequantize_weight(weight.values, weight.absmax, weight.rotation)
-    if weight.threshold is None and weight.outlier_dims.numel():
+    if weight.outlier_dims.numel():
         dequantized[:, weight.outlier_dims.long()] = weight.outlier_weight.float()
     return _float32_product(gradient, dequantized.t()).to(gradient.dtype)
 

@@ -139,11 +139,9 @@ class CpuWeight(PreparedWeight):
 
     def stored(self) -> Int8Weight:
         """Return the weight; see `PreparedWeight`."""
-        dims, columns = self.outlier_dims, self.outlier_weight.t()
-        if self.threshold is not None:
-            dims, columns = dims[:0], columns[:, :0]
         how = self.bias, self.threshold, self.group, self.rotation
-        return Int8Weight(self.unpack(), self.scale * 127, dims, columns, *how)
+        weight = Int8Weight(self.unpack(), self.scale * 127, self.outlier_dims, self.outlier_weight.t(), *how)
+        return weight.without_uncounted()
 
     def linear(self, x: Tensor, activation: Activation) -> Tensor:
         """Run the layer; see `PreparedWeight`.
