@@ -1,6 +1,7 @@
 """Gradients through an int8 layer, against the product with its dequantized weight in 64-bit arithmetic."""
 
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from llmint8.kernels import gradient as gradient_module
 from llmint8.kernels import reference
 from llmint8.kernels.cpu import native
 from llmint8.kernels.gradient import linear_gradient
+from llmint8.kernels.operands import Operands
 from llmint8.kernels.prepared import ReferenceWeight
 from llmint8.kernels.reference import Int8Weight
 from llmint8.runtime import Int8Linear
@@ -213,3 +215,14 @@ def test_functional_gradients() -> None:
     x = torch.randn(5, 64)
     found = torch.func.grad(lambda x: layer(x).sum())(x)
     assert torch.equal(found, gradients(layer, x, torch.ones(5, 32)))
+
+
+def test_stored_outliers_do_not_count_where_outliers_are_searched() -> None:
+    weight: Int8Weight = replace(make_layer(130, 32, 3).stored(), threshold=6.0)
+    wrong = replace(weight, outlier_weight=weight.outlier_weight + 100)
+    gradient = torch.randn(5, 32)
+    expected = gradient @ reference.dequantize_weight(weight.values, weight.absmax)
+    for stored in (ReferenceWeight.prepare(wrong).stored(), Operands.prepare(wrong).stored()):
+        found = linear_gradient(gradient, stored)
+        assert torch.allclose(found, expected, atol=1e-5)  # sums of 32 products in any order
+    assert torch.allclose(reference.linear_gradient(gradient, wrong), expected, atol=1e-5)
