@@ -20,7 +20,15 @@ from llmint8.kernels.cpu.linear import CpuWeight
 from llmint8.kernels.operands import Operands
 from llmint8.kernels.operators import GpuWeight, NativeWeight, OperatorWeight
 from llmint8.kernels.prepared import PreparedWeight, ReferenceWeight
-from llmint8.kernels.reference import Activation, Group, Int8Weight, Rotation, dequantize_weight, quantize_weight
+from llmint8.kernels.reference import (
+    Activation,
+    Group,
+    Int8Weight,
+    Rotation,
+    dequantize_weight,
+    groups,
+    quantize_weight,
+)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -206,7 +214,8 @@ def prepare(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
     def prepared(weight: Int8Weight) -> PreparedWeight:
         made = CpuWeight.prepare(weight)
-        packed = product == "packed" and weight.threshold is None and weight.values.numel() > 0
+        grouped = groups(weight.values.shape[1], weight.group)[0] > 1  # multiplied in float32
+        packed = product == "packed" and weight.threshold is None and not grouped and weight.values.numel() > 0
         assert made.product == ("packed" if packed else unpacked)
         return made
 
