@@ -39,6 +39,8 @@ BEGIN("avx2,fma,f16c")
 #define UNSIGNED 0
 #define M_TILE 4
 #define N_TILE 2
+#define MANY 24
+#define MANY_IN_GROUPS 24
 #include "rows.h"
 END()
 
@@ -49,6 +51,8 @@ BEGIN("avx2,fma,f16c,avxvnni")
 #define UNSIGNED 1
 #define M_TILE 4
 #define N_TILE 2
+#define MANY 24
+#define MANY_IN_GROUPS 24
 #include "rows.h"
 END()
 
@@ -59,6 +63,8 @@ BEGIN("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")
 #define UNSIGNED 1
 #define M_TILE 6
 #define N_TILE 4
+#define MANY 24
+#define MANY_IN_GROUPS 9  // where groups leave the lanes they need more registers than there are
 #include "rows.h"
 END()
 
@@ -112,6 +118,8 @@ BEGIN("arch=armv8.2-a+dotprod")
 #define UNSIGNED 0
 #define M_TILE 4
 #define N_TILE 4
+#define MANY 24
+#define MANY_IN_GROUPS 24
 #include "rows.h"
 END()
 
@@ -152,11 +160,11 @@ int llmint8_linear(
     const int64_t split = panels >= 16 * threads ? 1 : threads;
     const int64_t part = least(up((m + split - 1) / split, 2 * batch), PART);
     const int64_t parts = (m + part - 1) / part;
-    // Bytes of each thread: a row in float32 and a batch in int8; then the columns and the panel's sums of groups, and for
-    // AMX sums and a panel.
+    // Bytes of each thread: a row in float32 and a batch in int8; then the columns and the panel's sums of groups; sums, and
+    // what is turned over of the panel or, for AMX, all of it.
     const int64_t quantizing = up(padded * (4 + batch), 64), columns = w->padded * PANEL * 4;
     const int64_t group_sums = w->groups > 1 && (kernels->across || m >= kernels->many) ? w->groups * PANEL * 4 : 0;
-    const int64_t scratch = (PART + 64) * PANEL * 4 + padded * kernels->copied;
+    const int64_t scratch = (PART * 4 + TURNED) * PANEL + padded * kernels->copied;
     const int64_t own = quantizing + columns + group_sums + scratch;
     const int64_t by_row = kernels->across || w->groups == 1 ? 1 : up(w->groups, 16);
     const int64_t by_group = kernels->across ? up(m, 16) : 1;

@@ -39,6 +39,8 @@ typedef struct {
 #define PANEL 64
 // And at most so many rows of x at a time, whole batches of them.
 #define PART 512
+// Dimensions that are turned over at a time, whole groups: those of a panel stay in the second cache.
+#define TURNED 2048
 
 // What the sums of a panel are scaled with, padded to whole vectors. With groups of dimensions, the sums that come to
 // `finish` are scaled by row already, float where they are int32 otherwise, and there is no offset.
@@ -53,7 +55,7 @@ typedef struct {
 // One way to compute it. Whoever calls it has made sure that the processor has the instructions.
 typedef struct {
     int64_t batch;   // rows of x that are quantized at a time
-    int64_t many;    // from so many rows on, blocks of the weight are turned over for them
+    int64_t many;    // from so many rows on, a panel needs the sums of its groups
     int64_t gap;     // bytes of padded_k behind the next multiple of 64
     int64_t copied;  // bytes that `multiply` needs for each of padded_k
     int64_t across;  // whether the scales of a group lie beside each other, and not those of a row

@@ -1,8 +1,15 @@
 // The products for an instruction set that adds up four bytes in each lane of a vector; included by rows.h.
 //
-// Few rows: the lanes are dimensions, and the weight is read as it lies. Many rows: the lanes are outputs. A block of the
+// Few rows: the lanes are dimensions, and the weight is read as it lies. Many rows: the lanes are outputs. A part of the
 // weight is turned over for that, which pays when many rows use it, and then the sums of a group of dimensions are
 // scaled for all lanes at once.
+
+// A statement for every number of rows that a tile may have.
+#if M_TILE == 6
+#define EACH(macro, more) macro(1, more) macro(2, more) macro(3, more) macro(4, more) macro(5, more) macro(6, more)
+#else
+#define EACH(macro, more) macro(1, more) macro(2, more) macro(3, more) macro(4, more)
+#endif
 
 static void FN(quantize)(const Weight *w, Rows *rows, int64_t first, int64_t count, char *kept) {
     for (int64_t m = first; m < first + count; m++)
@@ -80,6 +87,15 @@ static inline __attribute__((always_inline)) void FN(scaled_tile)(
         for (int b = 0; b < ns; b++) sums[a * PANEL + b] = FLOAT_SUM(total[a][b]);
 }
 
+// Up to so many values of x, a row of the weight is read by itself, since memory is read fastest in its order; more of
+// them are worth reading once for several rows. Measured with AVX512-VNNI.
+#define ALONE 4096
+#define TILE(ms, ns)                                                         \
+    case ms:                                                                 \
+        if (w->groups == 1) FN(tile)(ms, ns, x, stride, block, k, sums + j); \
+        else FN(scaled_tile)(ms, ns, w, rows, m, n, (float *)sums + j);      \
+        break;
+
 static void FN(multiply_few)(
     const Weight *w, const Rows *rows, const Panel *panel, int64_t first, int64_t last, char *scratch) {
     int32_t *sums = (int32_t *)scratch;  // [M_TILE, PANEL], or float
@@ -91,27 +107,13 @@ static void FN(multiply_few)(
         for (int64_t j = 0; j < panel->count;) {
             const int8_t *block = values + j * k;
             const int64_t n = panel->first + j;
-            if (j + N_TILE > panel->count) {
-                for (int64_t a = 0; a < ms; a++) {
-                    if (w->groups == 1) FN(tile)(1, 1, x + a * stride, stride, block, k, sums + a * PANEL + j);
-                    else FN(scaled_tile)(1, 1, w, rows, m + a, n, (float *)sums + a * PANEL + j);
-                }
+            if (ms * k <= ALONE || j + N_TILE > panel->count) {
+                switch (ms) { EACH(TILE, 1) }
                 j++;
-                continue;
+            } else {
+                switch (ms) { EACH(TILE, N_TILE) }
+                j += N_TILE;
             }
-#define TILE(count)                                                                       \
-    case count:                                                                           \
-        if (w->groups == 1) FN(tile)(count, N_TILE, x, stride, block, k, sums + j);       \
-        else FN(scaled_tile)(count, N_TILE, w, rows, m, n, (float *)sums + j);            \
-        break;
-            switch (ms) {
-                TILE(1) TILE(2) TILE(3) TILE(4)
-#if M_TILE > 4
-                TILE(5) TILE(6)
-#endif
-            }
-#undef TILE
-            j += N_TILE;
         }
         FN(finish)(w, rows, panel, m, ms, sums);
     }
@@ -176,11 +178,14 @@ static void FN(turn_over)(const Weight *w, const Panel *panel, int64_t k, int64_
     }
 }
 
+// Without it gcc writes all sums to memory, to go over them in a loop.
+#define UNROLLED _Pragma("GCC unroll 8")
+
 // Add the products of `ms` rows and a strip over a block of dimensions to their sums: int32, or float where there are
 // groups, of which the block is one. No sum of a group exceeds 2**23, so floats hold it, and what its zero point takes off.
 static inline __attribute__((always_inline)) void FN(block)(
-    int ms, int scaled, const Rows *rows, int64_t m, int64_t g, const uint8_t *x, const int32_t *strip, int64_t words,
-    const float *row_sum, int32_t *sums) {  // g: the number of the block
+    int ms, int scaled, const Rows *rows, const float *scales, const float *zero_points, const uint8_t *x,
+    const int32_t *strip, int64_t words, const float *row_sum, int32_t *sums) {
     ints sum[M_TILE][N_TILE] = {{{0}}};
     for (int64_t i = 0; i < words; i++) {
         ints weight[N_TILE];
@@ -195,22 +200,23 @@ static inline __attribute__((always_inline)) void FN(block)(
             for (int b = 0; b < N_TILE; b++) sum[a][b] = DOT(sum[a][b], row, weight[b]);
         }
     }
+UNROLLED
     for (int a = 0; a < ms; a++) {
-        const int64_t place = (m + a) * rows->by_row + g * rows->by_group;
-        const floats scale = (floats){0} + rows->scale[scaled ? place : 0];
-        const floats zero_point = (floats){0} + rows->zero_point[scaled ? place : 0];
+        const floats scale = (floats){0} + (scaled ? scales[a * rows->by_row] : 0);
+        const floats zero_point = (floats){0} + (scaled ? zero_points[a * rows->by_row] : 0);
+UNROLLED
         for (int b = 0; b < N_TILE; b++) {
             int32_t *total = sums + a * PANEL + b * LANES;
             if (scaled) {
-                floats by, before = {0};
+                floats by, before;
                 memcpy(&by, row_sum + b * LANES, BYTES);
-                if (g) memcpy(&before, total, BYTES);
+                memcpy(&before, total, BYTES);
                 const floats y = FNMA(zero_point, by, __builtin_convertvector(sum[a][b], floats));
                 before = FMA(y, scale, before);
                 memcpy(total, &before, BYTES);
             } else {
-                ints before = {0};
-                if (g) memcpy(&before, total, BYTES);
+                ints before;
+                memcpy(&before, total, BYTES);
                 before += sum[a][b];
                 memcpy(total, &before, BYTES);
             }
@@ -218,31 +224,34 @@ static inline __attribute__((always_inline)) void FN(block)(
     }
 }
 
-// Dimensions in a block where there are no groups; and from how many rows on, measured with groups on AVX2.
-#define BLOCK 256
-#define MANY 24
+#define BLOCK_OF(ms, scaled)                                                                                         \
+    case ms:                                                                                                         \
+        FN(block)(ms, scaled, rows, scales + g, zero_points + g, x + i, strip + i / 4 * STRIP, count, row_sum, sum); \
+        break;
 
 static void FN(multiply_many)(
     const Weight *w, const Rows *rows, const Panel *panel, int64_t first, int64_t last, char *scratch) {
     int32_t *sums = (int32_t *)scratch, *words = sums + PART * PANEL;  // [PART, PANEL]; [PANEL / STRIP, words, STRIP]
-    const int64_t step = w->groups > 1 ? w->group : BLOCK;
-    for (int64_t k = 0, g = 0; k < w->k; k += step, g++) {
-        const int64_t dimensions = w->k - k < step ? w->k - k : step, count = (dimensions + 3) / 4;
+    const int64_t step = w->groups > 1 ? w->group : TURNED;
+    for (int64_t k = 0; k < w->k; k += TURNED) {
+        const int64_t dimensions = w->k - k < TURNED ? w->k - k : TURNED;
         FN(turn_over)(w, panel, k, dimensions, words);
         for (int64_t j = 0; j < panel->count; j += STRIP) {
-            const int32_t *strip = words + j * count;
-            const float *row_sum = w->groups > 1 ? panel->group_sums + g * PANEL + j : NULL;
-            for (int64_t m = first; m < last;) {
-                const int64_t ms = last - m < M_TILE ? 1 : M_TILE;
+            const int32_t *strip = words + j * ((dimensions + 3) / 4);
+            for (int64_t m = first, ms; m < last; m += ms) {
+                const int64_t tiles = (last - m + M_TILE - 1) / M_TILE;
+                ms = (last - m + tiles - 1) / tiles;  // as even as can be
                 const uint8_t *x = rows->values + m * rows->padded_k + k;
                 int32_t *sum = sums + (m - first) * PANEL + j;
-#define BLOCK_OF(ms, scaled) FN(block)(ms, scaled, rows, m, g, x, strip, count, row_sum, sum)
-                if (w->groups == 1 && ms == 1) BLOCK_OF(1, 0);
-                else if (w->groups == 1) BLOCK_OF(M_TILE, 0);
-                else if (ms == 1) BLOCK_OF(1, 1);
-                else BLOCK_OF(M_TILE, 1);
-#undef BLOCK_OF
-                m += ms;
+                const float *scales = rows->scale + m * rows->by_row, *zero_points = rows->zero_point + m * rows->by_row;
+                if (!k)
+                    for (int a = 0; a < ms; a++) memset(sum + a * PANEL, 0, STRIP * 4);
+                for (int64_t i = 0, g = k / step; i < dimensions; i += step, g++) {
+                    const int64_t left = dimensions - i, count = ((left < step ? left : step) + 3) / 4;
+                    const float *row_sum = w->groups > 1 ? panel->group_sums + g * PANEL + j : NULL;
+                    if (w->groups == 1) switch (ms) { EACH(BLOCK_OF, 0) }
+                    else switch (ms) { EACH(BLOCK_OF, 1) }
+                }
             }
         }
     }
@@ -251,7 +260,8 @@ static void FN(multiply_many)(
 
 static void FN(multiply)(
     const Weight *w, const Rows *rows, const Panel *panel, int64_t first, int64_t last, char *scratch) {
-    (rows->m >= MANY ? FN(multiply_many) : FN(multiply_few))(w, rows, panel, first, last, scratch);
+    const int many = rows->m >= (w->groups > 1 ? MANY_IN_GROUPS : MANY);
+    (many ? FN(multiply_many) : FN(multiply_few))(w, rows, panel, first, last, scratch);
 }
 
-static const Kernels FN(kernels) = {1, MANY, 64, 0, 0, FN(quantize), FN(panel), FN(multiply)};
+static const Kernels FN(kernels) = {1, MANY_IN_GROUPS, 64, 0, 0, FN(quantize), FN(panel), FN(multiply)};

@@ -5,6 +5,7 @@
 //     DOT(sum, x, w) adds up products of bytes four by four: int32 sums, no saturation
 //     UNSIGNED       whether DOT takes x unsigned
 //     M_TILE, N_TILE rows of x and of the weight whose sums are held in registers
+//     MANY, MANY_IN_GROUPS  from so many rows of x on the weight is turned over, without groups of dimensions and with
 //     FLOAT_TO_BFLOAT(p, v)  a vector of float to bfloat16 in memory, if there is an instruction for it
 //
 // Without DOT it is all but the products, which are those of products.h.
@@ -377,8 +378,13 @@ static void FN(finish)(
 #undef M_TILE
 #undef N_TILE
 #undef STRIP
-#undef BLOCK
+#undef BLOCK_OF
+#undef UNROLLED
+#undef ALONE
+#undef EACH
+#undef TILE
 #undef MANY
+#undef MANY_IN_GROUPS
 #undef MIN
 #undef MAX
 #undef FMA
