@@ -149,3 +149,27 @@ def test_a_server_says_what_the_checkpoint_says_in_llmint8(source: Path, tmp_pat
         # Each rank has scales of its own for its inputs.
         assert divergence(exact, there) < 2 * noise
         assert divergence(here, there) < 2 * noise
+
+
+def test_experts_are_served_in_int8(tmp_path: Path) -> None:
+    shape = SHAPE | {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(**shape, tie_word_embeddings=False, norm_topk_prob=True)
+    transformers.Qwen3MoeForCausalLM(config).bfloat16().save_pretrained(tmp_path / "source")
+    save_tokenizer(tmp_path / "source")
+    converter.convert(tmp_path / "source", tmp_path / "int8", outliers="top-k=4", format=2, rotate=True)
+    model = runtime.load(tmp_path / "int8", dtype="float32")
+    assert any("experts" in name for name, layer in model.named_modules() if isinstance(layer, runtime.Int8Linear))
+    text, here = expected(model, tmp_path / "source")
+    exact_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=torch.float32)
+    _, exact = expected(exact_model, tmp_path / "source")
+    noise = divergence(exact, here)
+    for ranks in (1, 2):
+        with serving(tmp_path / "int8", ranks=ranks) as client:
+            served, there = asked(client)
+        print(f"experts on {ranks}: KL to 16 bit {noise:.2e} in llmint8, {divergence(exact, there):.2e} in vLLM")
+        if ranks == 1:
+            assert served.split() == text.split()
+            assert divergence(here, there) < noise / 100
+        else:
+            assert divergence(exact, there) < 2 * noise

@@ -1,22 +1,27 @@
 """What vLLM asks a checkpoint's config: which of its layers are int8, and how they run."""
 
+import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
+from vllm.transformers_utils.model_arch_config_convertor import ModelArchConfigConvertorBase
 
 from llmint8.formats import NATIVE, LLMInt8Error, Quantization, open_checkpoint, read_manifest
 from llmint8.formats.disk.names import MANIFEST_NAME
 
 from ..layers.arguments import group_to_run, kernels_group
 from ..model.calibration import missed_layers
+from .experts import Int8ExpertsMethod
 from .linear import Int8LinearMethod
 from .shards import How
 
@@ -106,17 +111,36 @@ class Int8Config(QuantizationConfig):  # type: ignore[misc]
             LLMInt8Error: of the matrices that vLLM merges only some are int8.
 
         """
+        if isinstance(layer, RoutedExperts):
+            return self._experts(layer, prefix)
         if not isinstance(layer, LinearBase | ParallelLMHead):
             return None
         names = self._matrices(prefix)
-        int8 = [name for name in names if name in self._hows]
-        if not int8:
+        if not self._all_int8(names):
             return UnquantizedLinearMethod() if isinstance(layer, LinearBase) else None
-        if len(int8) < len(names):
-            left = next(name for name in names if name not in self._hows)
-            raise LLMInt8Error(f"{left}: not int8, as {int8[0]} is, and vLLM merges them; convert both or neither")
         counts, hows = [self._counts[name] for name in names], [self._hows[name] for name in names]
         return Int8LinearMethod(prefix, self._quantization.layout, counts, hows)
+
+    def _experts(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
+        up = [layer.ckpt_gate_proj_name, *([layer.ckpt_up_proj_name] if layer.ckpt_up_proj_name else [])]
+        experts = range(layer.moe_config.num_logical_experts)
+        names = {
+            stem: [f"{prefix}.{expert}.{part}" for expert in experts for part in parts]
+            for stem, parts in {"w13": up, "w2": [layer.ckpt_down_proj_name]}.items()
+        }
+        if not self._all_int8([name for own in names.values() for name in own]):
+            return None
+        most = {stem: max(self._counts[name] for name in own) for stem, own in names.items()}
+        hows = {stem: self._hows[own[0]] for stem, own in names.items()}
+        return Int8ExpertsMethod(layer, prefix, self._quantization.layout, most, hows)
+
+    def _all_int8(self, names: list[str]) -> bool:
+        """Tell whether matrices that vLLM merges are int8. Raises LLMInt8Error: only some are."""
+        int8 = [name for name in names if name in self._hows]
+        if int8 and len(int8) < len(names):
+            left = next(name for name in names if name not in self._hows)
+            raise LLMInt8Error(f"{left}: not int8, as {int8[0]} is, and vLLM merges them; convert both or neither")
+        return bool(int8)
 
     def _matrices(self, prefix: str) -> list[str]:
         """Return the layers of the checkpoint that a layer of vLLM's is made of."""
@@ -128,3 +152,19 @@ class Int8Config(QuantizationConfig):  # type: ignore[misc]
     def _how(self, name: str) -> How:
         scheme = self._quantization.scheme_of(name)
         return How(scheme.activation, None, self._group, scheme.rotation)
+
+
+def _leave_ours(normalize: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """Let vLLM take the config of format 2 as it is: it looks for ModelOpt's, of which `producer` is an object."""
+
+    @functools.wraps(normalize)
+    def normalized(self: Any, config: Any) -> Any:
+        found = getattr(config, "quantization_config", None)
+        return found if isinstance(found, dict) and found.get("quant_method") == METHOD else normalize(self, config)
+
+    return normalized
+
+
+ModelArchConfigConvertorBase._normalize_quantization_config = _leave_ours(
+    ModelArchConfigConvertorBase._normalize_quantization_config
+)
