@@ -2,7 +2,7 @@
 
     python benchmarks/serving.py logits ENGINE CHECKPOINT TEXT OUT   # of the first 2,048 tokens, in windows of 512
     python benchmarks/serving.py compare REFERENCE OUT...            # mean KL of those to the first
-    python benchmarks/serving.py speed CHECKPOINT [DTYPE]            # tokens per second, in vLLM, batch 1 and 16
+    python benchmarks/serving.py speed CHECKPOINT [DTYPE [eager]]    # tokens per second, in vLLM, batch 1 and 16
 
 ENGINE is `transformers` (in float32 for a 16-bit checkpoint, else as it loads it), `llmint8` or `vllm`. vLLM and
 bitsandbytes want different versions of transformers, so each engine runs in its own environment, and leaves its logits
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 TOKENS, WINDOW = 2048, 512
-BATCHES, PROMPT, NEW = (1, 16), 128, 64
+BATCHES, PROMPT, NEW = (1, 16), 128, 32
 
 
 def windows(checkpoint: str, text: str) -> list[list[int]]:
@@ -94,21 +94,30 @@ def compare(reference: str, *others: str) -> None:
         print(f"{Path(other).name}: KL {kl.mean():.5f}, same first token {agree:.2%}")
 
 
-def speed(checkpoint: str, dtype: str = "auto") -> None:
-    """Print how many tokens per second vLLM generates, prompts of 128 tokens included."""
+def speed(checkpoint: str, dtype: str = "auto", mode: str = "compiled") -> None:
+    """Print how many tokens per second vLLM generates after prompts of 128 tokens, and how many of these it reads."""
     from vllm import LLM, SamplingParams
 
-    llm = LLM(checkpoint, dtype=dtype, max_model_len=1024, max_num_seqs=16, enable_prefix_caching=False)
+    how = {"max_num_seqs": 16, "enable_prefix_caching": False, "enforce_eager": mode == "eager"}
+    llm = LLM(checkpoint, dtype=dtype, max_model_len=1024, **how)
     generator = torch.Generator().manual_seed(0)
     for batch in BATCHES:
         prompts = torch.randint(100, 10_000, (batch, PROMPT), generator=generator).tolist()
         asked = [{"prompt_token_ids": ids} for ids in prompts]
-        taken = []
-        for _ in range(3):
-            start = time.perf_counter()
-            llm.generate(asked, SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True), use_tqdm=False)
-            taken.append(time.perf_counter() - start)
-        print(f"{Path(checkpoint).name} {dtype}: batch {batch}: {batch * NEW / min(taken):.1f} tokens/s", flush=True)
+        read = fastest(llm, asked, SamplingParams(temperature=0, max_tokens=1))
+        made = fastest(llm, asked, SamplingParams(temperature=0, max_tokens=1 + NEW, ignore_eos=True)) - read
+        what = f"reads {batch * PROMPT / read:.0f}, generates {batch * NEW / made:.1f} tokens/s"
+        print(f"{Path(checkpoint).name} {dtype} {mode}: batch {batch}: {what}", flush=True)
+
+
+def fastest(llm: Any, asked: list[Any], how: Any) -> float:
+    """Return the seconds of the faster of two runs."""
+    taken = []
+    for _ in range(2):
+        start = time.perf_counter()
+        llm.generate(asked, how, use_tqdm=False)
+        taken.append(time.perf_counter() - start)
+    return min(taken)
 
 
 if __name__ == "__main__":

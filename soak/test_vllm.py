@@ -173,3 +173,18 @@ def test_experts_are_served_in_int8(tmp_path: Path) -> None:
             assert divergence(here, there) < noise / 100
         else:
             assert divergence(exact, there) < 2 * noise
+
+
+def test_layers_that_are_merged_in_the_checkpoint_and_transposed_by_vllm(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_positions=128, n_embd=128, n_layer=2, n_head=4, initializer_range=0.3, eos_token_id=0
+    )
+    transformers.GPT2LMHeadModel(config).bfloat16().save_pretrained(tmp_path / "source")
+    save_tokenizer(tmp_path / "source")
+    converter.convert(tmp_path / "source", tmp_path / "int8", outliers="top-k=4")
+    text, here = expected(runtime.load(tmp_path / "int8", dtype="float32"), tmp_path / "source")
+    with serving(tmp_path / "int8", "--enforce-eager") as client:
+        served, there = asked(client)
+    assert served.split() == text.split()
+    assert divergence(here, there) < 1e-5
