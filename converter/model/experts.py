@@ -20,7 +20,7 @@ from llmint8.kernels.routing import by_expert
 
 from .names import fused_parameters, module_names
 
-_INTERFACE = ("has_gate", "has_bias", "is_transposed", "num_experts", "has_post_expert_norm")
+_INTERFACE = ("has_gate", "has_bias", "is_transposed", "num_experts")
 # What transformers does to tensors of single experts: stack them, and put gate and up side by side.
 _STACKED = (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
 
@@ -170,7 +170,8 @@ def run_experts(experts: Any, multiply: MultiplyRows, hidden: Tensor, index: Ten
     up, down = projections(experts)
     inner = projected(up, hidden)
     out = projected(down, experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner))
-    out = experts.post_expert_norm(out) if experts.has_post_expert_norm else out
+    # transformers up to 5.19 has no such experts.
+    out = experts.post_expert_norm(out) if getattr(experts, "has_post_expert_norm", False) else out
     out = out * weights.reshape(-1, 1)
     return out.view(*index.shape, -1).sum(1).to(hidden.dtype)
 

@@ -141,8 +141,11 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         layer.name = self._layers[record.name] = name
         return layer
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module) -> list[Any]:
-        """Leave out the rules by which transformers would stack the matrices of experts that are layers here."""
+    def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module | None = None) -> list[Any]:
+        """Leave out the rules by which transformers would stack the matrices of experts that are layers here.
+
+        Up to 5.19, which is what vLLM 0.32 asks for, it is called without the model.
+        """
 
         def stacks(rule: Any) -> bool:
             targets = rule.target_patterns if isinstance(rule, WeightConverter) else []
