@@ -42,19 +42,19 @@ def observe(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
         "logits": logits,
         "layers": {name: (vars(stored), cut) for name, (stored, cut, _) in layers.items()},
         "floats": {name: _here(tensor) for name, tensor in model.named_parameters() if tensor.is_floating_point()},
-        "generated": model.generate(IDS, max_new_tokens=4, do_sample=False),
     }
+    if case.get("generates"):
+        found["generated"] = model.generate(IDS, max_new_tokens=4, do_sample=False)
     if case.get("saved"):
         model.save_pretrained(folder / case["saved"])
     if case.get("gradient"):
         embedded = model.get_input_embeddings()(IDS).detach().requires_grad_()
         model(inputs_embeds=embedded).logits.square().sum().backward()
         found["gradient"] = embedded.grad
-    for attempt in ("dequantize",):
-        try:
-            getattr(model, attempt)()
-        except LLMInt8Error as error:
-            found[attempt] = str(error)
+    try:
+        runtime.dequantize(model)
+    except LLMInt8Error as error:
+        found["dequantize"] = str(error)
     return found
 
 
