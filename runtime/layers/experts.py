@@ -31,10 +31,12 @@ class Int8Experts(nn.Module):
 
     Attributes:
         num_experts, has_gate, has_bias, ...: as of that module, and all else that its activation reads.
+        first_expert: the number of the first, where several processes have some each; None where all are here.
 
     """
 
     num_experts: int
+    first_expert: int | None = None
     has_bias: bool
     has_gate: bool
 
@@ -61,7 +63,7 @@ class Int8Experts(nn.Module):
                 holder.add_module(part, nn.Module())
             holder = holder._modules[part]  # type: ignore[assignment]
         holder.add_module(name, layer)
-        self._places[matrix.projection, matrix.expert].append((holder, name))
+        self._places[matrix.projection, matrix.expert - (self.first_expert or 0)].append((holder, name))
 
     def _apply_gate(self, gate_up: Tensor) -> Tensor:
         found: Tensor = self._kind._apply_gate(self, gate_up)

@@ -20,6 +20,7 @@ from transformers.generation.configuration_utils import CompileConfig, Generatio
 
 from ..layers.experts import Int8Experts
 from ..layers.layer import Int8Linear
+from ..parallel.state import is_cut
 
 log = logging.getLogger("llmint8")
 # transformers makes JSON of its settings, to compare and to print them; a function has none.
@@ -66,6 +67,8 @@ def _obstacle(model: Any) -> str | None:
             return f"outliers='dynamic' makes tensors whose size depends on the input, on {device}"
     if any(isinstance(module, Int8Experts) for module in model.modules()):
         return "experts are run one by one, as many as a call has"
+    if is_cut(model):
+        return "several processes hold the model"
     if any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules()):
         return "some layers are offloaded"
     if model.device.type == "cpu" and not _cpp_compiler():

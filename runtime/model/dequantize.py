@@ -14,6 +14,7 @@ from llmint8.formats import LLMInt8Error
 
 from ..layers.experts import Int8Experts
 from ..layers.layer import Int8Linear
+from ..parallel.state import is_cut
 from .places import take_hook
 
 
@@ -33,7 +34,7 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
 
     Raises:
         ValueError: it has no int8 layers.
-        LLMInt8Error: some of them are offloaded, or have an adapter.
+        LLMInt8Error: some of them are offloaded, or have an adapter; or several processes hold the model.
 
     """
     if not any(isinstance(module, Int8Linear) for module in model.modules()):
@@ -43,6 +44,8 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
 
 def replace_int8(model: Any, dtype: torch.dtype | None) -> None:
     """Put layers in floating point in the place of all int8 ones. Raises LLMInt8Error; see `dequantize`."""
+    if is_cut(model):
+        raise LLMInt8Error(f"{type(model).__name__}: several processes hold it; load it without tp_plan")
     layers = [name for name, module in model.named_modules() if isinstance(module, Int8Linear)]
     for name in layers:
         if name.endswith(".base_layer"):

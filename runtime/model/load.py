@@ -8,7 +8,7 @@ which must stay as they are meanwhile; but for int8 values that are laid out ane
 import logging
 from collections import Counter
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -48,6 +48,8 @@ from ..layers.arguments import (
     settled_dtype,
 )
 from ..layers.layer import Int8Linear
+from ..parallel.cut import cut_layers, cut_of
+from ..parallel.plan import settle
 from .calibration import Calibration, read_calibration
 from .compiled import compile_decode
 from .pretrained import config_and_class, from_pretrained, int8_config
@@ -71,6 +73,8 @@ def load(
     trust_remote_code: bool = False,
     verify: bool = False,
     compile: bool = False,
+    tp_plan: Literal["auto"] | dict[str, str] | None = None,
+    distributed_config: Any = None,
 ) -> PreTrainedModel:
     """Load an int8 checkpoint, written by llmint8 or by bitsandbytes, ready to run.
 
@@ -97,6 +101,9 @@ def load(
             one at a time; that takes about as long as `llmint8 verify`.
         compile: let `generate` decode with a static cache and `torch.compile`; see `runtime/model/compiled.py`. A
             warning says so where that cannot be.
+        tp_plan: spread the model over the processes that torchrun has started, each with a part of every layer: `auto`
+            as transformers plans it, or rules beside these, pattern of names -> style. See `runtime/parallel/plan.py`.
+        distributed_config: transformers' `DistributedConfig` in its place, with `ep_size` for whole experts.
 
     Returns:
         The model, in eval mode: the transformers class that the config's `architectures` names, a causal LM
@@ -115,6 +122,7 @@ def load(
         raise ValueError(f"device is {device!r} and device_map is {device_map!r}; give one of them")
     if max_memory is not None and not isinstance(device_map, str):
         raise ValueError(f"max_memory is for device_map='auto' and the like, which is {device_map!r}")
+    parallel = settle(tp_plan, distributed_config, device, device_map)
     checkpoint = open_checkpoint(resolve(path_or_repo, revision, "int8").path)
     mode, threshold = outlier_mode(checkpoint.quantization, outliers, threshold)
     for scheme in checkpoint.quantization.schemes.values():
@@ -142,12 +150,14 @@ def load(
         "activation_group": activation_group or _recorded_or_row(checkpoint, device, device_map),
         "searched": searched,
         "manifest": manifest,
+        "parallel": parallel,
     }
     if device is not None:
         device_map = {"": torch.device(device)}
     placement: dict[str, Any] = {"device_map": {"": "disk"} if device_map == "disk" else device_map}
     placement |= {"max_memory": max_memory} if max_memory is not None else {}
     placement |= {"offload_folder": str(offload_folder)} if offload_folder is not None else {}
+    placement |= {} if parallel is None else {"distributed_config": parallel.config}
     with bounded_modules(len(checkpoint.tensors)):
         model, missing = from_pretrained(cls, checkpoint, config, dtype=dtype, **placement)
         missing, spared = fill_missing(model, missing)
@@ -180,11 +190,15 @@ def _prepare(model: Any, checkpoint: Checkpoint, names: dict[str, str], calibrat
     let go of the file and read their values into memory of their own. What accelerate moves stays as it is.
     """
     layers = {
-        record: model.get_submodule(names[f"{record}.weight"].removesuffix(".weight")) for record in checkpoint.records
+        record: model.get_submodule(names[f"{record}.weight"].removesuffix(".weight"))
+        for record in checkpoint.records
+        if f"{record}.weight" in names  # experts of other processes are not
     }
     cast = _was_cast(model, checkpoint, names)
     here = [
-        r for r, layer in layers.items() if layer.row_absmax.device.type == "cpu" and not hasattr(layer, "_hf_hook")
+        record
+        for record, layer in layers.items()
+        if layer.row_absmax.device.type == "cpu" and not hasattr(layer, "_hf_hook") and cut_of(layer) is None
     ]
     own = {record for record in here if cast or is_laid_out_anew(layers[record].stored())}
     # First all of them: until then the file stays mapped.
@@ -228,4 +242,5 @@ def log_summary(model: Any) -> None:
     if searching := sum(layer.outliers == "dynamic" for layer in layers) if config.outliers == "static" else 0:
         mode += f" (but in {searching} that were not calibrated: dynamic, |x| >= {config.threshold:g})"
     how = activations(config.activation, kernels_group(config.activation_group))
+    kernels += f", {cut} cut" if (cut := len(cut_layers(model))) else ""
     log.info("%d Int8Linear layers, outliers %s, activation %s%s", len(layers), mode, how, kernels)

@@ -22,6 +22,9 @@ from llmint8.kernels.reference import Activation
 from ..layers.arguments import ActivationGroup, Outliers
 from ..layers.experts import replace_experts
 from ..layers.layer import Int8Linear
+from ..parallel.cut import settle_cuts
+from ..parallel.plan import Parallel
+from ..parallel.state import is_cut, whole_state
 from .dequantize import replace_int8
 from .places import check_matrix, check_shapes, linear_for, matrices_of
 from .saving import provenance_of, save_as_loaded
@@ -46,11 +49,13 @@ class LoadedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         layout: Layout = BITSANDBYTES,
         searched: frozenset[str] = frozenset(),
         manifest: Manifest | None = None,
+        parallel: Parallel | None = None,
         quant_method: str = QUANT_METHOD,
     ) -> None:
         """Take the int8 layers, the shape of every tensor, config.json's `quantization_config`, and how to run.
 
-        `searched` names the layers that search their outliers whatever the others do.
+        `searched` names the layers that search their outliers whatever the others do; `parallel` says how the model is
+        spread over several processes.
         """
         self.records = records
         self.shapes = shapes
@@ -62,6 +67,7 @@ class LoadedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.layout = layout
         self.searched = searched
         self.manifest = manifest
+        self.parallel = parallel
         self.provenance: bytes | None = None  # what is kept of it for a model that is saved
         self.quant_method = quant_method
 
@@ -113,13 +119,17 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
             layer = self._layer(record, name, linear.bias is not None, dtype)
             model.set_submodule(name, layer.train(linear.training))
         self._experts = {f"{matrix.experts}.{matrix.projection}" for matrix in matrices.values()}
+        here = list(matrices.values())
         if of_experts:
-            replace_experts(model, list(matrices.values()), of_experts)
+            here = here if config.parallel is None else config.parallel.held(model, here)
+            replace_experts(model, here, of_experts)
         check_shapes(model, config.shapes, names)
         check_buffers(model)
         # Early bitsandbytes did not write it; there is nothing to warn about.
         ignored: Any = model._keys_to_ignore_on_load_missing or ()
         model._keys_to_ignore_on_load_missing = {*ignored, r"\.weight_format$"}  # type: ignore[assignment]
+        if config.parallel is not None:
+            config.parallel.fit(model)
 
     def _layer(self, record: Int8Record, name: str, bias: bool, dtype: torch.dtype | None) -> Int8Linear:
         """Make the layer of a record, which will have this name in the model."""
@@ -155,6 +165,8 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         config = self.quantization_config
+        if config.parallel is not None:
+            settle_cuts(model)
         for name, module in model.named_modules():
             if not isinstance(module, Int8Linear):
                 continue
@@ -172,6 +184,10 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
     def is_serializable(self) -> bool:
         """Tell that `save_pretrained` works."""
         return True
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, torch.Tensor] | None, dict[str, str]]:
+        """Return what `save_pretrained` is to write of a model on several processes; None of any other."""
+        return (whole_state(model) if is_cut(model) else None), {}
 
     @property
     def is_compileable(self) -> bool:

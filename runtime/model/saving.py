@@ -19,6 +19,8 @@ from llmint8.formats import BITSANDBYTES, Layout, LLMInt8Error, Manifest
 from llmint8.formats.disk.names import CONFIG_NAME
 from llmint8.formats.writing.saved import write_manifest
 
+from ..parallel.state import is_first, wait_for_all
+
 
 def save_as_loaded(config_of: Callable[[Any], Any]) -> None:
     """Let `save_pretrained` write whole checkpoints of models for which `config_of` returns a `LoadedConfig`."""
@@ -29,6 +31,9 @@ def save_as_loaded(config_of: Callable[[Any], Any]) -> None:
         config = config_of(self)
         if config is None or (config.layout == BITSANDBYTES and not config.provenance):
             return saved(self, save_directory, *arguments, **options)  # type: ignore[no-any-return]
+        if config.parallel is not None and not is_first():
+            saved(self, save_directory, *arguments, **options)  # puts layers together, and writes nothing
+            return wait_for_all()
         given = signature(saved).bind(self, save_directory, *arguments, **options).arguments
         if given.get("push_to_hub"):
             raise LLMInt8Error(f"{save_directory}: push_to_hub=True uploads no manifest; call model.push_to_hub(...)")
@@ -44,6 +49,9 @@ def save_as_loaded(config_of: Callable[[Any], Any]) -> None:
         if given.get("is_main_process", True) and written and config.provenance:  # with peft it is an adapter
             files = (CONFIG_NAME, layout.index, "generation_config.json")
             write_manifest(path, **json.loads(config.provenance), files=files)
+        if config.parallel is not None:
+            wait_for_all()
+        return None
 
     PreTrainedModel.save_pretrained = save_pretrained
 
