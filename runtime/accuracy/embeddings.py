@@ -180,8 +180,9 @@ def _pairs(normalized: Tensor) -> tuple[Tensor, Tensor]:
 
 def _ranks(values: Tensor) -> Tensor:
     """Return the rank of each value, float64; equal ones share the mean of theirs."""
-    _, which, counts = values.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0) - (counts - 1) / 2).double()[which]
+    ordered = values.sort().values
+    smaller, not_larger = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
+    return (smaller + not_larger + 1).double() / 2
 
 
 def _batches(tokenizer: Any, lines: Iterable[str], tokens: int, longest: int) -> list[Tensor]:

@@ -8,6 +8,7 @@ that of the difference, question by question, is reported too.
 
 import importlib.metadata
 import logging
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -190,7 +191,9 @@ def _load_data(manager: Any, names: Sequence[str]) -> None:
         try:
             manager.load([name])
         except ConnectionError as error:
-            raise LLMInt8Error(f"{name}: its data set is not in the cache, and not to be had: {error}") from None
+            raise LLMInt8Error(
+                f"{name}: its data set is not in the cache, and not to be had ({first_line(error)})"
+            ) from None
         except Exception as error:  # of `datasets`, and of whatever a task's own code does
             raise LLMInt8Error(f"{name}: the task cannot be loaded: {first_line(error)}") from None
 
@@ -202,22 +205,20 @@ def _scores(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Sco
             if key in _NOTHING_OF_ITS_OWN or metric.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
             now = after["results"][task][key]
-            errors = (_number(found["results"][task].get(f"{metric}_stderr,{strained}")) for found in (before, after))
-            sizes = before["n-samples"].get(task, {})
+            errors = [_number(found["results"][task].get(f"{metric}_stderr,{strained}")) for found in (before, after)]
+            answers = [_answers(found, task, metric, strained) for found in (before, after)]
             yield Score(
                 task=task,
                 metric=metric if strained in ("", "none") else f"{metric}, {strained}",
                 higher_is_better=before.get("higher_is_better", {}).get(task, {}).get(metric),
-                questions=sizes.get("effective"),
+                questions=before["n-samples"].get(task, {}).get("effective"),
                 shots=before["n-shot"].get(task),
                 reference=value,
-                reference_stderr=next(errors),
+                reference_stderr=errors[0],
                 int8=now,
-                int8_stderr=next(errors),
+                int8_stderr=errors[1],
                 difference=now - value,
-                difference_stderr=_paired(
-                    *(_answers(found, task, metric, strained) for found in (before, after)), value
-                ),
+                difference_stderr=_paired(answers[0], answers[1], value),
             )
 
 
@@ -234,13 +235,11 @@ def _answers(found: Mapping[str, Any], task: str, metric: str, strained: str) ->
 
 def _paired(before: Mapping[Any, Any], after: Mapping[Any, Any], mean: float) -> float | None:
     """Return the standard error of the mean difference; None where the metric is no mean of what questions score."""
-    scores = [*before.values(), *after.values()]
-    if (
-        len(before) < 2
-        or before.keys() != after.keys()
-        or not all(isinstance(one, (bool, int, float)) for one in scores)
-    ):
+    if len(before) < 2 or before.keys() != after.keys():
+        return None
+    if not all(isinstance(one, (bool, int, float)) for one in (*before.values(), *after.values())):
         return None
     if abs(statistics.fmean(before.values()) - mean) > 1e-6 * max(1, abs(mean)):
         return None
-    return statistics.stdev(after[question] - before[question] for question in before) / len(before) ** 0.5
+    spread: float = statistics.stdev(after[question] - before[question] for question in before)
+    return spread / math.sqrt(len(before))

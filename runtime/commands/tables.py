@@ -61,7 +61,7 @@ def embeddings_table(facts: dict[str, Any]) -> str:
 def tasks_table(facts: dict[str, Any]) -> str:
     """Show what both models score on tasks."""
     head = ("task", "metric", "questions", "16 bit", "int8", "difference")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for row in facts["tasks"]:
         names = (printable(row["task"]), printable(row["metric"]), str(row["questions"] or ""))
         scores = (_with_error(row[key], row[f"{key}_stderr"]) for key in ("reference", "int8"))
