@@ -36,7 +36,7 @@ clean: ## remove .venv, .venv-vllm, build/ and the caches
 # One stamp per set of extras, so that the demo does not wait for the linters.
 .venv/demo: EXTRAS := demo
 .venv/test: EXTRAS := adapters,bitsandbytes,demo,report,test
-.venv/soak: EXTRAS := adapters,bitsandbytes,demo,report,soak,test
+.venv/soak: EXTRAS := adapters,bitsandbytes,demo,report,soak,tasks,test
 .venv/demo .venv/test .venv/soak: pyproject.toml constraints.txt $(wildcard kernels/cpu/csrc/*)
 	@echo "Setting up .venv [$(EXTRAS)]: the first time this takes minutes and about 2 GB of disk."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'

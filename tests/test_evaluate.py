@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from llmint8.converter.words import activations
 from llmint8.formats import LLMInt8Error, open_checkpoint
 from llmint8.kernels.reference import QuantizedRows
 from llmint8.runtime.accuracy import methods
-from llmint8.runtime.accuracy.compare import _modes, compare
+from llmint8.runtime.accuracy.compare import compare, modes_of
 from llmint8.runtime.accuracy.evaluate import Logits, measure, token_windows
 from llmint8.runtime.accuracy.halves import Halves
 from llmint8.runtime.accuracy.methods import METHODS, Method, NotRowsError, Simulation
@@ -565,7 +566,7 @@ def test_methods_against_ours(folder: Path) -> None:
 def test_the_checkpoint_beside_itself_in_other_modes() -> None:
     def labels(activation: Any, group: Any, methods: bool = True, rotated: bool = False) -> list[str]:
         config = SimpleNamespace(outliers="static", threshold=6.0, activation=activation, activation_group=group)
-        return [mode.label for mode in _modes(config, methods, rotated)]
+        return [mode.label for mode in modes_of(config, methods, rotated)]
 
     grouped = ["static, absmax in groups of 64", "static, zeropoint in groups of 64", "static, absmax"]
     assert labels("absmax", 64) == [*grouped, "dynamic 6.0, absmax"]
@@ -619,9 +620,28 @@ def test_an_adapter_beside_the_reference_does_not_come_in(
     """With PEFT installed, transformers would load it without a word."""
     shutil.copytree(folder / "source", tmp_path / "source")
     (tmp_path / "source" / "adapter_config.json").write_text('{"base_model_name_or_path": "alice/base"}')
-    monkeypatch.setattr("llmint8.runtime.accuracy.compare.is_peft_available", lambda: True)
+    monkeypatch.setattr("llmint8.runtime.accuracy.reference.is_peft_available", lambda: True)
     result = run(folder / "out", *options(folder, reference=tmp_path / "source"))
     assert_one_line_error(result, "adapter_config.json: an adapter, which transformers would load into the model")
+
+
+def test_a_text_or_tasks_and_the_options_of_one_of_them(folder: Path) -> None:
+    source, text = ["--reference", folder / "source"], ["--text", folder / "text.txt"]
+    for given, words in (
+        ([], "Give either --text FILE or --tasks NAME,..."),
+        ([*text, "--tasks", "piqa"], "Give either --text FILE or --tasks NAME,..."),
+        ([*text, "--limit", 3], "--limit goes with --tasks."),
+        (["--tasks", "piqa", "--methods"], "--methods goes with --text."),
+    ):
+        result = run(folder / "out", *source, *given)
+        assert (result.exit_code, result.stderr.splitlines()[-1]) == (2, f"Error: {words}")
+
+
+def test_tasks_without_the_harness_are_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.delitem(sys.modules, "llmint8.runtime.accuracy.tasks", raising=False)
+    result = run(folder / "out", "--reference", folder / "source", "--tasks", "piqa")
+    assert_one_line_error(result, "--tasks needs lm-evaluation-harness: pip install 'llmint8[tasks]'")
 
 
 def test_swapped_checkpoints_are_one_line(folder: Path) -> None:

@@ -215,6 +215,27 @@ def test_a_missing_revision_is_named(hub: Any, converted: Path) -> None:
         runtime.load(REPO, revision="v9")
 
 
+def test_a_token_that_is_given_is_the_one_that_is_shown(
+    hub: Any, source: Path, converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every request: for the small files, the headers and parts of weights, and whole ones."""
+    hub.add(REPO, files_of(converted), private=True)
+    hub.add(SOURCE, files_of(source), private=True)
+    with pytest.raises(LLMInt8Error, match="private: set HF_TOKEN"):  # which is set
+        runtime.load(REPO, token=False)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(LLMInt8Error, match="private: this token may not read it"):
+        runtime.load(REPO, token="hf_stranger")
+    with pytest.raises(LLMInt8Error, match=r"does not know this token \(401\)"):
+        runtime.load(REPO, token="hf_wrong")
+    assert torch.equal(logits(runtime.load(REPO, token="hf_read")), logits(runtime.load(converted)))
+    for low_disk in (True, False):  # of the second the weights are fetched after the plan
+        out = tmp_path / f"low-disk-{low_disk}"
+        converter.convert(SOURCE, out, outliers="none", low_disk=low_disk, token="hf_read")
+        assert not any("hf_read" in path.read_text() for path in out.glob("*.json"))
+        assert torch.equal(logits(runtime.load(out)), logits(runtime.load(converted)))
+
+
 def test_without_a_network_that_is_said(hub: Any) -> None:
     hub.stop()
     assert_refused(run("inspect", REPO), f"{REPO}: no such directory here", "no network to http://127.0.0.1", "cache")

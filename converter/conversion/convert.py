@@ -16,6 +16,7 @@ from ..calibration.calibrator import Calibrator, Outliers
 from ..hub.card import Subject, new_card
 from ..hub.download import fetch_weights
 from ..hub.front_matter import read_card
+from ..hub.origin import Token
 from ..hub.resolve import resolve
 from ..machine import usable_device
 from ..planning.options import Options
@@ -53,6 +54,7 @@ def convert(
     out: str | Path,
     *,
     revision: str | None = None,
+    token: Token = None,
     low_disk: bool = False,
     force: bool = False,
     progress: Progress = _no_progress,
@@ -71,6 +73,7 @@ def convert(
         source: a directory, or a Hub repo id.
         out: the directory to write: new, empty, unfinished, or finished by the same call.
         revision: branch, tag or commit of a Hub repo.
+        token: for the Hub; that of HF_TOKEN or `hf auth login` by default, and False for none.
         low_disk: of a Hub repo, keep two shards on the disk at most, each for as long as it is needed.
         force: start over where OUT is unfinished, whatever it was begun with.
         progress: called with the name and source bytes of each tensor that is done, from several threads in turn.
@@ -82,7 +85,7 @@ def convert(
 
     """
     chosen = Options(**options)
-    plan = make_plan(resolve(source, revision, "source", low_disk, weights=False), Path(out), chosen)
+    plan = make_plan(resolve(source, revision, "source", low_disk, False, token), Path(out), chosen)
     return execute(plan, force, progress)
 
 

@@ -19,6 +19,8 @@ from huggingface_hub.errors import (
 
 from llmint8.formats.disk.names import CONFIG_NAME
 
+from .origin import Token
+
 log = logging.getLogger("llmint8")
 
 _TRANSIENT = (429, 500, 502, 503, 504)
@@ -43,20 +45,21 @@ def patiently(call: Callable[[], _Result], transient: tuple[int, ...] = _TRANSIE
     return call()
 
 
-def explain(error: BaseException, revision: str | None = None) -> str:
-    """Say in a few words why the Hub gave no answer, or not the one that was hoped for."""
+def explain(error: BaseException, revision: str | None = None, token: Token = None) -> str:
+    """Say in a few words why the Hub gave no answer, or not the one that was hoped for, to whom has this token."""
     if isinstance(error, GatedRepoError):
         return f"the repo on the Hub is gated: ask for access on its page, then {_SIGN_IN}"
     if isinstance(error, RepositoryNotFoundError):
-        token = "this token may not read it" if get_token() else f"{_SIGN_IN}"
-        return f"no such repo on the Hub, or it is private: {token}"
+        signed_in = token if isinstance(token, str) else get_token() if token is not False else None
+        why = "this token may not read it" if signed_in else _SIGN_IN
+        return f"no such repo on the Hub, or it is private: {why}"
     if isinstance(error, RevisionNotFoundError):
         return f"the repo on the Hub has no revision {revision!r}"
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
         if constants.HF_HUB_OFFLINE:
             return "not, or not completely, in the cache; HF_HUB_OFFLINE is set, so the Hub is not asked"
         cause = error.__cause__
-        reason = explain(cause) if cause is not None else "the Hub cannot be reached"
+        reason = explain(cause, revision, token) if cause is not None else "the Hub cannot be reached"
         return f"{reason}; nor is it complete in the cache"
     if isinstance(error, EntryNotFoundError):
         return f"the repo on the Hub has no {CONFIG_NAME}, so no checkpoint in Hugging Face layout"

@@ -3,8 +3,8 @@
 The config.json comes first: with it the revision is resolved to a commit, of which everything else is taken.
 A repo that is not what the caller needs is refused before its weights are fetched, and a conversion is planned from
 their headers. Of the weights come only the files that will be read. All of it lies in huggingface_hub's cache, and is
-taken from there when the Hub cannot be reached, or with HF_HUB_OFFLINE=1. The token is HF_TOKEN, or that of
-`hf auth login`.
+taken from there when the Hub cannot be reached, or with HF_HUB_OFFLINE=1. Where no token is given it is HF_TOKEN, or
+that of `hf auth login`.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from llmint8.formats.sources.weight_files import weight_files
 
 from .answers import explain, patiently
 from .licence import LICENCE_FILES, NOTICE_FILES, POLICY_FILES
-from .origin import Kind, Resolved
+from .origin import Kind, Resolved, Token
 from .remote import has_file
 
 _SMALL_FILES = ["*.py", "*.json", "*.txt", "*.model", "*.jinja", "*.md", "*.tiktoken"]
@@ -38,7 +38,9 @@ _MODULE_FILES = ["*.json", "*.safetensors", "*.bin", "*.txt", "*.model"]
 _ALWAYS = [CONFIG_NAME, "additional_chat_templates/*.jinja"]
 
 
-def download(repo: str, revision: str | None, kind: Kind | None, low_disk: bool, weights: bool) -> Resolved:
+def download(
+    repo: str, revision: str | None, kind: Kind | None, low_disk: bool, weights: bool, token: Token = None
+) -> Resolved:
     """Fetch what is needed of a repo into the cache, to a folder named by the commit. See `resolve`.
 
     Raises:
@@ -46,17 +48,16 @@ def download(repo: str, revision: str | None, kind: Kind | None, low_disk: bool,
         CheckpointError: no int8 checkpoint, where one is wanted.
 
     """
-    with _explained(repo, revision):
-        config = _fetch_config(repo, revision)
-        snapshot = _fetch(repo, config.parent.name, _SMALL_FILES, "*/*")
+    with _explained(repo, revision, token):
+        config = _fetch_config(repo, revision, token)
+        snapshot = config.parent
+        origin = Resolved(snapshot, repo, snapshot.name, low_disk=low_disk, token=token)
+        _fetch(origin, _SMALL_FILES, "*/*")
         if folders := module_folders(snapshot, there=False):
-            _fetch(
-                repo, snapshot.name, [f"{glob.escape(folder)}/{file}" for folder in folders for file in _MODULE_FILES]
-            )
+            _fetch(origin, [f"{glob.escape(folder)}/{file}" for folder in folders for file in _MODULE_FILES])
         content = read_json(config)
         quantization = stored_quantization(snapshot, content)
         _check_kind(repo, quantization, kind)
-        origin = Resolved(snapshot, repo, snapshot.name, low_disk=low_disk)
         # The reader of int8 checkpoints says which files it misses.
         int8 = kind == "int8" or (kind is None and _is_native(quantization))
         named = _int8_weights(snapshot, quantization) if int8 else content.get("transformers_weights")
@@ -70,7 +71,7 @@ def download(repo: str, revision: str | None, kind: Kind | None, low_disk: bool,
         if low_disk and not names[0].endswith(".safetensors"):
             raise SourceError(f"{repo}: has no safetensors files, and --low-disk cannot do with others; leave it out")
         if low_disk or not weights:
-            _fetch(repo, snapshot.name, _ALWAYS)
+            _fetch(origin, _ALWAYS)
             return dataclasses.replace(origin, remote=low_disk or not all((snapshot / name).exists() for name in names))
         _fetch_weights(origin, names)
     return origin
@@ -92,22 +93,21 @@ def fetch_weights(origin: Resolved, names: Sequence[str]) -> None:
     try:
         _fetch_weights(origin, names)
     except (HTTPError, OSError) as error:
-        raise SourceError(f"{origin.repo}: {explain(error)}") from None
+        raise SourceError(f"{origin.repo}: {explain(error, token=origin.token)}") from None
 
 
 def _fetch_weights(origin: Resolved, names: Sequence[str]) -> None:
-    _fetch(str(origin.repo), str(origin.commit), [*_ALWAYS, *map(glob.escape, names)])
+    _fetch(origin, [*_ALWAYS, *map(glob.escape, names)])
 
 
-def _fetch(repo: str, commit: str, patterns: list[str], without: str | None = None) -> Path:
-    return Path(
-        patiently(lambda: snapshot_download(repo, revision=commit, allow_patterns=patterns, ignore_patterns=without))
-    )
+def _fetch(origin: Resolved, patterns: list[str], without: str | None = None) -> None:
+    which = {"revision": origin.commit, "allow_patterns": patterns, "ignore_patterns": without, "token": origin.token}
+    patiently(lambda: snapshot_download(str(origin.repo), **which))
 
 
-def _fetch_config(repo: str, revision: str | None) -> Path:
+def _fetch_config(repo: str, revision: str | None, token: Token) -> Path:
     def fetch(name: str) -> Path:
-        return Path(patiently(lambda: hf_hub_download(repo, name, revision=revision)))
+        return Path(patiently(lambda: hf_hub_download(repo, name, revision=revision, token=token)))
 
     try:
         return fetch(CONFIG_NAME)
@@ -134,10 +134,10 @@ def _check_kind(repo: str, quantization: Any, kind: Kind | None) -> None:
 
 
 @contextmanager
-def _explained(repo: str, revision: str | None) -> Iterator[None]:
+def _explained(repo: str, revision: str | None, token: Token) -> Iterator[None]:
     try:
         yield
     except HFValidationError:
         raise SourceError(f"{repo}: no such directory, and not a Hub repo id either") from None
     except (HTTPError, EntryNotFoundError, OSError) as error:
-        raise SourceError(f"{repo}: no such directory here, and {explain(error, revision)}") from None
+        raise SourceError(f"{repo}: no such directory here, and {explain(error, revision, token)}") from None

@@ -131,10 +131,11 @@ class _Shelf:
         return [name for name in self._files if (self._folder / name).exists()]
 
     def _download(self, name: str) -> None:
-        repo, commit = str(self._origin.repo), self._origin.commit
+        repo = str(self._origin.repo)
+        which = {"revision": self._origin.commit, "token": self._origin.token}
         with explained(self._origin, name):
             self._folder.mkdir(parents=True, exist_ok=True)
-            patiently(lambda: hf_hub_download(repo, name, revision=commit, local_dir=self._folder))
+            patiently(lambda: hf_hub_download(repo, name, local_dir=self._folder, **which))
         if not _is_whole(self._folder / name, self._files[name]):
             raise SourceError(f"{repo}: {name}: what was downloaded is not what its header announced")
 

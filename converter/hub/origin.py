@@ -1,11 +1,13 @@
 """Where a checkpoint comes from, and what it has to be."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 Kind = Literal["source", "int8"]
+# As huggingface_hub has it: None is that of HF_TOKEN or `hf auth login`, False none at all.
+Token = str | bool | None
 
 
 def is_repo_id(name: str) -> bool:
@@ -26,6 +28,7 @@ class Resolved:
     commit: str | None = None
     remote: bool = False
     low_disk: bool = False
+    token: Token = field(default=None, repr=False)  # for what has not been fetched yet
 
     @property
     def name(self) -> str:

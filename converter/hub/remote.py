@@ -15,7 +15,7 @@ from llmint8.formats.containers.pytorch.file import parse_torch_header
 from llmint8.formats.containers.safetensors import parse_header
 
 from .answers import explain, patiently
-from .origin import Resolved
+from .origin import Resolved, Token
 
 # Nearly every header is smaller, and a second request takes longer than these bytes.
 _FIRST_REQUEST = 1 << 17
@@ -26,8 +26,9 @@ def has_file(origin: Resolved, name: str) -> bool:
     """Tell whether a repo has a file. Without a network the cache has the answer, if there are any weights in it."""
     if (origin.path / name).exists():
         return True
+    url = hf_hub_url(str(origin.repo), name, revision=origin.commit)
     try:
-        patiently(lambda: get_hf_file_metadata(hf_hub_url(str(origin.repo), name, revision=origin.commit)))
+        patiently(lambda: get_hf_file_metadata(url, token=origin.token))
     except EntryNotFoundError:
         return False
     except (HTTPError, OSError):
@@ -53,7 +54,7 @@ def explained(origin: Resolved, name: str) -> Iterator[None]:
     except (HTTPError, EntryNotFoundError, OSError) as error:
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             raise SourceError(f"{where}: the repo has no such file at commit {origin.commit}") from None
-        raise SourceError(f"{where}: {explain(error)}") from None
+        raise SourceError(f"{where}: {explain(error, token=origin.token)}") from None
 
 
 class _RemoteFile(io.RawIOBase):
@@ -85,15 +86,17 @@ class _RemoteFile(io.RawIOBase):
         return len(data)
 
     def _request(self, start: int, end: int) -> tuple[bytes, int]:
-        with explained(self._origin, self._name):
-            return _bytes_of(hf_hub_url(str(self._origin.repo), self._name, revision=self._origin.commit), start, end)
+        origin = self._origin
+        with explained(origin, self._name):
+            url = hf_hub_url(str(origin.repo), self._name, revision=origin.commit)
+            return _bytes_of(url, start, end, origin.token)
 
 
-def _bytes_of(url: str, start: int, end: int) -> tuple[bytes, int]:
+def _bytes_of(url: str, start: int, end: int, token: Token) -> tuple[bytes, int]:
     """Return bytes `start` to `end` of a file, or to its end where that comes first, and the size of the file."""
 
     def request() -> tuple[bytes, int]:
-        headers = build_hf_headers() | {"Range": f"bytes={start}-{end - 1}"}
+        headers = build_hf_headers(token=token) | {"Range": f"bytes={start}-{end - 1}"}
         with get_session().stream("GET", url, headers=headers, timeout=_TIMEOUT_SECONDS) as response:
             hf_raise_for_status(response)
             size = response.headers.get("Content-Range", "").rpartition("/")[2]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llmint8.formats import SourceError
 
-from .origin import Kind, Resolved
+from .origin import Kind, Resolved, Token
 
 
 def resolve(
@@ -16,6 +16,7 @@ def resolve(
     kind: Kind | None = None,
     low_disk: bool = False,
     weights: bool = True,
+    token: Token = None,
 ) -> Resolved:
     """Return the local directory, or fetch what is needed of a Hub repo.
 
@@ -25,6 +26,7 @@ def resolve(
         kind: what a repo has to hold, a 16-bit `source` or an `int8` checkpoint; None takes either.
         low_disk: the weights will be fetched as they are read; they must be in safetensors files.
         weights: fetch them; without, and with `low_disk`, everything else.
+        token: for the Hub; that of HF_TOKEN or `hf auth login` by default, and False for none.
 
     Raises:
         SourceError: neither a directory nor a repo that can be fetched; or no source, where one is wanted; or
@@ -43,4 +45,4 @@ def resolve(
         return Resolved(path)
     from .download import download
 
-    return download(str(path_or_repo), revision, kind, low_disk, weights)
+    return download(str(path_or_repo), revision, kind, low_disk, weights, token)

@@ -11,23 +11,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers.utils import is_peft_available
 
 from llmint8.converter.calibration.text import read_text
 from llmint8.converter.calibration.tokenizer import load_tokenizer
 from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.machine import usable_device
-from llmint8.converter.model.build import model_class, quiet_transformers
-from llmint8.converter.model.config import load_config
-from llmint8.converter.model.limits import bounded_modules
 from llmint8.converter.planning.options import ACTIVATION_GROUP
 from llmint8.formats import LLMInt8Error, Source, SourceError, open_source
-from llmint8.formats.disk.names import ADAPTER_CONFIG_NAME
 
 from ..layers.misses import outlier_misses
 from ..model.load import load
 from .evaluate import Evaluation, measure, token_windows
 from .methods import METHODS, THRESHOLD
+from .reference import load_model, reference_class
 from .runs import HEAD_OF_THE_SOURCE, Mode, Runs, int8_layers
 
 
@@ -93,7 +89,7 @@ def compare(
     reference = load_reference(opened, window, device)
     layers = int8_layers(model)
     rotated = any(layer.rotation is not None for layer in layers.values())
-    modes = _modes(model.config.quantization_config, methods, rotated)
+    modes = modes_of(model.config.quantization_config, methods, rotated)
     named = {f"{resolved.name}: {mode.label}": mode for mode in modes}
     runs = Runs(reference, model, named, METHODS if methods else (), windows)
     counted = not methods and any(layer.kept_limit is not None for layer in layers.values())
@@ -110,7 +106,7 @@ def compare(
     own = next(iter(named))
     without = f"{own}, {HEAD_OF_THE_SOURCE}"
     head_kl = kl[own] - kl[without] if without in kl else None
-    beyond = _beyond_calibration(model) if counted else None
+    beyond = beyond_calibration(model) if counted else None
     return Comparison(len(windows), len(layers), head_kl, stored / max(1, columns), beyond, found)
 
 
@@ -123,41 +119,16 @@ def load_reference(source: Source, window: int, device: str) -> Any:
         ValueError: the model takes fewer tokens than a window has.
 
     """
-    path = source.path
-    if (adapter := path / ADAPTER_CONFIG_NAME).exists() and is_peft_available():
-        raise LLMInt8Error(
-            f"{adapter}: an adapter, which transformers would load into the model that the "
-            "checkpoint was made from; move it to another directory"
-        )
-    config = load_config(source.beside)
-    cls = None if config is None else model_class(config)
-    if config is None or cls is None:
-        named = {key: source.config.get(key) for key in ("model_type", "architectures")}
-        raise LLMInt8Error(f"{path / 'config.json'}: {named} is no model that transformers has")
+    config, cls = reference_class(source)
     if config.is_encoder_decoder or not cls.can_generate():
-        raise LLMInt8Error(f"{path}: {cls.__name__} is no causal language model, and only these can be compared")
+        raise LLMInt8Error(f"{source.path}: {cls.__name__} is no causal language model, and only these can be compared")
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
     if window > longest:
-        raise ValueError(f"a window of {window} tokens is too long: {path} was made for {longest} positions")
-    with quiet_transformers(), bounded_modules(len(source.tensors)):
-        # What transformers does not read itself it is given.
-        given = source.made is not None or source.quantized
-        weights = {name: source.read(name) for name in source.tensors} if given else None
-        model, info = cls.from_pretrained(
-            path if weights is None else None,
-            state_dict=weights,
-            config=config,
-            dtype=torch.float32,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    if missing := sorted(info["missing_keys"]):
-        raise SourceError(f"{path}: {missing[0]}: missing, {cls.__name__} needs it")
-    return model.to(device)
+        raise ValueError(f"a window of {window} tokens is too long: {source.path} was made for {longest} positions")
+    return load_model(source, config, cls, device)
 
 
-def _modes(config: Any, methods: bool, rotated: bool) -> list[Mode]:
+def modes_of(config: Any, methods: bool, rotated: bool) -> list[Mode]:
     """Return the checkpoint's own mode; beside the paper's methods also other activations, and LLM.int8().
 
     That searches for outliers, which rotated layers cannot.
@@ -171,7 +142,8 @@ def _modes(config: Any, methods: bool, rotated: bool) -> list[Mode]:
     return list(dict.fromkeys([own, other, grouped, *searched]))
 
 
-def _beyond_calibration(model: Any) -> BeyondCalibration:
+def beyond_calibration(model: Any) -> BeyondCalibration:
+    """Return what a model has counted since `outlier_misses` was called for it first."""
     found = outlier_misses(model)
     shares = {name: counts.misses / max(1, counts.rows) for name, counts in found.items()}
     misses, rows = (sum(getattr(counts, key) for counts in found.values()) for key in ("misses", "rows"))

@@ -5,7 +5,7 @@ kept. Modes of the checkpoint lay its layers out anew, so each runs over several
 kept meanwhile are hidden states.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -104,8 +104,7 @@ class Runs:
 
     def _in_mode(self, name: str, windows: Tensor, progress: Callable[[str], None]) -> list[Tensor]:
         """Return the int8 model's hidden states [W, H] of each window."""
-        for layer in self._layers.values():
-            self._configure(layer, self._modes[name])
+        run_in_mode(self._layers.values(), self._searching, self._modes[name])
         found = []
         for window in windows:  # a search for outliers looks at one window
             found.append(self._int8.hidden(window[None])[0])
@@ -131,13 +130,9 @@ class Runs:
         with self._simulation.applied(method) if self.int8_head else nullcontext():
             return _at(self._source, hidden, places)
 
-    def _configure(self, layer: Int8Linear, mode: Mode) -> None:
-        searches = mode.outliers == "static" and layer in self._searching
-        layer.configure(**mode._replace(outliers="dynamic" if searches else mode.outliers)._asdict())
-
     def _int8_logits(self, mode: Mode, hidden: Tensor, places: slice) -> Tensor:
         if self.int8_head:
-            self._configure(self._head, mode)
+            run_in_mode([self._head], self._searching, mode)
         return _at(self._int8, hidden, places)
 
     def _with_source_head(self, hidden: Tensor, places: slice) -> Tensor:
@@ -146,6 +141,13 @@ class Runs:
             return _at(self._int8, hidden, places)
         finally:
             del self._head.forward
+
+
+def run_in_mode(layers: Iterable[Int8Linear], searching: set[Int8Linear], mode: Mode) -> None:
+    """Have layers run in a mode; those that search for outliers, as the model was loaded, do so where others do not."""
+    for layer in layers:
+        searches = mode.outliers == "static" and layer in searching
+        layer.configure(**mode._replace(outliers="dynamic" if searches else mode.outliers)._asdict())
 
 
 def int8_layers(model: Any) -> dict[str, Int8Linear]:

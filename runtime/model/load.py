@@ -70,6 +70,7 @@ def load(
     activation: Activation | None = None,
     activation_group: ActivationGroup | None = None,
     revision: str | None = None,
+    token: str | bool | None = None,
     trust_remote_code: bool = False,
     verify: bool = False,
     compile: bool = False,
@@ -96,6 +97,7 @@ def load(
             them. By default what the checkpoint records, and `row` where it records none, or where there are no kernels
             for groups.
         revision: branch, tag or commit on the Hub.
+        token: for the Hub; that of HF_TOKEN or `hf auth login` by default, and False for none.
         trust_remote_code: run the model code in the directory, if its config.json names any.
         verify: check every value and every hash first, rules E12 to E19 too. All tensors are read once more for it,
             one at a time; that takes about as long as `llmint8 verify`.
@@ -123,7 +125,7 @@ def load(
     if max_memory is not None and not isinstance(device_map, str):
         raise ValueError(f"max_memory is for device_map='auto' and the like, which is {device_map!r}")
     parallel = settle(tp_plan, distributed_config, device, device_map)
-    checkpoint = open_checkpoint(resolve(path_or_repo, revision, "int8").path)
+    checkpoint = open_checkpoint(resolve(path_or_repo, revision, "int8", token=token).path)
     mode, threshold = outlier_mode(checkpoint.quantization, outliers, threshold)
     for scheme in checkpoint.quantization.schemes.values():
         check_rotated(mode, scheme.rotation)
