@@ -1,6 +1,7 @@
 """GGUF: what an export holds, read by others too; what is read of a file, and made of it; and what is refused."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from llmint8.formats import CorruptFileError, LLMInt8Error, OutputError, SourceE
 from llmint8.formats.containers.gguf import writing
 from llmint8.formats.containers.gguf.header import read_gguf
 from llmint8.formats.containers.gguf.rows import Rows
+from llmint8.runtime.accuracy import exported as exported_form
 from llmint8.runtime.commands.main import main
 
 gguf = pytest.importorskip("gguf")
@@ -299,6 +301,26 @@ def test_without_gguf_py_one_line_says_what_to_install(tmp_path: Path, monkeypat
         assert done.exit_code == 1
         assert "pip install 'llmint8[gguf]'" in done.output
     assert not (tmp_path / "d").exists()
+
+
+def test_what_a_form_has_cost_is_measured_or_why_not_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = with_tokenizer(tmp_path, bytes_tokenizer("gpt-2"))
+    (tmp_path / "text.txt").write_text(TEXT * 9)
+    asked = ["--text", str(tmp_path / "text.txt"), "--tokens", "64", "--window", "32"]
+    done = CliRunner().invoke(main, ["export", str(out), str(tmp_path / "dest"), "--to", "gguf", *asked])
+    assert done.exit_code == 0, done.output
+    said = re.search(r"To the int8 checkpoint, on 62 positions: KL ([\d.]+) .* same top token ([\d.]+)%", done.output)
+    assert said is not None
+    assert 0 < float(said[1]) < 0.01 < 80 < float(said[2])
+    monkeypatch.setattr(exported_form, "find_spec", lambda name: None)
+    done = CliRunner().invoke(
+        main, ["export", str(out), str(tmp_path / "other"), "--to", "compressed-tensors", "--quiet", *asked]
+    )
+    assert (
+        done.output == "The loss is not measured: compressed-tensors is not installed, which runs it in transformers.\n"
+    )
+    refused = CliRunner().invoke(main, ["export", str(out), str(tmp_path / "x"), "--to", "float16", *asked[:3], "9999"])
+    assert (refused.exit_code, (tmp_path / "x").exists()) == (1, False)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from llmint8.formats import Source, SourceError, open_source
 from llmint8.formats.containers.gguf.header import GgufHeader, read_gguf
 from llmint8.formats.containers.gguf.library import gguf_py
 from llmint8.formats.disk.names import CONFIG_NAME, WEIGHT_NAMES
+from llmint8.formats.disk.reading import require_inside
 from llmint8.formats.disk.small_files import small_files
 from llmint8.formats.sources.gguf import GgufFile, gguf_source, is_packed
 
@@ -31,7 +32,7 @@ def gguf_of(path: Path) -> Path | None:
     """Return the GGUF file that a path is, or the one in a directory without other weights; None where there is none.
 
     Raises:
-        SourceError: there are several.
+        SourceError: there are several, or a link leads away.
 
     """
     if path.is_file():
@@ -42,6 +43,8 @@ def gguf_of(path: Path) -> Path | None:
     if len(found) > 1:
         named = ", ".join(file.name for file in found[:5])
         raise SourceError(f"{path}: {count(len(found), 'GGUF file')}, {named}; name the one to read")
+    if found:
+        require_inside(found[0], path)
     return found[0] if found else None
 
 
