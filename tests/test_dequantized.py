@@ -226,7 +226,12 @@ def edited(path: Path, **changes: Tensor | None) -> Path:
 @pytest.mark.parametrize(
     ("method", "changes", "words"),
     [
-        ("bitsandbytes", {"weight_format": torch.tensor(2, dtype=torch.uint8)}, "weight_format is not 0"),
+        (
+            "bitsandbytes",
+            {"weight_format": torch.tensor(1, dtype=torch.uint8)},
+            r"up_proj.weight is \[200, 136\] in layout 'col32', with 200 scales; known are row",
+        ),
+        ("bitsandbytes", {"weight_format": torch.tensor(3, dtype=torch.uint8)}, "in layout 'col_ampere'"),
         ("bitsandbytes", {"SCB": None}, "already quantized"),
         ("bitsandbytes", {"SCB": torch.ones(7)}, r"SCB is F32 \[7\] for a weight \[200, 136\]"),
         ("fp8", {"weight_scale_inv": torch.ones(2, 3)}, r"weight_scale_inv is F32 \[2, 3\] for a weight"),
@@ -247,3 +252,49 @@ def test_what_is_not_known_is_refused(method: str, changes: dict[str, Any], word
     with pytest.raises(SourceError, match=words):
         converter.convert(edited(path, **changes), tmp_path / "out", outliers="none")
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def tiled(values: Tensor, layout: str) -> Tensor:
+    """Put int8 values into tiles, a number at a time, by the offsets that cuBLASLt and bitsandbytes describe."""
+    n, k = values.shape
+    height = {"col_turing": 8, "col_ampere": 32}[layout]
+    rows = -(-n // height) * height
+    flat = torch.zeros(rows * k, dtype=torch.int8)
+    for row in range(n):
+        for column in range(k):
+            tile = (column // 32) * rows * 32 + (row // height) * height * 32
+            r, c = row % height, column % 32
+            if layout == "col_turing":
+                place = ((r & 1) * 4 + (c >> 3)) * 32 + ((4 if c & 7 >= 4 else 0) + (r >> 1)) * 4 + (c & 3)
+            else:
+                place = ((((r & 7) >> 1) * 4 + (r >> 3)) * 2 + (r & 1)) * 32 + c
+            flat[tile + place] = values[row, column]
+    return flat.view(rows, k)
+
+
+@pytest.mark.parametrize("form", ["number", "bytes", "word"])
+@pytest.mark.parametrize("layout", ["col_turing", "col_ampere"])
+def test_the_tiles_of_old_gpus_are_read_as_rows(layout: str, form: str, tmp_path: Path) -> None:
+    sizes = {**SIZES, "hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 30}
+    # Its 60 rows fill no tiles of 8 or of 32.
+    config = transformers.LlamaConfig(**sizes)
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).half().save_pretrained(tmp_path)
+    saved: dict[str, Any] = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    values, absmax = quantize_weight(saved[f"{name}.weight"].float())
+    number = torch.tensor({"col_turing": 2, "col_ampere": 3}[layout], dtype=torch.uint8)
+    spelled = {"number": number, "bytes": torch.tensor(list(layout.encode()), dtype=torch.uint8), "word": layout}
+    saved |= {f"{name}.weight": tiled(values, layout), f"{name}.SCB": absmax, f"{name}.weight_format": spelled[form]}
+    (tmp_path / "model.safetensors").unlink()
+    if form == "word":
+        torch.save(saved, tmp_path / "pytorch_model.bin")
+    else:
+        save_file(saved, tmp_path / "model.safetensors")
+    # As some checkpoints of 2023 have it, beside the config.
+    (tmp_path / "quantization_config.json").write_text(json.dumps({"quant_method": "bitsandbytes"}))
+    source = open_source(tmp_path)
+    assert source.tensors[f"{name}.weight"].shape == (60, 64)
+    assert torch.equal(source.read(f"{name}.weight"), dequantize_weight(values, absmax))
+    assert source.quantized == "bitsandbytes"
+    assert source.notices[0].startswith("1 weights of the source are quantized (bitsandbytes)")

@@ -151,6 +151,16 @@ class Runs:
         return (os.mkdir, ("ran",))
 
 
+def gguf(attack: Attack) -> Attack:
+    """Attack with a GGUF file in the place of the weights."""
+
+    def attacked(path: Path) -> None:
+        (path / WEIGHTS).unlink()
+        attack(path)
+
+    return attacked
+
+
 def sharded(attack: Attack) -> Attack:
     """Attack a checkpoint of which the weights are a shard: an index beside a whole file is not read."""
 
@@ -181,6 +191,15 @@ FILES: dict[str, tuple[Attack, str]] = {
     "weights: a link to itself": (link(WEIGHTS, WEIGHTS), "no weights"),
     "weights: a FIFO": (instead(WEIGHTS, os.mkfifo), "not a regular file"),
     "weights: a directory": (instead(WEIGHTS, Path.mkdir), "not a regular file"),
+    "GGUF: a link out": (gguf(link("x.gguf", "../secret.json")), "outside of the checkpoint"),
+    "GGUF: a FIFO": (gguf(lambda path: os.mkfifo(path / "x.gguf")), "not a regular file"),
+    "GGUF: more facts than bytes": (gguf(write("x.gguf", b"GGUF\3\0\0\0" + number(0) + number(2**60))), "facts"),
+    "GGUF: a list beyond the end": (
+        gguf(
+            write("x.gguf", b"GGUF\3\0\0\0" + number(0) + number(1) + number(0) + bytes([9, *[0] * 7]) + number(2**40))
+        ),
+        "numbers",
+    ),
     "index: a FIFO": (instead(INDEX, os.mkfifo), "not a regular file"),
     "index: a directory": (instead(INDEX, Path.mkdir), "not a regular file"),
     "index: a link out": (link(INDEX, "../secret.json"), "outside of the checkpoint"),

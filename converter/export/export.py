@@ -31,8 +31,9 @@ from ..model.build import meta_model
 from ..model.config import load_config
 from ..planning.out import require_apart
 from ..words import count, parse_size
+from .gguf import require_gguf_dest, write
 from .layers import Layer, Stack, layers_of
-from .targets import FLOAT16, TARGETS, Blocks, Target
+from .targets import FLOAT16, GGUF, TARGETS, Blocks, Target
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,14 @@ def export(
     Args:
         out: the int8 checkpoint.
         dest: a new directory, or one that an interrupted export left.
-        to: `bitsandbytes`, `compressed-tensors` or `float16`.
+        to: `bitsandbytes`, `compressed-tensors`, `float16` or `gguf`.
         keep_outlier_layers: the share of the int8 layers to restore to 16 bit, those that lose most without columns.
         max_shard_size: of a weight file.
         progress: called with the name and bytes of each tensor of the checkpoint that is done.
 
     Raises:
         CheckpointError: the checkpoint breaks a rule of spec.md.
+        LLMInt8Error: GGUF has no place for this model.
         OutputError: DEST is or lies inside OUT, or holds something else.
         ValueError: an option's value is not valid.
 
@@ -86,7 +88,7 @@ def export(
         raise ValueError(f"keep_outlier_layers is {keep_outlier_layers}, expected a share from 0 to 1")
     target, checkpoint = TARGETS[to], open_checkpoint(out)
     require_apart(out, dest, "checkpoint")
-    require_writable(dest)
+    (require_gguf_dest if target is GGUF else require_writable)(dest)
     config = load_config(out)
     model = None if config is None else meta_model(config)
     layers, stacks, experts = layers_of(checkpoint, model)
@@ -99,7 +101,10 @@ def export(
         int8 = {name: layer for name, layer in layers.items() if name not in restored}
         chosen, said = _with_outliers(_groups(int8, manifest), round(keep_outlier_layers * len(layers)))
         restored |= chosen
-        notices += said
+        notices += said if target is not GGUF else []  # they are rounded from what they were
+    if target is GGUF:
+        nbytes, said = write(checkpoint, dest, config, layers, restored, _card(checkpoint, to), progress)
+        return ExportReport(dest, len(layers) - len(restored), len(restored), nbytes, notices + said)
     outputs = list(_outputs(checkpoint, layers, stacks, restored, target))
     with CheckpointWriter(
         dest, parse_size(max_shard_size), _fingerprint(checkpoint, to, keep_outlier_layers)

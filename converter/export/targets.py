@@ -100,8 +100,11 @@ def _compressed_tensors_config(skipped: Sequence[str]) -> dict[str, Any]:
 
 
 FLOAT16 = Target(_of_float, _float_blocks, None)
+# One file and not a directory of tensors by the names of the checkpoint: `gguf.py` writes it.
+GGUF = Target(_of_float, _float_blocks, None)
 TARGETS = {
     "bitsandbytes": Target(_of_bitsandbytes, _bitsandbytes_blocks, _bitsandbytes_config),
     "compressed-tensors": Target(_of_compressed_tensors, _compressed_tensors_blocks, _compressed_tensors_config),
     "float16": FLOAT16,
+    "gguf": GGUF,
 }

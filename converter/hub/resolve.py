@@ -21,7 +21,7 @@ def resolve(
     """Return the local directory, or fetch what is needed of a Hub repo.
 
     Args:
-        path_or_repo: a directory, or a repo id.
+        path_or_repo: a directory, or a repo id; of a source also a GGUF file.
         revision: branch, tag or commit of the repo.
         kind: what a repo has to hold, a 16-bit `source` or an `int8` checkpoint; None takes either.
         low_disk: the weights will be fetched as they are read; they must be in safetensors files.
@@ -36,7 +36,7 @@ def resolve(
     """
     path = Path(path_or_repo).expanduser()
     if path.exists():
-        if not path.is_dir():
+        if not path.is_dir() and not (kind == "source" and path.suffix.lower() == ".gguf"):
             raise SourceError(f"{path}: not a directory; name the checkpoint's directory")
         if revision is not None:
             raise SourceError(f"{path}: is a local directory, which has no revision {revision!r}")

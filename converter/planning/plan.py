@@ -15,13 +15,13 @@ from llmint8.formats import (
     TensorInfo,
     TensorSpec,
     is_unfinished,
-    open_source,
     outlier_specs,
 )
 from llmint8.formats.containers.tensors import BLOCK_BYTES
 from llmint8.formats.disk.names import WORKING_NAME
 from llmint8.formats.disk.small_files import left_behind
 
+from ..gguf.source import open_local
 from ..hub.low_disk import MOST_SHARDS, open_remote
 from ..hub.origin import Resolved
 from ..model.architecture import settle_class
@@ -180,7 +180,7 @@ def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> Conv
     check_out(origin.path, out)
     if not origin.name.isprintable():  # it is written into config.json
         raise SourceError(f"{origin.path}: has a name that cannot be printed; rename the directory")
-    source = open_remote(origin, out / WORKING_NAME) if origin.remote else open_source(origin.path)
+    source = open_remote(origin, out / WORKING_NAME) if origin.remote else open_local(origin.path)
     return plan_source(source, origin, out, options)
 
 
@@ -202,7 +202,8 @@ def plan_source(source: Source, origin: Resolved, out: Path, options: Options) -
         selection.notices.append(f"without the model there is no calibration: no outlier columns are stored{then}")
     if options.outliers != _DEFAULTS.outliers:  # of what nobody asked for, as much as there can be
         selection.notices.extend(budget_notices(criterion, [layer.in_features for layer in selection.layers.values()]))
-    selection.notices.extend(left_behind(origin.path))
+    if origin.path.is_dir():
+        selection.notices.extend(left_behind(origin.path))
     how = criterion, options, _CAST_DTYPES.get(options.dtype or ""), max_shard_bytes
     plan = ConversionPlan(source, origin, out, config, head, selection, *how, [], notices, samples)
     return with_selection(plan, selection)

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..containers.tensors import FLOAT_DTYPES, TensorInfo
 from ..errors import SourceError
 from .packed import PackedWeight, packed_weights
+from .tiles import ROWS, TILE_ROWS, has_tiles, layout_name, untiled
 from .weight_files import TensorFile
 
 _STORED = ("I8", "F8_E4M3", "F8_E5M2")
@@ -35,25 +36,26 @@ _OURS = ("outlier_dims", "outlier_weight", "absmax")
 class StoredWeight:
     """A weight in 8 bits: its tensor, that of its scales, each for a block of so many rows and columns, and others.
 
-    `layout` is bitsandbytes' `weight_format`, which must be 0: the others are tiles of old versions. `tensors` are the
-    names of all that belong to it, with those that are of no use.
+    `layout` is bitsandbytes' `weight_format`, a tensor or a word (`tiles.py`). `tensors` are the names of all that
+    belong to it, with those that are of no use.
     """
 
     stored: TensorInfo
     scale: TensorInfo
     zero_point: TensorInfo | None
-    layout: TensorInfo | None
+    layout: TensorInfo | str | None
     block: tuple[int, int]
     tensors: tuple[str, ...]
 
     @property
     def info(self) -> TensorInfo:
-        """The weight as it is read, named as it is stored."""
-        return replace(self.stored, dtype="F32")
+        """The weight as it is read, named as it is stored; tiles may have more rows than it."""
+        rows = self.scale.shape[0] if self.layout is not None else self.stored.shape[0]
+        return replace(self.stored, dtype="F32", shape=(rows, self.stored.shape[1]))
 
 
 def stored_weights(
-    path: Path, tensors: Mapping[str, TensorInfo], quantization: Any
+    path: Path, tensors: Mapping[str, TensorInfo], quantization: Any, words: Mapping[str, str] | None = None
 ) -> dict[str, StoredWeight | PackedWeight]:
     """Return the quantized weights by name; none for an int8 checkpoint of ours, which has columns beside them.
 
@@ -61,6 +63,7 @@ def stored_weights(
         path: the source.
         tensors: as they are stored.
         quantization: what its config says.
+        words: what is stored beside tensors, by name.
 
     Raises:
         SourceError: the scales of a weight are of another shape than is known.
@@ -76,18 +79,23 @@ def stored_weights(
         scale = next((tensors[f"{base}.{suffix}"] for suffix in _SCALES if f"{base}.{suffix}" in tensors), None)
         if scale is None:
             continue
-        zero_point, layout = tensors.get(f"{base}.{_ZERO_POINT}"), tensors.get(f"{base}.{_LAYOUT}")
+        zero_point, said = tensors.get(f"{base}.{_ZERO_POINT}"), f"{base}.{_LAYOUT}"
+        layout = tensors.get(said) or (words or {}).get(said) if scale.name == f"{base}.{_OF_ROWS}" else None
         others = (f"{base}.{suffix}" for suffix in (_ZERO_POINT, _LAYOUT, *_LEFT_OUT))
         parts = name, scale.name, *(other for other in others if other in tensors)
-        found[name] = StoredWeight(info, scale, zero_point, layout, _block(path, info, scale), parts)
+        block = _block(path, info, scale, layout is not None)
+        found[name] = StoredWeight(info, scale, zero_point, layout, block, parts)
         if zero_point is not None and zero_point.shape != scale.shape:
             raise SourceError(f"{path / info.file}: {zero_point.name} has another shape than {scale.name}")
     return found
 
 
-def _block(path: Path, weight: TensorInfo, scale: TensorInfo) -> tuple[int, int]:
+def _block(path: Path, weight: TensorInfo, scale: TensorInfo, may_be_tiles: bool) -> tuple[int, int]:
     """Return for how many rows and columns of a weight each scale is."""
     n, k = weight.shape
+    count = scale.shape[0] if len(scale.shape) == 1 else 0
+    if may_be_tiles and any(has_tiles(weight.shape, count, name) for name in TILE_ROWS):
+        n = count
     rows, columns = scale.shape if len(scale.shape) == 2 else (*scale.shape, 1) if len(scale.shape) == 1 else (1, 1)
     if scale.dtype in FLOAT_DTYPES and len(scale.shape) <= 2 and 0 not in (rows, columns, n, k):
         found = _size(scale, n, rows), _size(scale, k, columns)
@@ -155,18 +163,13 @@ class DequantizedFile:
         if isinstance(weight, PackedWeight):
             yield weight.read(self._read_part)
             return
-        if weight.layout is not None and bool(self._read_part(weight.layout).any()):
-            raise SourceError(
-                f"{self.path}: {weight.layout.name} is not 0: a layout that bitsandbytes before 0.46 alone reads; load "
-                "the model there and save it again"
-            )
         scale, zero_point = _by_rows(self._read_part(weight.scale)), None
         if weight.scale.name.endswith(f".{_OF_ROWS}"):
             scale = scale / 127
         if weight.zero_point is not None:
             zero_point = _by_rows(self._read_part(weight.zero_point))
         start = 0
-        for stored in self._file.read_rows(name):
+        for stored in self._rows_of(weight):
             block = stored.float()
             rows, columns = torch.arange(start, start + len(block)), torch.arange(block.shape[1])
             place = (rows // weight.block[0])[:, None], (columns // weight.block[1])[None]
@@ -174,6 +177,20 @@ class DequantizedFile:
                 block -= zero_point[place]
             yield block.mul_(scale[place])
             start += len(block)
+
+    def _rows_of(self, weight: StoredWeight) -> Iterator[Tensor]:
+        """Yield the stored values in blocks of rows; of tiles, which lie below each other, all in one."""
+        layout, rows = weight.layout, weight.info.shape[0]
+        named = layout_name(self._read_part(layout)) if isinstance(layout, TensorInfo) else layout or ROWS
+        if has_tiles(weight.stored.shape, rows, named):
+            yield untiled(self._file.read(weight.stored.name), rows, named)
+        elif named == ROWS and rows == weight.stored.shape[0]:
+            yield from self._file.read_rows(weight.stored.name)
+        else:
+            raise SourceError(
+                f"{self.path}: {weight.stored.name} is {list(weight.stored.shape)} in layout {named[:40]!r}, with "
+                f"{rows} scales; known are {ROWS}, {' and '.join(TILE_ROWS)}"
+            )
 
     def _read_part(self, info: TensorInfo) -> Tensor:
         return self._file_of[info.file].read(info.name)

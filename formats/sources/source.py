@@ -160,7 +160,8 @@ def open_source(path: Path, folder: WeightFolder | None = None) -> Source:
     for name, holder in found.weight_map.items():
         if name not in tensors or tensors[name].file != holder:
             raise SourceError(f"{path / holder}: {name} is missing, but {found.index} says that it is here")
-    weights = stored_weights(path, tensors, quantization)
+    words = {name: word for file in files for name, word in getattr(file, "words", {}).items()}
+    weights = stored_weights(path, tensors, quantization, words)
     if weights:
         files = dequantized_files(files, weights)
         parts = {part for weight in weights.values() for part in weight.tensors}

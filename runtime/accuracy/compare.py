@@ -14,10 +14,11 @@ import torch
 
 from llmint8.converter.calibration.text import read_text
 from llmint8.converter.calibration.tokenizer import load_tokenizer
+from llmint8.converter.gguf.source import open_local
 from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.machine import usable_device
 from llmint8.converter.planning.options import ACTIVATION_GROUP
-from llmint8.formats import LLMInt8Error, Source, SourceError, open_source
+from llmint8.formats import LLMInt8Error, Source, SourceError
 
 from ..layers.misses import outlier_misses
 from ..model.load import load
@@ -80,7 +81,7 @@ def compare(
     usable_device(device)
     resolved, origin = resolve(checkpoint, kind="int8"), resolve(source, kind="source")
     content = read_text(text)
-    opened = open_source(origin.path)
+    opened = open_local(origin.path)
     tokenizer, why = load_tokenizer(opened.beside)
     if tokenizer is None:
         raise SourceError(f"{origin.path}: {why}, so no text can be shown to it")

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from llmint8.converter.calibration.text import read_text
 from llmint8.converter.calibration.tokenizer import load_tokenizer
+from llmint8.converter.gguf.source import open_local
 from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.machine import usable_device
 from llmint8.converter.model.inputs import senses, takes_text
 from llmint8.converter.model.limits import longest_text
-from llmint8.formats import SourceError, open_checkpoint, open_source
+from llmint8.formats import SourceError, open_checkpoint
 
 from ..layers.misses import outlier_misses
 from ..model.load import load
@@ -103,7 +104,7 @@ def compare_embeddings(
     usable_device(device)
     resolved, origin = resolve(checkpoint, kind="int8"), resolve(source, kind="source")
     lines = [line.strip() for line in read_text(text).splitlines()]
-    opened = open_source(origin.path)
+    opened = open_local(origin.path)
     tokenizer, why = load_tokenizer(opened.beside)
     if tokenizer is None:
         raise SourceError(f"{origin.path}: {why}, so no text can be shown to it")

@@ -21,10 +21,11 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from llmint8.converter.calibration.tokenizer import load_tokenizer
+from llmint8.converter.gguf.source import open_local
 from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.machine import return_freed_memory, usable_device
 from llmint8.converter.words import first_line
-from llmint8.formats import LLMInt8Error, SourceError, open_checkpoint, open_source
+from llmint8.formats import LLMInt8Error, SourceError, open_checkpoint
 
 from ..model.load import load
 from .reference import load_model, reference_class
@@ -93,7 +94,7 @@ def compare_on_tasks(
     usable_device(device)
     resolved, origin = resolve(checkpoint, kind="int8"), resolve(source, kind="source")
     open_checkpoint(resolved.path)
-    opened = open_source(origin.path)
+    opened = open_local(origin.path)
     config, cls = reference_class(opened)
     if not cls.can_generate():
         raise LLMInt8Error(f"{opened.path}: {cls.__name__} predicts no next token, which the harness' tasks need")

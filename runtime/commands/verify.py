@@ -56,10 +56,10 @@ def _missing(opened: Any, quiet: bool) -> list[str]:
 
 def _compare(opened: Any, source: str, quiet: bool) -> list[str]:
     from llmint8.converter.conversion.comparison import compare_with_source
+    from llmint8.converter.gguf.source import open_local
     from llmint8.converter.hub.resolve import resolve
-    from llmint8.formats import open_source
 
-    original = open_source(resolve(source, kind="source").path)
+    original = open_local(resolve(source, kind="source").path)
     nbytes = sum(info.nbytes for info in original.tensors.values())
     with progress_bar(nbytes, "Comparing", quiet) as progress:
         comparison = compare_with_source(opened, original, progress)

@@ -64,7 +64,10 @@ class TorchFile:
         with open_regular(path) as file:
             check_is_no_pointer(path, file.read(64) or b"")
             file.seek(0)
-            self._views = _views_of(path, file, size)
+            state, places = read_saved(path, file, size)
+        self._views = views(path, state, places)
+        # Beside tensors: bitsandbytes wrote the name of a layout.
+        self.words = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, str)}
         self.tensors = {name: view.info for name, view in self._views.items()}
 
     def read(self, name: str) -> Tensor:
