@@ -213,9 +213,10 @@ def _read_by_the_spec(spec_reader: Any, assert_right: Callable[..., None], out: 
     assert theirs.layers == {
         name: (record.out_features, record.in_features, record.outlier_count) for name, record in ours.records.items()
     }
-    if not theirs.layers:
+    layers = {name: of for name, of in theirs.layers.items() if ours.records[name].scheme.lookup != "only"}
+    if not layers:
         return
-    name, (_, in_features, _) = max(theirs.layers.items(), key=lambda item: item[1][2])
+    name, (_, in_features, _) = max(layers.items(), key=lambda item: item[1][2])
     parts = ("weight", ours.layout.absmax, "outlier_dims", "outlier_weight", "bias")
     tensors = [ours.read(f"{name}.{part}") for part in parts if f"{name}.{part}" in ours.tensors]
     scheme = ours.records[name].scheme

@@ -88,7 +88,8 @@ class Checkpoint:
             return block.get("activation", "absmax"), block.get("activation_group"), None
         said = block["schemes"][block["layers"][name]]
         rotation = said["rotation"]
-        return said["inputs"].removeprefix("int8-"), said["input_group"], rotation and rotation["block"]
+        inputs = said["inputs"] or "int8-absmax"  # of an embedding that nothing is multiplied by
+        return inputs.removeprefix("int8-"), said["input_group"], rotation and rotation["block"]
 
     def data(self, name: str) -> bytes:
         """Return the bytes of a tensor."""
@@ -326,12 +327,16 @@ def is_scheme(scheme: Any) -> bool:
     rotation, group, bits = scheme.get("rotation"), scheme.get("input_group"), scheme.get("bits")
     block = rotation.get("block") if isinstance(rotation, dict) else None
     rotated = rotation == {"kind": "hadamard", "block": 64} and type(block) is int
+    looked_up = "lookup" in scheme
+    alone = (None,) if looked_up and group is None else ()
     return (
-        scheme.keys() == {"bits", "data_type", "group", "rotation", "inputs", "input_group"}
+        scheme.keys() - {"lookup"} == {"bits", "data_type", "group", "rotation", "inputs", "input_group"}
         and (type(bits) is int and bits == 8)
         and (scheme["data_type"], scheme["group"]) == ("int", None)
         and (rotation is None or rotated)
-        and (isinstance(scheme["inputs"], str) and scheme["inputs"] in ("int8-absmax", "int8-zeropoint"))
+        and (not looked_up or scheme["lookup"] is True)
+        and isinstance(scheme["inputs"], str | None)
+        and scheme["inputs"] in ("int8-absmax", "int8-zeropoint", *alone)
         and (group is None or (type(group) is int and group in (64, 128, 256)))
     )
 
@@ -617,6 +622,19 @@ def linear(
 
 def compute(checkpoint: Checkpoint, name: str, x: Array, activation: str | None = None) -> Array:
     """Return what a layer makes of x [M, K], float64 [M, N]."""
+    recorded, group, rotation = checkpoint.scheme(name)
+    return linear(x, stored(checkpoint, name), activation or recorded, group, rotation)
+
+
+def look_up(layer: Mapping[str, Array], rows: Array, rotation: int | None = None) -> Array:
+    """Return rows of an embedding, float64 [M, K]; `layer` as above."""
+    y: Array = rotate(layer["weight"][rows].astype(np.float64), rotation) * (layer["absmax"][rows, None] / 127.0)
+    y[:, layer["outlier_dims"].astype(np.int64)] = layer["outlier_weight"][rows]
+    return y
+
+
+def stored(checkpoint: Checkpoint, name: str) -> dict[str, Array]:
+    """Return the tensors of a layer by their last component, SCB as absmax."""
     suffixes = ("weight", "outlier_dims", "outlier_weight", "bias")
     layer = {
         suffix: checkpoint.read(f"{name}.{suffix}") for suffix in suffixes if f"{name}.{suffix}" in checkpoint.tensors
@@ -624,8 +642,7 @@ def compute(checkpoint: Checkpoint, name: str, x: Array, activation: str | None 
     layer["absmax"] = checkpoint.read(f"{name}.{ABSMAX[checkpoint.major]}")
     layer.setdefault("outlier_dims", np.zeros(0, dtype=np.int32))
     layer.setdefault("outlier_weight", np.zeros((len(layer["absmax"]), 0), dtype=np.float32))
-    recorded, group, rotation = checkpoint.scheme(name)
-    return linear(x, layer, activation or recorded, group, rotation)
+    return layer
 
 
 def main(directory: str) -> int:

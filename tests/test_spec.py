@@ -40,6 +40,7 @@ from llmint8.formats.containers import tensors
 from llmint8.formats.disk import reading, strict_json
 from llmint8.formats.int8.manifest import tensor_sha256
 from llmint8.kernels import linear, reference
+from llmint8.runtime.layers.embedding import Int8Embedding
 
 ROOT = Path(__file__).parent.parent
 SPEC = (ROOT / "spec.md").read_text(encoding="utf-8")
@@ -102,7 +103,7 @@ def either(layout: Layout, tmp_path: Path) -> Path:
 
 def test_every_block_is_read() -> None:
     vector_blocks = {"quantize_weight", "quantize_rows", "linear", "sha256"}
-    vector_blocks |= {"rotate", "quantize_weight_2", "quantize_rows_2", "linear_2"}
+    vector_blocks |= {"rotate", "quantize_weight_2", "quantize_rows_2", "linear_2", "lookup_2"}
     files_of_minimal = {"hexdump", "config.json", "llmint8_manifest.json"}
     files_of_minimal |= {"hexdump_2", "config_2.json", "llmint8_manifest_2.json"}
     assert set(BLOCKS) == vector_blocks | files_of_minimal | {"limits", "dtypes"}
@@ -234,6 +235,20 @@ def test_the_other_reader_computes_a_layer(vector: dict[str, Any], spec_reader: 
     how = vector["activation"], vector["group"], vector.get("rotation")
     y = spec_reader.linear(np.array(vector["x"]), layer, *how)
     assert y.tolist() == vector["y"]
+
+
+@pytest.mark.parametrize("vector", vectors("lookup"))
+def test_looking_up(vector: dict[str, Any], spec_reader: ModuleType) -> None:
+    layer = {part: np.array(vector[part]) for part in ("absmax", "outlier_dims", "outlier_weight")}
+    layer["weight"] = np.array(vector["int8"])
+    assert spec_reader.look_up(layer, np.array(vector["rows"]), vector["rotation"]).tolist() == vector["y"]
+    rows, width = layer["weight"].shape
+    with torch.device("meta"):
+        plain = torch.nn.Embedding(rows, width)
+    table = Int8Embedding.in_place_of(plain, len(vector["outlier_dims"]), vector["rotation"], dtype=torch.float32)
+    dtypes = {"weight": torch.int8, "outlier_dims": torch.int32}
+    table.load_state_dict({part: torch.tensor(layer[part], dtype=dtypes.get(part, torch.float32)) for part in layer})
+    assert table(torch.tensor(vector["rows"])).tolist() == vector["y"]
 
 
 @pytest.mark.parametrize("vector", vectors("sha256"))

@@ -91,7 +91,7 @@ class Calibrator:
         selection = self._plan.selection
         model: Any = meta_model(in_float32(self._plan.config))
         module_of = selection.module_of
-        layers = {module_of[name]: layer for name, layer in selection.layers.items()}
+        layers = {module_of[name]: layer for name, layer in selection.multiplied.items()}
         order = in_order(model, layers, selection.experts.values())
         done = {name: record for name in order if (record := self._earlier(layers[name], has)) is not None}
         not_finite: dict[str, None] = {}

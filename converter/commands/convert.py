@@ -68,6 +68,11 @@ _DISK_SPEED = 500_000_000
 @click.option("--only", metavar="REGEX", multiple=True, help="Quantize matching layers only; repeatable.")
 @click.option("--quantize-head", is_flag=True, help="Quantize the output head too; an embedding it shares stays.")
 @click.option(
+    "--quantize-embeddings",
+    is_flag=True,
+    help="Look tokens up in int8, with --format 2; a head that is the same tensor becomes int8 with them.",
+)
+@click.option(
     "--max-shard-size",
     metavar="SIZE",
     default="5GB",
@@ -214,7 +219,7 @@ def _plan_text(plan: Any, verbose: bool) -> str:
     selection = plan.selection
     lines = [
         f"Source       {plan.origin.name}: {count(len(plan.source.tensors), 'tensor')}, {size(plan.bytes_before)}",
-        f"Layers       {count(len(selection.layers), 'linear layer')} to int8, "
+        f"Layers       {count(len(selection.multiplied), 'linear layer')} to int8, "
         f"{len(selection.kept)} left in {plan.precision}",
         f"Outliers     {plan.criterion}",
         f"Result       {size(plan.bytes_after)}, {plan.bytes_after / plan.bytes_before:.0%} of the source",

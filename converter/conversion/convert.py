@@ -116,12 +116,13 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
         calibration, said = record(plan, batch, shown, len(outliers.counts))
         manifest = _commit(plan, writer, outliers, calibration)
     notices = [*plan.selection.notices, *outliers.notices, *said, *plan.source.differences]
-    columns = sum(layer.in_features for layer in plan.selection.layers.values())
+    multiplied = plan.selection.multiplied
+    columns = sum(layer.in_features for layer in multiplied.values())
     return ConversionReport(
         plan.out,
-        len(plan.selection.layers),
+        len(multiplied),
         plan.selection.kept,
-        [name for name in plan.selection.layers if calibrated and name not in outliers.counts],
+        [name for name in multiplied if calibrated and name not in outliers.counts],
         sum(outliers.counts.values()) / columns,
         plan.bytes_before,
         sum(entry.nbytes for entry in manifest.tensors.values()),
@@ -145,7 +146,7 @@ def already_done(plan: ConversionPlan, progress: Progress = _no_progress) -> Con
     if found is None:
         return None
     checkpoint, manifest = found
-    records = checkpoint.records
+    records = {name: record for name, record in checkpoint.records.items() if record.scheme.lookup != "only"}
     calibrated = plan.criterion.kind != "none"
     return ConversionReport(
         plan.out,
@@ -192,7 +193,7 @@ def _commit(
 ) -> Manifest:
     """Complete the checkpoint: small files, a card in place of the source's, manifest and config."""
     config, identity, quantization = output_config(plan), identify(plan), describe(plan, outliers.counts, calibration)
-    in_features = [layer.in_features for layer in plan.selection.layers.values()]
+    in_features = [layer.in_features for layer in plan.selection.multiplied.values()]
     small_files = {str(file.relative_to(plan.source.beside)): file.read_bytes() for file in plan.source.small_files}
     names = [spec.name for group in plan.groups for spec in group]
     beside = MODULES_NAME in small_files

@@ -47,13 +47,14 @@ def _without_paths(value: Any) -> Any:
 
 def describe(plan: ConversionPlan, outliers: dict[str, int], calibration: dict[str, Any] | None) -> Quantization:
     """Return what config.json says about the quantization."""
+    coded = {name: plan.options.scheme_of(layer.lookup) for name, layer in plan.selection.layers.items()}
     scheme = plan.options.scheme
     return Quantization(
         plan.selection.skip_modules,
         {name: outliers.get(name, 0) for name in plan.selection.layers},
         criterion=str(plan.criterion),
-        schemes={scheme.name: scheme},
-        layers=dict.fromkeys(plan.selection.layers, scheme.name) if plan.options.layout == NATIVE else {},
+        schemes={scheme.name: scheme} | {other.name: other for other in coded.values()},
+        layers={name: one.name for name, one in coded.items()} if plan.options.layout == NATIVE else {},
         rounding=plan.options.rounding,
         layout=plan.options.layout,
         producer=f"llmint8 {_version('llmint8')}",
@@ -77,6 +78,7 @@ def identify(plan: ConversionPlan) -> dict[str, Any]:
 def _options(plan: ConversionPlan) -> dict[str, str]:
     """Return every option that decides what a conversion writes: by these a finished one is recognised."""
     left_out = {"jobs", *(("format", "rotate", "rounding") if plan.options.format == 1 else ())}  # it has them not
+    left_out |= set() if plan.options.quantize_embeddings else {"quantize_embeddings"}  # as before there was one
     values = {field.name: getattr(plan.options, field.name) for field in fields(plan.options)}
     values = {name: value for name, value in values.items() if name not in left_out}
     values["calibration"] = _calibration(plan)

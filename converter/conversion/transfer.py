@@ -114,7 +114,7 @@ class Transfer:
         self._write_scales(layer, torch.cat(absmax))
 
     def _quantized(self, layer: SelectedLayer, weight: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
-        values, absmax = quantize_weight(weight, self._plan.options.scheme.rotation)
+        values, absmax = quantize_weight(weight, self._plan.options.scheme_of(layer.lookup).rotation)
         if not bool(absmax.isfinite().all()):
             row = first_row + int((~absmax.isfinite()).nonzero()[0])
             raise self._refused(

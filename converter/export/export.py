@@ -94,8 +94,12 @@ def export(
     layers, stacks, experts = layers_of(checkpoint, model)
     notices = []
     restored = set(layers) if target is FLOAT16 else set(experts)
-    if restored and target is not FLOAT16:
+    if experts and target is not FLOAT16:
         notices.append(f"{count(len(restored), 'matrix', 'matrices')} of experts in 16 bit: {to} has no place for them")
+    tables = {name for name, layer in layers.items() if layer.record.scheme.lookup is not None}
+    if tables and target is not FLOAT16:
+        notices.append(f"{' and '.join(sorted(tables))}: an embedding, in 16 bit: {to} has no place for one in int8")
+        restored |= tables
     manifest = read_manifest(out) if (out / MANIFEST_NAME).exists() else None
     if target is not FLOAT16:
         int8 = {name: layer for name, layer in layers.items() if name not in restored}

@@ -70,9 +70,10 @@ def fill_computed(model: Any, stored: AbstractSet[str]) -> None:
     built = dict(model_with_buffers(copy.deepcopy(model.config)).named_modules())
     with torch.no_grad():
         for name, module in model.named_modules():
-            # What became an int8 layer has buffers of its own.
-            if name in built and module._buffers.keys() <= built[name]._buffers.keys():
-                missing = {key for key in module._buffers if f"{name}.{key}".lstrip(".") not in stored}
+            if name in built:
+                # What became an int8 layer has buffers of its own, too.
+                own = module._buffers.keys() & built[name]._buffers.keys()
+                missing = {key for key in own if f"{name}.{key}".lstrip(".") not in stored}
                 _fill(module, built[name], missing)
 
 

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from llmint8.formats import LAYOUTS, Layout, Scheme
+from llmint8.formats.int8.schemes import Lookup
 from llmint8.kernels.reference import Activation, Group, Rotation
 
 OnNonfinite = Literal["error", "keep"]
@@ -21,6 +22,7 @@ _ROTATION: Rotation = 64
 _MAX_JOBS = 8
 # And the calibration, of which the content counts and not the name.
 _OF_THE_PASS = ("format", "rotate", "rounding", "outliers", "calibration_tokens", "trust_remote_code")
+_OF_FORMAT_2 = {"rotate": "--rotate", "quantize_embeddings": "--quantize-embeddings"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Options:
         skip: regular expressions of layer names to leave in 16 bit.
         only: regular expressions of layer names to quantize, instead of all.
         quantize_head: quantize the output head too; an embedding that is the same tensor stays beside it.
+        quantize_embeddings: look tokens up in int8 too, which takes format 2; a head that is the same tensor becomes
+            int8 with the embedding, and the pair is stored once.
         max_shard_size: bytes, or a string such as `5GB`.
         on_nonfinite: `error`, or `keep` to leave weights with NaN or infinity in 16 bit (reads the weights twice).
         trust_remote_code: run the model code that the source holds, where its config.json names any.
@@ -60,6 +64,7 @@ class Options:
     skip: Sequence[str] = ()
     only: Sequence[str] = ()
     quantize_head: bool = False
+    quantize_embeddings: bool = False
     max_shard_size: str | int = "5GB"
     on_nonfinite: OnNonfinite = "error"
     trust_remote_code: bool = False
@@ -69,8 +74,10 @@ class Options:
         """Refuse options that do not go together, or a number that is none. Raises ValueError."""
         if self.format not in LAYOUTS:
             raise ValueError(f"format {self.format!r}, expected 1 or 2")
-        if self.format == 1 and (self.rotate or self.rounding != "nearest"):
-            option = "--rotate" if self.rotate else f"--rounding {self.rounding}"
+        needs_2 = [option for name, option in _OF_FORMAT_2.items() if getattr(self, name)]
+        needs_2 += [f"--rounding {self.rounding}"] if self.rounding != "nearest" else []
+        if self.format == 1 and needs_2:
+            option = needs_2[0]
             raise ValueError(f"{option} takes --format 2: bitsandbytes, which loads format 1, knows nothing of it")
         if self.jobs is not None and self.jobs < 1:
             raise ValueError(f"jobs {self.jobs}, expected at least 1")
@@ -86,6 +93,10 @@ class Options:
     def scheme(self) -> Scheme:
         """How the layers are coded."""
         return Scheme(ACTIVATION, ACTIVATION_GROUP, _ROTATION if self.rotate else None)
+
+    def scheme_of(self, lookup: Lookup | None) -> Scheme:
+        """Return how a layer is coded, or an embedding: one that nobody multiplies by as it is."""
+        return Scheme(lookup="only") if lookup == "only" else replace(self.scheme, lookup=lookup)
 
     @property
     def threads(self) -> int:

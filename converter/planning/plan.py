@@ -31,7 +31,7 @@ from ..model.inputs import rows_of_one
 from ..model.limits import bounded_modules
 from ..outliers.criterion import Criterion, budget_notices, max_candidates, parse_criterion
 from ..words import parse_size, precision
-from .head import Head, own_head
+from .head import Head, embedding_of, own_head
 from .options import Options
 from .out import check_out
 from .samples import Samples, choose_samples
@@ -67,7 +67,8 @@ class ConversionPlan:
     @property
     def untied(self) -> bool:
         """Whether the head becomes int8 and the source has it tied to the embedding."""
-        modules = {self.selection.module_of[name] for name in self.selection.layers}
+        apart = [name for name, layer in self.selection.layers.items() if layer.lookup is None]
+        modules = {self.selection.module_of[name] for name in apart}
         return self.head is not None and self.head.tied_to is not None and self.head.module in modules
 
     @property
@@ -86,7 +87,7 @@ class ConversionPlan:
         columns = (self.criterion.value or 0) if self.criterion.kind == "top-k" else 0
         rows = sum(
             layer.out_features * DTYPES[output_dtype(layer.weight.dtype, self.dtype)].itemsize
-            for layer in self.selection.layers.values()
+            for layer in self.selection.multiplied.values()
         )
         return sum(spec.nbytes for group in self.groups for spec in group) + int(columns * rows)
 
@@ -101,7 +102,7 @@ class ConversionPlan:
         small = sum(file.stat().st_size for file in self.source.small_files)
         aside = 0
         if self.criterion.kind != "none":
-            for layer in self.selection.layers.values():
+            for layer in self.selection.multiplied.values():
                 aside += layer.weight.nbytes * max_candidates(layer.in_features) // layer.in_features
                 aside += max(kept_output_bytes(layer, rows) for rows in self._rows)
         return self.bytes_after + small + aside + 1024 * sum(len(group) for group in self.groups)
@@ -150,7 +151,7 @@ class ConversionPlan:
         peak = self.options.threads * (whole + 6 * BLOCK_BYTES)
         if self.criterion.kind != "none" and self.config is not None:
             # The weight in use, its int8 copy, the one that is read ahead; and the batch's activations in float32.
-            layers = self.selection.layers.values()
+            layers = self.selection.multiplied.values()
             activations = _ACTIVATION_COPIES * max(layer.in_features for layer in layers)
             if self.head:
                 activations += _LOGIT_COPIES * max(layer.out_features for layer in layers)
@@ -192,16 +193,22 @@ def plan_source(source: Source, origin: Resolved, out: Path, options: Options) -
     samples = choose_samples(options.calibration, config if criterion.kind != "none" else None)
     with bounded_modules(len(source.tensors)):
         model = None if config is None else meta_model(config)
-        if options.quantize_head:
+        embedding = None
+        if options.quantize_embeddings:
+            config, model, head, embedding = embedding_of(config, model)
+        if options.quantize_head and head is None:
             config, model, head = own_head(config, model)
-    selection = select_layers(source, model, options.skip, options.only, head, experts=options.layout == NATIVE)
+    chosen = options.skip, options.only, head, options.layout == NATIVE, embedding
+    selection = select_layers(source, model, *chosen)
     source.split(selection.stacks)
     selection.notices[:0] = [*source.notices, *notices, *(samples.notices if samples else [])]
     if model is None and criterion.kind != "none":
         then = ", and layers search for their outliers in every call" if options.layout.searches else ""
         selection.notices.append(f"without the model there is no calibration: no outlier columns are stored{then}")
     if options.outliers != _DEFAULTS.outliers:  # of what nobody asked for, as much as there can be
-        selection.notices.extend(budget_notices(criterion, [layer.in_features for layer in selection.layers.values()]))
+        selection.notices.extend(
+            budget_notices(criterion, [layer.in_features for layer in selection.multiplied.values()])
+        )
     if origin.path.is_dir():
         selection.notices.extend(left_behind(origin.path))
     how = criterion, options, _CAST_DTYPES.get(options.dtype or ""), max_shard_bytes

@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from llmint8.formats import TensorInfo
+from llmint8.formats.int8.schemes import Lookup
 
 from ..endings import Endings
 from ..model.experts import ExpertMatrix
@@ -21,6 +22,7 @@ class SelectedLayer:
     weight: TensorInfo
     transposed: bool  # stored [in, out], as GPT-2's Conv1D is
     tied: bool = False  # the head of a model whose embedding is this tensor too, and stays beside it
+    lookup: Lookup | None = None  # it is the embedding, and `too` the head of which it is the weight
 
     @property
     def out_features(self) -> int:
@@ -63,6 +65,11 @@ class Selection:
     def layer_of(self) -> dict[str, SelectedLayer]:
         """The layers to quantize by the tensor names of their weights."""
         return {layer.weight.name: layer for layer in self.layers.values()}
+
+    @property
+    def multiplied(self) -> dict[str, SelectedLayer]:
+        """The layers that are multiplied by, which an embedding alone is not."""
+        return {name: layer for name, layer in self.layers.items() if layer.lookup != "only"}
 
     @property
     def skip_modules(self) -> list[str]:

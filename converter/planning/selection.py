@@ -30,6 +30,7 @@ def select_layers(
     only: Sequence[str],
     head: Head | None = None,
     experts: bool = False,
+    embedding: str | None = None,
 ) -> Selection:
     """Select from a model on the meta device, or by name and shape where `model` is None.
 
@@ -41,6 +42,7 @@ def select_layers(
         head: the output head, to quantize it too; `model` is the one with a head of its own.
         experts: quantize the experts of mixtures too, where the model has them in stacks. What the source has in
             stacks are layers of parts of it; see `stacks`.
+        embedding: the module that looks tokens up, to quantize it too; where `head` is tied to it, both at once.
 
     Raises:
         ValueError: not a regular expression, or a string in place of a list of them.
@@ -67,7 +69,7 @@ def select_layers(
         notices += doubtful_notices(source, doubtful)
     else:
         mapped = module_names(model, source.tensors)
-        candidates, kept, module_of = _candidates_of_model(source, model, mapped, head)
+        candidates, kept, module_of = _candidates_of_model(source, model, mapped, head, embedding)
         of_experts = _expert_layers(source, model, candidates, module_of) if experts else {}
         foreign, more = leftovers(source, model, mapped, {matrix.tensor for matrix in of_experts.values()})
         notices += more
@@ -98,7 +100,7 @@ def select_layers(
 
 
 def _candidates_of_model(
-    source: Source, model: Any, mapped: dict[str, str], head: Head | None
+    source: Source, model: Any, mapped: dict[str, str], head: Head | None, embedding: str | None
 ) -> tuple[dict[str, SelectedLayer], dict[str, str], dict[str, str]]:
     """Return the layers to quantize, those to keep with reasons, and checkpoint name -> module name for both."""
     _check_shapes(source, model, mapped)
@@ -110,6 +112,8 @@ def _candidates_of_model(
         if not isinstance(module, nn.Linear | Conv1D):
             continue
         is_head = head is not None and module_name == head.module
+        if is_head and head is not None and embedding is not None and head.tied_to == f"{embedding}.weight":
+            continue
         reason = None if is_head else _reason_to_keep(model, module_name)
         if not reason and not is_linear(module):
             # bitsandbytes does not replace these, and would take the int8 values for weights.
@@ -126,8 +130,14 @@ def _candidates_of_model(
             kept[name] = reason or "not stored as a tensor of its own"
             continue
         layers[name] = SelectedLayer(name, source.tensors[tensor], isinstance(module, Conv1D), tied)
-    used = weights_used_directly(meta_model(model.config), [module_of[name] for name in layers])
-    for name in [name for name in layers if module_of[name] in used]:
+    if embedding is not None:
+        table = _table(source, tensor_of, embedding, head)
+        layers[table.name], module_of[table.name] = table, embedding
+        if table.lookup == "too" and head is not None:
+            module_of[table.name] = head.module
+    linear = {module_of[name]: name for name, layer in layers.items() if layer.lookup != "only"}
+    used = weights_used_directly(meta_model(model.config), linear)
+    for name in [name for module, name in linear.items() if module in used]:
         kept[name] = "its weight is used by the model's own code"
         del layers[name]
     return layers, kept, module_of
@@ -153,6 +163,19 @@ def _embedding(source: Source, tensor_of: dict[str, str], parameter: str) -> str
     if parameter not in tensor_of:
         raise SourceError(f"{source.path}: {parameter} is missing from the checkpoint; leave --quantize-head out")
     return tensor_of[parameter]
+
+
+def _table(source: Source, tensor_of: dict[str, str], module: str, head: Head | None) -> SelectedLayer:
+    """Return the embedding as a layer; the head where that is tied to it, which has then no layer of its own."""
+    parameter, option = f"{module}.weight", "leave --quantize-embeddings out"
+    tensor = tensor_of.get(parameter, "")
+    if not tensor.endswith(".weight"):
+        raise SourceError(f"{source.path}: {parameter} is no tensor of its own in the checkpoint; {option}")
+    tied = head is not None and head.tied_to == parameter
+    if tied and head is not None and (second := tensor_of.get(f"{head.module}.weight")):
+        raise SourceError(f"{source.path}: {second} is there beside {tensor}, to which it is tied; {option}")
+    name = tensor.removesuffix(".weight")
+    return SelectedLayer(name, source.tensors[tensor], transposed=False, lookup="too" if tied else "only")
 
 
 def _check_shapes(source: Source, model: Any, mapped: dict[str, str]) -> None:

@@ -15,7 +15,7 @@ from .layouts import BITSANDBYTES, LAYOUTS, NATIVE, Layout
 from .schemes import Scheme, format_1
 
 # The newest of each MAJOR.
-FORMAT_VERSIONS = ("1.1", "2.0")
+FORMAT_VERSIONS = ("1.1", "2.1")
 ROUNDINGS = ("nearest", "gptq")
 PRODUCER_NAME = "llmint8"
 # What stock bitsandbytes uses for its dynamic search; the value of the paper.
@@ -50,7 +50,7 @@ class Quantization:
     def format_version(self) -> str:
         """The version that was read; of what is written, the oldest that has all of it."""
         if self.layout == NATIVE:
-            return self.read_version or "2.0"
+            return self.read_version or ("2.1" if any(scheme.lookup for scheme in self.schemes.values()) else "2.0")
         return self.read_version or ("1.0" if self.scheme.activation_group is None else "1.1")
 
     @property
@@ -64,8 +64,9 @@ class Quantization:
 
     @property
     def int8_head(self) -> str | None:
-        """The output head, where it is among the quantized layers under a name in use for it."""
-        return next((name for name in self.outliers if name.rpartition(".")[2] in _HEAD_NAMES), None)
+        """The output head, where it is among the quantized layers: an embedding tied to it, or a name in use for it."""
+        tied = (name for name in self.outliers if self.scheme_of(name).lookup == "too")
+        return next(tied, next((name for name in self.outliers if name.rpartition(".")[2] in _HEAD_NAMES), None))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object that goes into config.json."""

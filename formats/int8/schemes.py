@@ -7,6 +7,7 @@ from typing import Any, Literal, cast, get_args
 Activation = Literal["absmax", "zeropoint"]
 Group = Literal[64, 128, 256]
 Rotation = Literal[64]
+Lookup = Literal["only", "too"]
 
 
 @dataclass(frozen=True)
@@ -17,27 +18,33 @@ class Scheme:
         activation: how inputs are quantized, `absmax` or `zeropoint`.
         activation_group: dimensions of an input that share a scale; None is all of them.
         rotation: of how many dimensions are the blocks in which weight and input are rotated; None where they are not.
+        lookup: whether rows of the weight are looked up by their numbers: it is an embedding then, and with `too` the
+            output head tied to it multiplies by it, as any layer. None for layers.
 
     """
 
     activation: Activation = "absmax"
     activation_group: Group | None = None
     rotation: Rotation | None = None
+    lookup: Lookup | None = None
 
     @property
     def name(self) -> str:
         """What a writer calls it."""
-        return "int8" if self.rotation is None else f"int8-hadamard{self.rotation}"
+        rotated = "int8" if self.rotation is None else f"int8-hadamard{self.rotation}"
+        return rotated + {None: "", "only": "-embedding", "too": "-tied"}[self.lookup]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the object that goes into config.json of format 2."""
+        multiplies = self.lookup != "only"
         return {
             "bits": 8,
             "data_type": "int",
             "group": None,
             "rotation": None if self.rotation is None else {"kind": "hadamard", "block": self.rotation},
-            "inputs": f"int8-{self.activation}",
-            "input_group": self.activation_group,
+            "inputs": f"int8-{self.activation}" if multiplies else None,
+            "input_group": self.activation_group if multiplies else None,
+            **({} if self.lookup is None else {"lookup": True}),
         }
 
     @classmethod
@@ -45,7 +52,8 @@ class Scheme:
         """Read the object in config.json. Raises ValueError: this program computes no such scheme."""
         if not isinstance(raw, dict):
             raise ValueError(f"is {str(raw)[:80]!r}, expected an object")
-        every = itertools.product(get_args(Activation), (None, *get_args(Group)), (None, *get_args(Rotation)))
+        ways = get_args(Activation), (None, *get_args(Group)), (None, *get_args(Rotation)), (None, *get_args(Lookup))
+        every = itertools.product(*ways)
         for scheme in (cls(*values) for values in every):
             if _same(raw, scheme.to_dict()):
                 return scheme

@@ -78,7 +78,7 @@ def layers_of(checkpoint: str | None) -> tuple[list[Shape], "ActivationGroup"]:
     if checkpoint is None:
         return COMMON, ACTIVATION_GROUP
     opened = open_checkpoint(resolve(checkpoint, None, "int8").path)
-    records = opened.records.values()
+    records = [record for record in opened.records.values() if record.scheme.lookup != "only"]
     layers = Counter((record.out_features, record.in_features) for record in records)
     columns: Counter[tuple[int, int]] = Counter()
     for record in records:

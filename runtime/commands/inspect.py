@@ -90,6 +90,7 @@ def _facts(opened: Any) -> dict[str, Any]:
         "outside_bytes": dict(outside.most_common()),
         "not_quantized": quantization.skip_modules,
         "int8_head": quantization.int8_head,
+        "int8_embeddings": [name for name, record in opened.records.items() if record.scheme.lookup is not None],
         "layers": layers,
     }
 
@@ -128,6 +129,8 @@ def _text(facts: dict[str, Any], every: bool) -> str:
     ]
     if facts["int8_head"]:
         rows.append(f"Output head   {facts['int8_head']}, in int8 too")
+    if facts["int8_embeddings"]:
+        rows.append(f"Embeddings    {', '.join(facts['int8_embeddings'])}, in int8 too")
     return printable_lines(rows)
 
 

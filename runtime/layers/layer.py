@@ -39,7 +39,7 @@ def _setting(name: str) -> Any:
     return property(lambda self: getattr(self, f"_{name}"), lambda self, value: self.configure(**{name: value}))
 
 
-class Int8Linear(QuantizedTensors):
+class Int8Linear(QuantizedTensors, nn.Linear):  # type: ignore[misc]
     """`y = x W^T + b` with W in int8, in the decomposition of LLM.int8() (arXiv 2208.07339, section 3.2).
 
     Attributes:

@@ -24,7 +24,7 @@ from llmint8.kernels.reference import Int8Weight, Rotation
 from .float_weight import FloatWeight, dequantized
 
 
-class QuantizedTensors(nn.Linear):
+class QuantizedTensors(nn.Module):
     """The tensors of a quantized layer, and the weight that is prepared from them.
 
     Attributes:
@@ -43,7 +43,7 @@ class QuantizedTensors(nn.Linear):
 
     """
 
-    bias: nn.Parameter | None  # type: ignore[assignment]
+    bias: nn.Parameter | None
     outlier_dims: Tensor | None
     outlier_weight: Tensor | None
 
@@ -59,7 +59,7 @@ class QuantizedTensors(nn.Linear):
         dtype: torch.dtype | None,
     ) -> None:
         """Make zeros, to be filled and prepared; `dtype` is that of the bias and the outlier columns."""
-        nn.Module.__init__(self)  # that of `nn.Linear` would make a float weight
+        nn.Module.__init__(self)  # that of a linear layer would make a float weight
         self._is_hf_initialized = True  # transformers fills linear layers with random numbers
         self.in_features, self.out_features, self.rotation = in_features, out_features, rotation
         self._layout = layout
@@ -140,9 +140,12 @@ class QuantizedTensors(nn.Linear):
         self._unprepare()
         if not self.is_meta:
             # What accelerate placed has a hook, and moves as it is.
-            prepared = prepare(self.stored(), may_pack=not hasattr(self, "_hf_hook"))
+            prepared = prepare(self.stored(), may_pack=self._may_pack())
             self._set_weight(prepared.values)
             self.prepared, self._prepared_from = prepared, self._tensors()
+
+    def _may_pack(self) -> bool:
+        return not hasattr(self, "_hf_hook")
 
     def ready(self) -> PreparedWeight:
         """Return what runs: what is prepared, or for tensors that are only here for this call, what is made of them."""

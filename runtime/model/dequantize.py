@@ -12,6 +12,7 @@ from llmint8.converter.model.build import built
 from llmint8.converter.model.experts import projections
 from llmint8.formats import LLMInt8Error
 
+from ..layers.embedding import Int8Embedding, TiedHead
 from ..layers.experts import Int8Experts
 from ..layers.layer import Int8Linear
 from ..parallel.state import is_cut
@@ -46,7 +47,7 @@ def replace_int8(model: Any, dtype: torch.dtype | None) -> None:
     """Put layers in floating point in the place of all int8 ones. Raises LLMInt8Error; see `dequantize`."""
     if is_cut(model):
         raise LLMInt8Error(f"{type(model).__name__}: several processes hold it; load it without tp_plan")
-    layers = [name for name, module in model.named_modules() if isinstance(module, Int8Linear)]
+    layers = [name for name, module in model.named_modules() if isinstance(module, Int8Linear | Int8Embedding)]
     for name in layers:
         if name.endswith(".base_layer"):
             raise LLMInt8Error(f"{name}: an adapter is on it; merge_and_unload() takes it off")
@@ -67,19 +68,31 @@ def replace_int8(model: Any, dtype: torch.dtype | None) -> None:
         if name.startswith(inside):
             continue
         layer = model.get_submodule(name)
-        made = _linear(plain.get_submodule(name), layer, dtype).train(layer.training)
+        if isinstance(layer, TiedHead):
+            continue
+        made = _filled(plain.get_submodule(name), layer, dtype).train(layer.training)
         model.set_submodule(name, made)
         take_hook(layer, made)
         del layer
         return_freed_memory()
+    for name in layers:  # behind the embeddings that they are tied to
+        if isinstance(head := model.get_submodule(name), TiedHead):
+            made = plain.get_submodule(name)
+            made._parameters["weight"] = model.get_submodule(head.table.name)._parameters["weight"]
+            model.set_submodule(name, made.train(head.training))
+            take_hook(head, made)
 
 
-def _linear(module: nn.Module, layer: Int8Linear, dtype: torch.dtype | None) -> nn.Module:
+def _filled(module: nn.Module, layer: Int8Linear | Int8Embedding, dtype: torch.dtype | None) -> nn.Module:
     """Fill the model's own module, which is on the meta device, with what an int8 layer stands for."""
     weight = layer.dequantize(dtype or layer.dtype)
     module._parameters["weight"] = nn.Parameter(weight.t().contiguous() if isinstance(module, Conv1D) else weight)
     bias = None if layer.bias is None else layer.bias.detach()
-    module._parameters["bias"] = None if bias is None else nn.Parameter(bias if dtype is None else bias.to(dtype))
+    if bias is not None:
+        module._parameters["bias"] = nn.Parameter(bias if dtype is None else bias.to(dtype))
+    for name, buffer in layer.named_buffers(recurse=False):
+        if name in module._buffers:  # the scale of an embedding
+            module._buffers[name] = buffer
     return module
 
 

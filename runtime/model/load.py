@@ -47,11 +47,13 @@ from ..layers.arguments import (
     recorded_group,
     settled_dtype,
 )
+from ..layers.embedding import Int8Embedding, TiedHead
 from ..layers.layer import Int8Linear
 from ..parallel.cut import cut_layers, cut_of
 from ..parallel.plan import settle
 from .calibration import Calibration, read_calibration
 from .compiled import compile_decode
+from .places import check_in_one_place
 from .pretrained import config_and_class, from_pretrained, int8_config
 
 log = logging.getLogger("llmint8")
@@ -203,6 +205,9 @@ def _prepare(model: Any, checkpoint: Checkpoint, names: dict[str, str], calibrat
         if layer.row_absmax.device.type == "cpu" and not hasattr(layer, "_hf_hook") and cut_of(layer) is None
     ]
     own = {record for record in here if cast or is_laid_out_anew(layers[record].stored())}
+    heads = {module.table: module for module in model.modules() if isinstance(module, TiedHead)}
+    for table in heads:
+        check_in_one_place(table.name, getattr(model, "hf_device_map", None))
     # First all of them: until then the file stays mapped.
     for record in own:
         layers[record].weight = None
@@ -216,6 +221,11 @@ def _prepare(model: Any, checkpoint: Checkpoint, names: dict[str, str], calibrat
             layer.prepare()
         except ValueError as error:
             raise CheckpointError("E14", f"{checkpoint.path}: {record}: {error}") from None
+        if isinstance(layer, Int8Embedding):
+            if layer not in heads:
+                continue
+            layer = heads[layer]
+            layer.prepare()
         layer.kept_limit = calibration.limits.get(record) if layer.outliers == "static" else None
     halves = {record for record, layer in layers.items() if layer.dtype == torch.float16}
     if notice := calibration.overflow(halves):

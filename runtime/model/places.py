@@ -1,6 +1,7 @@
 """Where the layers of a checkpoint belong in a model, and whether they fit there; and what goes along with a place."""
 
 from collections.abc import Collection, Iterable
+from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -29,6 +30,37 @@ def linear_for(model: nn.Module, name: str, record: Int8Record) -> nn.Linear | C
     if (out_features, in_features) != (record.out_features, record.in_features):
         raise _another_shape(model, record, out_features, in_features)
     return module
+
+
+def embedding_for(model: Any, name: str, record: Int8Record) -> tuple[nn.Embedding, str | None]:
+    """Return the embedding that an int8 table stands for, and the name of the head that multiplies by it, if one does.
+
+    Raises:
+        LLMInt8Error: there is no embedding, its shape is another, or the head is not tied to it.
+
+    """
+    embedding = model.get_submodule(name) if name else None
+    if not isinstance(embedding, nn.Embedding):
+        raise LLMInt8Error(f"{_where(model, record)} has {type(embedding).__name__} there, expected Embedding")
+    if (embedding.num_embeddings, embedding.embedding_dim) != (record.out_features, record.in_features):
+        raise _another_shape(model, record, embedding.num_embeddings, embedding.embedding_dim)
+    if record.scheme.lookup == "only":
+        return embedding, None
+    tied = (one for pair in model.all_tied_weights_keys.items() if f"{name}.weight" in pair for one in pair)
+    heads = {one.removesuffix(".weight") for one in tied} - {name}
+    if len(heads) != 1 or not isinstance(model.get_submodule(*heads), nn.Linear):
+        raise LLMInt8Error(f"{_where(model, record)} has no output head that is tied to it; expected one")
+    return embedding, heads.pop()
+
+
+def check_in_one_place(name: str, device_map: Any) -> None:
+    """Refuse to put an embedding that its head shares anywhere but on one device, in memory. Raises LLMInt8Error."""
+    places = {str(place) for place in device_map.values()} if isinstance(device_map, dict) else set()
+    if len(places) > 1 or "disk" in places:  # accelerate moves module by module, and the two have one set of tensors
+        raise LLMInt8Error(
+            f"{name}: int8, and the output head multiplies by it: such a model is neither split over devices nor "
+            "offloaded; load it on one device, or convert without --quantize-embeddings"
+        )
 
 
 def _where(model: nn.Module, record: Int8Record) -> str:

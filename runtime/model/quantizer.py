@@ -20,13 +20,14 @@ from llmint8.formats import BITSANDBYTES, NATIVE, Int8Record, Layout, LLMInt8Err
 from llmint8.kernels.reference import Activation
 
 from ..layers.arguments import ActivationGroup, Outliers
+from ..layers.embedding import Int8Embedding, TiedHead
 from ..layers.experts import replace_experts
 from ..layers.layer import Int8Linear
 from ..parallel.cut import settle_cuts
 from ..parallel.plan import Parallel
 from ..parallel.state import is_cut, whole_state
 from .dequantize import replace_int8
-from .places import check_matrix, check_shapes, linear_for, matrices_of
+from .places import check_in_one_place, check_matrix, check_shapes, embedding_for, linear_for, matrices_of
 from .saving import provenance_of, save_as_loaded
 from .settings import let_cast
 
@@ -115,6 +116,9 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
                 of_experts[record.name] = self._layer(record, matrix.module, False, dtype)
                 continue
             name = names.get(f"{record.name}.weight", "").removesuffix(".weight")
+            if record.scheme.lookup is not None:
+                self._replace_embedding(model, name, record, dtype, kwargs.get("device_map"))
+                continue
             linear = linear_for(model, name, record)
             layer = self._layer(record, name, linear.bias is not None, dtype)
             model.set_submodule(name, layer.train(linear.training))
@@ -133,23 +137,48 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def _layer(self, record: Int8Record, name: str, bias: bool, dtype: torch.dtype | None) -> Int8Linear:
         """Make the layer of a record, which will have this name in the model."""
-        config = self.quantization_config
         layer = Int8Linear(
             record.in_features,
             record.out_features,
             bias,
             record.outlier_count,
-            outliers="dynamic" if record.name in config.searched else config.outliers,
-            threshold=config.threshold,
-            activation=config.activation,
-            activation_group=config.activation_group,
+            **self._settings(record),
             rotation=record.scheme.rotation,
-            layout=config.layout,
+            layout=self.quantization_config.layout,
             device="meta",
             dtype=dtype,
         )
         layer.name = self._layers[record.name] = name
         return layer
+
+    def _settings(self, record: Int8Record) -> dict[str, Any]:
+        """Return how a layer runs."""
+        config = self.quantization_config
+        return {
+            "outliers": "dynamic" if record.name in config.searched else config.outliers,
+            "threshold": config.threshold,
+            "activation": config.activation,
+            "activation_group": config.activation_group,
+        }
+
+    def _replace_embedding(
+        self, model: Any, name: str, record: Int8Record, dtype: torch.dtype | None, device_map: Any
+    ) -> None:
+        """Put an int8 table into the place of an embedding, and a head tied to it into that of the model's head."""
+        embedding, head = embedding_for(model, name, record)
+        if head is not None:
+            check_in_one_place(name, device_map)
+        stored = record.outlier_count or 0, record.scheme.rotation, self.quantization_config.layout
+        made = Int8Embedding.in_place_of(embedding, *stored, device="meta", dtype=dtype)
+        made.name = self._layers[record.name] = name
+        model.set_submodule(name, made)
+        if head is not None:
+            tied = TiedHead(made, **self._settings(record))
+            tied.name = head
+            model.set_submodule(head, tied.train(made.training))
+            # They have one set of tensors from now on, and what is missing under the head's name is not missing.
+            ties = model.all_tied_weights_keys
+            model.all_tied_weights_keys = {key: ties[key] for key in ties if key != f"{head}.weight"}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module | None = None) -> list[Any]:
         """Leave out the rules by which transformers would stack the matrices of experts that are layers here.

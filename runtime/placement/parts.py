@@ -1,13 +1,14 @@
 """What the tensors of a model take: in 16 bit, and where their layer is int8."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from llmint8.formats import DTYPES, FLOAT_DTYPES, Layout, TensorSpec
+from llmint8.formats.int8.schemes import Lookup
 from llmint8.kernels.checks import padded_outliers
 from llmint8.kernels.reference import Group, groups, row_sum_dtype
 
@@ -106,6 +107,11 @@ def layer_bytes(
         scales=4 * n + int(layout.weight_format),
         prepared=prepared * (2 if stacked else 1),
     )
+
+
+def table_bytes(layer: Int8Bytes, lookup: Lookup) -> Int8Bytes:
+    """Return what an embedding in int8 takes, from what a layer of its shape does: alone it has nothing prepared."""
+    return replace(layer, prepared=0) if lookup == "only" else layer
 
 
 def half_bytes(spec: TensorSpec) -> int:

@@ -23,7 +23,7 @@ from llmint8.formats import BITSANDBYTES, NATIVE, Checkpoint, Layout, Source, Te
 
 from .blocks import block_of, natural, unit_of
 from .cache import Cache, cache_of
-from .parts import HALF, Kind, Part, half_bytes, kind_of, layer_bytes
+from .parts import HALF, Kind, Part, half_bytes, kind_of, layer_bytes, table_bytes
 
 _CONVERTED = Options()
 
@@ -117,11 +117,15 @@ def sized_checkpoint(name: str, origin: str, checkpoint: Checkpoint, config: Any
         int8 = layer_bytes(*shape, columns, checkpoint.layout, group, stacked)
         place = mapped.get(f"{layer}.weight", f"{layer}.weight")
         kind: Kind = "head" if place.removesuffix(".weight") in heads else "linear"
+        if record.scheme.lookup is not None:
+            kind = "embedding"
+            int8 = table_bytes(int8, record.scheme.lookup)
         of_tensor |= {f"{layer}.{suffix}": [] for suffix in checkpoint.layout.reserved_suffixes}
         width = sum(shape) * (_experts_per_token(config) if stacked else 1)
         of_tensor[f"{layer}.weight"] = [Part(layer, place, kind, HALF * int8.values, 0, int8, width)]
     parts = _all_parts(tensors, of_tensor, model, heads, in_half=False)
-    outliers = sum(record.outlier_count or 0 for record in checkpoint.records.values()) / len(checkpoint.records)
+    layers = [record for record in checkpoint.records.values() if record.scheme.lookup != "only"]
+    outliers = sum(record.outlier_count or 0 for record in layers) / max(1, len(layers))
     return Sized(name, f"{origin}, int8", model, parts, outliers, checkpoint.layout)
 
 
