@@ -6,7 +6,6 @@ which must stay as they are meanwhile; but for int8 values that are laid out ane
 """
 
 import logging
-from collections import Counter
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -21,7 +20,6 @@ from llmint8.converter.model.build import is_named
 from llmint8.converter.model.limits import bounded_modules
 from llmint8.converter.model.missing import fill_missing
 from llmint8.converter.model.names import module_names
-from llmint8.converter.words import activations
 from llmint8.formats import (
     DTYPES,
     Checkpoint,
@@ -42,19 +40,18 @@ from ..layers.arguments import (
     check_choice,
     check_rotated,
     group_to_run,
-    kernels_group,
     outlier_mode,
     recorded_group,
     settled_dtype,
 )
 from ..layers.embedding import Int8Embedding, TiedHead
-from ..layers.layer import Int8Linear
-from ..parallel.cut import cut_layers, cut_of
+from ..parallel.cut import cut_of
 from ..parallel.plan import settle
 from .calibration import Calibration, read_calibration
 from .compiled import compile_decode
 from .places import check_in_one_place
 from .pretrained import config_and_class, from_pretrained, int8_config
+from .settings import log_summary
 
 log = logging.getLogger("llmint8")
 
@@ -238,21 +235,3 @@ def _was_cast(model: Any, checkpoint: Checkpoint, names: dict[str, str]) -> bool
     return any(
         dtypes.get(name) not in (None, DTYPES[checkpoint.tensors[stored].dtype]) for stored, name in names.items()
     )
-
-
-def _int8_layers(model: Any) -> list[Int8Linear]:
-    return [module for module in model.modules() if isinstance(module, Int8Linear)]
-
-
-def log_summary(model: Any) -> None:
-    """Say in one line how a model runs."""
-    layers = _int8_layers(model)
-    config = model.config.quantization_config
-    mode = f"dynamic (|x| >= {config.threshold:g})" if config.outliers == "dynamic" else config.outliers
-    paths = Counter("offloaded" if layer.prepared is None else layer.prepared.runs_on for layer in layers)
-    kernels = "".join(f", {count} x {path}" for path, count in paths.items())
-    if searching := sum(layer.outliers == "dynamic" for layer in layers) if config.outliers == "static" else 0:
-        mode += f" (but in {searching} that were not calibrated: dynamic, |x| >= {config.threshold:g})"
-    how = activations(config.activation, kernels_group(config.activation_group))
-    kernels += f", {cut} cut" if (cut := len(cut_layers(model))) else ""
-    log.info("%d Int8Linear layers, outliers %s, activation %s%s", len(layers), mode, how, kernels)

@@ -28,9 +28,9 @@ from ..layers.arguments import group_to_run
 from ..layers.experts import replace_experts
 from ..layers.layer import Int8Linear
 from .calibration import Calibration, calibration_of
-from .load import log_summary
 from .places import take_hook
 from .quantizer import Int8Quantizer, LoadedConfig
+from .settings import log_summary
 
 log = logging.getLogger("llmint8")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.core_model_loading import WeightConverter, revert_weight_conversion
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -28,7 +28,7 @@ from ..parallel.plan import Parallel
 from ..parallel.state import is_cut, whole_state
 from .dequantize import replace_int8
 from .places import check_in_one_place, check_matrix, check_shapes, embedding_for, linear_for, matrices_of
-from .saving import provenance_of, save_as_loaded
+from .saving import names_once_saved, provenance_of, rename_layers, save_as_loaded
 from .settings import let_cast
 
 QUANT_METHOD = "llmint8"
@@ -181,10 +181,8 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
             model.all_tied_weights_keys = {key: ties[key] for key in ties if key != f"{head}.weight"}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: nn.Module | None = None) -> list[Any]:
-        """Leave out the rules by which transformers would stack the matrices of experts that are layers here.
-
-        Up to 5.19, which is what vLLM 0.32 asks for, it is called without the model.
-        """
+        """Leave out the rules by which transformers would stack the matrices of experts that are layers here."""
+        # Up to 5.19, which is what vLLM 0.32 asks for, it is called without the model.
 
         def stacks(rule: Any) -> bool:
             targets = rule.target_patterns if isinstance(rule, WeightConverter) else []
@@ -204,8 +202,8 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
             if config.layout.weight_format:
                 # The formats room allows no other value, and without the tensor it would be left undefined.
                 module.weight_format = torch.zeros((), dtype=torch.uint8, device=module.row_absmax.device)
-        saved_names = _saved_names(model, self._layers)
-        _rename_layers(config.block, saved_names)
+        saved_names = names_once_saved(model, self._layers)
+        rename_layers(config.block, saved_names)
         if config.manifest is not None and config.block:
             config.provenance = provenance_of(config.manifest, saved_names)
         config.records, config.shapes, config.manifest = [], {}, None  # large, and of no more use
@@ -240,23 +238,6 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         self._layers, self._experts = layers, stacks
         model.hf_quantizer, model.is_quantized, model.quantization_method = self, True, QUANT_METHOD
         self.postprocess_model(model)
-
-
-def _saved_names(model: nn.Module, layers: dict[str, str]) -> dict[str, str]:
-    """Return the name of each layer in the checkpoint -> its name in one that `save_pretrained` would write.
-
-    They differ where transformers added a prefix on loading, as for `h.0.attn.c_attn` of old GPT-2 checkpoints.
-    """
-    numbers = {f"{name}.weight": torch.tensor(i) for i, name in enumerate(layers.values())}
-    saved = {int(number): name for name, number in revert_weight_conversion(model, numbers).items()}
-    return {name: saved[i].removesuffix(".weight") for i, name in enumerate(layers)}
-
-
-def _rename_layers(block: dict[str, Any], saved_names: dict[str, str]) -> None:
-    """Keep what is said of each layer under the names that the saved tensors will have."""
-    for holder, key in ((block.get("outliers"), "counts"), (block, "layers")):
-        if holder and key in holder:
-            holder[key] = {saved_names[name]: value for name, value in holder[key].items()}
 
 
 def _config(model: Any) -> LoadedConfig | None:

@@ -13,7 +13,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from llmint8.formats import BITSANDBYTES, Layout, LLMInt8Error, Manifest
 from llmint8.formats.disk.names import CONFIG_NAME
@@ -89,3 +92,20 @@ def provenance_of(manifest: Manifest, saved_names: dict[str, str]) -> bytes:
     }
     source = {key: value for key, value in manifest.source.items() if key != "options"}
     return json.dumps({"source": source, "modules": modules}).encode()
+
+
+def names_once_saved(model: nn.Module, layers: dict[str, str]) -> dict[str, str]:
+    """Return the name of each layer in the checkpoint -> its name in one that `save_pretrained` would write.
+
+    They differ where transformers added a prefix on loading, as for `h.0.attn.c_attn` of old GPT-2 checkpoints.
+    """
+    numbers = {f"{name}.weight": torch.tensor(i) for i, name in enumerate(layers.values())}
+    saved = {int(number): name for name, number in revert_weight_conversion(model, numbers).items()}
+    return {name: saved[i].removesuffix(".weight") for i, name in enumerate(layers)}
+
+
+def rename_layers(block: dict[str, Any], saved_names: dict[str, str]) -> None:
+    """Keep what is said of each layer under the names that the saved tensors will have."""
+    for holder, key in ((block.get("outliers"), "counts"), (block, "layers")):
+        if holder and key in holder:
+            holder[key] = {saved_names[name]: value for name, value in holder[key].items()}

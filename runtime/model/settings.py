@@ -1,16 +1,22 @@
-"""How a loaded model runs, changed with one call; and casts, which transformers refuses to quantized models."""
+"""How a loaded model runs, said in one line, changed with one call; and casts, which transformers would refuse."""
 
 import functools
+import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from llmint8.converter.words import activations
 from llmint8.kernels.reference import Activation
 
-from ..layers.arguments import ActivationGroup, Outliers, check_rotated, check_threshold
+from ..layers.arguments import ActivationGroup, Outliers, check_rotated, check_threshold, kernels_group
 from ..layers.layer import Int8Linear
+from ..parallel.cut import cut_layers
+
+log = logging.getLogger("llmint8")
 
 
 def configure(
@@ -52,6 +58,20 @@ def configure(
     }
     for layer in layers:
         layer.configure(**settings)
+
+
+def log_summary(model: Any) -> None:
+    """Say in one line how a model runs."""
+    layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    config = model.config.quantization_config
+    mode = f"dynamic (|x| >= {config.threshold:g})" if config.outliers == "dynamic" else config.outliers
+    paths = Counter("offloaded" if layer.prepared is None else layer.prepared.runs_on for layer in layers)
+    kernels = "".join(f", {count} x {path}" for path, count in paths.items())
+    if searching := sum(layer.outliers == "dynamic" for layer in layers) if config.outliers == "static" else 0:
+        mode += f" (but in {searching} that were not calibrated: dynamic, |x| >= {config.threshold:g})"
+    how = activations(config.activation, kernels_group(config.activation_group))
+    kernels += f", {cut} cut" if (cut := len(cut_layers(model))) else ""
+    log.info("%d Int8Linear layers, outliers %s, activation %s%s", len(layers), mode, how, kernels)
 
 
 def let_cast(is_ours: Callable[[Any], bool]) -> None:
