@@ -66,8 +66,11 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """A folder with a source, its int8 checkpoint, and GGUF and float16 of that."""
     folder = tmp_path_factory.mktemp(request.param)
     make(folder / "source", WRITTEN[request.param])
-    options: dict[str, Any] = {"format": 2, "rotate": True} if request.param == "qwen3" else {}
-    converter.convert(folder / "source", folder / "out", outliers="top-k=6", **options)
+    options: dict[str, dict[str, Any]] = {
+        "llama": {"outliers": "top-k=6"},
+        "qwen3": {"outliers": "none", "format": 2, "rotate": True},
+    }
+    converter.convert(folder / "source", folder / "out", **options.get(request.param, {"outliers": "none"}))
     export(folder / "out", folder / "float16", "float16")
     export(folder / "out", folder / "gguf", "gguf")
     return folder
