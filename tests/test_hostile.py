@@ -195,9 +195,7 @@ FILES: dict[str, tuple[Attack, str]] = {
     "GGUF: a FIFO": (gguf(lambda path: os.mkfifo(path / "x.gguf")), "not a regular file"),
     "GGUF: more facts than bytes": (gguf(write("x.gguf", b"GGUF\3\0\0\0" + number(0) + number(2**60))), "facts"),
     "GGUF: a list beyond the end": (
-        gguf(
-            write("x.gguf", b"GGUF\3\0\0\0" + number(0) + number(1) + number(0) + bytes([9, *[0] * 7]) + number(2**40))
-        ),
+        gguf(write("x.gguf", struct.pack("<4sIQQQIIQ", b"GGUF", 3, 0, 1, 0, 9, 0, 2**40))),
         "numbers",
     ),
     "index: a FIFO": (instead(INDEX, os.mkfifo), "not a regular file"),

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llmint8.formats import LLMInt8Error
+from llmint8.formats.containers.gguf.library import gguf_py
 
 from .dialects import Dialect
 
@@ -62,8 +63,6 @@ def rope(config: Any) -> dict[str, Any]:
 
 def add_facts(writer: Any, dialect: Dialect, config: Any) -> None:
     """Add what llama.cpp has to know to a GGUFWriter of gguf-py."""
-    import gguf
-
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -82,7 +81,7 @@ def add_facts(writer: Any, dialect: Dialect, config: Any) -> None:
     rotary = rope(config)
     writer.add_rope_freq_base(float(rotary["rope_theta"]))
     if rotary.get("rope_type") in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(rotary["rope_type"]))
+        writer.add_rope_scaling_type(gguf_py().RopeScalingType(rotary["rope_type"]))
         writer.add_rope_scaling_factor(float(rotary["factor"]))
         original = rotary.get("original_max_position_embeddings")
         if original:

@@ -86,7 +86,7 @@ def _loss(measuring: Any, dest: Path, quiet: bool) -> str:
         found = measuring.run(dest, progress)
     (row,) = found.measurements
     return (
-        f"To the int8 checkpoint, on {count(found.positions, 'position')}: KL {row.kl_mean:.5f} (median "
-        f"{row.kl_median:.5f}, 99 % {row.kl_p99:.5f}), same top token {row.top1_agreement:.2%}, perplexity "
+        f"To the int8 checkpoint, on {count(found.positions, 'position')}: KL {row.kl_mean:.3g} (median "
+        f"{row.kl_median:.3g}, 99 % {row.kl_p99:.3g}), same top token {row.top1_agreement:.2%}, perplexity "
         f"{found.reference_perplexity:.3f} -> {row.perplexity:.3f}."
     )
