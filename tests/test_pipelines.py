@@ -18,11 +18,11 @@ SIZES |= {"num_attention_heads": 2, "max_position_embeddings": 32, "initializer_
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    vocabulary = {f"w{i}": i for i in range(97)}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="w0"))
+    vocabulary = {"<unk>": 0, "<pad>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 97)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, unk_token="w0", pad_token="w1", eos_token="w2", padding_side="left"
+        tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>", eos_token="</s>", padding_side="left"
     )
 
 
