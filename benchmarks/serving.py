@@ -2,13 +2,15 @@
 
     python benchmarks/serving.py logits ENGINE CHECKPOINT TEXT OUT   # of the first 2,048 tokens, in windows of 512
     python benchmarks/serving.py compare REFERENCE OUT...            # mean KL of those to the first
-    python benchmarks/serving.py speed CHECKPOINT [DTYPE [eager]]    # tokens per second, in vLLM, batch 1 and 16
+    python benchmarks/serving.py speed CHECKPOINT [DTYPE [eager]]    # of one core in vLLM, batch 1 and 16
 
 ENGINE is `transformers` (in float32 for a 16-bit checkpoint, else as it loads it), `llmint8` or `vllm`. vLLM and
 bitsandbytes want different versions of transformers, so each engine runs in its own environment, and leaves its logits
 in OUT. In vLLM they are taken from `compute_logits` of the model, which it calls for the logprobs of a prompt.
 """
 
+import os
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -36,7 +38,26 @@ def of_model(model: Any, ids: list[list[int]]) -> torch.Tensor:
 
 
 class Watch:
-    """What vLLM's worker learns: to write the logits of prompts to a file."""
+    """What vLLM's worker learns: to write the logits of prompts to a file, and to take the time of its steps."""
+
+    def count(self: Any) -> None:
+        """Note the tokens of each step from now on, and the seconds that this thread works on it."""
+        runner, self.steps = self.model_runner, []
+        execute = runner.execute_model
+
+        def execute_model(scheduled: Any, *more: Any, **named: Any) -> Any:
+            start = time.thread_time()
+            found = execute(scheduled, *more, **named)
+            self.steps.append((scheduled.total_num_scheduled_tokens, time.thread_time() - start))
+            return found
+
+        runner.execute_model = execute_model
+
+    def counted(self: Any) -> list[tuple[int, float]]:
+        """Return what was noted since the last call."""
+        steps = [step for step in self.steps if step[0]]
+        self.steps.clear()
+        return steps
 
     def watch(self: Any, out: str) -> None:
         """Keep what the model computes from now on."""
@@ -95,29 +116,25 @@ def compare(reference: str, *others: str) -> None:
 
 
 def speed(checkpoint: str, dtype: str = "auto", mode: str = "compiled") -> None:
-    """Print how many tokens per second vLLM generates after prompts of 128 tokens, and how many of these it reads."""
+    """Print how many tokens vLLM reads and generates in a second of one core, whatever else the machine does."""
     from vllm import LLM, SamplingParams
 
+    os.environ.setdefault(
+        "VLLM_CPU_OMP_THREADS_BIND", "0"
+    )  # all work is in one thread then, and its time that of the work
     how = {"max_num_seqs": 16, "enable_prefix_caching": False, "enforce_eager": mode == "eager"}
-    llm = LLM(checkpoint, dtype=dtype, max_model_len=1024, **how)
+    llm = LLM(checkpoint, dtype=dtype, max_model_len=1024, worker_extension_cls="serving.Watch", **how)
+    llm.collective_rpc("count")
     generator = torch.Generator().manual_seed(0)
     for batch in BATCHES:
         prompts = torch.randint(100, 10_000, (batch, PROMPT), generator=generator).tolist()
         asked = [{"prompt_token_ids": ids} for ids in prompts]
-        read = fastest(llm, asked, SamplingParams(temperature=0, max_tokens=1))
-        made = fastest(llm, asked, SamplingParams(temperature=0, max_tokens=1 + NEW, ignore_eos=True)) - read
-        what = f"reads {batch * PROMPT / read:.0f}, generates {batch * NEW / made:.1f} tokens/s"
+        llm.generate(asked, SamplingParams(temperature=0, max_tokens=1 + NEW, ignore_eos=True), use_tqdm=False)
+        (steps,) = llm.collective_rpc("counted")
+        read = statistics.median(seconds / tokens for tokens, seconds in steps if tokens > batch)
+        made = statistics.median(seconds / tokens for tokens, seconds in steps if tokens == batch)
+        what = f"reads {1 / read:.0f}, generates {1 / made:.1f} tokens/s"
         print(f"{Path(checkpoint).name} {dtype} {mode}: batch {batch}: {what}", flush=True)
-
-
-def fastest(llm: Any, asked: list[Any], how: Any) -> float:
-    """Return the seconds of the faster of two runs."""
-    taken = []
-    for _ in range(2):
-        start = time.perf_counter()
-        llm.generate(asked, how, use_tqdm=False)
-        taken.append(time.perf_counter() - start)
-    return min(taken)
 
 
 if __name__ == "__main__":
