@@ -115,9 +115,9 @@ def convert_command(
 ) -> None:
     """Convert the 16-bit checkpoint SOURCE into an int8 checkpoint OUT.
 
-    SOURCE is a directory or a Hub repo id, with safetensors or pytorch_model.bin files; a GGUF file; or a directory with
-    OPT as metaseq saves it. OUT is a new directory. After an interruption the same command goes on where the last one
-    stopped.
+    SOURCE is a directory or a Hub repo id, with safetensors or pytorch_model.bin files; a GGUF file; or a directory
+    with OPT as metaseq saves it. OUT is a new directory. After an interruption the same command goes on where the last
+    one stopped.
     """
     set_up_logging(verbose)
     if private and push_to_hub is None:
