@@ -641,7 +641,7 @@ def test_tasks_without_the_harness_are_one_line(folder: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "llmint8.runtime.accuracy.tasks", raising=False)
     result = run(folder / "out", "--reference", folder / "source", "--tasks", "piqa")
-    assert_one_line_error(result, "--tasks needs lm-evaluation-harness: pip install 'llmint8[tasks]'")
+    assert_one_line_error(result, "Error: --tasks needs lm-evaluation-harness: pip install 'llmint8[tasks]'")
 
 
 def test_swapped_checkpoints_are_one_line(folder: Path) -> None:
