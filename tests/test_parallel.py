@@ -41,7 +41,8 @@ SIZES: dict[str, Any] = {
 MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     # A layer of 16 bit where others of its name are int8, and an index of several files.
     "llama": ("llama", {"num_hidden_layers": 2}, {"skip": ["layers.0.mlp.down_proj"], "max_shard_size": 300_000}),
-    "qwen2": ("qwen2", {"tie_word_embeddings": True}, {"format": 2, "rotate": True}),  # biases
+    # Biases; a head that is the int8 table of the embedding.
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}, {"format": 2, "rotate": True, "quantize_embeddings": True}),
     "neox": ("gpt_neox", {"vocab_size": 65}, {"quantize_head": True}),  # biases on what is cut by its inputs
     "phi3": ("phi3", {}, {"format": 2}),  # q, k and v are one layer, gate and up are one
     "mixtral": ("mixtral", {"num_local_experts": 4}, {"format": 2}),
@@ -182,8 +183,9 @@ def test_each_holds_its_part_of_every_tensor_and_no_more(case: str, folder: Path
             for key in ("values", "absmax", "outlier_dims", "outlier_weight", "bias"):
                 assert_same(parts[key], expected[key], f"{name}.{key}")
     twice = {name for name in held[0] & held[1] if ranks[0]["layers"][name][1] is None}
-    assert all("attn" in name for name in twice)
-    assert bool(twice) == (case in ("odd", "opt", "gpt_oss-ep", "granite"))
+    assert all("attn" in name for name in twice - {"lm_head"})
+    assert ("lm_head" in twice) == (case == "qwen2")  # the table that rows are looked up in
+    assert bool(twice) == (case in ("qwen2", "odd", "opt", "gpt_oss-ep", "granite"))
 
 
 def part_of(weight: Any, by: str, pieces: tuple[range, ...], rank: int) -> dict[str, Any]:

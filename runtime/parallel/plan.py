@@ -3,7 +3,7 @@
 The plan comes from transformers and names modules by patterns (`model.layers.*.mlp.up_proj`); where it has none, the
 caller gives one. It is changed in four ways before transformers applies it: int8 layers get styles of ours; the
 matrices of experts, which are layers here, get those of the stacks that the plan names; attention whose heads cannot
-be dealt out evenly stays whole on every process; and so does an embedding in int8.
+be dealt out evenly stays whole on every process; and so does an embedding in int8, with a head that is tied to it.
 """
 
 import logging
@@ -19,6 +19,7 @@ import torch
 from llmint8.converter.model.experts import ExpertMatrix
 from llmint8.formats import LLMInt8Error
 
+from ..layers.embedding import TiedHead
 from ..layers.experts import Int8Experts
 from ..layers.layer import Int8Linear
 
@@ -159,7 +160,8 @@ def _leave_whole(model: Any, plan: dict[str, str], size: int) -> None:
             if odd := {key: value for key, value in counts.items() if value % size}:
                 uneven |= dict.fromkeys(inside, " and ".join(f"{key} = {value}" for key, value in odd.items()))
         weight = module._parameters.get("weight")
-        if weight is not None and weight.dtype == torch.int8 and not isinstance(module, Int8Linear):
+        linear = isinstance(module, Int8Linear) and not isinstance(module, TiedHead)
+        if weight is not None and weight.dtype == torch.int8 and not linear:
             plan.pop(_pattern(name), None)
     for rule in uneven:
         plan.pop(rule, None)

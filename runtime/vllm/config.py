@@ -151,6 +151,8 @@ class Int8Config(QuantizationConfig):  # type: ignore[misc]
 
     def _how(self, name: str) -> How:
         scheme = self._quantization.scheme_of(name)
+        if scheme.lookup is not None:
+            raise ValueError(f"{name} is an embedding in int8, which vLLM cannot look up; convert it without")
         return How(scheme.activation, None, self._group, scheme.rotation)
 
 
