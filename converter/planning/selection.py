@@ -122,8 +122,8 @@ def _candidates_of_model(
         name = tensor.removesuffix(".weight") if tensor else module_name
         tied = is_head and tensor is None
         if head is not None and is_head and head.tied_to is not None:
-            embedding = _embedding(source, tensor_of, head.tied_to)
-            tensor = tensor or embedding
+            shared = _embedding(source, tensor_of, head.tied_to)
+            tensor = tensor or shared
         module_of[name] = module_name
         if reason or tensor is None:
             # Without a tensor of its own it is made of others: what is in no file at all has been refused before.

@@ -63,24 +63,22 @@ def replace_int8(model: Any, dtype: torch.dtype | None) -> None:
     if mixtures:
         # It lacks the rules by which stacks are made of single experts, and taken apart where they are saved.
         vars(model).pop("_weight_conversions", None)
+    heads = {name: module for name, module in model.named_modules() if isinstance(module, TiedHead)}
     inside = tuple(f"{name}." for name in mixtures)
     for name in layers:
-        if name.startswith(inside):
+        if name.startswith(inside) or name in heads:
             continue
         layer = model.get_submodule(name)
-        if isinstance(layer, TiedHead):
-            continue
         made = _filled(plain.get_submodule(name), layer, dtype).train(layer.training)
         model.set_submodule(name, made)
         take_hook(layer, made)
         del layer
         return_freed_memory()
-    for name in layers:  # behind the embeddings that they are tied to
-        if isinstance(head := model.get_submodule(name), TiedHead):
-            made = plain.get_submodule(name)
-            made._parameters["weight"] = model.get_submodule(head.table.name)._parameters["weight"]
-            model.set_submodule(name, made.train(head.training))
-            take_hook(head, made)
+    for name, head in heads.items():  # behind the embeddings that they are tied to
+        made = plain.get_submodule(name)
+        made._parameters["weight"] = model.get_submodule(head.table.name)._parameters["weight"]
+        model.set_submodule(name, made.train(head.training))
+        take_hook(head, made)
 
 
 def _filled(module: nn.Module, layer: Int8Linear | Int8Embedding, dtype: torch.dtype | None) -> nn.Module:
