@@ -4,6 +4,7 @@ Models are tiny and random, in float32, so that what is compared is int8 noise a
 next token at every position of a prompt, all of it, and the text that is generated.
 """
 
+import json
 import math
 import os
 import signal
@@ -22,6 +23,7 @@ import torch
 pytest.importorskip("vllm")
 openai = pytest.importorskip("openai")
 import transformers  # noqa: E402
+from safetensors.torch import save_file  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 
 from llmint8 import converter, runtime  # noqa: E402
@@ -173,6 +175,41 @@ def test_experts_are_served_in_int8(tmp_path: Path) -> None:
             assert divergence(here, there) < noise / 100
         else:
             assert divergence(exact, there) < 2 * noise
+
+
+def test_adapters_on_int8_layers_are_served(source: Path, tmp_path: Path) -> None:
+    converter.convert(source, tmp_path / "int8", outliers="top-k=4")
+    model = runtime.load(tmp_path / "int8", dtype="float32")
+    _, exact = expected(transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), source)
+    plain_text, plain = expected(model, source)
+    save_adapter(tmp_path / "adapter", model, ["q_proj", "v_proj", "gate_proj", "down_proj"])
+    text, here = expected(model, source)
+    noise = divergence(exact, plain)
+    assert divergence(plain, here) > 10 * noise
+    options = "--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"adapted={tmp_path / 'adapter'}"
+    with serving(tmp_path / "int8", *options) as client:
+        served, there = asked(client, "adapted")
+        plain_served, plain_there = asked(client)
+    assert (served.split(), plain_served.split()) == (text.split(), plain_text.split())
+    assert divergence(here, there) < noise / 100
+    assert divergence(plain, plain_there) < noise / 100
+
+
+def save_adapter(path: Path, model: Any, targets: list[str]) -> None:
+    """Write a LoRA as PEFT does, and let the model compute with it."""
+    random = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, layer in list(model.named_modules()):
+        if name.rpartition(".")[2] not in targets:
+            continue
+        down = torch.randn(8, layer.in_features, generator=random) * layer.in_features**-0.5
+        up = torch.randn(layer.out_features, 8, generator=random) * 0.1
+        tensors |= {f"base_model.model.{name}.lora_{part}.weight": half for part, half in (("A", down), ("B", up))}
+        layer.register_forward_hook(lambda _, x, y, down=down, up=up: y + 2 * (x[0] @ down.t() @ up.t()))
+    path.mkdir()
+    save_file(tensors, path / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": targets, "bias": "none"}
+    (path / "adapter_config.json").write_text(json.dumps({**config, "task_type": "CAUSAL_LM"}))
 
 
 def test_layers_that_are_merged_in_the_checkpoint_and_transposed_by_vllm(tmp_path: Path) -> None:

@@ -156,8 +156,8 @@ int llmint8_linear(
     const int64_t filled = up(w->k, 64), padded = filled + kernels->gap, batch = kernels->batch;
     const int64_t rows_up = up(m, batch);
     const int64_t panels = (w->n + PANEL - 1) / PANEL;
-    // Where panels are too few for the threads, rows of x are split, too.
-    const int64_t split = panels >= 16 * threads ? 1 : threads;
+    // Where panels are too few for the threads, rows of x are split, too: many rows, since each part reads the weight.
+    const int64_t split = panels >= (m < 128 ? 4 : 16) * threads ? 1 : threads;
     const int64_t part = least(up((m + split - 1) / split, 2 * batch), PART);
     const int64_t parts = (m + part - 1) / part;
     // Bytes of each thread: a row in float32 and a batch in int8; then the columns and the panel's sums of groups; sums, and
