@@ -78,6 +78,15 @@ class Int8Weight:
         return replace(self, outlier_dims=dims, outlier_weight=columns)
 
 
+def outliers_among(outlier_dims: Tensor, columns: Tensor, inputs: range) -> tuple[Tensor, Tensor]:
+    """Return the outlier dims [k] and columns [N, k] of a layer that has some consecutive inputs of a larger one.
+
+    What is given is that one's; the dims that are returned are counted from the first of these inputs.
+    """
+    here = (outlier_dims >= inputs.start) & (outlier_dims < inputs.stop)
+    return outlier_dims[here] - inputs.start, columns[:, here]
+
+
 class QuantizedRows(NamedTuple):
     """Rows of activations in int8, in G groups: `x ~ (values - zero_point) * scale`, outlier dimensions excepted.
 

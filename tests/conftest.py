@@ -158,9 +158,9 @@ def benchmark() -> Callable[[str], ModuleType]:
     return script
 
 
-def _beside(name: str) -> ModuleType:
-    """Import a module of the tests. They are no package and their folder is not on sys.path."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+def _beside(name: str, folder: str = "tests") -> ModuleType:
+    """Import a module of the tests or the soak. They are no packages and their folders are not on sys.path."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent.parent / folder / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -184,6 +184,39 @@ def spec_reader() -> ModuleType:
 def architectures() -> ModuleType:
     """The module `architectures.py`: tiny random models of many kinds."""
     return _beside("architectures")
+
+
+@pytest.fixture(scope="session")
+def conformance() -> ModuleType:
+    """The module `soak/conformance.py`, which tries families of models."""
+    return _beside("conformance", "soak")
+
+
+@pytest.fixture(scope="session")
+def model_of_words() -> Callable[[Path, int], None]:
+    """Writes a tiny random Llama in float16 with a tokenizer of words: (path, intermediate size)."""
+
+    def write(path: Path, intermediate_size: int) -> None:
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+        torch.manual_seed(0)
+        words = ["<unk>", "</s>", "The", "capital", "of", "France", "is", "Paris"]
+        config = LlamaConfig(
+            vocab_size=len(words),
+            hidden_size=32,
+            intermediate_size=intermediate_size,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            bos_token_id=None,
+            eos_token_id=1,
+        )
+        LlamaForCausalLM(config).half().save_pretrained(path)
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(path)
+
+    return write
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,9 +1,7 @@
 """`docs/architectures.md` against the table it is written from; `soak/test_conformance.py` tries the families."""
 
-import importlib.util
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,16 +11,6 @@ DOCUMENT = (ROOT / "docs" / "architectures.md").read_text(encoding="utf-8")
 CELLS = [[cell.strip() for cell in row.split("|")[1:-1]] for row in re.findall(r"^\|.*", DOCUMENT, re.MULTILINE)]
 ROWS = {cells[0]: cells for cells in CELLS}
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
-
-
-@pytest.fixture(scope="module")
-def conformance() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("conformance", ROOT / "soak" / "conformance.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_document_has_the_families_of_the_table(conformance: Any) -> None:

@@ -2,13 +2,12 @@
 
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmint8.converter.commands.convert import convert_command
 from llmint8.runtime import load
@@ -25,28 +24,10 @@ def commands(page: str) -> list[str]:
     return "".join(found).splitlines()
 
 
-def make_model(path: Path) -> None:
-    torch.manual_seed(0)
-    words = ["<unk>", "</s>", "The", "capital", "of", "France", "is", "Paris"]
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(config).half().save_pretrained(path)
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(path)
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, model_of_words: Callable[[Path, int], None]) -> Path:
     folder = tmp_path_factory.mktemp("documents")
-    make_model(folder / "path" / "to" / "model")
+    model_of_words(folder / "path" / "to" / "model", 64)
     (folder / "text.txt").write_text("The capital of France is Paris \n" * 20)
     return folder
 

@@ -3,14 +3,14 @@
 import inspect
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 import pytest
 import torch
 from click.testing import CliRunner
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM
 
 from llmint8 import runtime
 from llmint8.converter.commands.convert import convert_command
@@ -105,10 +105,10 @@ def test_every_file_that_is_named_is_there(document: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def after_the_commands(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def after_the_commands(tmp_path_factory: pytest.TempPathFactory, model_of_words: Callable[[Path, int], None]) -> Path:
     """A folder in which the README's shell commands ran, on a tiny model in place of `path/to/model`."""
     folder = tmp_path_factory.mktemp("readme")
-    make_model(folder / "path" / "to" / "model")
+    model_of_words(folder / "path" / "to" / "model", 48)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for line in "".join(blocks("sh")).splitlines():
@@ -133,22 +133,3 @@ def test_the_python_runs(number: int, after_the_commands: Path, monkeypatch: pyt
     exec(code, names)
     assert isinstance(names["model"], LlamaForCausalLM)
     assert next(names["model"].get_submodule("model.layers.0.mlp.up_proj").parameters()).dtype == torch.int8
-
-
-def make_model(path: Path) -> None:
-    """Write a tiny random float16 model with a tokenizer of words."""
-    torch.manual_seed(0)
-    words = ["<unk>", "</s>", "The", "capital", "of", "France", "is", "Paris"]
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(config).half().save_pretrained(path)
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(path)

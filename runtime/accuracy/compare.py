@@ -4,7 +4,6 @@ There are two models in memory, in float32 where they are not int8: the source a
 are simulated on the first, and the checkpoint's other modes are the second with its layers switched.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +12,18 @@ from typing import Any, NamedTuple
 import torch
 
 from llmint8.converter.calibration.text import read_text
-from llmint8.converter.calibration.tokenizer import load_tokenizer
 from llmint8.converter.gguf.source import open_local
 from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.machine import usable_device
 from llmint8.converter.planning.options import ACTIVATION_GROUP
-from llmint8.formats import LLMInt8Error, Source, SourceError
+from llmint8.formats import LLMInt8Error, Source
 
 from ..layers.misses import outlier_misses
 from ..model.load import load
 from .evaluate import Evaluation, measure, token_windows
 from .methods import METHODS, THRESHOLD
-from .reference import load_model, reference_class
-from .runs import HEAD_OF_THE_SOURCE, Mode, Runs, int8_layers
+from .reference import check_window, load_model, reference_class, tokenizer_beside
+from .runs import HEAD_OF_THE_SOURCE, Mode, Runs, int8_layers, stored_columns
 
 
 class BeyondCalibration(NamedTuple):
@@ -82,9 +80,7 @@ def compare(
     resolved, origin = resolve(checkpoint, kind="int8"), resolve(source, kind="source")
     content = read_text(text)
     opened = open_local(origin.path)
-    tokenizer, why = load_tokenizer(opened.beside)
-    if tokenizer is None:
-        raise SourceError(f"{origin.path}: {why}, so no text can be shown to it")
+    tokenizer = tokenizer_beside(opened.beside, origin.path)
     windows = token_windows(tokenizer, content, tokens, window)
     model = load(resolved.path, device=device, dtype=torch.float32)
     reference = load_reference(opened, window, device)
@@ -93,22 +89,18 @@ def compare(
     modes = modes_of(model.config.quantization_config, methods, rotated)
     named = {f"{resolved.name}: {mode.label}": mode for mode in modes}
     runs = Runs(reference, model, named, METHODS if methods else (), windows)
-    counted = not methods and any(layer.kept_limit is not None for layer in layers.values())
-    if counted:
-        outlier_misses(model)
+    counted = not methods and starts_counting(model)
 
     def passed(name: str) -> None:
         progress(name, runs.passes)
 
     found = measure(runs.each(passed), progress=passed, **runs.positions)
-    stored = sum(0 if layer.outlier_dims is None else len(layer.outlier_dims) for layer in layers.values())
-    columns = sum(layer.in_features for layer in layers.values())
     kl = {row.name: row.kl_mean for row in found.measurements}
     own = next(iter(named))
     without = f"{own}, {HEAD_OF_THE_SOURCE}"
     head_kl = kl[own] - kl[without] if without in kl else None
     beyond = beyond_calibration(model) if counted else None
-    return Comparison(len(windows), len(layers), head_kl, stored / max(1, columns), beyond, found)
+    return Comparison(len(windows), len(layers), head_kl, stored_columns(layers.values()), beyond, found)
 
 
 def load_reference(source: Source, window: int, device: str) -> Any:
@@ -123,9 +115,7 @@ def load_reference(source: Source, window: int, device: str) -> Any:
     config, cls = reference_class(source)
     if config.is_encoder_decoder or not cls.can_generate():
         raise LLMInt8Error(f"{source.path}: {cls.__name__} is no causal language model, and only these can be compared")
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
-    if window > longest:
-        raise ValueError(f"a window of {window} tokens is too long: {source.path} was made for {longest} positions")
+    check_window(window, config, source.path)
     return load_model(source, config, cls, device)
 
 
@@ -143,8 +133,16 @@ def modes_of(config: Any, methods: bool, rotated: bool) -> list[Mode]:
     return list(dict.fromkeys([own, other, grouped, *searched]))
 
 
+def starts_counting(model: Any) -> bool:
+    """Count from now on what exceeds the calibration; False, and nothing is counted, where no layer has a limit."""
+    counts = any(layer.kept_limit is not None for layer in int8_layers(model).values())
+    if counts:
+        outlier_misses(model)
+    return counts
+
+
 def beyond_calibration(model: Any) -> BeyondCalibration:
-    """Return what a model has counted since `outlier_misses` was called for it first."""
+    """Return what a model has counted since `starts_counting`."""
     found = outlier_misses(model)
     shares = {name: counts.misses / max(1, counts.rows) for name, counts in found.items()}
     misses, rows = (sum(getattr(counts, key) for counts in found.values()) for key in ("misses", "rows"))

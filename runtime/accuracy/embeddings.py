@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from llmint8.converter.calibration.text import read_text
-from llmint8.converter.calibration.tokenizer import load_tokenizer
 from llmint8.converter.gguf.source import open_local
 from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.machine import usable_device
@@ -24,14 +23,13 @@ from llmint8.converter.model.inputs import senses, takes_text
 from llmint8.converter.model.limits import longest_text
 from llmint8.formats import SourceError, open_checkpoint
 
-from ..layers.misses import outlier_misses
 from ..model.load import load
 from ..model.pretrained import config_and_class
-from .compare import BeyondCalibration, beyond_calibration, modes_of
+from .compare import BeyondCalibration, beyond_calibration, modes_of, starts_counting
 from .methods import METHODS, Simulation
 from .pooling import Pooling, read_pooling
-from .reference import load_model, reference_class
-from .runs import int8_layers, run_in_mode
+from .reference import load_model, reference_class, tokenizer_beside
+from .runs import int8_layers, run_in_mode, stored_columns
 
 _BATCH = 16
 # Pairs of two texts can be in one order only.
@@ -105,9 +103,7 @@ def compare_embeddings(
     resolved, origin = resolve(checkpoint, kind="int8"), resolve(source, kind="source")
     lines = [line.strip() for line in read_text(text).splitlines()]
     opened = open_local(origin.path)
-    tokenizer, why = load_tokenizer(opened.beside)
-    if tokenizer is None:
-        raise SourceError(f"{origin.path}: {why}, so no text can be shown to it")
+    tokenizer = tokenizer_beside(opened.beside, origin.path)
     pooling = read_pooling(opened.beside)
     config, _ = reference_class(opened)
     model = load(resolved.path, device=device, dtype=torch.float32)
@@ -124,9 +120,7 @@ def compare_embeddings(
         return _embed(body, batches, pooling, lambda: progress(name, passes))
 
     searching = {layer for layer in layers.values() if layer.outliers == "dynamic"}
-    counted = not methods and any(layer.kept_limit is not None for layer in layers.values())
-    if counted:
-        outlier_misses(model)
+    counted = not methods and starts_counting(model)
     expected = embed(reference.base_model, "")
     found: dict[str, Tensor] = {}
     simulation = Simulation(reference, layers if methods else ())
@@ -137,13 +131,12 @@ def compare_embeddings(
         run_in_mode(layers.values(), searching, mode)
         name = f"{resolved.name}: {mode.label}"
         found[name] = embed(model.base_model, name)
-    stored = sum(0 if layer.outlier_dims is None else len(layer.outlier_dims) for layer in layers.values())
     return EmbeddingComparison(
         len(expected),
         sum(batch.numel() for batch in batches),
         pooling,
         len(layers),
-        stored / max(1, sum(layer.in_features for layer in layers.values())),
+        stored_columns(layers.values()),
         beyond_calibration(model) if counted else None,
         distances(expected, found),
     )

@@ -5,7 +5,6 @@ float16 and GGUF in float32, from the weights that are in the files. llama.cpp a
 own, which come on top.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 
 from llmint8.converter.calibration.text import read_text
-from llmint8.converter.calibration.tokenizer import load_tokenizer
 from llmint8.converter.gguf.source import open_local
 from llmint8.converter.model.build import model_class, quiet_transformers
 from llmint8.converter.model.config import load_config
@@ -25,6 +23,7 @@ from llmint8.formats import LLMInt8Error
 from ..model.load import load
 from .compare import load_reference
 from .evaluate import Evaluation, Logits, measure, token_windows
+from .reference import check_window, tokenizer_beside
 
 # What runs a form in transformers, where it does not do it alone.
 _PACKAGES = {"bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed_tensors"}
@@ -46,12 +45,8 @@ class Measuring:
         cls = None if config is None else model_class(config)
         if cls is None or config is None or config.is_encoder_decoder or not cls.can_generate():
             raise LLMInt8Error(f"{checkpoint}: no causal language model, and only of these a loss is measured")
-        longest = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
-        if window > longest:
-            raise ValueError(f"a window of {window} tokens is too long: {checkpoint} was made for {longest} positions")
-        tokenizer, why = load_tokenizer(checkpoint)
-        if tokenizer is None:
-            raise LLMInt8Error(f"{checkpoint}: {why}, so no text can be shown to it")
+        check_window(window, config, checkpoint)
+        tokenizer = tokenizer_beside(checkpoint, checkpoint)
         self._cls, self._window = cls, window
         self._windows = token_windows(tokenizer, read_text(text), tokens, window)
 

@@ -1,15 +1,33 @@
-"""The 16-bit checkpoint that an int8 one is compared with: the class of its model, and the model."""
+"""The 16-bit checkpoint that an int8 one is compared with: the class of its model, the model, and its tokenizer."""
 
+import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers.utils import is_peft_available
 
+from llmint8.converter.calibration.tokenizer import load_tokenizer
 from llmint8.converter.model.build import model_class, quiet_transformers
 from llmint8.converter.model.config import load_config
 from llmint8.converter.model.limits import bounded_modules
 from llmint8.formats import LLMInt8Error, Source, SourceError
 from llmint8.formats.disk.names import ADAPTER_CONFIG_NAME
+
+
+def tokenizer_beside(folder: Path, path: Path) -> Any:
+    """Return the tokenizer in a folder; a checkpoint that has none is called `path`. Raises SourceError."""
+    tokenizer, why = load_tokenizer(folder)
+    if tokenizer is None:
+        raise SourceError(f"{path}: {why}, so no text can be shown to it")
+    return tokenizer
+
+
+def check_window(window: int, config: Any, path: Path) -> None:
+    """Check how many tokens a model will be shown at a time. Raises ValueError: it was made for fewer."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or math.inf
+    if window > longest:
+        raise ValueError(f"a window of {window} tokens is too long: {path} was made for {longest} positions")
 
 
 def reference_class(source: Source) -> tuple[Any, Any]:

@@ -5,7 +5,7 @@ kept. Modes of the checkpoint lay its layers out anew, so each runs over several
 kept meanwhile are hidden states.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -153,6 +153,12 @@ def run_in_mode(layers: Iterable[Int8Linear], searching: set[Int8Linear], mode: 
 def int8_layers(model: Any) -> dict[str, Int8Linear]:
     """Return the int8 layers of a model by their names."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}
+
+
+def stored_columns(layers: Collection[Int8Linear]) -> float:
+    """Return the share of the input columns of layers that are stored in floating point, 0 to 1."""
+    stored = sum(0 if layer.outlier_dims is None else len(layer.outlier_dims) for layer in layers)
+    return stored / max(1, sum(layer.in_features for layer in layers))
 
 
 def _at(halves: Halves, hidden: Tensor, places: slice) -> Tensor:

@@ -20,15 +20,14 @@ from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from llmint8.converter.calibration.tokenizer import load_tokenizer
 from llmint8.converter.gguf.source import open_local
 from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.machine import return_freed_memory, usable_device
 from llmint8.converter.words import first_line
-from llmint8.formats import LLMInt8Error, SourceError, open_checkpoint
+from llmint8.formats import LLMInt8Error, open_checkpoint
 
 from ..model.load import load
-from .reference import load_model, reference_class
+from .reference import load_model, reference_class, tokenizer_beside
 
 # The zero-shot tasks of LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339), figure 1.
 PAPER = ("winogrande", "hellaswag", "piqa", "lambada_openai")
@@ -98,9 +97,7 @@ def compare_on_tasks(
     config, cls = reference_class(opened)
     if not cls.can_generate():
         raise LLMInt8Error(f"{opened.path}: {cls.__name__} predicts no next token, which the harness' tasks need")
-    tokenizer, why = load_tokenizer(opened.beside)
-    if tokenizer is None:
-        raise SourceError(f"{origin.path}: {why}, so no text can be shown to it")
+    tokenizer = tokenizer_beside(opened.beside, origin.path)
     with _only_errors():
         manager = TaskManager(include_path=None if include is None else str(include))
         chosen = _chosen(manager, names)

@@ -23,12 +23,16 @@ def text_table(facts: dict[str, Any]) -> str:
     rows += [
         "",
         f"{count(facts['windows'], 'window')} of {count(facts['window'], 'token')}, "
-        f"{count(facts['positions'], 'position')}. {count(facts['layers'], 'layer')} in int8, "
-        f"{facts['stored_columns']:.2%} of their columns stored unquantized.",
+        f"{count(facts['positions'], 'position')}. {_layers(facts)}",
     ]
     if facts["head_kl"] is not None:
         rows.append(f"The int8 output head adds {facts['head_kl']:.5f} to the mean KL.")
     return "\n".join([*rows, *_beyond(facts)])
+
+
+def _layers(facts: dict[str, Any]) -> str:
+    columns = f"{facts['stored_columns']:.2%} of their columns stored unquantized"
+    return f"{count(facts['layers'], 'layer')} in int8, {columns}."
 
 
 def _beyond(facts: dict[str, Any]) -> list[str]:
@@ -51,8 +55,7 @@ def embeddings_table(facts: dict[str, Any]) -> str:
     rows += [
         "",
         f"{count(facts['texts'], 'text')} of {count(facts['tokens'], 'token')} together, pooled by "
-        f"{' and '.join(facts['pooling'])}. {count(facts['layers'], 'layer')} in int8, {facts['stored_columns']:.2%} "
-        "of their columns stored unquantized.",
+        f"{' and '.join(facts['pooling'])}. {_layers(facts)}",
     ]
     rows += [f"{printable(folder)} is not run: what goes into it is compared." for folder in facts["left_out"]]
     return "\n".join([*rows, *_beyond(facts)])

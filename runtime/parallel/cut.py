@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from llmint8.formats import LLMInt8Error
+from llmint8.kernels.reference import outliers_among
 
 from ..layers.layer import Int8Linear
 
@@ -132,9 +133,8 @@ def _cut_inputs(layer: Int8Linear, cut: Cut) -> None:
     (piece,), buffers = cut.pieces, layer._buffers
     buffers[layer._layout.absmax] = layer.row_absmax.clone()
     if layer.outlier_dims is not None and layer.outlier_weight is not None:
-        here = (layer.outlier_dims >= piece.start) & (layer.outlier_dims < piece.stop)
-        buffers["outlier_dims"] = layer.outlier_dims[here] - piece.start
-        buffers["outlier_weight"] = layer.outlier_weight[:, here].contiguous()
+        dims, columns = outliers_among(layer.outlier_dims, layer.outlier_weight, piece)
+        buffers["outlier_dims"], buffers["outlier_weight"] = dims, columns.contiguous()
 
 
 def whole_tensors(layer: Int8Linear, cut: Cut) -> dict[str, Tensor]:

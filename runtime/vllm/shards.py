@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from llmint8.kernels.checks import check_weight
 from llmint8.kernels.operands import Operands
 from llmint8.kernels.operators import dynamic_int8_linear, int8_linear
-from llmint8.kernels.reference import Activation, Group, Int8Weight, Rotation
+from llmint8.kernels.reference import Activation, Group, Int8Weight, Rotation, outliers_among
 from llmint8.kernels.weights import row_sums
 
 
@@ -82,9 +82,8 @@ def of_inputs(weight: Int8Weight, start: int, count: int) -> Int8Weight:
             f"{k} of {count} inputs are no whole blocks of {weight.rotation}, in which the layer is rotated; "
             "take fewer ranks, or a checkpoint that is not rotated"
         )
-    dims = weight.outlier_dims - start
-    here = (dims >= 0) & (dims < k)
-    return replace(weight, outlier_dims=dims[here], outlier_weight=weight.outlier_weight[:, here])
+    dims, columns = outliers_among(weight.outlier_dims, weight.outlier_weight, range(start, start + k))
+    return replace(weight, outlier_dims=dims, outlier_weight=columns)
 
 
 class Int8Rows(nn.Module):
