@@ -1,0 +1,107 @@
+"""The levels of k bits, 3 to 8: what a code stands for, times the absmax of its block.
+
+They are the data types of "The case for 4-bit precision" (Dettmers & Zettlemoyer 2022, arXiv 2212.09720, section 2),
+and NF4 of QLoRA (Dettmers et al. 2023, arXiv 2305.14314). Every one has 0 among its levels, which lie in [-1, 1] and rise;
+code c stands for level c. All are the same to the bit on every machine: quotients of small numbers, or constants.
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+DataType = Literal["int", "float", "dynamic", "quantile", "nf4"]
+BITS = range(3, 9)
+
+# Exponent bits of `float`, for each number of bits (appendix of 2212.09720).
+_EXPONENT_BITS = {3: 2, 4: 2, 5: 3, 6: 3, 7: 4, 8: 4}
+# Quantiles of the normal distribution, 8 of the upper half and 7 of the lower, over the largest (QLoRA, appendix E).
+_NF4 = (
+    -1.0, -0.69619289, -0.52507304, -0.39491749, -0.28444136, -0.18477344, -0.09104999, 0.0,
+    0.07958033, 0.16093017, 0.24611229, 0.33791519, 0.44070980, 0.56261697, 0.72295673, 1.0,
+)  # fmt: skip
+# What the levels of `quantile` are found from: so many weights, evenly spread over the layer.
+_SAMPLE = 1 << 20
+
+
+def check_levels(data_type: str, bits: int) -> None:
+    """Check that there is such a data type of so many bits. Raises ValueError."""
+    if data_type not in get_args(DataType):
+        raise ValueError(f"data type {data_type!r}, expected one of {', '.join(get_args(DataType))}")
+    if bits not in BITS:
+        raise ValueError(f"{bits} bits, expected 3 to 8")
+    if data_type == "nf4" and bits != 4:
+        raise ValueError(f"data type 'nf4' with {bits} bits, it has 4")
+
+
+def levels_of(data_type: DataType, bits: int) -> Tensor:
+    """Return the levels of a data type that has the same in every layer, float32 [2 ** bits]; not of `quantile`.
+
+    Where it has fewer, the last one stands there more than once, and no code but the first of it is used.
+
+    Raises:
+        ValueError: there is no such data type of so many bits, or its levels are those of a layer.
+
+    """
+    check_levels(data_type, bits)
+    if data_type == "quantile":
+        raise ValueError("the levels of data type 'quantile' are found for each layer")
+    made = list(_NF4) if data_type == "nf4" else {"int": _int, "float": _float, "dynamic": _dynamic}[data_type](bits)
+    made += [1.0] * (2**bits - len(made))
+    return torch.tensor(made, dtype=torch.float64).float()
+
+
+def _int(bits: int) -> list[float]:
+    """Return -1 to 1 in equal steps, as many below 0 as above."""
+    most = 2 ** (bits - 1) - 1
+    return [number / most for number in range(-most, most + 1)]
+
+
+def _float(bits: int) -> list[float]:
+    """Return floating point numbers without infinity and NaN, with subnormal ones, over the largest."""
+    exponent_bits = _EXPONENT_BITS[bits]
+    steps = 2 ** (bits - 1 - exponent_bits)
+    positive = [step / steps for step in range(steps)]
+    positive += [2.0 ** (e - 1) * (1 + step / steps) for e in range(1, 2**exponent_bits) for step in range(steps)]
+    return _of_both_signs([number / positive[-1] for number in positive[1:]])
+
+
+def _dynamic(bits: int) -> list[float]:
+    """Return the numbers of a dynamic exponent: each zero before the indicator bit is a tenth.
+
+    The bits that follow divide 0.1 to 1 evenly, and stand for the middles of these parts; 1 is a level of its own.
+    """
+    positive = []
+    for exponent in range(bits - 1):
+        parts = 2**exponent
+        middles = [0.1 + 0.9 * (2 * part + 1) / (2 * parts) for part in range(parts)]
+        positive += [middle / 10.0 ** (bits - 2 - exponent) for middle in middles]
+    return [*_of_both_signs(positive), 1.0]
+
+
+def _of_both_signs(positive: list[float]) -> list[float]:
+    return [*(-number for number in reversed(positive)), 0.0, *positive]
+
+
+def quantiles(values: Tensor, bits: int) -> Tensor:
+    """Return the levels of `quantile` for a layer: as many of its weights are nearest to each of them.
+
+    Level i is the middle between the quantiles i / (2^k + 1) and (i + 1) / (2^k + 1), and 0 one more of them
+    (2212.09720, section 2).
+
+    Args:
+        values: float [N, K], weights over the absmax of their block, in [-1, 1].
+        bits: k.
+
+    Returns:
+        float32 [2 ** bits], rising, each exact in float16, which is how they are stored.
+
+    """
+    flat = values.float().flatten()
+    sample = flat[:: max(1, -(-len(flat) // _SAMPLE))].sort().values.double()
+    last = len(sample) - 1
+    places = torch.arange(1, 2**bits + 1, dtype=torch.float64, device=flat.device) / (2**bits + 1) * last
+    low = places.long()
+    edges = sample[low].lerp(sample[(low + 1).clamp(max=last)], places - low)
+    found = torch.cat([(edges[1:] + edges[:-1]) / 2, edges.new_zeros(1)]).sort().values
+    return (found / found.abs().max()).half().float()
