@@ -1,8 +1,8 @@
 """The levels of k bits, 3 to 8: what a code stands for, times the absmax of its block.
 
 They are the data types of "The case for 4-bit precision" (Dettmers & Zettlemoyer 2022, arXiv 2212.09720, section 2),
-and NF4 of QLoRA (Dettmers et al. 2023, arXiv 2305.14314). Every one has 0 among its levels, which lie in [-1, 1] and rise;
-code c stands for level c. All are the same to the bit on every machine: quotients of small numbers, or constants.
+and NF4 of QLoRA (Dettmers et al. 2023, arXiv 2305.14314). Every one has 0 among its levels, which lie in [-1, 1] and
+rise; code c stands for level c. All are the same to the bit on every machine: quotients of small numbers, or constants.
 """
 
 from typing import Literal, get_args

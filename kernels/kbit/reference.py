@@ -1,9 +1,9 @@
 """The definition of weights of 3 to 8 bits, and of the layer that multiplies by them, in plain torch.
 
 Only the weight is quantized; inputs stay in floating point ("The case for 4-bit precision", Dettmers & Zettlemoyer
-2022, arXiv 2212.09720). A row of the weight is cut into blocks of consecutive elements, each with its absmax in float16, and
-an element is the number of the level that is nearest to what it is of that absmax. The columns at `outlier_dims` are
-multiplied as they were; the codes have all columns, so that they do not depend on these.
+2022, arXiv 2212.09720). A row of the weight is cut into blocks of consecutive elements, each with its absmax in
+float16, and an element is the number of the level that is nearest to what it is of that absmax. The columns at
+`outlier_dims` are multiplied as they were; the codes have all columns, so that they do not depend on these.
 
 What was said of `kernels/reference.py` holds here: a fast path is right when it agrees with the function of the same
 name. Their bound: sums are float32 in any order, and a path may round levels, absmax and x to 16 bit first.
