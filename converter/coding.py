@@ -144,7 +144,10 @@ def round_to_nearest(weight: Tensor, scheme: Scheme, levels: Tensor | None = Non
         values, absmax = quantize_weight(weight, scheme.rotation)
         return values, Int8Grid(absmax)
     how = scheme.kbit
-    codes, absmax, levels = kbit.quantize_weight(weight, how.bits, how.data_type, how.block, levels)
+    if levels is None:
+        codes, absmax, levels = kbit.quantize_weight(weight, how.bits, how.data_type, how.block)
+    else:
+        codes, absmax = kbit.quantize_to(weight, levels, how.block)
     return codes, KBitGrid(absmax, levels, how.block, how.has_codebook)
 
 

@@ -26,8 +26,8 @@ def by_elimination(x: Tensor, weight: Tensor, grid: KBitGrid) -> tuple[Tensor, f
 
     Returns the codes, and how near a value came to the middle between two levels, in those of the absmax.
     """
-    levels = grid.levels.double().unique()  # the last one may stand there more than once
-    middles = (levels[1:] + levels[:-1]) / 2
+    levels = grid.levels.double()
+    middles = ((levels[1:] + levels[:-1]) / 2)[: int((levels < 1).sum())]  # the last one may stand there more than once
     hessian = (x.t() @ x).double()
     order = hessian.diagonal().argsort(descending=True).tolist()
     hessian.diagonal().add_(0.1 * float(hessian.diagonal().mean()))
@@ -47,13 +47,13 @@ def by_elimination(x: Tensor, weight: Tensor, grid: KBitGrid) -> tuple[Tensor, f
 
 @pytest.mark.parametrize("kbit", SCHEMES, ids=lambda kbit: kbit.name)
 def test_gptq_on_any_levels_is_what_elimination_gives(kbit: KBit) -> None:
-    torch.manual_seed(1)
-    x, weight = correlated(150, 72), torch.randn(12, 72)
+    torch.manual_seed(5)
+    x, weight = correlated(150, 72), torch.randn(5, 72)
     weight[2] = 0
     codes, grid = round_to_nearest(weight, Scheme(kbit=kbit))
     assert isinstance(grid, KBitGrid)
     expected, nearest = by_elimination(x, weight, grid)
-    assert nearest > 1e-6  # else sums in another order might decide
+    assert nearest > 1e-5  # else sums in another order might decide
     rounded = gptq.Correlations(x).round(weight, grid)
     assert torch.equal(rounded, expected)
     errors = [float(((grid.dequantize(one) - weight) @ x.t()).norm()) for one in (codes, rounded)]
