@@ -15,7 +15,7 @@ from torch import Tensor
 from llmint8.formats import Layout, Scheme
 from llmint8.kernels.kbit import reference as kbit
 from llmint8.kernels.kbit.levels import quantiles, sample_step
-from llmint8.kernels.kbit.packing import pack
+from llmint8.kernels.kbit.packing import pack, unpack
 from llmint8.kernels.weights import quantize_weight
 
 
@@ -47,6 +47,9 @@ class Grid(Protocol):
 
     def stored(self, codes: Tensor) -> Tensor:
         """Return codes [N, K] as they stand in a file."""
+
+    def codes(self, stored: Tensor, in_features: int) -> Tensor:
+        """Return codes [N, K] from what stands in a file."""
 
     def scales(self, layout: Layout) -> dict[str, Tensor]:
         """Return what stands in a file beside them, by the ends of the tensors' names."""
@@ -80,6 +83,10 @@ class Int8Grid:
     def stored(self, codes: Tensor) -> Tensor:
         """Return them as they are; see `Grid`."""
         return codes
+
+    def codes(self, stored: Tensor, in_features: int) -> Tensor:
+        """Return them as they are; see `Grid`."""
+        return stored
 
     def scales(self, layout: Layout) -> dict[str, Tensor]:
         """Return the absmax, and in format 1 what bitsandbytes wants; see `Grid`."""
@@ -128,6 +135,10 @@ class KBitGrid:
     def stored(self, codes: Tensor) -> Tensor:
         """Return them packed; see `Grid`."""
         return pack(codes, self.bits)
+
+    def codes(self, stored: Tensor, in_features: int) -> Tensor:
+        """Return them unpacked; see `Grid`."""
+        return unpack(stored, self.bits, in_features)
 
     def scales(self, layout: Layout) -> dict[str, Tensor]:
         """Return the absmax, and the levels where each layer has its own; see `Grid`."""

@@ -34,6 +34,7 @@ from ..planning.plan import ConversionPlan
 from ..planning.selected import SelectedLayer, kept_output_bytes
 from ..words import first_line
 from .gptq import Gptq, Round
+from .proxied import ProxyColumns
 from .streaming import LinearCall, streamed
 from .text import Calibration
 
@@ -64,6 +65,13 @@ class Outliers:
     load: Callable[[str], tuple[Tensor, Tensor]] = _no_columns
 
 
+def known_columns(plan: ConversionPlan) -> Outliers:
+    """Return the columns that are chosen without a pass: those of proxy quantization, or none."""
+    proxy = ProxyColumns(plan)
+    counts = {name: plan.columns_of(plan.selection.layers[name]) or 0 for name in plan.before}
+    return Outliers(counts, load=proxy.load)
+
+
 class Calibrator:
     """Runs the pass and chooses the outliers."""
 
@@ -74,7 +82,8 @@ class Calibrator:
         self._notices: list[str] = []
         self._overflow = 0.0, ""
         gptq = plan.options.rounding == "gptq"
-        self._rounding = Gptq(plan.criterion, plan.options.scheme.rotation) if gptq else None
+        proxy = ProxyColumns(plan).dims if plan.criterion.kind == "proxy" else None
+        self._rounding = Gptq(plan.criterion, plan.options.scheme, proxy) if gptq else None
         self.shown: dict[str, int] = {}
 
     def run(self, read: Callable[[str], Tensor], quantize: Quantize, has: Callable[[SelectedLayer], bool]) -> None:
@@ -222,8 +231,9 @@ class Calibrator:
         return torch.cat([self._journal.load(columns.rows(rows[dim], rows[dim] + 1)) for dim in dims.tolist()]).t()
 
     def choose(self) -> Outliers:
-        """Choose the outliers of all layers seen."""
+        """Choose the outliers of all layers seen, or those that were known before."""
         groups = self._statistics.finish()
+        known = None if self._plan.criterion.measured else known_columns(self._plan)
         chosen = select(groups, self._plan.criterion)
         counts: dict[str, int] = {}
         statistics: dict[str, dict[str, Any]] = {}
@@ -247,4 +257,6 @@ class Calibrator:
             dims = dims_of[name][positions[name]].sort().values
             return dims.to(torch.int32), self._columns(self._plan.selection.layers[name], dims)
 
+        if known is not None:
+            return Outliers(known.counts, statistics, self._notices, known.load)
         return Outliers(counts, statistics, self._notices, load)

@@ -147,7 +147,7 @@ class Transfer:
         for name, layer in self._plan.selection.layers.items():
             stored = output_dtype(layer.weight.dtype, self._plan.dtype)
             specs[name] = outlier_specs(name, layer.out_features, outliers.counts.get(name, 0), stored)
-        if self._plan.criterion.kind != "none":
+        if self._plan.criterion.measured:
             self._writer.plan(specs.values())
         for name, (dims_spec, columns_spec) in specs.items():
             layer = self._plan.selection.layers[name]

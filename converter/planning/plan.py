@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,9 @@ from ..model.config import load_config
 from ..model.inputs import rows_of_one
 from ..model.limits import bounded_modules
 from ..outliers.criterion import Criterion, budget_notices, max_candidates, parse_criterion
+from ..outliers.proxy import proxy_count
 from ..words import parse_size, precision
+from .before import weights_before
 from .head import Head, embedding_of, own_head
 from .options import Options
 from .out import check_out
@@ -64,10 +67,22 @@ class ConversionPlan:
     groups: list[list[TensorSpec]]  # the tensors to write, in the order of the source; without outliers not yet chosen
     class_notices: list[str]  # what `settle_class` has to tell, also among the others
     samples: Samples | None  # the images and sounds of a directory that the pass is to show
+    before: Mapping[str, SelectedLayer]  # the layer before a layer, for proxy quantization
 
     def scheme_of(self, layer: SelectedLayer) -> Scheme:
         """Return how a layer will be coded."""
         return self.options.scheme_of(layer.lookup)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether there is a calibrated pass."""
+        return self.criterion.measured or self.options.rounding == "gptq"
+
+    def columns_of(self, layer: SelectedLayer) -> int | None:
+        """Return how many columns of a layer will stay in 16 bit, where that is known beforehand."""
+        if self.criterion.measured:
+            return None
+        return proxy_count(layer.in_features, self.criterion.value or 0) if layer.name in self.before else 0
 
     @property
     def untied(self) -> bool:
@@ -98,18 +113,22 @@ class ConversionPlan:
 
     @property
     def bytes_to_read(self) -> int:
-        """Bytes of weights that are read from the disk: each once, and twice where NaN is looked for before."""
-        return sum(self.source.stored.values()) * (2 if self.options.on_nonfinite == "keep" else 1)
+        """Bytes of weights that are read from the disk: each once, and again where NaN, levels or columns are found."""
+        levels = self.options.kbit is not None and self.options.kbit.has_codebook and not self.calibrated
+        twice = self.options.on_nonfinite == "keep", levels
+        return sum(self.source.stored.values()) * (1 + sum(twice) + (2 if self.before else 0))
 
     @property
     def bytes_to_write(self) -> int:
         """Bytes that are written where OUT is: tensors, headers, small files, and what the pass puts aside."""
         small = sum(file.stat().st_size for file in self.source.small_files)
         aside = 0
-        if self.criterion.kind != "none":
+        if self.criterion.measured:
             for layer in self.selection.multiplied.values():
                 aside += layer.weight.nbytes * max_candidates(layer.in_features) // layer.in_features
-                aside += max(kept_output_bytes(layer, rows) for rows in self._rows)
+        if self.calibrated:
+            layers = self.selection.multiplied.values()
+            aside += sum(max(kept_output_bytes(layer, rows) for rows in self._rows) for layer in layers)
         return self.bytes_after + small + aside + 1024 * sum(len(group) for group in self.groups)
 
     @property
@@ -154,7 +173,7 @@ class ConversionPlan:
             if (layer and layer.transposed) or not self.source.in_blocks(info.name):
                 whole = max(whole, int(1.5 * info.nbytes))
         peak = self.options.threads * (whole + 6 * BLOCK_BYTES)
-        if self.criterion.kind != "none" and self.config is not None:
+        if self.calibrated and self.config is not None:
             # The weight in use, its int8 copy, the one that is read ahead; and the batch's activations in float32.
             layers = self.selection.multiplied.values()
             activations = _ACTIVATION_COPIES * max(layer.in_features for layer in layers)
@@ -195,7 +214,8 @@ def plan_source(source: Source, origin: Resolved, out: Path, options: Options) -
     criterion, max_shard_bytes = parse_criterion(options.outliers), parse_size(options.max_shard_size)
     config, head = load_config(source.beside, options.trust_remote_code), None
     config, notices = (None, []) if config is None else settle_class(config, source)
-    samples = choose_samples(options.calibration, config if criterion.kind != "none" else None)
+    calibrated = criterion.measured or options.rounding == "gptq"
+    samples = choose_samples(options.calibration, config if calibrated else None)
     with bounded_modules(len(source.tensors)):
         model = None if config is None else meta_model(config)
         embedding = None
@@ -207,17 +227,20 @@ def plan_source(source: Source, origin: Resolved, out: Path, options: Options) -
     selection = select_layers(source, model, *chosen)
     source.split(selection.stacks)
     selection.notices[:0] = [*source.notices, *notices, *(samples.notices if samples else [])]
-    if model is None and criterion.kind != "none":
+    if model is None and calibrated:
         then = ", and layers search for their outliers in every call" if options.layout.searches else ""
         selection.notices.append(f"without the model there is no calibration: no outlier columns are stored{then}")
-    if options.outliers != _DEFAULTS.outliers:  # of what nobody asked for, as much as there can be
+    if options.outliers != options.default_outliers:  # of what nobody asked for, as much as there can be
         selection.notices.extend(
             budget_notices(criterion, [layer.in_features for layer in selection.multiplied.values()])
         )
     if origin.path.is_dir():
         selection.notices.extend(left_behind(origin.path))
+    before = weights_before(source, model, selection) if criterion.kind == "proxy" else {}
+    if criterion.kind == "proxy" and origin.low_disk:
+        raise ValueError(f"--outliers {criterion} reads weights several times; leave --low-disk out")
     how = criterion, options, _CAST_DTYPES.get(options.dtype or ""), max_shard_bytes
-    plan = ConversionPlan(source, origin, out, config, head, selection, *how, [], notices, samples)
+    plan = ConversionPlan(source, origin, out, config, head, selection, *how, [], notices, samples, before)
     return with_selection(plan, selection)
 
 
@@ -234,8 +257,8 @@ def with_selection(plan: ConversionPlan, selection: Selection) -> ConversionPlan
             specs = plan.options.layout.weight_specs(
                 layer.name, layer.out_features, layer.in_features, plan.scheme_of(layer)
             )
-            if plan.criterion.kind == "none":
-                specs += outlier_specs(layer.name, layer.out_features, 0, outlier_dtype)
+            if (columns := plan.columns_of(layer)) is not None:
+                specs += outlier_specs(layer.name, layer.out_features, columns, outlier_dtype)
             groups.append(specs)
     return dataclasses.replace(plan, selection=selection, groups=groups)
 
