@@ -40,6 +40,9 @@ from llmint8.formats.containers import tensors
 from llmint8.formats.disk import reading, strict_json
 from llmint8.formats.int8.manifest import tensor_sha256
 from llmint8.kernels import linear, reference
+from llmint8.kernels.kbit import levels, packing
+from llmint8.kernels.kbit import linear as kbit_facade
+from llmint8.kernels.kbit import reference as kbit
 from llmint8.runtime.layers.embedding import Int8Embedding
 
 ROOT = Path(__file__).parent.parent
@@ -104,6 +107,7 @@ def either(layout: Layout, tmp_path: Path) -> Path:
 def test_every_block_is_read() -> None:
     vector_blocks = {"quantize_weight", "quantize_rows", "linear", "sha256"}
     vector_blocks |= {"rotate", "quantize_weight_2", "quantize_rows_2", "linear_2", "lookup_2"}
+    vector_blocks |= {"levels_2", "pack_2", "quantize_kbit_2", "linear_kbit_2"}
     files_of_minimal = {"hexdump", "config.json", "llmint8_manifest.json"}
     files_of_minimal |= {"hexdump_2", "config_2.json", "llmint8_manifest_2.json"}
     assert set(BLOCKS) == vector_blocks | files_of_minimal | {"limits", "dtypes"}
@@ -249,6 +253,50 @@ def test_looking_up(vector: dict[str, Any], spec_reader: ModuleType) -> None:
     dtypes = {"weight": torch.int8, "outlier_dims": torch.int32}
     table.load_state_dict({part: torch.tensor(layer[part], dtype=dtypes.get(part, torch.float32)) for part in layer})
     assert table(torch.tensor(vector["rows"])).tolist() == vector["y"]
+
+
+@pytest.mark.parametrize("vector", vectors("levels"))
+def test_levels(vector: dict[str, Any], spec_reader: ModuleType) -> None:
+    how = vector["bits"], vector["data_type"]
+    expected = from_bits(vector["levels"], "F32")
+    assert torch.equal(levels.levels_of(how[1], how[0]), expected)
+    assert spec_reader.levels(*how).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("vector", vectors("pack"))
+def test_packing(vector: dict[str, Any], spec_reader: ModuleType) -> None:
+    bits, codes = vector["bits"], torch.tensor(vector["codes"], dtype=torch.uint8)
+    packed = torch.tensor([list(bytes.fromhex(row)) for row in vector["packed"]], dtype=torch.uint8)
+    assert torch.equal(packing.pack(codes, bits), packed)
+    assert torch.equal(packing.unpack(packed, bits, codes.shape[1]), codes)
+    assert spec_reader.codes(packed.numpy(), bits, codes.shape[1]).tolist() == vector["codes"]
+
+
+@pytest.mark.parametrize("vector", vectors("quantize_kbit"))
+def test_quantizing_to_k_bits(vector: dict[str, Any], spec_reader: ModuleType) -> None:
+    weight = torch.tensor(vector["weight"], dtype=torch.float32)
+    how = vector["bits"], vector["data_type"], vector["group"]
+    codes, absmax, _ = kbit.quantize_weight(weight, *how)
+    assert (codes.tolist(), absmax.tolist()) == (vector["codes"], vector["absmax"])
+    theirs = spec_reader.quantize_kbit(weight.numpy(), *how)
+    assert [array.tolist() for array in theirs] == [vector["codes"], vector["absmax"]]
+
+
+@pytest.mark.parametrize("vector", vectors("linear_kbit"))
+def test_a_layer_of_k_bits(vector: dict[str, Any], spec_reader: ModuleType) -> None:
+    bits, width, codebook = vector["bits"], vector["in_features"], vector["codebook"]
+    packed = torch.tensor([list(bytes.fromhex(row)) for row in vector["packed"]], dtype=torch.uint8)
+    layer = {part: torch.tensor(vector[part]) for part in ("outlier_dims", "outlier_weight", "absmax")}
+    known = levels.levels_of(vector["data_type"], bits) if codebook is None else torch.tensor(codebook).float()
+    parts = layer["absmax"].half(), known, width, vector["group"], layer["outlier_dims"].int(), layer["outlier_weight"]
+    weight = kbit.KBitWeight(packed, *parts, torch.tensor(vector["bias"]).float())
+    x = torch.tensor(vector["x"]).float()
+    assert kbit.kbit_linear(x, weight).tolist() == vector["y"]
+    assert kbit_facade.kbit_linear(x, kbit_facade.prepare(weight)).tolist() == vector["y"]
+    arrays = {part: tensor.numpy() for part, tensor in (layer | {"weight": packed}).items()}
+    arrays |= {} if codebook is None else {"codebook": np.array(codebook)}
+    dequantized = spec_reader.dequantize_kbit(arrays, vector, width)
+    assert (x.numpy() @ dequantized.T + np.array(vector["bias"])).tolist() == vector["y"]
 
 
 @pytest.mark.parametrize("vector", vectors("sha256"))
