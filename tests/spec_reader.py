@@ -761,10 +761,10 @@ def quantize_kbit(weight: Array, bits: int, data_type: str, group: int | None) -
     parts = groups(k, group)
     absmax = np.stack([abs(weight[:, part]).max(axis=1, initial=0) for part in parts], axis=1).astype(np.float16)
     found = levels(bits, data_type).astype(np.float32)
-    middles = ((found[1:] + found[:-1]) / np.float32(2))[: int((np.diff(found) > 0).sum())]
+    middles = (found[1:] + found[:-1]) / np.float32(2)
     scale = np.repeat(absmax.astype(np.float32), [part.stop - part.start for part in parts], axis=1)[:, :k]
     value = np.where(scale == 0, np.float32(0), weight.astype(np.float32) / np.where(scale == 0, np.float32(1), scale))
-    return (value[:, :, None] > middles).sum(axis=2), absmax
+    return np.minimum((value[:, :, None] > middles).sum(axis=2), (found < found[-1]).sum()), absmax
 
 
 def dequantize_kbit(layer: Mapping[str, Array], scheme: Mapping[str, Any], k: int) -> Array:
