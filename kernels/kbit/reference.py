@@ -104,8 +104,8 @@ def by_element(absmax: Tensor, in_features: int, block: int | None) -> Tensor:
 def nearest(values: Tensor, levels: Tensor) -> Tensor:
     """Return the codes of the levels that are nearest to float32 values, of two equally near the lower one: uint8.
 
-    That is how many of the middles between neighbours, in float32, are below a value. None is past the last level, and
-    of levels that are the same it is the first.
+    That is how many of the middles between neighbours, in float32, are below a value; where the last level stands there
+    more than once, at most the first of it.
     """
     middles = (levels[1:] + levels[:-1]) / 2
     # Quantiles of a weight with many zeros are the same in the midst, too: only what follows the first 1 has no code.
