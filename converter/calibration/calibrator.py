@@ -10,7 +10,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,12 +28,12 @@ from ..model.experts import ExpertMatrix, in_order
 from ..model.inputs import runs
 from ..model.names import fused_parameters, parameter_tensors
 from ..outliers.choosing import select
-from ..outliers.measuring import Curve, InputStatistics, column_norms, rounded
+from ..outliers.measuring import Curve, InputStatistics, column_norms
 from ..planning.plan import ConversionPlan
 from ..planning.selected import SelectedLayer, kept_output_bytes
-from ..words import first_line
+from ..words import first_line, rounded
+from .columns import Outliers, ProxyColumns, known_columns
 from .gptq import Gptq, Round
-from .proxied import ProxyColumns
 from .streaming import LinearCall, streamed
 from .text import Calibration
 
@@ -45,31 +44,6 @@ _RECORDED_CANDIDATES = 64
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 
 Quantize = Callable[[SelectedLayer, Tensor, Round | None], tuple[Tensor, Grid]]
-
-
-def _no_columns(name: str) -> tuple[Tensor, Tensor]:
-    raise KeyError(name)
-
-
-@dataclass(frozen=True)
-class Outliers:
-    """The outlier columns chosen; none by default.
-
-    `counts` has the calibrated layers only, `statistics` is for the manifest, `notices` are for the user, and `load`
-    returns a layer's dims, int32 [k], and columns [N, k].
-    """
-
-    counts: dict[str, int] = field(default_factory=dict)
-    statistics: dict[str, dict[str, Any]] = field(default_factory=dict)
-    notices: list[str] = field(default_factory=list)
-    load: Callable[[str], tuple[Tensor, Tensor]] = _no_columns
-
-
-def known_columns(plan: ConversionPlan) -> Outliers:
-    """Return the columns that are chosen without a pass: those of proxy quantization, or none."""
-    proxy = ProxyColumns(plan)
-    counts = {name: plan.columns_of(plan.selection.layers[name]) or 0 for name in plan.before}
-    return Outliers(counts, load=proxy.load)
 
 
 class Calibrator:

@@ -29,12 +29,7 @@ _DISK_SPEED = 500_000_000
     help="1, which bitsandbytes loads too, or 2, which it does not: for --bits, --rotate, --rounding and experts.",
 )
 @click.option("--rotate", is_flag=True, help="Rotate weights and inputs: a third less error. Takes --format 2.")
-@click.option(
-    "--bits",
-    metavar="K",
-    type=click.IntRange(3, 8),
-    help="Bits of a weight, with inputs in 16 bit: 3 to 8. Takes --format 2. All int8 otherwise.",
-)
+@click.option("--bits", metavar="K", type=click.IntRange(3, 8), help="Bits of a weight, 3 to 8. Takes --format 2.")
 @click.option(
     "--data-type",
     type=click.Choice(["int", "float", "dynamic", "quantile", "nf4"]),

@@ -12,7 +12,8 @@ from llmint8.formats.disk.small_files import MODULES_NAME
 from llmint8.formats.writing.journal import Journal
 
 from ..calibration.batch import load_batch, record
-from ..calibration.calibrator import Calibrator, Outliers, known_columns
+from ..calibration.calibrator import Calibrator
+from ..calibration.columns import Outliers, known_columns
 from ..hub.card import Subject, new_card
 from ..hub.download import fetch_weights
 from ..hub.front_matter import read_card

@@ -27,7 +27,8 @@ from llmint8.formats.disk.small_files import small_files
 from llmint8.formats.writing.journal import Journal
 
 from ..calibration.batch import load_batch, record
-from ..calibration.calibrator import Calibrator, Outliers, known_columns
+from ..calibration.calibrator import Calibrator
+from ..calibration.columns import Outliers, known_columns
 from ..calibration.gptq import Round
 from ..calibration.text import Calibration
 from ..coding import Grid, round_to_nearest

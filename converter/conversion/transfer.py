@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmint8.formats import DTYPES, CheckpointWriter, SourceError, TensorInfo, outlier_specs
 
-from ..calibration.calibrator import Outliers
+from ..calibration.columns import Outliers
 from ..calibration.gptq import Round
 from ..coding import Grid, levels_of_rows, round_to_nearest
 from ..planning.plan import ConversionPlan, in_file_order, output_dtype

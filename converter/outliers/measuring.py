@@ -1,10 +1,10 @@
 """What error is left in a layer's output when some of its input columns stay in 16 bit.
 
 Quantizing what shares a scale costs in proportion to its range, and a few dimensions set the range. So the dimensions
-of an input are ranked by their largest magnitude. Where inputs are not quantized, what counts of a dimension is how
-much of a weight's error it passes on, and they are ranked by their mean square. For a grid of k it is measured what
-error is left in the layer's output when the first k of them stay in 16 bit. With the column norms a_j = |W_j|^2 and
-e_j = |W_j - Wq_j|^2, the error of token t is, by expectation over independent rounding errors,
+of an input are ranked by their largest magnitude; of one that is not quantized by their mean square, which tells how
+much of a weight's error they pass on. For a grid of k it is measured what error is left in the layer's output when the
+first k of them stay in 16 bit. With a_j = |W_j|^2 and e_j = |W_j - Wq_j|^2, the norms of the columns, the error of
+token t is, by expectation over independent rounding errors,
 
     err_t(k) = sum_j a_j (x_tj - xq_tj)^2 + sum_j e_j xq_tj^2      over the dimensions j that are quantized,
 
@@ -12,8 +12,7 @@ which needs neither another product nor the weight itself once a and e are known
 in two ways, per token and over all tokens, because single huge tokens must count, but not alone.
 Of a rotated layer, j are the dimensions that it is rotated to. An input that is not quantized is xq itself.
 
-Layers that share an input share its ranking, their errors add up, and they get the same dimensions. Of layers that run
-several times, as shared blocks do, all calls count.
+Layers that share an input share its ranking, their errors add up, and they get the same dimensions. All calls count.
 """
 
 import weakref
@@ -30,6 +29,7 @@ from llmint8.kernels.reference import Rotation, quantize_rows
 from llmint8.kernels.weights import rotate
 
 from ..coding import Grid
+from ..words import rounded
 from .criterion import GRID, OUTLIER_MAGNITUDE, OUTLIER_POSITIONS, Criterion, max_candidates
 
 _TINY = 1e-30
@@ -242,14 +242,9 @@ def error_curve(
     ks, errors = [k for k in GRID if k <= len(dims)], []
     for k in ks:
         kept = rotate(x.index_fill(1, dims[:k].to(x.device), 0), scheme.rotation)
-        quantized = kept
-        if scheme.kbit is None:  # what is left out is 0 already
-            quantized = quantize_rows(kept, dims[:0], scheme.activation, scheme.activation_group).dequantize()
+        # What is left out is 0 already.
+        how = dims[:0], scheme.activation, scheme.activation_group
+        quantized = kept if scheme.kbit else quantize_rows(kept, *how).dequantize()
         error = (kept - quantized).square_() @ weight_norms + quantized.square() @ weight_errors
         errors.append(float((error * (per_token + overall)).sum() / 2))
     return ks, errors
-
-
-def rounded(values: Sequence[float]) -> list[float]:
-    """Round to four significant digits: the manifest holds hundreds of these per layer."""
-    return [float(f"{value:.4g}") for value in values]

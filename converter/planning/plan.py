@@ -19,7 +19,6 @@ from llmint8.formats import (
     is_unfinished,
     outlier_specs,
 )
-from llmint8.formats.containers.tensors import BLOCK_BYTES
 from llmint8.formats.disk.names import WORKING_NAME
 from llmint8.formats.disk.small_files import left_behind
 
@@ -36,6 +35,7 @@ from ..outliers.proxy import proxy_count
 from ..words import parse_size, precision
 from .before import weights_before
 from .head import Head, embedding_of, own_head
+from .memory import peak_memory
 from .options import Options
 from .out import check_out
 from .samples import Samples, choose_samples
@@ -43,10 +43,6 @@ from .selected import SelectedLayer, Selection, kept_output_bytes
 from .selection import select_layers
 
 _CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
-# What a conversion holds beside its largest tensor: the interpreter's own growth, headers, blocks being quantized.
-_BASE_MEMORY = 64 << 20
-_ACTIVATION_COPIES = 8
-_LOGIT_COPIES = 2
 _DEFAULTS = Options()
 
 
@@ -80,9 +76,8 @@ class ConversionPlan:
 
     def columns_of(self, layer: SelectedLayer) -> int | None:
         """Return how many columns of a layer will stay in 16 bit, where that is known beforehand."""
-        if self.criterion.measured:
-            return None
-        return proxy_count(layer.in_features, self.criterion.value or 0) if layer.name in self.before else 0
+        known = proxy_count(layer.in_features, self.criterion.value or 0) if layer.name in self.before else 0
+        return None if self.criterion.measured else known
 
     @property
     def untied(self) -> bool:
@@ -105,30 +100,26 @@ class ConversionPlan:
     def bytes_after(self) -> int:
         """Bytes of all tensors to be written; outlier columns are estimated as the budget, where there is one."""
         columns = (self.criterion.value or 0) if self.criterion.kind == "top-k" else 0
-        rows = sum(
-            layer.out_features * DTYPES[output_dtype(layer.weight.dtype, self.dtype)].itemsize
-            for layer in self.selection.multiplied.values()
-        )
+        layers = self.selection.multiplied.values()
+        rows = sum(one.out_features * DTYPES[output_dtype(one.weight.dtype, self.dtype)].itemsize for one in layers)
         return sum(spec.nbytes for group in self.groups for spec in group) + int(columns * rows)
 
     @property
     def bytes_to_read(self) -> int:
         """Bytes of weights that are read from the disk: each once, and again where NaN, levels or columns are found."""
-        levels = self.options.kbit is not None and self.options.kbit.has_codebook and not self.calibrated
-        twice = self.options.on_nonfinite == "keep", levels
-        return sum(self.source.stored.values()) * (1 + sum(twice) + (2 if self.before else 0))
+        levels = bool(self.options.kbit and self.options.kbit.has_codebook) and not self.calibrated
+        more = (self.options.on_nonfinite == "keep") + levels + (2 if self.before else 0)
+        return sum(self.source.stored.values()) * (1 + more)
 
     @property
     def bytes_to_write(self) -> int:
         """Bytes that are written where OUT is: tensors, headers, small files, and what the pass puts aside."""
         small = sum(file.stat().st_size for file in self.source.small_files)
         aside = 0
-        if self.criterion.measured:
-            for layer in self.selection.multiplied.values():
-                aside += layer.weight.nbytes * max_candidates(layer.in_features) // layer.in_features
-        if self.calibrated:
-            layers = self.selection.multiplied.values()
-            aside += sum(max(kept_output_bytes(layer, rows) for rows in self._rows) for layer in layers)
+        for layer in self.selection.multiplied.values() if self.calibrated else ():
+            columns = max_candidates(layer.in_features) if self.criterion.measured else 1
+            aside += layer.weight.nbytes * columns // layer.in_features
+            aside += max(kept_output_bytes(layer, rows) for rows in self._rows)
         return self.bytes_after + small + aside + 1024 * sum(len(group) for group in self.groups)
 
     @property
@@ -166,22 +157,8 @@ class ConversionPlan:
     @property
     def peak_memory(self) -> int:
         """An estimate in bytes, the Python process and its libraries not counted."""
-        layer_of, rows = self.selection.layer_of, max(self._rows)
-        whole = 0  # the largest tensor that is not handled in blocks of its rows
-        for info in self.source.tensors.values():
-            layer = layer_of.get(info.name)
-            if (layer and layer.transposed) or not self.source.in_blocks(info.name):
-                whole = max(whole, int(1.5 * info.nbytes))
-        peak = self.options.threads * (whole + 6 * BLOCK_BYTES)
-        if self.calibrated and self.config is not None:
-            # The weight in use, its int8 copy, the one that is read ahead; and the batch's activations in float32.
-            layers = self.selection.multiplied.values()
-            activations = _ACTIVATION_COPIES * max(layer.in_features for layer in layers)
-            if self.head:
-                activations += _LOGIT_COPIES * max(layer.out_features for layer in layers)
-            largest = max(info.nbytes for info in self.source.tensors.values())
-            peak = max(peak, int(2.5 * largest) + rows * 4 * activations)
-        return peak + _BASE_MEMORY
+        rows = max(self._rows) if self.calibrated and self.config is not None else 0
+        return peak_memory(self.source, self.selection, self.options.threads, rows, self.head is not None)
 
 
 def _existing(out: Path) -> Path:

@@ -1,6 +1,11 @@
-"""The columns of proxy quantization, from the weights of a source: read for it, as no pass is needed."""
+"""The columns that stay in 16 bit: those that were chosen, and those of proxy quantization, for which weights are read.
 
-from collections.abc import Iterator
+They need no pass; GPTQ wants to know of them in one.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +14,24 @@ from ..outliers.proxy import deviations, proxy_dims
 from ..planning.before import kv_heads
 from ..planning.plan import ConversionPlan
 from ..planning.selected import SelectedLayer
+
+
+def _no_columns(name: str) -> tuple[Tensor, Tensor]:
+    raise KeyError(name)
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """The outlier columns chosen; none by default.
+
+    `counts` has the calibrated layers only, `statistics` is for the manifest, `notices` are for the user, and `load`
+    returns a layer's dims, int32 [k], and columns [N, k].
+    """
+
+    counts: dict[str, int] = field(default_factory=dict)
+    statistics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    load: Callable[[str], tuple[Tensor, Tensor]] = _no_columns
 
 
 class ProxyColumns:
@@ -37,3 +60,10 @@ class ProxyColumns:
     def _rows(self, layer: SelectedLayer) -> Iterator[Tensor]:
         source, name = self._plan.source, layer.weight.name
         return iter([source.read(name).t()]) if layer.transposed else source.read_rows(name)
+
+
+def known_columns(plan: ConversionPlan) -> Outliers:
+    """Return the columns that are chosen without a pass: those of proxy quantization, or none."""
+    proxy = ProxyColumns(plan)
+    counts = {name: plan.columns_of(plan.selection.layers[name]) or 0 for name in plan.before}
+    return Outliers(counts, load=proxy.load)
