@@ -1,4 +1,4 @@
-"""How much one program of `matmul.py` computes: a table, by architecture, dtype of x, N and M.
+"""How much one program computes: a table, by architecture, dtype of x, N and M.
 
 `tiles.json` beside this module is the table. An entry holds for layers up to its N and calls of up to its M rows; null
 means any. Of the entries that fit, the smallest N counts, and then the smallest M. A GPU without entries takes those of
@@ -15,6 +15,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ...gpu.tiles import gpu_of
+
+
+# What has fewer rows than a product of tensor cores is a tile of `decode.py`, for as many rows as it has.
+DECODE_ROWS = 2
 
 
 class KBitTile(NamedTuple):
