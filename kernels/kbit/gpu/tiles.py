@@ -1,7 +1,7 @@
 """How much one program computes: a table, by architecture, dtype of x, N and M.
 
 `tiles.json` beside this module is the table. An entry holds for layers up to its N and calls of up to its M rows; null
-means any. Of the entries that fit, the smallest N counts, and then the smallest M. A GPU without entries takes those of
+means any. Of the entries that fit, the smallest M counts, and then the smallest N. A GPU without entries takes those of
 the nearest lower architecture, and where there are none those of `any`, which are small enough for every GPU. They were
 chosen by compiling (registers, shared memory) and by arithmetic; none was measured yet.
 """
@@ -37,7 +37,7 @@ class Entry(NamedTuple):
     """An entry of the table; None means any."""
 
     architecture: str
-    float32: bool  # x in float32, which tensor cores do not multiply
+    float32: bool | None  # x in float32, which tensor cores do not multiply
     n: int | None
     m: int | None
     tile: KBitTile
@@ -61,11 +61,11 @@ def _choose(architecture: str, float32: bool, m: int, n: int) -> KBitTile:
     name = max(lower, key=_number, default="any")
 
     def fits(entry: Entry) -> bool:
-        alike = (entry.architecture, entry.float32) == (name, float32)
+        alike = entry.architecture == name and entry.float32 in (None, float32)
         return alike and n <= (entry.n or n) and m <= (entry.m or m)
 
     fitting = [entry for entry in shipped_table() if fits(entry)]
-    return min(fitting, key=lambda entry: (entry.n or math.inf, entry.m or math.inf)).tile
+    return min(fitting, key=lambda entry: (entry.m or math.inf, entry.n or math.inf)).tile
 
 
 def _number(architecture: str) -> int:
