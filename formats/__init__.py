@@ -9,7 +9,7 @@ from .int8.layouts import BITSANDBYTES, LAYOUTS, NATIVE, Layout, outlier_specs
 from .int8.manifest import Manifest, read_manifest
 from .int8.quantization import FORMAT_VERSIONS, Quantization
 from .int8.records import Int8Record
-from .int8.schemes import Scheme
+from .int8.schemes import KBit, Scheme
 from .int8.validate import check_manifest, check_values
 from .sources.memory import source_in_memory
 from .sources.source import Source, open_source
@@ -28,6 +28,7 @@ __all__ = [
     "CheckpointWriter",
     "CorruptFileError",
     "Int8Record",
+    "KBit",
     "LLMInt8Error",
     "Layout",
     "Manifest",

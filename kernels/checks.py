@@ -14,7 +14,7 @@ from .reference import Group, Int8Weight, Rotation, groups, row_sum_dtype
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _MOST_FEATURES = 133_144  # 127 * 127 * K < 2**31
-_COLUMNS = (*FLOATS, torch.float64)  # of what a layer holds; a model may be cast to it
+COLUMNS = (*FLOATS, torch.float64)  # of what a layer holds; a model may be cast to it
 
 
 def check_weight(weight: Int8Weight) -> None:
@@ -26,17 +26,17 @@ def check_weight(weight: Int8Weight) -> None:
     """
     values, dims = weight.values, weight.outlier_dims
     device = values.device
-    _check("values", values, (torch.int8,), (None, None), device)
+    check_tensor("values", values, (torch.int8,), (None, None), device)
     n, k = values.shape
     if k > _MOST_FEATURES:
         raise ValueError(
             f"values has {k} columns, at most {_MOST_FEATURES} add up in 32 bits; keep the layer in 16 bit"
         )
-    _check("absmax", weight.absmax, (torch.float32,), (n,), device)
-    _check("outlier_dims", dims, (torch.int32, torch.int64), (None,), device)
-    _check("outlier_weight", weight.outlier_weight, _COLUMNS, (n, len(dims)), device)
+    check_tensor("absmax", weight.absmax, (torch.float32,), (n,), device)
+    check_tensor("outlier_dims", dims, (torch.int32, torch.int64), (None,), device)
+    check_tensor("outlier_weight", weight.outlier_weight, COLUMNS, (n, len(dims)), device)
     if weight.bias is not None:
-        _check("bias", weight.bias, _COLUMNS, (n,), device)
+        check_tensor("bias", weight.bias, COLUMNS, (n,), device)
     check_group(weight.group)
     check_rotation(weight.rotation)
     if weight.rotation is not None and weight.threshold is not None:
@@ -104,20 +104,20 @@ def check_operands(
 
     """
     device = weight.device
-    _check("weight", weight, (torch.int8,), (None, None), device, contiguous=True)
+    check_tensor("weight", weight, (torch.int8,), (None, None), device, contiguous=True)
     n, k = weight.shape
-    _check("x", x, FLOATS, (None, k), device)
-    _check("scale", scale, (torch.float32,), (n,), device, contiguous=True)
+    check_tensor("x", x, FLOATS, (None, k), device)
+    check_tensor("scale", scale, (torch.float32,), (n,), device, contiguous=True)
     check_group(group)
     check_rotation(rotation)
     count, _ = groups(k, group)
-    _check("row_sum", row_sum, (row_sum_dtype(count),), (n, count), device, contiguous=True)
+    check_tensor("row_sum", row_sum, (row_sum_dtype(count),), (n, count), device, contiguous=True)
     if bias is not None:
-        _check("bias", bias, _COLUMNS, (n,), device, contiguous=True)
+        check_tensor("bias", bias, COLUMNS, (n,), device, contiguous=True)
     if outlier_dims is not None and columns is not None:
-        _check("outlier_dims", outlier_dims, (torch.int32,), (None,), device, contiguous=True)
+        check_tensor("outlier_dims", outlier_dims, (torch.int32,), (None,), device, contiguous=True)
         padded = padded_outliers(outlier_dims.shape[0])
-        _check("columns", columns, _COLUMNS, (n, padded), device, contiguous=True)
+        check_tensor("columns", columns, COLUMNS, (n, padded), device, contiguous=True)
 
 
 def is_watched(x: Tensor) -> bool:
@@ -140,7 +140,7 @@ def padded_outliers(count: int) -> int:
     return 16 if 0 < count <= 16 else -(-count // 32) * 32
 
 
-def _check(
+def check_tensor(
     name: str,
     tensor: Tensor,
     dtypes: tuple[torch.dtype, ...],

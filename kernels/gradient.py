@@ -64,13 +64,14 @@ def _shaped(gradient: Tensor, weight: Tensor, *others: Any) -> Tensor:
     return gradient.new_empty(gradient.shape[0], weight.shape[1])
 
 
-def _no_second(ctx: Any, *gradients: Tensor) -> Any:
-    raise NotImplementedError("there is no second derivative through Int8Linear")
+def no_second(ctx: Any, *gradients: Tensor) -> Any:
+    """Refuse the second derivative: what autograd calls for an operator that is a gradient."""
+    raise NotImplementedError("there is no second derivative through quantized layers")
 
 
 _LIBRARY.impl("int8_linear_gradient", _gradient, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("llmint8::int8_linear_gradient", _shaped, lib=_LIBRARY)
-torch.library.register_autograd("llmint8::int8_linear_gradient", _no_second, lib=_LIBRARY)
+torch.library.register_autograd("llmint8::int8_linear_gradient", no_second, lib=_LIBRARY)
 
 
 class _Linear(torch.autograd.Function):
@@ -90,10 +91,7 @@ class _Linear(torch.autograd.Function):
         (gradient,) = gradients
         of_x = of_bias = None
         if ctx.needs_input_grad[0]:
-            weight = ctx.weight.stored()
-            of_x = torch.ops.llmint8.int8_linear_gradient(
-                gradient, weight.values, weight.absmax, weight.outlier_dims, weight.outlier_weight, weight.rotation
-            )
+            of_x = ctx.weight.input_gradient(gradient)
         if ctx.needs_input_grad[1]:
             of_bias = gradient.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return of_x, of_bias, None, None

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .checks import FLOATS, check_input, check_weight
+from .calling import call
+from .checks import check_weight
 from .cpu import native, product
 from .cpu.linear import CpuWeight
-from .gradient import differentiable
 from .operators import GpuWeight, NativeWeight, OperatorWeight, has_triton
 from .prepared import PreparedWeight, ReferenceWeight
 from .reference import Activation, Int8Weight
@@ -69,23 +69,7 @@ def int8_linear(x: Tensor, weight: PreparedWeight, activation: Activation = "abs
         ValueError: x does not fit the weight.
 
     """
-    # Asked of any device first, which takes a tenth of the time.
-    if torch._C._is_any_autocast_enabled() and torch.is_autocast_enabled(x.device.type):
-        return _under_autocast(x, weight, activation)
-    if x.dtype == torch.float64:
-        return int8_linear(x.float(), weight, activation).double()
-    check_input(x, weight.in_features, weight.device)
-    if x.ndim == 2:
-        return differentiable(x, weight, activation)
-    rows = differentiable(x.reshape(-1, weight.in_features), weight, activation)
-    return rows.reshape(*x.shape[:-1], weight.out_features)
-
-
-def _under_autocast(x: Tensor, weight: PreparedWeight, activation: Activation) -> Tensor:
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device)
-    with torch.autocast(device, enabled=False):  # the arithmetic inside chooses its dtypes itself
-        return int8_linear(x.to(dtype) if x.dtype in FLOATS else x, weight, activation)
+    return call(x, weight, activation)
 
 
 def int8_product(x: Tensor, weight: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from .cpu import native
 from .cpu.linear import CpuWeight
 from .gpu.tiles import gpu_of, table_for
 from .operands import Operands
-from .prepared import PreparedWeight
+from .prepared import PreparedInt8
 from .reference import Activation, Group, Int8Weight, Rotation
 from .weights import row_sums
 
@@ -48,7 +48,7 @@ Run = Callable[[Tensor, bool], Tensor]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class OperatorWeight(PreparedWeight):
+class OperatorWeight(PreparedInt8):
     """A weight laid out for the operators, and what runs it eagerly."""
 
     operands: Operands

@@ -70,6 +70,18 @@ class Int8Weight:
     group: Group | None = None
     rotation: Rotation | None = None
 
+    def rows(self, chosen: Tensor) -> "Int8Weight":
+        """Return the weight of these rows alone, integer [M], as they are looked up: without a bias."""
+        values, absmax, columns = self.values[chosen], self.absmax[chosen], self.outlier_weight[chosen]
+        return replace(self, values=values, absmax=absmax, outlier_weight=columns, bias=None)
+
+    def dequantize(self) -> Tensor:
+        """Return the weight, float32 [N, K], outlier columns as they were."""
+        weight = dequantize_weight(self.values, self.absmax, self.rotation)
+        if self.outlier_dims.numel():
+            weight[:, self.outlier_dims.long()] = self.outlier_weight.float()
+        return weight
+
     def without_uncounted(self) -> "Int8Weight":
         """Return it without stored outliers where these do not count, as the threshold is given."""
         if self.threshold is None:
@@ -307,10 +319,7 @@ def linear_gradient(gradient: Tensor, weight: Int8Weight) -> Tensor:
 
     """
     weight = weight.without_uncounted()
-    dequantized = dequantize_weight(weight.values, weight.absmax, weight.rotation)
-    if weight.outlier_dims.numel():
-        dequantized[:, weight.outlier_dims.long()] = weight.outlier_weight.float()
-    return _float32_product(gradient, dequantized.t()).to(gradient.dtype)
+    return _float32_product(gradient, weight.dequantize().t()).to(gradient.dtype)
 
 
 def grouped_int8_linear(

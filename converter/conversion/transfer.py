@@ -69,7 +69,7 @@ class Transfer:
 
     def has(self, layer: SelectedLayer) -> bool:
         """Tell whether an earlier run has written a layer; then it is done."""
-        found = self._writer.has(*(f"{layer.name}.{suffix}" for suffix in self._plan.options.layout.int8_suffixes))
+        found = self._writer.has(*(f"{layer.name}.{suffix}" for suffix in self._plan.options.layout.weight_suffixes()))
         if found:
             self._finish(layer.weight.name, self._to_quantize)
         return found

@@ -41,7 +41,7 @@ class Layer:
     @property
     def tensors(self) -> list[str]:
         """The tensors of the checkpoint that are the layer's alone; its bias is a tensor as any."""
-        suffixes = [*self.checkpoint.layout.int8_suffixes, "outlier_dims", "outlier_weight"]
+        suffixes = [*self.checkpoint.layout.weight_suffixes(), "outlier_dims", "outlier_weight"]
         return [f"{self.name}.{suffix}" for suffix in suffixes if f"{self.name}.{suffix}" in self.checkpoint.tensors]
 
     @property

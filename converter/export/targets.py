@@ -49,7 +49,7 @@ def _float_blocks(layer: Layer) -> Iterator[tuple[str, Blocks]]:
 
 
 def _of_bitsandbytes(layer: Layer) -> list[TensorSpec]:
-    return BITSANDBYTES.int8_specs(layer.name, layer.record.out_features, layer.record.in_features)
+    return BITSANDBYTES.weight_specs(layer.name, layer.record.out_features, layer.record.in_features)
 
 
 def _bitsandbytes_blocks(layer: Layer) -> Iterator[tuple[str, Blocks]]:

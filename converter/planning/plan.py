@@ -226,7 +226,7 @@ def with_selection(plan: ConversionPlan, selection: Selection) -> ConversionPlan
             groups.append([TensorSpec(info.name, output_dtype(info.dtype, dtype), info.shape)])
         if layer is not None:
             outlier_dtype = output_dtype(info.dtype, dtype)
-            specs = plan.options.layout.int8_specs(layer.name, layer.out_features, layer.in_features)
+            specs = plan.options.layout.weight_specs(layer.name, layer.out_features, layer.in_features)
             if plan.criterion.kind == "none":
                 specs += outlier_specs(layer.name, layer.out_features, 0, outlier_dtype)
             groups.append(specs)

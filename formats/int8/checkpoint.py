@@ -12,13 +12,13 @@ from torch import Tensor
 
 from ..containers.index import read_weight_map
 from ..containers.safetensors import METADATA, read_header
-from ..containers.tensors import FLOAT_DTYPES, TensorInfo, read_blocks, read_tensor
+from ..containers.tensors import TensorInfo, read_blocks, read_tensor
 from ..disk.names import CONFIG_NAME, LEGACY_QUANTIZATION_NAME, is_unfinished
 from ..disk.reading import open_regular, read_json, require_inside
 from ..errors import CheckpointError, CorruptFileError, LLMInt8Error
 from .layouts import BITSANDBYTES, LAYOUTS, NATIVE, Layout
 from .quantization import Quantization
-from .records import MAX_IN_FEATURES, MAX_IN_FEATURES_OF_BITSANDBYTES, Int8Record
+from .records import Int8Record, check_record
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ def open_checkpoint(
     modules = [
         name.removesuffix(".weight")
         for name, info in tensors.items()
-        if name.endswith(".weight") and info.dtype == "I8"
+        if name.endswith(".weight") and quantization.is_quantized(name.removesuffix(".weight"), info.dtype)
     ]
     _check_presence(path, tensors, modules, quantization)
-    records = {name: _record(path, tensors, name, quantization) for name in modules}
+    records = {name: check_record(path, tensors, name, quantization) for name in modules}
     checkpoint = Checkpoint(path, config, quantization, tensors, records)
     for name in records if local else ():
         _check_weight_format(checkpoint, name)
@@ -178,49 +178,19 @@ def _check_presence(
     layout, llmint8 = quantization.layout, quantization.llmint8
     for name in modules:
         outliers = [f"{name}.outlier_dims", f"{name}.outlier_weight"]
-        required = [f"{name}.{suffix}" for suffix in layout.int8_suffixes if llmint8 or suffix != "weight_format"]
+        suffixes = layout.weight_suffixes(quantization.scheme_of(name))
+        required = [f"{name}.{suffix}" for suffix in suffixes if llmint8 or suffix != "weight_format"]
         if llmint8 or any(key in tensors for key in outliers):
             required += outliers
         for key in required:
             if key not in tensors:
                 file = tensors[f"{name}.weight"].file
-                raise CheckpointError("E08", f"{path / file}: {key}: missing, but {name}.weight is int8")
+                raise CheckpointError("E08", f"{path / file}: {key}: missing, but {name}.weight is quantized")
     names = set(modules)
     for name, info in tensors.items():
         module, _, suffix = name.rpartition(".")
         if suffix in layout.reserved_suffixes and module not in names:
-            raise CheckpointError("E08", f"{path / info.file}: {name}: {module}.weight is not there as int8")
-
-
-def _record(path: Path, tensors: Mapping[str, TensorInfo], name: str, quantization: Quantization) -> Int8Record:
-    weight = tensors[f"{name}.weight"]
-    where = f"{path / weight.file}: {name}"
-    if len(weight.shape) != 2:
-        raise CheckpointError("E09", f"{where}.weight: shape {list(weight.shape)}, expected [out, in]")
-    out_features, in_features = weight.shape
-    most = MAX_IN_FEATURES if quantization.llmint8 else MAX_IN_FEATURES_OF_BITSANDBYTES
-    if in_features > most:
-        raise CheckpointError("E09", f"{where}.weight: {in_features} columns, at most {most} add up in 32 bits")
-    dims, columns = tensors.get(f"{name}.outlier_dims"), tensors.get(f"{name}.outlier_weight")
-    count = None if dims is None else (dims.shape[-1] if dims.shape else 0)
-    outlier_dtype = "F32" if columns is None else columns.dtype
-    expected = quantization.layout.record_specs(name, out_features, in_features, count or 0, outlier_dtype)
-    for spec in expected:
-        info = tensors.get(spec.name)
-        if info is not None and (info.dtype, info.shape) != (spec.dtype, spec.shape):
-            raise CheckpointError(
-                "E09",
-                f"{path / info.file}: {info.name}: is {info.dtype} {list(info.shape)}, "
-                f"expected {spec.dtype} {list(spec.shape)}",
-            )
-    if outlier_dtype not in FLOAT_DTYPES:
-        raise CheckpointError("E09", f"{where}.outlier_weight: is {outlier_dtype}, expected F16, BF16 or F32")
-    if count is not None and count > in_features:
-        raise CheckpointError("E09", f"{where}.outlier_dims: {count} of them for {in_features} dimensions")
-    bias = tensors.get(f"{name}.bias")
-    if bias is not None and (bias.dtype not in FLOAT_DTYPES or bias.shape != (out_features,)):
-        raise CheckpointError("E09", f"{where}.bias: is {bias.dtype} {list(bias.shape)}, expected [{out_features}]")
-    return Int8Record(name, out_features, in_features, count, bias is not None, quantization.scheme_of(name))
+            raise CheckpointError("E08", f"{path / info.file}: {name}: {module}.weight is not there, quantized")
 
 
 def _check_weight_format(checkpoint: Checkpoint, name: str) -> None:

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 
 from ..containers.tensors import TensorSpec
+from .schemes import Scheme
+
+_INT8 = Scheme()
 
 
 @dataclass(frozen=True)
@@ -43,31 +46,46 @@ class Layout:
             for number in range(1, count + 1)
         ]
 
-    @property
-    def int8_suffixes(self) -> list[str]:
+    def weight_suffixes(self, scheme: Scheme = _INT8) -> list[str]:
         """What the tensors are called that are made of a layer's weight alone."""
-        return ["weight", self.absmax, *(["weight_format"] if self.weight_format else [])]
+        codebook = scheme.kbit is not None and scheme.kbit.has_codebook
+        optional = {"weight_format": self.weight_format, "codebook": codebook}
+        return ["weight", self.absmax, *(name for name, has in optional.items() if has)]
 
     @property
     def reserved_suffixes(self) -> list[str]:
         """What only tensors of a quantized layer are called; `weight` and `bias` are names of ordinary ones too."""
-        return [*self.int8_suffixes[1:], "outlier_dims", "outlier_weight"]
+        return [*self.weight_suffixes()[1:], "outlier_dims", "outlier_weight"]
 
-    def int8_specs(self, name: str, out_features: int, in_features: int) -> list[TensorSpec]:
+    def weight_specs(self, name: str, out_features: int, in_features: int, scheme: Scheme = _INT8) -> list[TensorSpec]:
         """Return the tensors of a layer that are made of its weight alone, as they stand in a file."""
-        stored = {
-            "weight": ("I8", (out_features, in_features)),
-            self.absmax: ("F32", (out_features,)),
-            "weight_format": ("U8", ()),
-        }
-        return [TensorSpec(f"{name}.{suffix}", *stored[suffix]) for suffix in self.int8_suffixes]
+        stored: dict[str, tuple[str, tuple[int, ...]]]
+        if kbit := scheme.kbit:
+            stored = {
+                "weight": ("U8", (out_features, kbit.row_bytes(in_features))),
+                self.absmax: ("F16", (out_features, kbit.blocks(in_features))),
+                "codebook": ("F16", (2**kbit.bits,)),
+            }
+        else:
+            stored = {
+                "weight": ("I8", (out_features, in_features)),
+                self.absmax: ("F32", (out_features,)),
+                "weight_format": ("U8", ()),
+            }
+        return [TensorSpec(f"{name}.{suffix}", *stored[suffix]) for suffix in self.weight_suffixes(scheme)]
 
     def record_specs(
-        self, name: str, out_features: int, in_features: int, outlier_count: int, outlier_dtype: str
+        self,
+        name: str,
+        out_features: int,
+        in_features: int,
+        outlier_count: int,
+        outlier_dtype: str,
+        scheme: Scheme = _INT8,
     ) -> list[TensorSpec]:
         """Return all tensors of a layer as they stand in a file, its bias excepted."""
         return [
-            *self.int8_specs(name, out_features, in_features),
+            *self.weight_specs(name, out_features, in_features, scheme),
             *outlier_specs(name, out_features, outlier_count, outlier_dtype),
         ]
 

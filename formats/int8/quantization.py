@@ -15,7 +15,7 @@ from .layouts import BITSANDBYTES, LAYOUTS, NATIVE, Layout
 from .schemes import Scheme, format_1
 
 # The newest of each MAJOR.
-FORMAT_VERSIONS = ("1.1", "2.1")
+FORMAT_VERSIONS = ("1.1", "2.2")
 ROUNDINGS = ("nearest", "gptq")
 PRODUCER_NAME = "llmint8"
 # What stock bitsandbytes uses for its dynamic search; the value of the paper.
@@ -37,7 +37,8 @@ class Quantization:
     criterion: str = "none"
     schemes: dict[str, Scheme] = field(default_factory=lambda: {"int8": Scheme()})  # the one of most layers first
     layers: dict[str, str] = field(default_factory=dict)  # module -> its scheme; in format 1 there is only one
-    rounding: str = "nearest"  # how the int8 values were found
+    in_features: dict[str, int] = field(default_factory=dict)  # of k-bit modules, where the packed weight is wider
+    rounding: str = "nearest"  # how the values were found
     layout: Layout = BITSANDBYTES
     threshold: float = BITSANDBYTES_THRESHOLD
     read_version: str | None = None
@@ -50,7 +51,9 @@ class Quantization:
     def format_version(self) -> str:
         """The version that was read; of what is written, the oldest that has all of it."""
         if self.layout == NATIVE:
-            return self.read_version or ("2.1" if any(scheme.lookup for scheme in self.schemes.values()) else "2.0")
+            schemes = self.schemes.values()
+            oldest = "2.2" if any(s.kbit for s in schemes) else "2.1" if any(s.lookup for s in schemes) else "2.0"
+            return self.read_version or oldest
         return self.read_version or ("1.0" if self.scheme.activation_group is None else "1.1")
 
     @property
@@ -61,6 +64,25 @@ class Quantization:
     def scheme_of(self, module: str) -> Scheme:
         """Return the scheme of a quantized layer; of one that no scheme is said of, that of most."""
         return self.schemes[self.layers[module]] if module in self.layers else self.scheme
+
+    def is_quantized(self, module: str, dtype: str) -> bool:
+        """Tell of a weight's dtype whether it is quantized: int8, or bytes of what is said to be of k bits."""
+        return dtype == "I8" or (dtype == "U8" and module in self.layers and self.scheme_of(module).kbit is not None)
+
+    def width_of(self, module: str, row_bytes: int) -> int:
+        """Return the K of a layer of k bits: what config.json says, or else as many codes as its rows hold.
+
+        Raises:
+            ValueError: rows of K codes have another size.
+
+        """
+        kbit = self.scheme_of(module).kbit
+        most = kbit.most_features(row_bytes) if kbit else None
+        in_features = self.in_features.get(module, most)
+        if kbit is None or in_features is None or kbit.row_bytes(in_features) != row_bytes:
+            said = f", for {in_features} in_features" if in_features else ""
+            raise ValueError(f"has rows of {row_bytes} bytes, expected those of whole chunks of 64 codes{said}")
+        return in_features
 
     @property
     def int8_head(self) -> str | None:
@@ -97,7 +119,8 @@ class Quantization:
         if self.layout == NATIVE:
             schemes = {name: scheme.to_dict() for name, scheme in self.schemes.items()}
             coded = {"schemes": schemes, "layers": self.layers, "not_quantized": self.skip_modules}
-            return {**coded, "rounding": self.rounding}
+            widths = {"in_features": self.in_features} if self.in_features else {}
+            return {**coded, **widths, "rounding": self.rounding}
         group = self.scheme.activation_group
         return {"activation": self.scheme.activation, **({} if group is None else {"activation_group": group})}
 
@@ -181,13 +204,20 @@ def _native_coding(block: dict[str, Any], counts: dict[str, int]) -> dict[str, A
     for name, scheme in layers.items():
         if not isinstance(scheme, str) or scheme not in schemes:
             raise ValueError(f"layers[{name!r}] is {str(scheme)[:80]!r}, expected one of {', '.join(schemes)[:200]}")
+    widths = member(block, "in_features", dict) if "in_features" in block else {}
+    for name, width in widths.items():
+        if name not in layers or schemes[layers[name]].kbit is None:
+            raise ValueError(f"in_features names {name[:80]!r}, expected layers of k bits")
+        if type(width) is not int or width < 1:
+            raise ValueError(f"in_features[{name!r}] is {str(width)[:80]}, expected a whole number >= 1")
     rounding = member(block, "rounding", str)
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding is {rounding[:80]!r}, expected one of {', '.join(ROUNDINGS)}")
     skipped = member(block, "not_quantized", list)
     if not all(isinstance(name, str) for name in skipped):
         raise ValueError(f"not_quantized is {str(skipped)[:80]!r}, expected a list of module names")
-    return {"schemes": schemes, "layers": layers, "rounding": rounding, "skip_modules": skipped}
+    coding = {"schemes": schemes, "layers": layers, "in_features": widths}
+    return {**coding, "rounding": rounding, "skip_modules": skipped}
 
 
 def major(version: str) -> int | None:

@@ -69,7 +69,8 @@ def check_values(
     problems += _check_files(checkpoint, manifest) if manifest else []
     hashes = {name: entry.sha256 for name, entry in manifest.tensors.items()} if manifest else {}
     kept: dict[str, torch.Tensor] = {}
-    suffixes = tuple(f".{name}" for name in ("weight", checkpoint.layout.absmax, "outlier_dims", "outlier_weight"))
+    parts = ("weight", checkpoint.layout.absmax, "codebook", "outlier_dims", "outlier_weight")
+    suffixes = tuple(f".{name}" for name in parts)
     for name, info in sorted(checkpoint.tensors.items()):
         where = f"{checkpoint.path / info.file}: {name}"
         try:
@@ -106,21 +107,15 @@ def _check_record(
 
     valid = absmax.isfinite() & (absmax >= 0)
     if not bool(valid.all()):
-        row = int((~valid).nonzero()[0])
+        place = tuple((~valid).nonzero()[0].tolist())
+        where = ", block ".join(map(str, place))
         # The rules that follow compare with the absmax, so they say nothing here.
-        return [broken("E12", scales, f"row {row} is {float(absmax[row])}, expected a finite absmax >= 0")]
+        return [broken("E12", scales, f"row {where} is {float(absmax[place])}, expected a finite absmax >= 0")]
     if not checkpoint.quantization.llmint8:
         return []
-    problems = []
-    largest = weight.amax(1).int().maximum(-weight.amin(1).int()) if record.in_features else absmax.int()
-    most = torch.where(absmax > 0, 127, 0) if record.in_features else largest
-    # What makes up for other columns may be any value.
-    wrong = largest != most if rounding == "nearest" else largest > most
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0])
-        limit = "" if rounding == "nearest" else "at most "
-        what = f"row {row} has magnitude {int(largest[row])}, expected {limit}{int(most[row])} for its {scales}"
-        problems.append(broken("E13", "weight", what))
+    kbit = record.scheme.kbit
+    what = _wrong_codebook(tensors.get(f"{record.name}.codebook")) if kbit else _wrong_values(weight, absmax, rounding)
+    problems = [broken("E13", "codebook" if kbit else "weight", what)] if what else []
     dims = tensors.get(f"{record.name}.outlier_dims")
     columns = tensors.get(f"{record.name}.outlier_weight")
     if dims is None or columns is None or not len(dims):
@@ -130,7 +125,7 @@ def _check_record(
         return [*problems, broken("E14", "outlier_dims", what)]
     if not bool(columns.isfinite().all()):
         return [*problems, broken("E15", "outlier_weight", "holds NaN or infinity")]
-    if rounding != "nearest":
+    if rounding != "nearest" or kbit:
         return problems
     step = absmax.double()[:, None] / 127
     apart = (columns.double() - _columns(weight, dims.long(), record.scheme.rotation) * step).abs()
@@ -139,6 +134,29 @@ def _check_record(
     if not bool((apart <= _MAX_STEPS_APART * errors * step + _MAX_UNDERFLOW).all()):
         problems.append(broken("E15", "outlier_weight", "not the originals of the int8 columns at outlier_dims"))
     return problems
+
+
+def _wrong_values(weight: torch.Tensor, absmax: torch.Tensor, rounding: str) -> str | None:
+    """Say which row of an int8 weight does not fit its absmax; None where all do."""
+    if not weight.shape[1]:
+        return None
+    largest = weight.amax(1).int().maximum(-weight.amin(1).int())
+    most = torch.where(absmax > 0, 127, 0)
+    # What makes up for other columns may be any value.
+    wrong = largest != most if rounding == "nearest" else largest > most
+    if not bool(wrong.any()):
+        return None
+    row = int(wrong.nonzero()[0])
+    limit = "" if rounding == "nearest" else "at most "
+    return f"row {row} has magnitude {int(largest[row])}, expected {limit}{int(most[row])} for its absmax"
+
+
+def _wrong_codebook(codebook: torch.Tensor | None) -> str | None:
+    """Say what is wrong with the levels of a layer, where it has some of its own; None where nothing is."""
+    if codebook is None:
+        return None
+    inside = bool(codebook.isfinite().all() and (codebook.abs() <= 1).all())
+    return None if inside and bool((codebook[1:] >= codebook[:-1]).all()) else "expected rising numbers from -1 to 1"
 
 
 def _columns(values: torch.Tensor, dims: torch.Tensor, rotation: int | None) -> torch.Tensor:

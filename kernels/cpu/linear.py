@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import reference
 from ..operands import Operands
-from ..prepared import PreparedWeight
+from ..prepared import PreparedInt8
 from ..reference import (
     Activation,
     Group,
@@ -62,7 +62,7 @@ def quantize_rows(
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class CpuWeight(PreparedWeight):
+class CpuWeight(PreparedInt8):
     """A weight prepared for the CPU; its values are packed if that is its product.
 
     Attributes:

@@ -1,8 +1,8 @@
 """The levels of k bits, 3 to 8: what a code stands for, times the absmax of its block.
 
 They are the data types of "The case for 4-bit precision" (Dettmers & Zettlemoyer 2022, arXiv 2212.09720, section 2),
-and NF4 of QLoRA (Dettmers et al. 2023, arXiv 2305.14314). Every one has 0 among its levels, which lie in [-1, 1] and rise;
-code c stands for level c. All are the same to the bit on every machine: quotients of small numbers, or constants.
+and NF4 of QLoRA (Dettmers et al. 2023, arXiv 2305.14314). Every one has 0 among its levels, which lie in [-1, 1] and
+rise; code c stands for level c. All are the same to the bit on every machine: quotients of small numbers, or constants.
 """
 
 from typing import Literal, get_args
@@ -84,10 +84,11 @@ def _of_both_signs(positive: list[float]) -> list[float]:
 
 
 def quantiles(values: Tensor, bits: int) -> Tensor:
-    """Return the levels of `quantile` for a layer: as many of its weights are nearest to each of them.
+    """Return the levels of `quantile` for a layer: quantiles of its weights.
 
-    Level i is the middle between the quantiles i / (2^k + 1) and (i + 1) / (2^k + 1), and 0 one more of them
-    (2212.09720, section 2).
+    As those of NF4: 2^(k-1) of the upper half, one fewer of the lower, at equal distances between the middle and
+    `1 - (1 / 2^k + 1 / (2^k - 1)) / 2`; each half over its largest, and 0. The middles between 2^k + 1 quantiles of
+    2212.09720, section 2, have a second level beside 0 and none near 1: their loss is larger (docs/accuracy.md).
 
     Args:
         values: float [N, K], weights over the absmax of their block, in [-1, 1].
@@ -97,11 +98,18 @@ def quantiles(values: Tensor, bits: int) -> Tensor:
         float32 [2 ** bits], rising, each exact in float16, which is how they are stored.
 
     """
-    flat = values.float().flatten()
+    flat = values.float().flatten() if values.numel() else torch.zeros(1, device=values.device)
     sample = flat[:: max(1, -(-len(flat) // _SAMPLE))].sort().values.double()
-    last = len(sample) - 1
-    places = torch.arange(1, 2**bits + 1, dtype=torch.float64, device=flat.device) / (2**bits + 1) * last
-    low = places.long()
-    edges = sample[low].lerp(sample[(low + 1).clamp(max=last)], places - low)
-    found = torch.cat([(edges[1:] + edges[:-1]) / 2, edges.new_zeros(1)]).sort().values
-    return (found / found.abs().max()).half().float()
+    half, last = 2 ** (bits - 1), len(sample) - 1
+
+    def tail(count: int, sign: int) -> Tensor:
+        """Return so many levels on one side of 0, from the largest."""
+        outermost = (1 / (2 * half) + 1 / (2 * half - 1)) / 2
+        at = outermost + (0.5 - outermost) * torch.arange(count, dtype=torch.float64, device=flat.device) / count
+        places = last * (at if sign < 0 else 1 - at)
+        low = places.long()
+        found = (sign * sample[low].lerp(sample[(low + 1).clamp(max=last)], places - low)).clamp(min=0)
+        return sign * (found / found[0] if found[0] > 0 else at.flip(0) / at[-1])
+
+    levels = torch.cat([tail(half, 1), tail(half - 1, -1), sample.new_zeros(1)])
+    return levels.sort().values.half().float()

@@ -1,15 +1,15 @@
 """The definition of weights of 3 to 8 bits, and of the layer that multiplies by them, in plain torch.
 
 Only the weight is quantized; inputs stay in floating point ("The case for 4-bit precision", Dettmers & Zettlemoyer
-2022, arXiv 2212.09720). A row of the weight is cut into blocks of consecutive elements, each with its absmax in float16, and
-an element is the number of the level that is nearest to what it is of that absmax. The columns at `outlier_dims` are
-multiplied as they were; the codes have all columns, so that they do not depend on these.
+2022, arXiv 2212.09720). A row of the weight is cut into blocks of consecutive elements, each with its absmax in
+float16, and an element is the number of the level that is nearest to what it is of that absmax. The columns at
+`outlier_dims` are multiplied as they were; the codes have all columns, so that they do not depend on these.
 
 What was said of `kernels/reference.py` holds here: a fast path is right when it agrees with the function of the same
 name. Their bound: sums are float32 in any order, and a path may round levels, absmax and x to 16 bit first.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,13 +52,28 @@ class KBitWeight:
         """How many bits a code has."""
         return len(self.levels).bit_length() - 1
 
+    @property
+    def values(self) -> Tensor:
+        """What is stored for the weight: the packed codes."""
+        return self.packed
+
+    def rows(self, chosen: Tensor) -> "KBitWeight":
+        """Return the weight of these rows alone, integer [M], as they are looked up: without a bias."""
+        packed, absmax, columns = self.packed[chosen], self.absmax[chosen], self.outlier_weight[chosen]
+        return replace(self, packed=packed, absmax=absmax, outlier_weight=columns, bias=None)
+
     def dequantize(self) -> Tensor:
         """Return the weight, float32 [N, K], outlier columns as they were."""
-        codes = unpack(self.packed, self.bits, self.in_features)
-        weight = dequantize_codes(codes, self.absmax, self.levels, self.block)
-        if self.outlier_dims.numel():
-            weight[:, self.outlier_dims.long()] = self.outlier_weight.float()
-        return weight
+        return dequantize_rows(self, slice(None))
+
+
+def dequantize_rows(weight: KBitWeight, rows: slice) -> Tensor:
+    """Return some rows of a weight, float32, outlier columns as they were."""
+    codes = unpack(weight.packed[rows], weight.bits, weight.in_features)
+    found = dequantize_codes(codes, weight.absmax[rows], weight.levels, weight.block)
+    if weight.outlier_dims.numel():
+        found[:, weight.outlier_dims.long()] = weight.outlier_weight[rows].float()
+    return found
 
 
 def blocks(in_features: int, block: int | None) -> tuple[int, int]:
@@ -89,17 +104,14 @@ def by_element(absmax: Tensor, in_features: int, block: int | None) -> Tensor:
 def nearest(values: Tensor, levels: Tensor) -> Tensor:
     """Return the codes of the levels that are nearest to float32 values, of two equally near the lower one: uint8.
 
-    That is how many of the middles between neighbours, in float32, are below a value. None is past the last level, and
-    of levels that are the same it is the first.
+    That is how many of the middles between neighbours, in float32, are below a value; where the last level stands there
+    more than once, at most the first of it.
     """
-    middles = (levels[1:] + levels[:-1]) / 2
-    distinct = int((levels[1:] > levels[:-1]).sum())
-    return torch.bucketize(values, middles[:distinct]).to(torch.uint8)
+    last = int((levels < levels[-1]).sum())
+    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2).clamp_(max=last).to(torch.uint8)
 
 
-def quantize_weight(
-    weight: Tensor, bits: int, data_type: DataType, block: int | None, levels: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_weight(weight: Tensor, bits: int, data_type: DataType, block: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Quantize a weight to codes of k bits.
 
     Args:
@@ -107,24 +119,28 @@ def quantize_weight(
         bits: k, 3 to 8.
         data_type: what the levels are.
         block: how many elements of a row share an absmax; None is the whole row.
-        levels: those to take, float32 [2 ** k]; by default those of the data type, for `quantile` of this weight.
 
     Returns:
         the codes, uint8 [N, K]; the absmax of the blocks, float16 [N, G], infinite where float16 does not hold it; and
-        the levels.
+        the levels, float32 [2 ** k].
 
     """
-    absmax = block_absmax(weight, block)
-    if levels is None and data_type != "quantile":
+    if data_type == "quantile":
+        levels = quantiles(normalized(weight, block_absmax(weight, block), block), bits)
+    else:
         levels = levels_of(data_type, bits).to(weight.device)
-    elif levels is None:
-        levels = quantiles(normalized(weight, absmax, block), bits)
+    return *quantize_to(weight, levels, block), levels
+
+
+def quantize_to(weight: Tensor, levels: Tensor, block: int | None) -> tuple[Tensor, Tensor]:
+    """Quantize a weight to given levels, float32 [2 ** k]; returns the codes and the absmax, see `quantize_weight`."""
+    absmax = block_absmax(weight, block)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     step = max(1, _STEP_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
         codes[rows] = nearest(normalized(weight[rows], absmax[rows], block), levels)
-    return codes, absmax, levels
+    return codes, absmax
 
 
 def dequantize_codes(codes: Tensor, absmax: Tensor, levels: Tensor, block: int | None) -> Tensor:

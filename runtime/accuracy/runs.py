@@ -16,7 +16,7 @@ from llmint8.converter.words import activations
 from llmint8.kernels.reference import Activation
 
 from ..layers.arguments import ActivationGroup, Outliers, kernels_group
-from ..layers.layer import Int8Linear
+from ..layers.linear import QuantizedLinear
 from .evaluate import Logits
 from .halves import Halves
 from .methods import Method, NotRowsError, Simulation
@@ -68,7 +68,7 @@ class Runs:
     @property
     def int8_head(self) -> bool:
         """Whether the output head is in int8. Its input is then quantized, for all positions of a window at once."""
-        return isinstance(self._head, Int8Linear)
+        return isinstance(self._head, QuantizedLinear)
 
     @property
     def positions(self) -> dict[str, int]:
@@ -143,19 +143,19 @@ class Runs:
             del self._head.forward
 
 
-def run_in_mode(layers: Iterable[Int8Linear], searching: set[Int8Linear], mode: Mode) -> None:
+def run_in_mode(layers: Iterable[QuantizedLinear], searching: set[QuantizedLinear], mode: Mode) -> None:
     """Have layers run in a mode; those that search for outliers, as the model was loaded, do so where others do not."""
     for layer in layers:
         searches = mode.outliers == "static" and layer in searching
         layer.configure(**mode._replace(outliers="dynamic" if searches else mode.outliers)._asdict())
 
 
-def int8_layers(model: Any) -> dict[str, Int8Linear]:
+def int8_layers(model: Any) -> dict[str, QuantizedLinear]:
     """Return the int8 layers of a model by their names."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Int8Linear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
 
 
-def stored_columns(layers: Collection[Int8Linear]) -> float:
+def stored_columns(layers: Collection[QuantizedLinear]) -> float:
     """Return the share of the input columns of layers that are stored in floating point, 0 to 1."""
     stored = sum(0 if layer.outlier_dims is None else len(layer.outlier_dims) for layer in layers)
     return stored / max(1, sum(layer.in_features for layer in layers))

@@ -6,8 +6,10 @@ from collections import Counter
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
-from llmint8.formats import DTYPES, FLOAT_DTYPES, Checkpoint, Quantization
+from llmint8.formats import DTYPES, FLOAT_DTYPES, Checkpoint, KBit, Quantization
+from llmint8.kernels.checks import check_outlier_dims
 from llmint8.kernels.linear import has_groups
 from llmint8.kernels.reference import Group
 
@@ -53,13 +55,33 @@ def check_threshold(outliers: Outliers, threshold: float) -> None:
         raise ValueError(f"threshold is {threshold!r}, expected a number above 0 with outliers='dynamic'")
 
 
-def check_rotated(outliers: Outliers, rotation: int | None) -> None:
-    """Refuse a search for outliers in a rotated layer. Raises ValueError."""
-    if outliers == "dynamic" and rotation is not None:
-        raise ValueError(
-            "outliers is 'dynamic', and the layer is rotated: its weight has no columns that a search could take; "
-            "expected 'static' or 'none'"
-        )
+def check_searchable(outliers: Outliers, rotation: int | None, kbit: KBit | None) -> None:
+    """Refuse a search for outliers where there can be none. Raises ValueError."""
+    if outliers != "dynamic":
+        return
+    if kbit is not None:
+        why = "the inputs of layers of k bits are not quantized: there is nothing to search for"
+    elif rotation is not None:
+        why = "the layer is rotated: its weight has no columns that a search could take"
+    else:
+        return
+    raise ValueError(f"outliers is 'dynamic', and {why}; expected 'static' or 'none'")
+
+
+def chosen_dims(outlier_dims: Tensor | None, weight: Tensor) -> Tensor:
+    """Return the outlier dims that a weight [N, K] is to have, int64 [k]; none for None.
+
+    Raises:
+        ValueError: they are no integers, not strictly increasing, or not in the layer.
+
+    """
+    if outlier_dims is None:
+        return torch.empty(0, dtype=torch.int64, device=weight.device)
+    if outlier_dims.is_floating_point() or outlier_dims.dtype == torch.bool:
+        raise ValueError(f"outlier_dims is {outlier_dims.dtype}, expected integers")
+    dims = outlier_dims.to(weight.device, torch.int64)
+    check_outlier_dims(dims, weight.shape[1])
+    return dims
 
 
 def outlier_mode(

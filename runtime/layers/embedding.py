@@ -4,19 +4,20 @@ The class of a model's embedding stays, as what it does with a row is its own ma
 `Int8Embedding` of that class takes its place in the line of `super()`, where the plain lookup was.
 """
 
-from dataclasses import replace
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
-from llmint8.formats import NATIVE, Layout
-from llmint8.kernels.checks import check_weight
+from llmint8.formats import NATIVE, KBit, Layout
 from llmint8.kernels.reference import Rotation
 
+from .arguments import Outliers
 from .float_weight import FloatWeight, dequantized
+from .kbit import KBitLinear
 from .layer import Int8Linear
-from .tensors import QuantizedTensors
+from .linear import QuantizedLinear
+from .tensors import QuantizedTensors, check_stored
 
 
 class Int8Embedding(QuantizedTensors, nn.Embedding):
@@ -40,6 +41,7 @@ class Int8Embedding(QuantizedTensors, nn.Embedding):
         layout: Layout = NATIVE,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        kbit: KBit | None = None,
     ) -> "Int8Embedding":
         """Make a table of zeros, to be filled, that does with its rows what an embedding does; arguments as of layers.
 
@@ -47,7 +49,7 @@ class Int8Embedding(QuantizedTensors, nn.Embedding):
         """
         made = _empty(type(embedding))
         rows, width = embedding.num_embeddings, embedding.embedding_dim
-        QuantizedTensors.__init__(made, width, rows, False, outlier_count, rotation, layout, device, dtype)
+        QuantizedTensors.__init__(made, width, rows, False, outlier_count, rotation, layout, device, dtype, kbit)
         own = vars(embedding)
         vars(made).update({name: value for name, value in own.items() if name not in vars(made)})
         made._buffers.update(embedding._buffers)
@@ -56,16 +58,13 @@ class Int8Embedding(QuantizedTensors, nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map whole numbers [...] to the rows of these numbers, [..., K] in the table's dtype."""
-        table, rows = self.stored(), input.reshape(-1)
-        found = replace(
-            table, values=table.values[rows], absmax=table.absmax[rows], outlier_weight=table.outlier_weight[rows]
-        )
+        found = self.stored().rows(input.reshape(-1))
         return dequantized(found, self.dtype).reshape(*input.shape, self.in_features)
 
     def prepare(self) -> None:
         """Check the tensors. Raises ValueError; see `QuantizedTensors.prepare`."""
         if not self.is_meta:
-            check_weight(self.stored())
+            check_stored(self.stored())
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the table in floating point, [N, K]; stored outlier columns are exact."""
@@ -96,19 +95,19 @@ def _empty(plain: type[nn.Embedding]) -> Int8Embedding:
     return made.__new__(made)
 
 
-class TiedHead(Int8Linear):
+class TiedHead(QuantizedLinear):
     """An output head that multiplies by the table of an embedding. It has the embedding's tensors, and none of its own.
 
     The two modules have their parameters and buffers in common, not only equal ones: where one moves, both have moved.
     """
 
-    def __init__(self, table: Int8Embedding, **settings: Any) -> None:
-        """Take the table, and the settings of `Int8Linear`."""
-        count = None if table.outlier_dims is None else len(table.outlier_dims)
-        shape = table.in_features, table.out_features, False, count
-        super().__init__(*shape, rotation=table.rotation, layout=table._layout, device="meta", **settings)
+    _table: tuple[Int8Embedding]
+
+    def take(self, table: Int8Embedding) -> Self:
+        """Take the table."""
         self._table = (table,)  # in a tuple, as it is no part of the head
         self._share()
+        return self
 
     @property
     def table(self) -> Int8Embedding:
@@ -140,3 +139,21 @@ class TiedHead(Int8Linear):
         """Leave the tensors to the embedding, but for what is prepared of them."""
         if not self.is_meta:
             self.prepare()
+
+
+class TiedInt8Head(TiedHead, Int8Linear):  # type: ignore[misc]
+    """One to a table in int8."""
+
+
+class TiedKBitHead(TiedHead, KBitLinear):  # type: ignore[misc]
+    """One to a table of k bits."""
+
+
+def tied_head(table: Int8Embedding, *, outliers: Outliers = "static", **settings: Any) -> TiedHead:
+    """Make the head of a table, with the settings of `Int8Linear`."""
+    count = None if table.outlier_dims is None else len(table.outlier_dims)
+    shape = table.in_features, table.out_features, False, count
+    how: dict[str, Any] = {"outliers": outliers, "layout": table._layout, "device": "meta"}
+    if table.kbit is not None:
+        return TiedKBitHead(*shape, kbit=table.kbit, **how).take(table)
+    return TiedInt8Head(*shape, **{"rotation": table.rotation, **how, **settings}).take(table)

@@ -1,12 +1,14 @@
 """The experts of a mixture in int8, in the place of the model's own module of stacks.
 
-Each matrix of each expert is an `Int8Linear`, under the name that its tensors have in the checkpoint: so they are
-loaded, saved, prepared, configured and counted as all layers are, and adapters are put on them. On CUDA all experts of
-a projection are multiplied in two launches (`kernels/experts.py`), which read the layers' weights as one stack;
-elsewhere, and where a gradient is wanted or an adapter stands in the place of a layer, expert by expert.
+Each matrix of each expert is an `Int8Linear` or a `KBitLinear`, under the name that its tensors have in the checkpoint:
+so they are loaded, saved, prepared, configured and counted as all layers are, and adapters are put on them. On CUDA all
+int8 experts of a projection are multiplied in two launches (`kernels/experts.py`), which read the layers' weights as
+one stack; elsewhere, of k bits, and where a gradient is wanted or an adapter stands in the place of a layer, expert by
+expert.
 """
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from llmint8.kernels.experts import PreparedExperts, prepare_experts
 from llmint8.kernels.operators import has_triton
 
 from .layer import Int8Linear
+from .linear import QuantizedLinear
 
 
 class Int8Experts(nn.Module):
@@ -54,7 +57,7 @@ class Int8Experts(nn.Module):
         self._places: dict[tuple[str, int], list[tuple[nn.Module, str]]] = defaultdict(list)
         self._prepared: dict[tuple[str, int], tuple[PreparedExperts, list[Any]]] = {}
 
-    def add(self, matrix: ExpertMatrix, layer: Int8Linear) -> None:
+    def add(self, matrix: ExpertMatrix, layer: QuantizedLinear) -> None:
         """Add the layer of one matrix; those of a projection in the order of their parts."""
         holder: nn.Module = self
         *path, name = matrix.inside.split(".")
@@ -123,7 +126,7 @@ class Int8Experts(nn.Module):
         return f"num_experts={self.num_experts}"
 
 
-def replace_experts(model: Any, matrices: list[ExpertMatrix], layer_of: dict[str, Int8Linear]) -> None:
+def replace_experts(model: Any, matrices: list[ExpertMatrix], layer_of: Mapping[str, QuantizedLinear]) -> None:
     """Put experts in int8 into the place of the modules that the matrices belong to.
 
     Args:

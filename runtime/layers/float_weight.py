@@ -20,7 +20,7 @@ import functools
 import logging
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, Self
 
 import torch
@@ -28,18 +28,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from llmint8.formats import LLMInt8Error
-from llmint8.kernels.reference import Int8Weight, dequantize_weight
+from llmint8.kernels.prepared import StoredWeight
 
 log = logging.getLogger("llmint8")
 _SAME = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
 
 
-def dequantized(weight: Int8Weight, dtype: torch.dtype) -> Tensor:
+def dequantized(weight: StoredWeight, dtype: torch.dtype) -> Tensor:
     """Return a weight in floating point, [N, K]; its outlier columns are exact, but for a cast to `dtype`."""
-    result = dequantize_weight(weight.values, weight.absmax, weight.rotation).to(dtype)
-    if weight.outlier_dims.numel():
-        result[:, weight.outlier_dims.long()] = weight.outlier_weight.to(dtype)
-    return result
+    return weight.dequantize().to(dtype)
 
 
 class FloatWeight(Tensor):
@@ -53,7 +50,7 @@ class FloatWeight(Tensor):
 
     """
 
-    read: Callable[[], Int8Weight]
+    read: Callable[[], StoredWeight]
     layer: str
     overwrite: Callable[[Tensor], None] | None = None
     is_data = False
@@ -61,7 +58,12 @@ class FloatWeight(Tensor):
 
     @staticmethod
     def __new__(
-        cls, read: Callable[[], Int8Weight], name: str, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+        cls,
+        read: Callable[[], StoredWeight],
+        name: str,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> Self:
         """Stand for what `read` returns, in `dtype` on `device`, where that is."""
         made: Self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
@@ -154,7 +156,7 @@ class FloatWeight(Tensor):
         self.overwrite(result)
         return self
 
-    def _like(self, read: Callable[[], Int8Weight], device: torch.device) -> "FloatWeight":
+    def _like(self, read: Callable[[], StoredWeight], device: torch.device) -> "FloatWeight":
         n, k = self.shape
         return FloatWeight(read, self.layer, (n, k), self.dtype, device)
 
@@ -164,15 +166,8 @@ class FloatWeight(Tensor):
             return dequantized(weight, self.dtype)
         if device.type == "meta":
             return weight.values.to(device)
-        bias = None if weight.bias is None else weight.bias.to(device)
-        moved = replace(
-            weight,
-            values=weight.values.to(device),
-            absmax=weight.absmax.to(device),
-            outlier_dims=weight.outlier_dims.to(device),
-            outlier_weight=weight.outlier_weight.to(device),
-            bias=bias,
-        )
+        parts = {field.name: getattr(weight, field.name) for field in fields(weight)}
+        moved = replace(weight, **{name: part.to(device) for name, part in parts.items() if isinstance(part, Tensor)})
         return self._like(lambda: moved, moved.values.device)
 
 

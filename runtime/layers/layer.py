@@ -1,22 +1,13 @@
-"""The quantized linear layer: the tensors of a checkpoint (`tensors.py`), and one call into the kernels.
-
-Quantization is a named step, `from_linear` or `overwrite`, and forward changes nothing. The weight is frozen; gradients
-flow through it to the input, and to the bias where it wants one (`kernels/gradient.py`), but not in forward mode (jvp):
-it says so. Who writes into one of its tensors calls `prepare` then. For adapters, and all who look for linear layers,
-it is an `nn.Linear`.
-"""
+"""The linear layer in int8: weight and inputs are quantized, outlier dimensions excepted."""
 
 from dataclasses import replace
-from typing import Any, Self, get_args
+from typing import Self, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 from llmint8.formats import BITSANDBYTES, Layout
-from llmint8.kernels.checks import check_outlier_dims
-from llmint8.kernels.linear import int8_linear
 from llmint8.kernels.reference import Activation, Int8Weight, Rotation
 from llmint8.kernels.weights import quantize_weight
 
@@ -25,34 +16,26 @@ from .arguments import (
     ActivationGroup,
     Outliers,
     check_choice,
-    check_rotated,
+    check_searchable,
     check_threshold,
+    chosen_dims,
     kernels_group,
 )
-from .float_weight import dequantized
-from .tensors import QuantizedTensors
-from .writing import quantized_into
+from .linear import QuantizedLinear, setting
 
 
-def _setting(name: str) -> Any:
-    """Make an attribute of `configure`'s settings: it may be read and assigned to."""
-    return property(lambda self: getattr(self, f"_{name}"), lambda self, value: self.configure(**{name: value}))
-
-
-class Int8Linear(QuantizedTensors, nn.Linear):  # type: ignore[misc]
+class Int8Linear(QuantizedLinear):
     """`y = x W^T + b` with W in int8, in the decomposition of LLM.int8() (arXiv 2208.07339, section 3.2).
 
     Attributes:
         outliers, threshold, activation, activation_group: how it runs, see `configure`.
-        kept_limit: the magnitude that x should not exceed outside of the stored outliers, or None where it is unknown.
-        miss_counter: counts the rows of x that do; None until `outlier_misses` begins.
+        kept_limit, miss_counter: see `QuantizedLinear`.
 
     """
 
-    outliers: Outliers = _setting("outliers")
-    threshold: float = _setting("threshold")
-    activation: Activation = _setting("activation")
-    activation_group: ActivationGroup = _setting("activation_group")
+    threshold: float = setting("threshold")
+    activation: Activation = setting("activation")
+    activation_group: ActivationGroup = setting("activation_group")
 
     def __init__(
         self,
@@ -78,8 +61,6 @@ class Int8Linear(QuantizedTensors, nn.Linear):  # type: ignore[misc]
         self._outliers, self._threshold = outliers, threshold
         self._activation, self._activation_group = activation, activation_group
         self.configure(outliers=outliers, threshold=threshold, activation=activation, activation_group=activation_group)
-        self.kept_limit: float | None = None
-        self.miss_counter: nn.Module | None = None
 
     @classmethod
     def from_linear(
@@ -107,12 +88,7 @@ class Int8Linear(QuantizedTensors, nn.Linear):  # type: ignore[misc]
         values, absmax = quantize_weight(weight, rotation)
         if not bool(absmax.isfinite().all()):
             raise ValueError("the weight holds values that are not finite")
-        dims = values.new_empty(0, dtype=torch.int64)
-        if outlier_dims is not None:
-            if outlier_dims.is_floating_point() or outlier_dims.dtype == torch.bool:
-                raise ValueError(f"outlier_dims is {outlier_dims.dtype}, expected integers")
-            dims = outlier_dims.to(weight.device, torch.int64)
-            check_outlier_dims(dims, weight.shape[1])
+        dims = chosen_dims(outlier_dims, weight)
         columns = weight[:, dims] if outlier_weight is None else outlier_weight.detach().clone()
         bias = None if linear.bias is None else linear.bias.detach().clone()
         layer = cls(
@@ -158,7 +134,7 @@ class Int8Linear(QuantizedTensors, nn.Linear):  # type: ignore[misc]
         check_choice("activation_group", activation_group, ACTIVATION_GROUPS)
         outliers, threshold = outliers or self._outliers, self._threshold if threshold is None else threshold
         check_threshold(outliers, threshold)
-        check_rotated(outliers, self.rotation)
+        check_searchable(outliers, self.rotation, None)
         group = activation_group or self._activation_group
         self._activation = activation or self._activation
         searches = "dynamic" in (outliers, self._outliers) and threshold != self._threshold
@@ -169,52 +145,14 @@ class Int8Linear(QuantizedTensors, nn.Linear):  # type: ignore[misc]
 
     def stored(self) -> Int8Weight:
         """Return the tensors as they are stored, without the outliers that do not count, and how they are to run."""
-        weight = replace(super().stored(), group=kernels_group(self.activation_group))
-        if self.outliers == "static":
-            return weight
+        weight = super().stored()
+        assert isinstance(weight, Int8Weight)
         threshold = self.threshold if self.outliers == "dynamic" else None
-        dims, columns = weight.outlier_dims.new_empty(0), weight.outlier_weight.new_empty(self.out_features, 0)
-        return replace(weight, outlier_dims=dims, outlier_weight=columns, threshold=threshold)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map x [..., K] in float16, bfloat16 or float32 to [..., N] in the dtype of x."""
-        if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:  # type: ignore[no-untyped-call]
-            raise NotImplementedError("there is no derivative in forward mode (jvp) through Int8Linear yet")
-        if self.miss_counter is not None:
-            self.miss_counter(x.detach())
-        return int8_linear(x, self.ready(), self._activation)
-
-    def overwrite(self, weight: Tensor) -> None:
-        """Quantize another weight into the layer, in the place of the one it has; a line of the log says what it cost.
-
-        It is what an adapter is merged by, as `layer.weight.data = weight` and `layer.weight.data += change` call it.
-
-        Args:
-            weight: float [N, K], finite. Its columns at `outlier_dims` are stored as they are, in the layer's dtype.
-
-        Raises:
-            LLMInt8Error: it has another shape, is not floating point, or not finite; the layer is as it was then.
-
-        """
-        written = quantized_into(super().stored(), weight, self.name)
-        self._unprepare()
-        self.weight = nn.Parameter(written.values, requires_grad=False)
-        self._buffers[self._layout.absmax] = written.absmax
-        if self.outlier_weight is not None:
-            self.outlier_weight = written.outlier_weight
-        self.prepare()
-
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the weight in floating point, [N, K]; stored outlier columns are exact."""
-        return dequantized(super().stored(), dtype)
+        return replace(weight, group=kernels_group(self.activation_group), threshold=threshold)
 
     def extra_repr(self) -> str:
         """Return the arguments for `print(model)`."""
-        count = "" if self.outlier_dims is None else f", outlier_dims={len(self.outlier_dims)}"
         threshold = f", threshold={self.threshold}" if self.outliers == "dynamic" else ""
         rotation = "" if self.rotation is None else f", rotation={self.rotation}"
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-            f"{count}, outliers={self.outliers!r}{threshold}, activation={self.activation!r}, "
-            f"activation_group={self.activation_group!r}{rotation}"
-        )
+        how = f"activation={self.activation!r}, activation_group={self.activation_group!r}"
+        return f"{super().extra_repr()}{threshold}, {how}{rotation}"

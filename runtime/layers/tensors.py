@@ -16,9 +16,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from llmint8.formats import Layout
-from llmint8.kernels.linear import prepare
-from llmint8.kernels.prepared import PreparedWeight
+from llmint8.formats import DTYPES, KBit, Layout, Scheme
+from llmint8.kernels import linear
+from llmint8.kernels.checks import check_weight
+from llmint8.kernels.kbit import linear as kbit_linear
+from llmint8.kernels.kbit.levels import levels_of
+from llmint8.kernels.kbit.reference import KBitWeight
+from llmint8.kernels.prepared import PreparedWeight, StoredWeight
 from llmint8.kernels.reference import Int8Weight, Rotation
 
 from .float_weight import FloatWeight, dequantized
@@ -30,8 +34,10 @@ class QuantizedTensors(nn.Module):
     Attributes:
         weight: what a float weight would be, see `float_weight.py`. The module's parameter of this name is int8 [N, K],
             all columns, `W ~ weight * absmax[:, None] / 127`, or what W is rotated to; opaque if its layout is a
-            kernel's; `unpacked_weight` gives it as it is in the state.
-        SCB, or absmax in format 2: float32 [N], of each row, under the name it has on disk; see `row_absmax`.
+            kernel's; `unpacked_weight` gives it as it is in the state. Of k bits, it is uint8: packed codes.
+        SCB, or absmax in format 2: float32 [N], of each row, under the name it has on disk; see `row_absmax`. Of k
+            bits, float16 [N, G], of each block.
+        codebook: float16 [2 ** k], the levels, where a layer of k bits has some of its own.
         weight_format: uint8 [], always 0: row-major. bitsandbytes wants it on disk; there is none in format 2.
         outlier_dims: int32 [k], sorted, or None for a layer that stores no outliers (bitsandbytes wrote it).
         outlier_weight: float [N, k], the columns of W at `outlier_dims` as they were, or None.
@@ -39,6 +45,7 @@ class QuantizedTensors(nn.Module):
         prepared: what runs, or None where nothing is prepared: a layer that accelerate offloads is only here for a
             call, and prepares its weight in it.
         rotation: see `Int8Weight`.
+        kbit: how the weight is coded, where it is not int8 by row.
         name: in its model, for messages; empty where nobody said.
 
     """
@@ -57,11 +64,12 @@ class QuantizedTensors(nn.Module):
         layout: Layout,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        kbit: KBit | None = None,
     ) -> None:
         """Make zeros, to be filled and prepared; `dtype` is that of the bias and the outlier columns."""
         nn.Module.__init__(self)  # that of a linear layer would make a float weight
         self._is_hf_initialized = True  # transformers fills linear layers with random numbers
-        self.in_features, self.out_features, self.rotation = in_features, out_features, rotation
+        self.in_features, self.out_features, self.rotation, self.kbit = in_features, out_features, rotation, kbit
         self._layout = layout
         self.prepared: PreparedWeight | None = None
         self._prepared_from: tuple[Tensor | None, ...] = ()
@@ -74,11 +82,11 @@ class QuantizedTensors(nn.Module):
         # First, so that model code which takes the dtype of the first parameter gets a float one where there is a bias.
         shift = nn.Parameter(zeros(out_features, kind=dtype), requires_grad=False) if bias else None
         self.register_parameter("bias", shift)
-        values = zeros(out_features, in_features, kind=torch.int8)
+        weight, *others = layout.weight_specs("", out_features, in_features, Scheme(rotation=rotation, kbit=kbit))
+        values = zeros(*weight.shape, kind=DTYPES[weight.dtype])
         self._parameters["weight"] = nn.Parameter(values, requires_grad=False)
-        self.register_buffer(layout.absmax, zeros(out_features, kind=torch.float32))
-        if layout.weight_format:
-            self.register_buffer("weight_format", zeros(kind=torch.uint8))
+        for spec in others:
+            self.register_buffer(spec.name.removeprefix("."), zeros(*spec.shape, kind=DTYPES[spec.dtype]))
         k = outlier_count
         # The only zeros that would be wrong.
         dims = None if k is None else torch.arange(k, dtype=torch.int32, device=device)
@@ -116,15 +124,24 @@ class QuantizedTensors(nn.Module):
 
     @property
     def row_absmax(self) -> Tensor:
-        """The absmax of each row, float32 [N]: what 127 stands for."""
+        """The absmax of each row, float32 [N]: what 127 stands for. Of k bits, float16 [N, G], of each block."""
         return self._buffers[self._layout.absmax]  # type: ignore[return-value]
 
-    def stored(self) -> Int8Weight:
+    def stored(self) -> StoredWeight:
         """Return the tensors as they are stored."""
         absmax, dims, columns = self.row_absmax, self.outlier_dims, self.outlier_weight
         if dims is None or columns is None:
             dims, columns = absmax.new_empty(0, dtype=torch.int32), absmax.new_empty(self.out_features, 0)
-        return Int8Weight(self.unpacked_weight(), absmax, dims, columns, self.bias, rotation=self.rotation)
+        if self.kbit is None:
+            return Int8Weight(self.unpacked_weight(), absmax, dims, columns, self.bias, rotation=self.rotation)
+        coded = self.unpacked_weight(), absmax, self._levels(self.kbit), self.in_features, self.kbit.block
+        return KBitWeight(*coded, dims, columns, self.bias)
+
+    def _levels(self, kbit: KBit) -> Tensor:
+        """Return what the codes stand for, float32 [2 ** k]."""
+        if kbit.has_codebook:
+            return self._buffers["codebook"].float()  # type: ignore[union-attr]
+        return levels_of(kbit.data_type, kbit.bits).to(self.row_absmax.device)
 
     def overwrite(self, weight: Tensor) -> None:
         """Quantize another weight, float [N, K], into the layer; see `Int8Linear`."""
@@ -140,7 +157,7 @@ class QuantizedTensors(nn.Module):
         self._unprepare()
         if not self.is_meta:
             # What accelerate placed has a hook, and moves as it is.
-            prepared = prepare(self.stored(), may_pack=self._may_pack())
+            prepared = _prepare(self.stored(), self._may_pack())
             self._set_weight(prepared.values)
             self.prepared, self._prepared_from = prepared, self._tensors()
 
@@ -153,10 +170,10 @@ class QuantizedTensors(nn.Module):
             return self.prepared  # type: ignore[return-value]
         if hasattr(self, "_hf_hook"):
             self.prepared = None  # offloaded since, to save its memory
-        return prepare(self.stored(), may_pack=False)
+        return _prepare(self.stored(), may_pack=False)
 
     def unpacked_weight(self) -> Tensor:
-        """Return the weight, int8 [N, K]; a copy if its layout is a kernel's."""
+        """Return the weight, int8 [N, K] or packed codes; a copy if its layout is a kernel's."""
         weight: Tensor = self._parameters["weight"]  # type: ignore[assignment]
         # What a compiler has in the place of the tensor is none of those that are compared.
         if self.prepared is not None and (weight is self._prepared_from[0] or torch.compiler.is_compiling()):
@@ -201,7 +218,8 @@ class QuantizedTensors(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move as `fn` does, but cast nothing that is part of the quantized weight."""
         prepared = self._unprepare()
-        buffers = (self.row_absmax, self._buffers.get("weight_format"), self.outlier_dims)
+        others = (self._buffers.get(name) for name in ("weight_format", "codebook"))
+        buffers = (self.row_absmax, *others, self.outlier_dims)
         stored = [part for part in (self._parameters["weight"], *buffers) if part is not None]
         self._dtype = fn(self.row_absmax.new_empty(0, dtype=self._dtype)).dtype
 
@@ -244,9 +262,11 @@ class QuantizedTensors(nn.Module):
     ) -> None:
         """Take on the number of outliers in the state; refuse a weight that has not been quantized."""
         weight = state_dict.get(f"{prefix}weight")
-        if weight is not None and weight.dtype != torch.int8:
+        expected = torch.int8 if self.kbit is None else torch.uint8
+        if weight is not None and weight.dtype != expected:
             # copy_ would round it to int8 without a word.
-            lists[-1].append(f"{prefix}weight is {weight.dtype}, expected torch.int8; see Int8Linear.from_linear")
+            made = type(self).__name__
+            lists[-1].append(f"{prefix}weight is {weight.dtype}, expected {expected}; see {made}.from_linear")
             return
         self._unprepare()
         dims, columns = (state_dict.get(prefix + name) for name in ("outlier_dims", "outlier_weight"))
@@ -261,3 +281,19 @@ class QuantizedTensors(nn.Module):
             self.prepare()
         except ValueError as error:
             lists[-1].append(f"{prefix.removesuffix('.') or 'the layer'}: {error}")
+
+
+def _prepare(stored: StoredWeight, may_pack: bool) -> PreparedWeight:
+    """Lay a weight out for the device it is on, by the facade for its format."""
+    if isinstance(stored, KBitWeight):
+        return kbit_linear.prepare(stored)
+    assert isinstance(stored, Int8Weight)
+    return linear.prepare(stored, may_pack)
+
+
+def check_stored(stored: StoredWeight) -> None:
+    """Check a weight by the rules for its format. Raises ValueError."""
+    if isinstance(stored, KBitWeight):
+        kbit_linear.check_weight(stored)
+    elif isinstance(stored, Int8Weight):
+        check_weight(stored)

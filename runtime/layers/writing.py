@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from llmint8.formats import LLMInt8Error
+from llmint8.kernels.kbit.packing import pack
+from llmint8.kernels.kbit.reference import KBitWeight, quantize_to
+from llmint8.kernels.prepared import StoredWeight
 from llmint8.kernels.reference import Int8Weight
 from llmint8.kernels.weights import quantize_weight
 
@@ -22,8 +25,8 @@ log = logging.getLogger("llmint8")
 _TOLD: set[str] = set()
 
 
-def quantized_into(stored: Int8Weight, weight: Tensor, name: str) -> Int8Weight:
-    """Return what a layer stores of another weight, with the outlier dims and the rotation it has.
+def quantized_into(stored: StoredWeight, weight: Tensor, name: str) -> StoredWeight:
+    """Return what a layer stores of another weight, with the outlier dims, and the rotation or the levels it has.
 
     Args:
         stored: what it stores now.
@@ -34,17 +37,28 @@ def quantized_into(stored: Int8Weight, weight: Tensor, name: str) -> Int8Weight:
         LLMInt8Error: the weight has another shape, is not floating point, or not finite.
 
     """
-    if weight.shape != stored.values.shape or not weight.is_floating_point():
-        expected = f"a float weight {list(stored.values.shape)}"
+    before = dequantized(stored, torch.float32)
+    if weight.shape != before.shape or not weight.is_floating_point():
+        expected = f"a float weight {list(before.shape)}"
         raise LLMInt8Error(f"{name}: {weight.dtype} {list(weight.shape)} written into its weight, expected {expected}")
     wanted = weight.detach().to(stored.values.device, torch.float32)
-    values, absmax = quantize_weight(wanted, stored.rotation)
+    written, absmax = _quantized(stored, wanted)
     if not bool(absmax.isfinite().all()):
         raise LLMInt8Error(f"{name}: what is written into its weight holds NaN or infinity; the layer is as it was")
     columns = wanted[:, stored.outlier_dims.long()].to(stored.outlier_weight.dtype)
-    written = replace(stored, values=values, absmax=absmax, outlier_weight=columns)
-    _tell(name, wanted, dequantized(stored, torch.float32), dequantized(written, torch.float32))
+    written = replace(written, outlier_weight=columns)
+    _tell(name, wanted, before, dequantized(written, torch.float32))
     return written
+
+
+def _quantized(stored: StoredWeight, weight: Tensor) -> tuple[StoredWeight, Tensor]:
+    """Return what is stored with another weight, float32 [N, K], but for its columns; and the absmax."""
+    if isinstance(stored, KBitWeight):
+        codes, absmax = quantize_to(weight, stored.levels, stored.block)
+        return replace(stored, packed=pack(codes, stored.bits), absmax=absmax), absmax
+    assert isinstance(stored, Int8Weight)
+    values, absmax = quantize_weight(weight, stored.rotation)
+    return replace(stored, values=values, absmax=absmax), absmax
 
 
 def _tell(name: str, wanted: Tensor, before: Tensor, after: Tensor) -> None:

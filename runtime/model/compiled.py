@@ -19,7 +19,7 @@ import torch
 from transformers.generation.configuration_utils import CompileConfig, GenerationConfig
 
 from ..layers.experts import Int8Experts
-from ..layers.layer import Int8Linear
+from ..layers.linear import QuantizedLinear
 from ..parallel.state import is_cut
 
 log = logging.getLogger("llmint8")
@@ -61,7 +61,7 @@ def is_compiled(model: Any) -> bool:
 def _obstacle(model: Any) -> str | None:
     if not model.can_generate() or not getattr(model, "_can_compile_fullgraph", False):
         return f"transformers has no static cache for {type(model).__name__}"
-    layers = [layer for layer in model.modules() if isinstance(layer, Int8Linear)]
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
     for device in (layer.row_absmax.device.type for layer in layers if layer.outliers == "dynamic"):
         if device not in ("cpu", "cuda"):
             return f"outliers='dynamic' makes tensors whose size depends on the input, on {device}"

@@ -14,7 +14,7 @@ from llmint8.formats import LLMInt8Error
 
 from ..layers.embedding import Int8Embedding, TiedHead
 from ..layers.experts import Int8Experts
-from ..layers.layer import Int8Linear
+from ..layers.linear import QuantizedLinear
 from ..parallel.state import is_cut
 from .places import take_hook
 
@@ -38,7 +38,7 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
         LLMInt8Error: some of them are offloaded, or have an adapter; or several processes hold the model.
 
     """
-    if not any(isinstance(module, Int8Linear) for module in model.modules()):
+    if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise ValueError(f"{type(model).__name__}: has no int8 layers; expected a model from runtime.load")
     return model.dequantize(dtype)
 
@@ -47,7 +47,7 @@ def replace_int8(model: Any, dtype: torch.dtype | None) -> None:
     """Put layers in floating point in the place of all int8 ones. Raises LLMInt8Error; see `dequantize`."""
     if is_cut(model):
         raise LLMInt8Error(f"{type(model).__name__}: several processes hold it; load it without tp_plan")
-    layers = [name for name, module in model.named_modules() if isinstance(module, Int8Linear | Int8Embedding)]
+    layers = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear | Int8Embedding)]
     for name in layers:
         if name.endswith(".base_layer"):
             raise LLMInt8Error(f"{name}: an adapter is on it; merge_and_unload() takes it off")
@@ -81,7 +81,7 @@ def replace_int8(model: Any, dtype: torch.dtype | None) -> None:
         take_hook(head, made)
 
 
-def _filled(module: nn.Module, layer: Int8Linear | Int8Embedding, dtype: torch.dtype | None) -> nn.Module:
+def _filled(module: nn.Module, layer: QuantizedLinear | Int8Embedding, dtype: torch.dtype | None) -> nn.Module:
     """Fill the model's own module, which is on the meta device, with what an int8 layer stands for."""
     weight = layer.dequantize(dtype or layer.dtype)
     module._parameters["weight"] = nn.Parameter(weight.t().contiguous() if isinstance(module, Conv1D) else weight)

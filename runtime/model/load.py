@@ -38,7 +38,7 @@ from ..layers.arguments import (
     ActivationGroup,
     Outliers,
     check_choice,
-    check_rotated,
+    check_searchable,
     group_to_run,
     outlier_mode,
     recorded_group,
@@ -127,7 +127,7 @@ def load(
     checkpoint = open_checkpoint(resolve(path_or_repo, revision, "int8", token=token).path)
     mode, threshold = outlier_mode(checkpoint.quantization, outliers, threshold)
     for scheme in checkpoint.quantization.schemes.values():
-        check_rotated(mode, scheme.rotation)
+        check_searchable(mode, scheme.rotation, scheme.kbit)
     if verify and (problems := check_values(checkpoint)):
         more = f"; and {len(problems) - 1} more, which llmint8 verify lists" if problems[1:] else ""
         raise CheckpointError(problems[0].code, str(problems[0]).removeprefix(f"{problems[0].code} ") + more)

@@ -20,9 +20,11 @@ from llmint8.formats import BITSANDBYTES, NATIVE, Int8Record, Layout, LLMInt8Err
 from llmint8.kernels.reference import Activation
 
 from ..layers.arguments import ActivationGroup, Outliers
-from ..layers.embedding import Int8Embedding, TiedHead
+from ..layers.embedding import Int8Embedding, tied_head
 from ..layers.experts import replace_experts
+from ..layers.kbit import KBitLinear
 from ..layers.layer import Int8Linear
+from ..layers.linear import QuantizedLinear
 from ..parallel.cut import settle_cuts
 from ..parallel.plan import Parallel
 from ..parallel.state import is_cut, whole_state
@@ -108,7 +110,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         names = module_names(model, config.shapes)
         # In format 1 there are none, and the names of its layers are those of linear modules.
         matrices = matrices_of(model, config.records, config.shapes) if config.layout == NATIVE else {}
-        of_experts: dict[str, Int8Linear] = {}
+        of_experts: dict[str, QuantizedLinear] = {}
         for record in config.records:
             if record.name in matrices:
                 matrix = matrices[record.name]
@@ -135,19 +137,16 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         if config.parallel is not None:
             config.parallel.fit(model)
 
-    def _layer(self, record: Int8Record, name: str, bias: bool, dtype: torch.dtype | None) -> Int8Linear:
+    def _layer(self, record: Int8Record, name: str, bias: bool, dtype: torch.dtype | None) -> QuantizedLinear:
         """Make the layer of a record, which will have this name in the model."""
-        layer = Int8Linear(
-            record.in_features,
-            record.out_features,
-            bias,
-            record.outlier_count,
-            **self._settings(record),
-            rotation=record.scheme.rotation,
-            layout=self.quantization_config.layout,
-            device="meta",
-            dtype=dtype,
-        )
+        shape = record.in_features, record.out_features, bias, record.outlier_count
+        where: dict[str, Any] = {"layout": self.quantization_config.layout, "device": "meta", "dtype": dtype}
+        layer: QuantizedLinear
+        if kbit := record.scheme.kbit:
+            layer = KBitLinear(*shape, kbit=kbit, outliers=self.quantization_config.outliers, **where)
+        else:
+            settings = self._settings(record) | {"rotation": record.scheme.rotation}
+            layer = Int8Linear(*shape, **(settings | where))
         layer.name = self._layers[record.name] = name
         return layer
 
@@ -169,11 +168,11 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         if head is not None:
             check_in_one_place(name, device_map)
         stored = record.outlier_count or 0, record.scheme.rotation, self.quantization_config.layout
-        made = Int8Embedding.in_place_of(embedding, *stored, device="meta", dtype=dtype)
+        made = Int8Embedding.in_place_of(embedding, *stored, device="meta", dtype=dtype, kbit=record.scheme.kbit)
         made.name = self._layers[record.name] = name
         model.set_submodule(name, made)
         if head is not None:
-            tied = TiedHead(made, **self._settings(record))
+            tied = tied_head(made, **self._settings(record))
             tied.name = head
             model.set_submodule(head, tied.train(made.training))
             # They have one set of tensors from now on, and what is missing under the head's name is not missing.
@@ -195,10 +194,10 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         if config.parallel is not None:
             settle_cuts(model)
         for name, module in model.named_modules():
-            if not isinstance(module, Int8Linear):
+            if not isinstance(module, QuantizedLinear):
                 continue
-            if module.unpacked_weight().dtype != torch.int8:
-                raise LLMInt8Error(f"{name}: int8 in the checkpoint, but tied to another weight by the model")
+            if module.unpacked_weight().dtype != (torch.int8 if module.kbit is None else torch.uint8):
+                raise LLMInt8Error(f"{name}: quantized in the checkpoint, but tied to another weight by the model")
             if config.layout.weight_format:
                 # The formats room allows no other value, and without the tensor it would be left undefined.
                 module.weight_format = torch.zeros((), dtype=torch.uint8, device=module.row_absmax.device)

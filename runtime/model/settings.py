@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from llmint8.converter.words import activations
 from llmint8.kernels.reference import Activation
 
-from ..layers.arguments import ActivationGroup, Outliers, check_rotated, check_threshold, kernels_group
+from ..layers.arguments import ActivationGroup, Outliers, check_searchable, check_threshold, kernels_group
 from ..layers.layer import Int8Linear
+from ..layers.linear import QuantizedLinear
 from ..parallel.cut import cut_layers
 
 log = logging.getLogger("llmint8")
@@ -38,14 +39,19 @@ def configure(
             layers are rotated; or a threshold where no layer searches.
 
     """
-    layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     if not layers:
-        raise ValueError(f"{type(model).__name__}: has no int8 layers; expected a model from runtime.load")
+        raise ValueError(f"{type(model).__name__}: has no quantized layers; expected a model from runtime.load")
+    of_inputs = {"threshold": threshold, "activation": activation, "activation_group": activation_group}
+    given = [name for name, value in of_inputs.items() if value is not None]
+    if given and all(layer.kbit is not None for layer in layers):
+        raise ValueError(f"{given[0]} is {of_inputs[given[0]]!r}, and the inputs of these layers are not quantized")
     # Checked for all of them first.
     for layer in layers:
         mode = outliers or layer.outliers
-        check_rotated(mode, layer.rotation)
-        check_threshold(mode, layer.threshold if threshold is None else threshold)
+        check_searchable(mode, layer.rotation, layer.kbit)
+        if isinstance(layer, Int8Linear):
+            check_threshold(mode, layer.threshold if threshold is None else threshold)
         if outliers == "static" and layer.outlier_dims is None:
             raise ValueError(f"{layer.name}: outliers is 'static', but it stores none; expected 'dynamic' or 'none'")
     if threshold is not None and not any((outliers or layer.outliers) == "dynamic" for layer in layers):
@@ -62,7 +68,7 @@ def configure(
 
 def log_summary(model: Any) -> None:
     """Say in one line how a model runs."""
-    layers = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
     config = model.config.quantization_config
     mode = f"dynamic (|x| >= {config.threshold:g})" if config.outliers == "dynamic" else config.outliers
     paths = Counter("offloaded" if layer.prepared is None else layer.prepared.runs_on for layer in layers)
@@ -71,7 +77,10 @@ def log_summary(model: Any) -> None:
         mode += f" (but in {searching} that were not calibrated: dynamic, |x| >= {config.threshold:g})"
     how = activations(config.activation, kernels_group(config.activation_group))
     kernels += f", {cut} cut" if (cut := len(cut_layers(model))) else ""
-    log.info("%d Int8Linear layers, outliers %s, activation %s%s", len(layers), mode, how, kernels)
+    kinds = Counter("Int8Linear" if layer.kbit is None else "KBitLinear" for layer in layers)
+    counts = " and ".join(f"{count} {kind}" for kind, count in kinds.items())
+    inputs = f", activation {how}" if "Int8Linear" in kinds else ""
+    log.info("%s layers, outliers %s%s%s", counts, mode, inputs, kernels)
 
 
 def let_cast(is_ours: Callable[[Any], bool]) -> None:

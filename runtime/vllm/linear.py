@@ -88,7 +88,7 @@ class Int8LinearMethod(LinearMethodBase):  # type: ignore[misc]
                 layer.int8_products.append(Int8Rows(of_inputs(weight, first, layer.int8_inputs), activation))
         except ValueError as error:
             raise LLMInt8Error(f"{self.name}: {error}") from None
-        for name in (*self.layout.int8_suffixes[1:], "outlier_dims", "outlier_weight"):
+        for name in (*self.layout.weight_suffixes()[1:], "outlier_dims", "outlier_weight"):
             delattr(layer, name)
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
