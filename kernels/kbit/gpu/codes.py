@@ -56,7 +56,7 @@ class Operands(NamedTuple):
 
 
 @triton.constexpr_function
-def wide_of(bits):  # type: ignore[no-untyped-def]
+def width_of(bits):
     """Return the bits of the widest plane."""
     return 8 if bits == 8 else 4 if bits >= 4 else 2
 
@@ -67,12 +67,12 @@ def load_words(rows, chunk, word, BITS: tl.constexpr):
 
     The three broadcast against each other. Where there is no plane of two bits, or of one, the first comes again.
     """
-    WIDE: tl.constexpr = wide_of(BITS)
+    width: tl.constexpr = width_of(BITS)
     first = rows + chunk * (2 * BITS)
     wide = tl.load(first + word)
     two, one = wide, wide
     if BITS == 6 or BITS == 7:
-        two = tl.load(first + 2 * WIDE + word % 4) >> 2 * (word // 4)
+        two = tl.load(first + 2 * width + word % 4) >> 2 * (word // 4)
     if BITS % 2 == 1:
         one = tl.load(first + (2 * BITS - 2) + word % 2) >> word // 2
     return wide, two, one
@@ -81,14 +81,14 @@ def load_words(rows, chunk, word, BITS: tl.constexpr):
 @triton.jit
 def _field(wide, two, one, FIELD: tl.constexpr, BITS: tl.constexpr):
     """Return the codes of one field, each byte of int32 words as an int32: [..., 2, 2], the two bits of its number."""
-    WIDE: tl.constexpr = wide_of(BITS)
+    width: tl.constexpr = width_of(BITS)
     codes = wide
-    if WIDE < 8:
-        codes = (wide >> WIDE * FIELD) & (0x01010101 * ((1 << WIDE) - 1))
+    if width < 8:
+        codes = (wide >> width * FIELD) & (0x01010101 * ((1 << width) - 1))
     if BITS == 6 or BITS == 7:
-        codes |= ((two >> WIDE * FIELD) & 0x03030303) << WIDE
+        codes |= ((two >> width * FIELD) & 0x03030303) << width
     if BITS % 2 == 1:
-        codes |= ((one >> WIDE * FIELD) & 0x01010101) << (BITS - 1)
+        codes |= ((one >> width * FIELD) & 0x01010101) << (BITS - 1)
     even = tl.join(codes & 255, (codes >> 16) & 255)
     odd = tl.join((codes >> 8) & 255, (codes >> 24) & 255)
     return tl.join(even, odd)
@@ -100,11 +100,11 @@ def codes_of(wide, two, one, BITS: tl.constexpr):
 
     What is joined lies one beside the other in a thread's registers, and nothing moves.
     """
-    FIELDS: tl.constexpr = 8 // wide_of(BITS)
+    fields: tl.constexpr = 8 // width_of(BITS)
     codes = _field(wide, two, one, 0, BITS)
-    if FIELDS == 2:
+    if fields == 2:
         codes = tl.join(codes, _field(wide, two, one, 1, BITS))
-    elif FIELDS == 4:
+    elif fields == 4:
         even = tl.join(codes, _field(wide, two, one, 2, BITS))
         codes = tl.join(even, tl.join(_field(wide, two, one, 1, BITS), _field(wide, two, one, 3, BITS)))
     return codes

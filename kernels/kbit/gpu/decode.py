@@ -11,7 +11,7 @@ step is multiplied.
 import triton
 import triton.language as tl
 
-from .codes import CHUNK, codes_of, load_absmax, load_words, look_up, wide_of
+from .codes import CHUNK, codes_of, load_absmax, load_words, look_up, width_of
 
 _OUTLIER_STEP = tl.constexpr(32)
 
@@ -26,12 +26,30 @@ def _times_four(out, levels, x_row, k, K, stride_xk, WHOLE_K: tl.constexpr):
     for number in tl.static_range(4):
         pointers = x_row + (k + number) * tl.cast(stride_xk, tl.int64)
         # Elements of their own and not a vector: so they come to the threads that need them.
-        if WHOLE_K:
-            x = tl.load(pointers)
-        else:
-            x = tl.load(pointers, mask=k + number < K, other=0.0)
+        x = tl.load(pointers) if WHOLE_K else tl.load(pointers, mask=k + number < K, other=0.0)
         out = tl.fma(fours[number].to(tl.float32), x.to(tl.float32)[None, :], out)
     return out
+
+
+@triton.jit
+def _by_field(levels, fields: tl.constexpr):
+    """Take apart what `codes_of` joined: a tuple of [BLOCK_N, W, 2, 2], one for each field."""
+    if fields == 1:
+        return (levels,)
+    elif fields == 2:
+        return tl.split(levels)
+    else:
+        even, odd = tl.split(levels)
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        return first, second, third, fourth
+
+
+@triton.jit
+def _load_scales(absmax_rows, k, G, BLOCK: tl.constexpr, parts: tl.constexpr):
+    """Load the absmax of words that begin at k, [W], in one block or in two: two of [BLOCK_N, W], or the same twice."""
+    first = load_absmax(absmax_rows, k[None, :], G, BLOCK)
+    return first, load_absmax(absmax_rows, (k + 32)[None, :], G, BLOCK) if parts == 2 else first
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -61,17 +79,17 @@ def kbit_decode_kernel(
     WHOLE_K: tl.constexpr,
 ):
     """Compute columns `program_id(0) * BLOCK_N` and on, over part `program_id(1)` of K; see `kbit_matmul_kernel`."""
-    WIDE: tl.constexpr = wide_of(BITS)
-    FIELDS: tl.constexpr = 8 // WIDE
+    width: tl.constexpr = width_of(BITS)
+    fields: tl.constexpr = 8 // width
     # Where a chunk has two blocks, fields are of one or the other, and of 8 bits words.
-    PARTS: tl.constexpr = 2 if BLOCK == 32 and FIELDS > 1 else 1
+    parts: tl.constexpr = 2 if BLOCK == 32 and fields > 1 else 1
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     # Beyond the edge the last row is read again.
     column = tl.minimum(n, N - 1).to(tl.int64)
     word_rows = (words_ptr + column * (C * (2 * BITS)))[:, None]
     absmax_rows = (absmax_ptr + column * G)[:, None]
-    place = tl.arange(0, CHUNKS * 2 * WIDE)
-    chunk, word = place // (2 * WIDE), place % (2 * WIDE)
+    place = tl.arange(0, CHUNKS * 2 * width)
+    chunk, word = place // (2 * width), place % (2 * width)
     k = chunk * CHUNK + 4 * word
 
     first, end = 0, C
@@ -80,49 +98,37 @@ def kbit_decode_kernel(
         first = tl.program_id(1) * length
         end = tl.minimum(first + length, C)
     wide, two, one = load_words(word_rows, tl.minimum(first + chunk, C - 1)[None, :], word[None, :], BITS)
-    absmax = ()
     if BLOCK > 0:
-        for part in tl.static_range(PARTS):
-            absmax = absmax + (load_absmax(absmax_rows, (k + (first * CHUNK + 32 * part))[None, :], G, BLOCK),)  # noqa: RUF005
+        absmax = _load_scales(absmax_rows, k + first * CHUNK, G, BLOCK, parts)
     sums = ()
     for _ in tl.static_range(ROWS):
-        sums = sums + (tl.zeros([BLOCK_N, CHUNKS * 2 * WIDE], tl.float32),)  # noqa: RUF005
+        sums = sums + (tl.zeros([BLOCK_N, CHUNKS * 2 * width], tl.float32),)  # noqa: RUF005
     for start in range(first, end, CHUNKS):
         codes = codes_of(wide, two, one, BITS)
         then = start + CHUNKS
         wide, two, one = load_words(word_rows, tl.minimum(then + chunk, C - 1)[None, :], word[None, :], BITS)
-        levels = look_up(levels_ptr, codes, BITS, x_ptr.dtype.element_ty != tl.float32)
-        fields = (levels,)
-        if FIELDS == 2:
-            fields = tl.split(levels)
-        elif FIELDS == 4:
-            even, odd = tl.split(levels)
-            zero, two_ = tl.split(even)
-            one_, three = tl.split(odd)
-            fields = (zero, one_, two_, three)
+        levels = _by_field(look_up(levels_ptr, codes, BITS, x_ptr.dtype.element_ty != tl.float32), fields)
         added = ()
         for row in tl.static_range(ROWS):
             x_row = x_ptr + tl.minimum(row, M - 1) * tl.cast(stride_xm, tl.int64)
             total = sums[row]
-            for part in tl.static_range(PARTS):
-                of_part = tl.zeros([BLOCK_N, CHUNKS * 2 * WIDE], tl.float32) if BLOCK > 0 else total
-                for field in tl.static_range(part * FIELDS // PARTS, (part + 1) * FIELDS // PARTS):
-                    at = k + (start * CHUNK + 8 * WIDE * field)
-                    of_part = _times_four(of_part, fields[field], x_row, at, K, stride_xk, WHOLE_K)
+            for part in tl.static_range(parts):
+                of_part = tl.zeros([BLOCK_N, CHUNKS * 2 * width], tl.float32) if BLOCK > 0 else total
+                for field in tl.static_range(part * fields // parts, (part + 1) * fields // parts):
+                    at = k + (start * CHUNK + 8 * width * field)
+                    of_part = _times_four(of_part, levels[field], x_row, at, K, stride_xk, WHOLE_K)
                 total = tl.fma(of_part, absmax[part].to(tl.float32), total) if BLOCK > 0 else of_part
             added = added + (total,)  # noqa: RUF005
         sums = added
         if BLOCK > 0:
-            ahead = ()
-            for part in tl.static_range(PARTS):
-                ahead = ahead + (load_absmax(absmax_rows, (k + (then * CHUNK + 32 * part))[None, :], G, BLOCK),)  # noqa: RUF005
-            absmax = ahead
+            absmax = _load_scales(absmax_rows, k + then * CHUNK, G, BLOCK, parts)
 
     for row in tl.static_range(ROWS):
         out = tl.sum(sums[row], 1)
         if BLOCK == 0:
             out *= tl.load(absmax_ptr + column).to(tl.float32)
-        if columns_ptr is not None:
+        # A branch within a branch: what is not there is decided when the kernel is compiled.
+        if columns_ptr is not None:  # noqa: SIM102
             if tl.program_id(1) == 0:
                 x_row = x_ptr + tl.minimum(row, M - 1) * tl.cast(stride_xm, tl.int64)
                 out += _outliers(x_row, columns_ptr + column * outliers, dims_ptr, outliers, stride_xk)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...gpu.launch import Launch, ceil_div, kind_of, on_its_device
-from .codes import Operands, wide_of
+from .codes import Operands, width_of
 from .decode import kbit_decode_kernel
 from .matmul import kbit_matmul_kernel, kbit_sum_kernel
 from .tiles import DECODE_ROWS, KBitTile, choose_tile
@@ -92,7 +92,7 @@ def _plan(weight: Operands, dtype: torch.dtype, tile: KBitTile) -> Plan:
     n, k, count = len(weight.words), weight.in_features, len(weight.outlier_dims)
     decode = tile.block_m <= DECODE_ROWS
     # As many words for each thread as with 4 bits.
-    chunks = max(1, tile.chunks * 4 // wide_of(weight.bits)) if decode else tile.chunks
+    chunks = max(1, tile.chunks * 4 // width_of(weight.bits)) if decode else tile.chunks
     split_k = min(tile.split_k, ceil_div(weight.chunks, chunks))
     constants: dict[str, Any] = {
         "BITS": weight.bits,

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from ...gpu.matmul import tile_of
-from .codes import CHUNK, codes_of, load_absmax, load_words, look_up, wide_of
+from .codes import CHUNK, codes_of, load_absmax, load_words, look_up, width_of
 
 # Outlier columns in one step, the fewest that tensor cores multiply.
 _OUTLIER_STEP = tl.constexpr(16)
@@ -29,24 +29,24 @@ _OUTLIER_STEP = tl.constexpr(16)
 @triton.jit
 def _load_codes(rows, chunk, BITS: tl.constexpr):
     """Load the codes of some chunks, given pointers [N] to the rows' words: int32 [N, chunks * 64], in their order."""
-    WIDE: tl.constexpr = wide_of(BITS)
-    FIELDS: tl.constexpr = 8 // WIDE
-    word = tl.arange(0, 2 * WIDE)[None, None, :]
+    width: tl.constexpr = width_of(BITS)
+    fields: tl.constexpr = 8 // width
+    word = tl.arange(0, 2 * width)[None, None, :]
     wide, two, one = load_words(rows[:, None, None], chunk[None, :, None], word, BITS)
-    codes = tl.reshape(codes_of(wide, two, one, BITS), [rows.shape[0], chunk.shape[0], 2 * WIDE, 4, FIELDS])
+    codes = tl.reshape(codes_of(wide, two, one, BITS), [rows.shape[0], chunk.shape[0], 2 * width, 4, fields])
     return tl.reshape(tl.permute(codes, [0, 1, 4, 2, 3]), [rows.shape[0], chunk.shape[0] * CHUNK])
 
 
 @triton.jit
 def _load_scales(absmax_rows, chunk, G, BLOCK: tl.constexpr):
     """Load the absmax of the blocks of some chunks, given pointers [N] to its rows: [N, chunks, blocks in a chunk]."""
-    PARTS: tl.constexpr = 2 if BLOCK == 32 else 1
-    place = chunk[:, None] * CHUNK + CHUNK // PARTS * tl.arange(0, PARTS)[None, :]
+    parts: tl.constexpr = 2 if BLOCK == 32 else 1
+    place = chunk[:, None] * CHUNK + CHUNK // parts * tl.arange(0, parts)[None, :]
     return load_absmax(absmax_rows[:, None, None], place[None, :, :], G, BLOCK)
 
 
 @triton.jit
-def _add_outliers(out, x_rows, columns_ptr, dims_ptr, column, outliers, stride_xk, dtype, PRECISION: tl.constexpr):
+def _add_outliers(out, x_rows, columns_ptr, dims_ptr, column, outliers, stride_xk, dtype: tl.constexpr):
     """Add the products with the outlier columns."""
     first = 0
     # Not a `for`: that would be pipelined, with buffers in shared memory for steps that are rarely more than a few.
@@ -55,9 +55,10 @@ def _add_outliers(out, x_rows, columns_ptr, dims_ptr, column, outliers, stride_x
         present = (index < outliers)[None, :]
         dim = tl.load(dims_ptr + index, mask=index < outliers, other=0).to(tl.int64)
         x = tl.load(x_rows[:, None] + (dim * stride_xk)[None, :], mask=present, other=0.0)  # [BLOCK_M, STEP]
-        columns = tl.load(columns_ptr + column.to(tl.int64)[:, None] * outliers + index[None, :], mask=present, other=0.0)
+        place = column.to(tl.int64)[:, None] * outliers + index[None, :]
+        columns = tl.load(columns_ptr + place, mask=present, other=0.0)
         columns = columns.to(x.dtype).to(dtype)  # [BLOCK_N, STEP]
-        out = tl.dot(x.to(dtype), tl.trans(columns), out, input_precision=PRECISION)
+        out = tl.dot(x.to(dtype), tl.trans(columns), out, input_precision="ieee")
         first += _OUTLIER_STEP
     return out
 
@@ -103,7 +104,6 @@ def kbit_matmul_kernel(
     word_rows = words_ptr + column.to(tl.int64) * (C * (2 * BITS))
     absmax_rows = absmax_ptr + column.to(tl.int64) * G
     dtype: tl.constexpr = tl.float32 if FLOAT32 else x_ptr.dtype.element_ty
-    precision: tl.constexpr = "ieee"
 
     first, end = 0, C
     if SPLIT_K > 1:
@@ -129,19 +129,18 @@ def kbit_matmul_kernel(
             # On its way while the step before is multiplied: what is not copied to shared memory is not pipelined.
             scales = next_scales
             next_scales = _load_scales(absmax_rows, start + CHUNKS + tl.arange(0, CHUNKS), G, BLOCK)
-            PARTS: tl.constexpr = scales.shape[2]
-            weight = tl.reshape(weight, [BLOCK_N, CHUNKS, PARTS, CHUNK // PARTS]).to(tl.float32)
+            block: tl.constexpr = CHUNK // scales.shape[2]
+            weight = tl.reshape(weight, [BLOCK_N, CHUNKS, scales.shape[2], block]).to(tl.float32)
             weight *= scales.to(tl.float32)[:, :, :, None]
         weight = tl.reshape(weight, [BLOCK_N, CHUNKS * CHUNK]).to(x.dtype).to(dtype)
-        out = tl.dot(x.to(dtype), tl.trans(weight), out, input_precision=precision)
+        out = tl.dot(x.to(dtype), tl.trans(weight), out, input_precision="ieee")
     if BLOCK == 0:
         out *= tl.load(absmax_rows).to(tl.float32)[None, :]
 
-    if columns_ptr is not None:
+    # A branch within a branch: what is not there is decided when the kernel is compiled.
+    if columns_ptr is not None:  # noqa: SIM102
         if tl.program_id(1) == 0:
-            out = _add_outliers(
-                out, x_rows, columns_ptr, dims_ptr, column, outliers, stride_xk, dtype, precision
-            )  # fmt: skip
+            out = _add_outliers(out, x_rows, columns_ptr, dims_ptr, column, outliers, stride_xk, dtype)
     if bias_ptr is not None:
         out += tl.load(bias_ptr + column).to(tl.float32)[None, :]
     place = (tl.program_id(1) * tl.cast(M, tl.int64) + m)[:, None] * N + n[None, :]

@@ -16,7 +16,6 @@ import torch
 
 from ...gpu.tiles import gpu_of
 
-
 # What has fewer rows than a product of tensor cores is a tile of `decode.py`, for as many rows as it has.
 DECODE_ROWS = 2
 
