@@ -83,11 +83,11 @@ def check(x: Tensor, layer: KBitWeight, found: Tensor) -> None:
     ("bits", "data_type", "block", "m", "n", "k", "outliers", "dtype", "tile"),
     [
         (3, "int", 32, 1, 33, 200, 3, HALF, None),
-        (3, "quantile", 64, 17, 70, 320, 0, BRAIN, PRODUCT._replace(split_k=2, chunks=2)),
+        (3, "quantile", 64, 17, 34, 320, 0, BRAIN, PRODUCT._replace(split_k=2, chunks=2)),
         (3, "float", None, 2, 16, 63, 1, SINGLE, DECODE._replace(split_k=3)),
         (4, "nf4", 64, 1, 33, 320, 17, BRAIN, DECODE._replace(split_k=2, chunks=2)),
         (4, "float", 32, 5, 31, 128, 0, HALF, PRODUCT._replace(chunks=2)),
-        (4, "dynamic", 256, 65, 70, 576, 40, HALF, None),
+        (4, "dynamic", 256, 65, 33, 320, 40, HALF, None),
         (5, "int", 32, 2, 40, 130, 0, HALF, None),
         (5, "quantile", 4096, 3, 33, 1, 1, HALF, PRODUCT),
         (6, "float", 128, 1, 17, 257, 0, HALF, DECODE._replace(split_k=2)),

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = tl.constexpr(64)
+_LONGEST = 1 << 30
 
 
 class Operands(NamedTuple):
@@ -51,8 +52,8 @@ class Operands(NamedTuple):
 
     @property
     def kernel_block(self) -> int:
-        """The block as the kernels have it: 0 where a row has one absmax."""
-        return 0 if self.absmax.shape[1] == 1 else self.block or 0
+        """The block as the kernels have it, a power of two: a row that has one absmax is shorter than any."""
+        return _LONGEST if self.block is None or self.absmax.shape[1] == 1 else self.block
 
 
 @triton.constexpr_function

@@ -98,8 +98,7 @@ def kbit_decode_kernel(
         first = tl.program_id(1) * length
         end = tl.minimum(first + length, C)
     wide, two, one = load_words(word_rows, tl.minimum(first + chunk, C - 1)[None, :], word[None, :], BITS)
-    if BLOCK > 0:
-        absmax = _load_scales(absmax_rows, k + first * CHUNK, G, BLOCK, parts)
+    absmax = _load_scales(absmax_rows, k + first * CHUNK, G, BLOCK, parts)
     sums = ()
     for _ in tl.static_range(ROWS):
         sums = sums + (tl.zeros([BLOCK_N, CHUNKS * 2 * width], tl.float32),)  # noqa: RUF005
@@ -113,20 +112,17 @@ def kbit_decode_kernel(
             x_row = x_ptr + tl.minimum(row, M - 1) * tl.cast(stride_xm, tl.int64)
             total = sums[row]
             for part in tl.static_range(parts):
-                of_part = tl.zeros([BLOCK_N, CHUNKS * 2 * width], tl.float32) if BLOCK > 0 else total
+                of_part = tl.zeros([BLOCK_N, CHUNKS * 2 * width], tl.float32)
                 for field in tl.static_range(part * fields // parts, (part + 1) * fields // parts):
                     at = k + (start * CHUNK + 8 * width * field)
                     of_part = _times_four(of_part, levels[field], x_row, at, K, stride_xk, WHOLE_K)
-                total = tl.fma(of_part, absmax[part].to(tl.float32), total) if BLOCK > 0 else of_part
+                total = tl.fma(of_part, absmax[part].to(tl.float32), total)
             added = added + (total,)  # noqa: RUF005
         sums = added
-        if BLOCK > 0:
-            absmax = _load_scales(absmax_rows, k + then * CHUNK, G, BLOCK, parts)
+        absmax = _load_scales(absmax_rows, k + then * CHUNK, G, BLOCK, parts)
 
     for row in tl.static_range(ROWS):
         out = tl.sum(sums[row], 1)
-        if BLOCK == 0:
-            out *= tl.load(absmax_ptr + column).to(tl.float32)
         # A branch within a branch: what is not there is decided when the kernel is compiled.
         if columns_ptr is not None:  # noqa: SIM102
             if tl.program_id(1) == 0:

@@ -93,7 +93,7 @@ def kbit_matmul_kernel(
 ):
     """Compute tile `program_id(0)`, over part `program_id(1)` of K; the pointers to what a layer lacks are None.
 
-    BLOCK is 0 where a row has one absmax. Where programs share K each has a matrix of its own in the output.
+    Where programs share K each has a matrix of its own in the output.
     """
     tile_m, tile_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -113,8 +113,7 @@ def kbit_matmul_kernel(
     k = tl.arange(0, CHUNKS * CHUNK)
     x_pointers = x_rows[:, None] + k[None, :] * tl.cast(stride_xk, tl.int64)
     out = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if BLOCK > 0:
-        next_scales = _load_scales(absmax_rows, first + tl.arange(0, CHUNKS), G, BLOCK)
+    next_scales = _load_scales(absmax_rows, first + tl.arange(0, CHUNKS), G, BLOCK)
     for start in range(first, end, CHUNKS):
         chunk = start + tl.arange(0, CHUNKS)
         if WHOLE_K:
@@ -125,17 +124,14 @@ def kbit_matmul_kernel(
             inside = (m < M)[:, None] & (k < K - start * CHUNK)[None, :]
             x = tl.load(x_pointers + start * CHUNK * tl.cast(stride_xk, tl.int64), mask=inside, other=0.0)
         weight = look_up(levels_ptr, _load_codes(word_rows, chunk, BITS), BITS, x_ptr.dtype.element_ty != tl.float32)
-        if BLOCK > 0:
-            # On its way while the step before is multiplied: what is not copied to shared memory is not pipelined.
-            scales = next_scales
-            next_scales = _load_scales(absmax_rows, start + CHUNKS + tl.arange(0, CHUNKS), G, BLOCK)
-            block: tl.constexpr = CHUNK // scales.shape[2]
-            weight = tl.reshape(weight, [BLOCK_N, CHUNKS, scales.shape[2], block]).to(tl.float32)
-            weight *= scales.to(tl.float32)[:, :, :, None]
+        # On its way while the step before is multiplied: what is not copied to shared memory is not pipelined.
+        scales = next_scales
+        next_scales = _load_scales(absmax_rows, start + CHUNKS + tl.arange(0, CHUNKS), G, BLOCK)
+        block: tl.constexpr = CHUNK // scales.shape[2]
+        weight = tl.reshape(weight, [BLOCK_N, CHUNKS, scales.shape[2], block]).to(tl.float32)
+        weight *= scales.to(tl.float32)[:, :, :, None]
         weight = tl.reshape(weight, [BLOCK_N, CHUNKS * CHUNK]).to(x.dtype).to(dtype)
         out = tl.dot(x.to(dtype), tl.trans(weight), out, input_precision="ieee")
-    if BLOCK == 0:
-        out *= tl.load(absmax_rows).to(tl.float32)[None, :]
 
     # A branch within a branch: what is not there is decided when the kernel is compiled.
     if columns_ptr is not None:  # noqa: SIM102
