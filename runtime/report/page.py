@@ -7,7 +7,7 @@ import base64
 from collections.abc import Mapping
 from html import escape
 
-from llmint8.converter.words import activations, size
+from llmint8.converter.words import inputs_in_words, size
 
 from .findings import Findings
 from .sections import SIZES_TEXT, errors_text, heat_map_text, kept_text, ranges_text, removal_text, table4_text
@@ -95,6 +95,7 @@ def _summary(findings: Findings) -> str:
     origin = str(source.get("name") or source.get("repo") or "unknown")
     origin += f" at commit {source['commit']}" if source.get("commit") else ""
     text = calibration.get("text", "unknown")
+    scheme = quantization.scheme
     rows = {
         "Model": ", ".join(map(str, architectures)) if isinstance(architectures, list) else "unknown",
         "Made from": origin,
@@ -102,7 +103,7 @@ def _summary(findings: Findings) -> str:
         "Layers in int8": f"{layers}, of which {measured} were measured",
         f"Columns in {findings.precision}": f"{kept / max(1, columns):.2%}, {kept / max(1, layers):.1f} in a layer",
         "Chosen by": quantization.criterion,
-        "Activations": activations(quantization.scheme.activation, quantization.scheme.activation_group),
+        "Activations": inputs_in_words(scheme.kbit, scheme.activation, scheme.activation_group),
         "Calibration": f"{calibration['tokens']} tokens, text: {text}" if calibration.get("tokens") else str(text),
     }
     cells = "".join(f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in rows.items())
