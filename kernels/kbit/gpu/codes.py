@@ -112,11 +112,17 @@ def codes_of(wide, two, one, BITS: tl.constexpr):
 
 
 @triton.jit
-def look_up(levels_ptr, codes, BITS: tl.constexpr, HALF: tl.constexpr):
-    """Return the levels of codes, in shared memory; float16 with HALF, for more levels than it has banks, 32."""
+def load_levels(levels_ptr, BITS: tl.constexpr, HALF: tl.constexpr):
+    """Load the levels: float32, or float16 where HALF allows it and there are more than shared memory has banks, 32."""
     levels = tl.load(levels_ptr + tl.arange(0, 1 << BITS))
     if HALF and BITS > 5:
         levels = levels.to(tl.float16)
+    return levels
+
+
+@triton.jit
+def look_up(levels, codes):
+    """Return the levels of codes, through shared memory."""
     return tl.reshape(tl.gather(levels, tl.reshape(codes, [codes.numel]), 0), codes.shape)
 
 

@@ -11,7 +11,7 @@ step is multiplied.
 import triton
 import triton.language as tl
 
-from .codes import CHUNK, codes_of, load_absmax, load_words, look_up, width_of
+from .codes import CHUNK, codes_of, load_absmax, load_levels, load_words, look_up, width_of
 
 _OUTLIER_STEP = tl.constexpr(32)
 
@@ -92,6 +92,7 @@ def kbit_decode_kernel(
     chunk, word = place // (2 * width), place % (2 * width)
     k = chunk * CHUNK + 4 * word
 
+    levels = load_levels(levels_ptr, BITS, x_ptr.dtype.element_ty != tl.float32)
     first, end = 0, C
     if SPLIT_K > 1:
         length = tl.cdiv(tl.cdiv(C, CHUNKS), SPLIT_K) * CHUNKS
@@ -106,7 +107,7 @@ def kbit_decode_kernel(
         codes = codes_of(wide, two, one, BITS)
         then = start + CHUNKS
         wide, two, one = load_words(word_rows, tl.minimum(then + chunk, C - 1)[None, :], word[None, :], BITS)
-        levels = _by_field(look_up(levels_ptr, codes, BITS, x_ptr.dtype.element_ty != tl.float32), fields)
+        found = _by_field(look_up(levels, codes), fields)
         added = ()
         for row in tl.static_range(ROWS):
             x_row = x_ptr + tl.minimum(row, M - 1) * tl.cast(stride_xm, tl.int64)
@@ -115,7 +116,7 @@ def kbit_decode_kernel(
                 of_part = tl.zeros([BLOCK_N, CHUNKS * 2 * width], tl.float32)
                 for field in tl.static_range(part * fields // parts, (part + 1) * fields // parts):
                     at = k + (start * CHUNK + 8 * width * field)
-                    of_part = _times_four(of_part, levels[field], x_row, at, K, stride_xk, WHOLE_K)
+                    of_part = _times_four(of_part, found[field], x_row, at, K, stride_xk, WHOLE_K)
                 total = tl.fma(of_part, absmax[part].to(tl.float32), total)
             added = added + (total,)  # noqa: RUF005
         sums = added

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from ...gpu.matmul import tile_of
-from .codes import CHUNK, codes_of, load_absmax, load_words, look_up, width_of
+from .codes import CHUNK, codes_of, load_absmax, load_levels, load_words, look_up, width_of
 
 # Outlier columns in one step, the fewest that tensor cores multiply.
 _OUTLIER_STEP = tl.constexpr(16)
@@ -105,6 +105,7 @@ def kbit_matmul_kernel(
     absmax_rows = absmax_ptr + column.to(tl.int64) * G
     dtype: tl.constexpr = tl.float32 if FLOAT32 else x_ptr.dtype.element_ty
 
+    levels = load_levels(levels_ptr, BITS, x_ptr.dtype.element_ty != tl.float32)
     first, end = 0, C
     if SPLIT_K > 1:
         length = tl.cdiv(tl.cdiv(C, CHUNKS), SPLIT_K) * CHUNKS
@@ -123,7 +124,7 @@ def kbit_matmul_kernel(
             chunk = tl.minimum(chunk, C - 1)
             inside = (m < M)[:, None] & (k < K - start * CHUNK)[None, :]
             x = tl.load(x_pointers + start * CHUNK * tl.cast(stride_xk, tl.int64), mask=inside, other=0.0)
-        weight = look_up(levels_ptr, _load_codes(word_rows, chunk, BITS), BITS, x_ptr.dtype.element_ty != tl.float32)
+        weight = look_up(levels, _load_codes(word_rows, chunk, BITS))
         # On its way while the step before is multiplied: what is not copied to shared memory is not pipelined.
         scales = next_scales
         next_scales = _load_scales(absmax_rows, start + CHUNKS + tl.arange(0, CHUNKS), G, BLOCK)
