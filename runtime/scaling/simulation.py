@@ -1,0 +1,168 @@
+"""A 16-bit model whose weights are quantized when a layer is reached, in many ways at once, and forgotten then.
+
+The model is streamed as the converter's calibrated pass streams it: memory holds one layer, and activations in float32.
+A batch has the windows of the text once for each scheme, so a weight is read once for all that run together, and
+multiplied by what each scheme makes of it. Inputs are not quantized. Weights are those that `llmint8-convert` would
+quantize by default in format 2: all linear layers and experts, without the output head and the embeddings.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from llmint8.converter.calibration.streaming import LinearCall, blockwise_linear, streamed
+from llmint8.converter.machine import return_freed_memory
+from llmint8.converter.model.build import meta_model
+from llmint8.converter.model.config import in_float32
+from llmint8.converter.model.experts import ExpertMatrix, in_order
+from llmint8.converter.model.names import fused_parameters, parameter_tensors
+from llmint8.converter.planning.plan import ConversionPlan
+from llmint8.converter.planning.selected import SelectedLayer
+from llmint8.formats import SourceError
+from llmint8.kernels.kbit.reference import dequantize_codes, quantize_weight
+
+from ..accuracy.evaluate import Measurement, measure
+from ..accuracy.halves import Halves
+from ..accuracy.methods import NotRowsError, parted_rows
+from .schemes import BASE, Scheme
+
+# Activations of all that run together, of which there are so many copies, and how many run together at most: when they
+# are done, what was measured is written down.
+_ACTIVATION_BYTES = 1 << 30
+_COPIES = 8
+_MOST_TOGETHER = 6
+
+Progress = Callable[[str, int], None]
+Found = Mapping[Scheme, Measurement]
+
+
+class Simulation:
+    """A model of a plan, on windows of token ids int64 [windows, W]."""
+
+    def __init__(self, plan: ConversionPlan, windows: Tensor, device: torch.device, progress: Progress) -> None:
+        """Take also where it runs, and whom to tell of each layer in each scheme, with the numbers of its weight."""
+        self._plan, self._windows, self._device, self._progress = plan, windows, device, progress
+        self._model: Any = meta_model(in_float32(plan.config))
+        selection = plan.selection
+        self._layers = {selection.module_of[name]: layer for name, layer in selection.multiplied.items()}
+        self._schemes: Sequence[Scheme] = ()
+        self._together = True
+
+    def measure(self, schemes: Sequence[Scheme], found: Callable[[Found], None]) -> None:
+        """Measure schemes against the model as it is; `found` is called with some of them after the other.
+
+        Raises:
+            LLMInt8Error: the model cannot be run without its weights, or gives what is not finite.
+
+        """
+        with self._streamed() as call:
+            call(self._measure, {"schemes": schemes, "found": found})
+
+    def _measure(self, schemes: Sequence[Scheme], found: Callable[[Found], None]) -> None:
+        halves = Halves(self._model, self._windows[0])
+        expected = self._hidden(halves, [BASE])[0]
+        if BASE in schemes:
+            found(self._compared(halves, expected, {BASE: expected}))
+        left = [scheme for scheme in schemes if scheme != BASE]
+        while left:
+            some = left[: self._count()]
+            try:
+                hidden = self._hidden(halves, some)
+            except NotRowsError:
+                self._together = False
+                continue
+            found(self._compared(halves, expected, dict(zip(some, hidden, strict=True))))
+            left = left[len(some) :]
+
+    def _count(self) -> int:
+        """Return how many schemes run together."""
+        widest = max(max(layer.in_features, layer.out_features) for layer in self._layers.values())
+        fitting = _ACTIVATION_BYTES // (4 * _COPIES * self._windows.numel() * widest)
+        return min(_MOST_TOGETHER, max(1, fitting)) if self._together else 1
+
+    def _hidden(self, halves: Halves, schemes: Sequence[Scheme]) -> Tensor:
+        """Return the hidden states [schemes, windows, W, H]."""
+        self._schemes = schemes
+        try:
+            hidden = halves.hidden(self._windows.repeat(len(schemes), 1))
+        finally:
+            self._schemes = ()
+        return hidden.reshape(len(schemes), *self._windows.shape, -1)
+
+    def _compared(self, halves: Halves, expected: Tensor, hidden: Mapping[Scheme, Tensor]) -> Found:
+        """Compare hidden states [windows, W, H] by the logits that they give."""
+        runs = (
+            (
+                window,
+                partial(_at, halves, expected[number]),
+                {scheme.label: partial(_at, halves, states[number]) for scheme, states in hidden.items()},
+            )
+            for number, window in enumerate(self._windows)
+        )
+        return dict(zip(hidden, measure(runs).measurements, strict=True))
+
+    def _multiply(self, name: str, x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
+        """Multiply the rows of each scheme by what it makes of a weight [N, K]."""
+        if not self._schemes:  # the model is only tried
+            return blockwise_linear(rows, weight)
+        found = []
+        for scheme, part in zip(self._schemes, parted_rows(name, x, len(self._schemes)), strict=True):
+            found.append(blockwise_linear(part.float(), self._simulated(name, scheme, weight)))
+            self._progress(name, weight.numel())
+        return torch.cat(found)
+
+    def _simulated(self, name: str, scheme: Scheme, weight: Tensor) -> Tensor:
+        """Return what a scheme makes of a weight [N, K]: itself, or float32 [N, K]."""
+        if scheme.data_type is None:
+            return weight
+        codes, absmax, levels = quantize_weight(weight, scheme.bits, scheme.data_type, scheme.block)
+        if not bool(absmax.isfinite().all()):
+            tensor = self._layers[name].weight
+            raise SourceError(
+                f"{self._plan.source.path / tensor.file}: {tensor.name}: has values beyond 65504 or NaN, which no "
+                "absmax in 16 bit holds; it cannot be quantized"
+            )
+        return dequantize_codes(codes, absmax, levels, scheme.block)
+
+    @contextmanager
+    def _streamed(self) -> Iterator[Callable[[Any, Mapping[str, Any]], None]]:
+        """Return what calls a function in which the model runs, layer by layer."""
+        plan, selection, model = self._plan, self._plan.selection, self._model
+        read = plan.source.read
+        tensor_of = parameter_tensors(model, plan.source.tensors)
+        experts: dict[str, list[tuple[ExpertMatrix, SelectedLayer]]] = defaultdict(list)
+        for matrix in selection.experts.values():
+            experts[matrix.experts].append((matrix, selection.layers[matrix.name]))
+        order = in_order(model, self._layers, selection.experts.values())
+        weights = {name: self._layers[name].weight.name for name in order}
+        weights = {name: weight for name, weight in weights.items() if self._layers[name].name not in selection.experts}
+        fused = fused_parameters(model, plan.source.tensors)
+        what = model, tensor_of, fused, weights, experts
+        outputs: dict[str, Callable[[], Tensor]] = {}
+        with streamed(*what, outputs, read, _forget, self._device, self._multiply) as call:
+            head: Any = model.get_output_embeddings()
+            vars(head).pop("forward", None)  # the pass of a conversion has no use for logits
+            is_plain = type(head) is nn.Linear
+            if is_plain:
+                own = next(name for name, module in model.named_modules() if module is head)
+                named = {
+                    part: tensor_of[f"{own}.{part}"] for part in ("weight", "bias") if f"{own}.{part}" in tensor_of
+                }
+                if "weight" in named:  # it is used for every few positions
+                    wide = {part: read(name).to(self._device).float() for part, name in named.items()}
+                    head.forward = partial(functional.linear, **wide)
+            yield call
+
+
+def _forget(call: LinearCall) -> None:
+    return_freed_memory()
+
+
+def _at(halves: Halves, hidden: Tensor, places: slice) -> Tensor:
+    return halves.logits(hidden[places])
