@@ -1,10 +1,11 @@
-"""Run an int8 checkpoint: `load` gives the ordinary transformers model with `Int8Linear` layers in it."""
+"""Run an int8 checkpoint: `load` gives the ordinary transformers model with quantized layers in it."""
 
 from typing import TYPE_CHECKING
 
 from llmint8.converter.on_demand import importer
 
 if TYPE_CHECKING:
+    from .layers.kbit import KBitLinear as KBitLinear
     from .layers.layer import Int8Linear as Int8Linear
     from .layers.misses import OutlierMisses as OutlierMisses
     from .layers.misses import outlier_misses as outlier_misses
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Int8Config": "model.on_the_fly",
     "Int8Linear": "layers.layer",
+    "KBitLinear": "layers.kbit",
     "OutlierMisses": "layers.misses",
     "configure": "model.settings",
     "dequantize": "model.dequantize",

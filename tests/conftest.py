@@ -250,6 +250,9 @@ def _read_by_the_spec(spec_reader: Any, assert_right: Callable[..., None], out: 
     if not layers:
         return
     name, (_, in_features, _) = max(layers.items(), key=lambda item: item[1][2])
+    if ours.records[name].scheme.kbit is not None:
+        _computed_alike(spec_reader, theirs, ours, name)
+        return
     parts = ("weight", ours.layout.absmax, "outlier_dims", "outlier_weight", "bias")
     tensors = [ours.read(f"{name}.{part}") for part in parts if f"{name}.{part}" in ours.tensors]
     scheme = ours.records[name].scheme
@@ -268,6 +271,77 @@ def _read_by_the_spec(spec_reader: Any, assert_right: Callable[..., None], out: 
     for activation in ("absmax", "zeropoint")[: 1 + both]:
         y = torch.from_numpy(spec_reader.compute(theirs, name, x.numpy(), activation)).float()
         assert_right(x, Int8Weight(*tensors, group=group, rotation=rotation), activation, y)
+
+
+@pytest.fixture(scope="session")
+def kbit_checkpoint() -> Callable[[Path], Path]:
+    """Return a function that writes a checkpoint with a table and two layers of k bits, one of an odd width."""
+
+    def write(out: Path) -> Path:
+        from llmint8.formats import DTYPE_NAMES, NATIVE, CheckpointWriter, KBit, Quantization, Scheme, TensorSpec
+        from llmint8.kernels.kbit.packing import pack
+        from llmint8.kernels.kbit.reference import quantize_weight
+
+        schemes = {
+            "table": Scheme(lookup="only", kbit=KBit(4, "nf4", 64)),
+            "up": Scheme(kbit=KBit(3, "quantile", 32)),
+            "down": Scheme(kbit=KBit(6, "float", None)),
+        }
+        widths, counts = {"table": 64, "up": 64, "down": 70}, {"table": 0, "up": 2, "down": 1}
+        draw = torch.Generator().manual_seed(0)
+        tensors: dict[str, torch.Tensor] = {"norm.weight": torch.randn(4, generator=draw).half()}
+        for name, scheme in schemes.items():
+            kbit = scheme.kbit
+            assert kbit is not None
+            weight = torch.randn(5, widths[name], generator=draw).half()
+            codes, absmax, levels = quantize_weight(weight, kbit.bits, kbit.data_type, kbit.block)
+            dims = torch.arange(counts[name], dtype=torch.int32) * 3
+            tensors |= {f"{name}.weight": pack(codes, kbit.bits), f"{name}.absmax": absmax}
+            tensors |= {f"{name}.outlier_dims": dims, f"{name}.outlier_weight": weight[:, dims.long()]}
+            tensors |= {f"{name}.codebook": levels.half()} if kbit.has_codebook else {}
+        source = {"name": "made up", "repo": None, "commit": None}
+        quantization = Quantization(
+            ["head"],
+            counts,
+            criterion="by hand",
+            schemes={scheme.name: scheme for scheme in schemes.values()},
+            layers={name: scheme.name for name, scheme in schemes.items()},
+            in_features={"down": 70},
+            layout=NATIVE,
+            producer="test 1",
+            source=source,
+        )
+        with CheckpointWriter(out, 1 << 30) as writer:
+            specs = {name: TensorSpec(name, DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+            writer.plan([[spec] for spec in specs.values()])
+            for name, tensor in tensors.items():
+                writer.write(name, tensor)
+            writer.commit(
+                {"model_type": "made-up"}, quantization, {**source, "config_sha256": "0" * 64, "files": {}}, {}, {}
+            )
+        return out
+
+    return write
+
+
+def _computed_alike(spec_reader: Any, theirs: Any, ours: Any, name: str) -> None:
+    """Compare what both make of a layer of k bits. Sums are in any order: each of K products is rounded thrice."""
+    from llmint8.kernels.kbit.levels import levels_of
+    from llmint8.kernels.kbit.linear import kbit_linear, prepare
+    from llmint8.kernels.kbit.reference import KBitWeight
+
+    record, book = ours.records[name], f"{name}.codebook"
+    scheme = record.scheme.kbit
+    levels = ours.read(book).float() if scheme.has_codebook else levels_of(scheme.data_type, scheme.bits)
+    dims, columns = ours.read(f"{name}.outlier_dims"), ours.read(f"{name}.outlier_weight")
+    bias = ours.read(f"{name}.bias") if record.has_bias else None
+    coded = ours.read(f"{name}.weight"), ours.read(f"{name}.absmax"), levels, record.in_features, scheme.block
+    x = torch.randn(3, record.in_features, generator=torch.Generator().manual_seed(0))
+    y = kbit_linear(x, prepare(KBitWeight(*coded, dims, columns, bias))).double().numpy()
+    exact = spec_reader.compute(theirs, name, x.numpy())
+    weight = spec_reader.dequantize_kbit(spec_reader.stored(theirs, name), theirs.kbit(name), record.in_features)
+    bound = (abs(x.numpy()) @ abs(weight).T + abs(exact) + 1e-6) * (record.in_features + 8) * 2.0**-23
+    assert (abs(y - exact) <= bound).all()
 
 
 @pytest.fixture

@@ -81,6 +81,10 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     layers: dict[str, tuple[int, int, int | None]]
 
+    def kbit(self, name: str) -> dict[str, Any] | None:
+        """Return the scheme of a layer of k bits, or None for one in int8."""
+        return kbit_of(self.block, self.major, name)
+
     def scheme(self, name: str) -> tuple[str, int | None, int | None]:
         """Return how a layer is coded: mode and group of the inputs, and the block of a rotation."""
         block = self.block or {}
@@ -241,7 +245,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
             tensors[name] = tensor
     agreed = not files or {name: tensor.file for name, tensor in tensors.items()} == files
     require("E07", agreed, "index and files disagree")
-    layers = checked_layers(tensors, block is not None, major)
+    layers = checked_layers(tensors, block, major)
     checkpoint = Checkpoint(directory, config, block, major, tensors, layers)
     for name in layers:
         if major == 1 and f"{name}.weight_format" in tensors:
@@ -315,6 +319,11 @@ def checked_coding(block: dict[str, Any]) -> None:
     require("E03", isinstance(layers, dict) and layers.keys() == block["outliers"]["counts"].keys(), "layers")
     for scheme in layers.values():  # type: ignore[union-attr]
         require("E03", isinstance(scheme, str) and scheme in schemes, "layers: scheme")  # type: ignore[operator]
+    widths = block.get("in_features", {})
+    require("E03", isinstance(widths, dict), "in_features")
+    for name, width in widths.items():
+        of_kbits = name in layers and is_kbit(schemes[layers[name]])  # type: ignore[operator, index]
+        require("E03", of_kbits and is_count(width) and width > 0, f"in_features: {name!r}")
     require("E03", isinstance(block.get("rounding"), str) and block["rounding"] in ("nearest", "gptq"), "rounding")
     skipped = block.get("not_quantized")
     named = isinstance(skipped, list) and all(isinstance(name, str) for name in skipped)
@@ -329,8 +338,23 @@ def is_scheme(scheme: Any) -> bool:
     rotated = rotation == {"kind": "hadamard", "block": 64} and type(block) is int
     looked_up = "lookup" in scheme
     alone = (None,) if looked_up and group is None else ()
+    keys = scheme.keys() - {"lookup"} == {"bits", "data_type", "group", "rotation", "inputs", "input_group"}
+    if keys and is_kbit(scheme):
+        data_type, size = scheme["data_type"], scheme["group"]
+        return (
+            type(bits) is int
+            and 3 <= bits <= 8
+            and isinstance(data_type, str)
+            and data_type in ("int", "float", "dynamic", "quantile", "nf4")
+            and (data_type != "nf4" or bits == 4)
+            and (size is None or (type(size) is int and size in [2**i for i in range(5, 13)]))
+            and rotation is None
+            and group is None
+            and (not looked_up or scheme["lookup"] is True)
+            and (looked_up or scheme["inputs"] is not None)
+        )
     return (
-        scheme.keys() - {"lookup"} == {"bits", "data_type", "group", "rotation", "inputs", "input_group"}
+        keys
         and (type(bits) is int and bits == 8)
         and (scheme["data_type"], scheme["group"]) == ("int", None)
         and (rotation is None or rotated)
@@ -339,6 +363,20 @@ def is_scheme(scheme: Any) -> bool:
         and scheme["inputs"] in ("int8-absmax", "int8-zeropoint", *alone)
         and (group is None or (type(group) is int and group in (64, 128, 256)))
     )
+
+
+def is_kbit(scheme: Any) -> bool:
+    """Tell a k-bit scheme by section 18: from its inputs, or where there are none from what is not that of int8."""
+    inputs, bits = scheme.get("inputs"), scheme.get("bits")
+    int8 = type(bits) is int and (bits, scheme.get("data_type"), scheme.get("group")) == (8, "int", None)
+    return inputs == "16-bit" or (inputs is None and not int8)
+
+
+def kbit_of(block: Mapping[str, Any] | None, major: int, name: str) -> dict[str, Any] | None:
+    if block is None or major == 1 or name not in block["layers"]:
+        return None
+    scheme: dict[str, Any] = block["schemes"][block["layers"][name]]
+    return scheme if is_kbit(scheme) else None
 
 
 def is_count(value: Any) -> bool:
@@ -376,12 +414,18 @@ def weight_map(directory: Path, stem: str) -> dict[str, str]:
     return files
 
 
-def checked_layers(tensors: Mapping[str, Tensor], ours: bool, major: int) -> dict[str, tuple[int, int, int | None]]:
+def checked_layers(
+    tensors: Mapping[str, Tensor], block: Mapping[str, Any] | None, major: int
+) -> dict[str, tuple[int, int, int | None]]:
     """Check the records, rules E08 and E09 of sections 6 and 17."""
-    absmax = ABSMAX[major]
+    absmax, ours = ABSMAX[major], block is not None
     names = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
     layers = {name for name in names if tensors[f"{name}.weight"].dtype == "I8"}
+    kbits = {name: scheme for name in names if (scheme := kbit_of(block, major, name))}
+    layers |= {name for name in kbits if tensors[f"{name}.weight"].dtype == "U8"}
     for name in layers:
+        has_codebook = name not in kbits or kbits[name]["data_type"] != "quantile" or f"{name}.codebook" in tensors
+        require("E08", has_codebook, f"{name}.codebook")
         optional = ["outlier_dims", "outlier_weight", *(["weight_format"] if major == 1 else [])]
         has = {suffix: f"{name}.{suffix}" in tensors for suffix in optional}
         require("E08", f"{name}.{absmax}" in tensors, f"{name}.{absmax}")
@@ -391,20 +435,33 @@ def checked_layers(tensors: Mapping[str, Tensor], ours: bool, major: int) -> dic
         module, _, suffix = name.rpartition(".")
         reserved = suffix in (absmax, "outlier_dims", "outlier_weight") or (major, suffix) == (1, "weight_format")
         require("E08", not reserved or module in layers, f"{name}: without its weight")
-    return {name: checked_shapes(tensors, name, ours, major) for name in sorted(layers)}
+    return {name: checked_shapes(tensors, name, block, major) for name in sorted(layers)}
 
 
-def checked_shapes(tensors: Mapping[str, Tensor], name: str, ours: bool, major: int) -> tuple[int, int, int | None]:
+def checked_shapes(
+    tensors: Mapping[str, Tensor], name: str, block: Mapping[str, Any] | None, major: int
+) -> tuple[int, int, int | None]:
     weight, dims = tensors[f"{name}.weight"], tensors.get(f"{name}.outlier_dims")
     require("E09", len(weight.shape) == 2, f"{name}.weight")
     n, k = weight.shape
-    require("E09", k <= (133_144 if ours else 132_104), f"{name}: {k} columns")
+    ours, kbit = block is not None, kbit_of(block, major, name)
+    own: list[tuple[str, tuple[str, ...], tuple[int | None, ...]]] = [(ABSMAX[major], ("F32",), (n,))]
+    own += [("weight_format", ("U8",), ())] if major == 1 else []
+    if kbit and block is not None:
+        require("E09", weight.dtype == "U8" and k % (8 * kbit["bits"]) == 0, f"{name}.weight")
+        most = 8 * k // kbit["bits"]
+        width = block.get("in_features", {}).get(name, most)
+        require("E09", most - 64 < width <= most or width == most, f"{name}: {width} in_features")
+        k = width
+        own = [(ABSMAX[major], ("F16",), (n, max(1, -(-k // (kbit["group"] or max(1, k))))))]
+        own += [("codebook", ("F16",), (2 ** kbit["bits"],))] if kbit["data_type"] == "quantile" else []
+    else:
+        require("E09", k <= (133_144 if ours else 132_104), f"{name}: {k} columns")
     require("E09", dims is None or len(dims.shape) == 1, f"{name}.outlier_dims")
     count = None if dims is None else dims.shape[0]
     require("E09", (count or 0) <= k, f"{name}: k is more than K")
     for suffix, dtypes, shape in (
-        (ABSMAX[major], ("F32",), (n,)),
-        *([("weight_format", ("U8",), ())] if major == 1 else []),
+        *own,
         ("outlier_dims", ("I32",), (count,)),
         ("outlier_weight", FLOATS, (n, count)),
         ("bias", FLOATS, (n,)),
@@ -456,14 +513,25 @@ def broken_values(checkpoint: Checkpoint, name: str) -> Iterator[str]:
         return
     weight = checkpoint.read(f"{name}.weight").astype(np.int64)
     nearest = checkpoint.block.get("rounding", "nearest") == "nearest"
-    largest, most = abs(weight).max(axis=1, initial=0), np.where(absmax > 0, 127, 0)
-    if weight.shape[1] and not (np.array_equal(largest, most) if nearest else (largest <= most).all()):
-        yield "E13"
+    kbit = checkpoint.kbit(name)
+    if kbit is not None:
+        if kbit["data_type"] == "quantile":
+            book = checkpoint.read(f"{name}.codebook").astype(np.float64)
+            if not ((abs(book) <= 1).all() and (np.diff(book) >= 0).all()):
+                yield "E13"
+    else:
+        largest, most = abs(weight).max(axis=1, initial=0), np.where(absmax > 0, 127, 0)
+        if weight.shape[1] and not (np.array_equal(largest, most) if nearest else (largest <= most).all()):
+            yield "E13"
     dims = checkpoint.read(f"{name}.outlier_dims").astype(np.int64)
-    if not ((np.diff(dims) > 0).all() and (dims >= 0).all() and (dims < weight.shape[1]).all()):
+    if not ((np.diff(dims) > 0).all() and (dims >= 0).all() and (dims < checkpoint.layers[name][1]).all()):
         yield "E14"
         return
     columns = checkpoint.read(f"{name}.outlier_weight").astype(np.float64)
+    if kbit is not None:
+        if not np.isfinite(columns).all():
+            yield "E15"
+        return
     _, _, rotation = checkpoint.scheme(name)
     step = absmax.astype(np.float64)[:, None] / 127
     apart = abs(columns - rotate(weight, rotation)[:, dims] * step)
@@ -622,6 +690,10 @@ def linear(
 
 def compute(checkpoint: Checkpoint, name: str, x: Array, activation: str | None = None) -> Array:
     """Return what a layer makes of x [M, K], float64 [M, N]."""
+    if kbit := checkpoint.kbit(name):
+        layer = stored(checkpoint, name)
+        y: Array = x.astype(np.float64) @ dequantize_kbit(layer, kbit, x.shape[1]).T
+        return y + layer["bias"].astype(np.float64) if "bias" in layer else y
     recorded, group, rotation = checkpoint.scheme(name)
     return linear(x, stored(checkpoint, name), activation or recorded, group, rotation)
 
@@ -633,9 +705,81 @@ def look_up(layer: Mapping[str, Array], rows: Array, rotation: int | None = None
     return y
 
 
+# Weights of k bits, section 19.
+
+
+def levels(bits: int, data_type: str, codebook: Array | None = None) -> Array:
+    """Return what the codes stand for, float64 [2 ** k], the values of binary32."""
+    if codebook is not None:
+        return codebook.astype(np.float64)
+    if data_type == "nf4":
+        return np.array(NF4, dtype=np.float32).astype(np.float64)
+    if data_type == "int":
+        most = 2 ** (bits - 1) - 1
+        found = [Fraction(c - most, most) for c in range(2 * most + 1)]
+    elif data_type == "float":
+        exponents = {3: 2, 4: 2, 5: 3, 6: 3, 7: 4, 8: 4}[bits]
+        s = 2 ** (bits - 1 - exponents)
+        numbers = [Fraction(t, s) for t in range(1, s)]
+        numbers += [Fraction(2) ** (e - 1) * (1 + Fraction(t, s)) for e in range(1, 2**exponents) for t in range(s)]
+        found = sorted([0 / max(numbers)] + [sign * one / max(numbers) for one in numbers for sign in (1, -1)])
+    else:
+        tens = [(e, t) for e in range(bits - 1) for t in range(2**e)]
+        numbers = [
+            Fraction(1, 10 ** (bits - 2 - e)) * (Fraction(1, 10) + Fraction(9, 10) * Fraction(2 * t + 1, 2 ** (e + 1)))
+            for e, t in tens
+        ]
+        found = sorted([Fraction(0), Fraction(1)] + [sign * one for one in numbers for sign in (1, -1)])
+    found += [Fraction(1)] * (2**bits - len(found))
+    return np.array([float(one) for one in found]).astype(np.float32).astype(np.float64)
+
+
+NF4 = (
+    *(-1.0, -0.69619289, -0.52507304, -0.39491749, -0.28444136, -0.18477344, -0.09104999, 0.0),
+    *(0.07958033, 0.16093017, 0.24611229, 0.33791519, 0.4407098, 0.56261697, 0.72295673, 1.0),
+)
+
+
+def codes(packed: Array, bits: int, k: int) -> Array:
+    """Return the codes [N, K] of rows of bytes: bit by bit, as the text has it."""
+    found = np.zeros((len(packed), k), dtype=np.int64)
+    for i in range(k):
+        chunk, inside = divmod(i, 64)
+        start, shift = chunk * 8 * bits, 0
+        for w in (8, 4, 2, 1):
+            if bits & w:
+                place, j = divmod(inside, 8 * w)
+                field = packed[:, start + j] >> (w * place) & ((1 << w) - 1)
+                found[:, i] |= field.astype(np.int64) << shift
+                start, shift = start + 8 * w, shift + w
+    return found
+
+
+def quantize_kbit(weight: Array, bits: int, data_type: str, group: int | None) -> tuple[Array, Array]:
+    """Return the codes [N, K] and the absmax, float16 [N, G], of a weight in binary32, and levels in common."""
+    k = weight.shape[1]
+    parts = groups(k, group)
+    absmax = np.stack([abs(weight[:, part]).max(axis=1, initial=0) for part in parts], axis=1).astype(np.float16)
+    found = levels(bits, data_type).astype(np.float32)
+    middles = (found[1:] + found[:-1]) / np.float32(2)
+    scale = np.repeat(absmax.astype(np.float32), [part.stop - part.start for part in parts], axis=1)[:, :k]
+    value = np.where(scale == 0, np.float32(0), weight.astype(np.float32) / np.where(scale == 0, np.float32(1), scale))
+    return np.minimum((value[:, :, None] > middles).sum(axis=2), (found < found[-1]).sum()), absmax
+
+
+def dequantize_kbit(layer: Mapping[str, Array], scheme: Mapping[str, Any], k: int) -> Array:
+    """Return a weight, float64 [N, K]; `layer` as above."""
+    known = levels(scheme["bits"], scheme["data_type"], layer.get("codebook"))
+    found: Array = known[codes(layer["weight"], scheme["bits"], k)]
+    for g, part in enumerate(groups(k, scheme["group"])):
+        found[:, part] *= layer["absmax"][:, g, None].astype(np.float64)
+    found[:, layer["outlier_dims"].astype(np.int64)] = layer["outlier_weight"]
+    return found
+
+
 def stored(checkpoint: Checkpoint, name: str) -> dict[str, Array]:
     """Return the tensors of a layer by their last component, SCB as absmax."""
-    suffixes = ("weight", "outlier_dims", "outlier_weight", "bias")
+    suffixes = ("weight", "codebook", "outlier_dims", "outlier_weight", "bias")
     layer = {
         suffix: checkpoint.read(f"{name}.{suffix}") for suffix in suffixes if f"{name}.{suffix}" in checkpoint.tensors
     }

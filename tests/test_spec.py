@@ -10,6 +10,7 @@ import math
 import random
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,6 +41,9 @@ from llmint8.formats.containers import tensors
 from llmint8.formats.disk import reading, strict_json
 from llmint8.formats.int8.manifest import tensor_sha256
 from llmint8.kernels import linear, reference
+from llmint8.kernels.kbit import levels, packing
+from llmint8.kernels.kbit import linear as kbit_facade
+from llmint8.kernels.kbit import reference as kbit
 from llmint8.runtime.layers.embedding import Int8Embedding
 
 ROOT = Path(__file__).parent.parent
@@ -104,6 +108,7 @@ def either(layout: Layout, tmp_path: Path) -> Path:
 def test_every_block_is_read() -> None:
     vector_blocks = {"quantize_weight", "quantize_rows", "linear", "sha256"}
     vector_blocks |= {"rotate", "quantize_weight_2", "quantize_rows_2", "linear_2", "lookup_2"}
+    vector_blocks |= {"levels_2", "pack_2", "quantize_kbit_2", "linear_kbit_2"}
     files_of_minimal = {"hexdump", "config.json", "llmint8_manifest.json"}
     files_of_minimal |= {"hexdump_2", "config_2.json", "llmint8_manifest_2.json"}
     assert set(BLOCKS) == vector_blocks | files_of_minimal | {"limits", "dtypes"}
@@ -251,6 +256,50 @@ def test_looking_up(vector: dict[str, Any], spec_reader: ModuleType) -> None:
     assert table(torch.tensor(vector["rows"])).tolist() == vector["y"]
 
 
+@pytest.mark.parametrize("vector", vectors("levels"))
+def test_levels(vector: dict[str, Any], spec_reader: ModuleType) -> None:
+    how = vector["bits"], vector["data_type"]
+    expected = from_bits(vector["levels"], "F32")
+    assert torch.equal(levels.levels_of(how[1], how[0]), expected)
+    assert spec_reader.levels(*how).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("vector", vectors("pack"))
+def test_packing(vector: dict[str, Any], spec_reader: ModuleType) -> None:
+    bits, codes = vector["bits"], torch.tensor(vector["codes"], dtype=torch.uint8)
+    packed = torch.tensor([list(bytes.fromhex(row)) for row in vector["packed"]], dtype=torch.uint8)
+    assert torch.equal(packing.pack(codes, bits), packed)
+    assert torch.equal(packing.unpack(packed, bits, codes.shape[1]), codes)
+    assert spec_reader.codes(packed.numpy(), bits, codes.shape[1]).tolist() == vector["codes"]
+
+
+@pytest.mark.parametrize("vector", vectors("quantize_kbit"))
+def test_quantizing_to_k_bits(vector: dict[str, Any], spec_reader: ModuleType) -> None:
+    weight = torch.tensor(vector["weight"], dtype=torch.float32)
+    how = vector["bits"], vector["data_type"], vector["group"]
+    codes, absmax, _ = kbit.quantize_weight(weight, *how)
+    assert (codes.tolist(), absmax.tolist()) == (vector["codes"], vector["absmax"])
+    theirs = spec_reader.quantize_kbit(weight.numpy(), *how)
+    assert [array.tolist() for array in theirs] == [vector["codes"], vector["absmax"]]
+
+
+@pytest.mark.parametrize("vector", vectors("linear_kbit"))
+def test_a_layer_of_k_bits(vector: dict[str, Any], spec_reader: ModuleType) -> None:
+    bits, width, codebook = vector["bits"], vector["in_features"], vector["codebook"]
+    packed = torch.tensor([list(bytes.fromhex(row)) for row in vector["packed"]], dtype=torch.uint8)
+    layer = {part: torch.tensor(vector[part]) for part in ("outlier_dims", "outlier_weight", "absmax")}
+    known = levels.levels_of(vector["data_type"], bits) if codebook is None else torch.tensor(codebook).float()
+    parts = layer["absmax"].half(), known, width, vector["group"], layer["outlier_dims"].int(), layer["outlier_weight"]
+    weight = kbit.KBitWeight(packed, *parts, torch.tensor(vector["bias"]).float())
+    x = torch.tensor(vector["x"]).float()
+    assert kbit.kbit_linear(x, weight).tolist() == vector["y"]
+    assert kbit_facade.kbit_linear(x, kbit_facade.prepare(weight)).tolist() == vector["y"]
+    arrays = {part: tensor.numpy() for part, tensor in (layer | {"weight": packed}).items()}
+    arrays |= {} if codebook is None else {"codebook": np.array(codebook)}
+    dequantized = spec_reader.dequantize_kbit(arrays, vector, width)
+    assert (x.numpy() @ dequantized.T + np.array(vector["bias"])).tolist() == vector["y"]
+
+
 @pytest.mark.parametrize("vector", vectors("sha256"))
 def test_sha256(vector: dict[str, Any]) -> None:
     data = bytes.fromhex(vector["data"])
@@ -303,7 +352,17 @@ def test_the_other_reader_opens_checks_and_computes_the_minimal_checkpoint(
 
 
 STRANGE = (None, True, False, 0, 1, -1, 2.0, 1e999, math.nan, 2**63, "", "x", "1.1", "\x1b", "..", "I8", [], [0], {})
-NAMES = ("more", "", "\u200b", ".weight", "SCB", "proj.proj.weight", "proj.row_sum", "llm_int8_threshold")
+NAMES = (
+    "in_features",
+    "more",
+    "",
+    "\u200b",
+    ".weight",
+    "SCB",
+    "proj.proj.weight",
+    "proj.row_sum",
+    "llm_int8_threshold",
+)
 
 
 def mutated(value: Any, draw: random.Random) -> Any:
@@ -325,14 +384,21 @@ def mutated(value: Any, draw: random.Random) -> Any:
     return value
 
 
+@pytest.fixture(params=["format 1", "format 2", "k bits"])
+def some(request: pytest.FixtureRequest, tmp_path: Path, kbit_checkpoint: Callable[[Path], Path]) -> Path:
+    """A minimal checkpoint of each kind."""
+    if request.param == "k bits":
+        return kbit_checkpoint(tmp_path)
+    return written(BITSANDBYTES if request.param == "format 1" else NATIVE, tmp_path)
+
+
 @pytest.mark.parametrize("name", ["config.json", "llmint8_manifest.json", "header", "data"])
-def test_both_readers_say_the_same_of_whatever_is_there(
-    either: Path, layout: Layout, spec_reader: ModuleType, name: str
-) -> None:
-    minimal = either
-    path = minimal / (name if name.endswith(".json") else layout.single)
+def test_both_readers_say_the_same_of_whatever_is_there(some: Path, spec_reader: ModuleType, name: str) -> None:
+    minimal = some
+    (weights,) = minimal.glob("*.safetensors")
+    path = minimal / name if name.endswith(".json") else weights
     whole = path.read_bytes()
-    start = 8 + int.from_bytes(minimal_file(layout)[:8], "little")
+    start = 8 + int.from_bytes(weights.read_bytes()[:8], "little")
     told = set()
     for seed in range(150):
         draw = random.Random(seed)

@@ -98,7 +98,7 @@ def quantiles(values: Tensor, bits: int) -> Tensor:
         float32 [2 ** bits], rising, each exact in float16, which is how they are stored.
 
     """
-    flat = values.float().flatten()
+    flat = values.float().flatten() if values.numel() else torch.zeros(1, device=values.device)
     sample = flat[:: max(1, -(-len(flat) // _SAMPLE))].sort().values.double()
     half, last = 2 ** (bits - 1), len(sample) - 1
 

@@ -104,12 +104,11 @@ def by_element(absmax: Tensor, in_features: int, block: int | None) -> Tensor:
 def nearest(values: Tensor, levels: Tensor) -> Tensor:
     """Return the codes of the levels that are nearest to float32 values, of two equally near the lower one: uint8.
 
-    That is how many of the middles between neighbours, in float32, are below a value. None is past the last level, and
-    of levels that are the same it is the first.
+    That is how many of the middles between neighbours, in float32, are below a value; where the last level stands there
+    more than once, at most the first of it.
     """
-    middles = (levels[1:] + levels[:-1]) / 2
-    distinct = int((levels[1:] > levels[:-1]).sum())
-    return torch.bucketize(values, middles[:distinct]).to(torch.uint8)
+    last = int((levels < levels[-1]).sum())
+    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2).clamp_(max=last).to(torch.uint8)
 
 
 def quantize_weight(weight: Tensor, bits: int, data_type: DataType, block: int | None) -> tuple[Tensor, Tensor, Tensor]:
