@@ -64,7 +64,8 @@ def advice(runs: Sequence[Run]) -> str:
     for budget in budgets(front):
         if run := best_within(front, 8 * budget):
             of = f" of {run.measured.model}" if is_family(runs) else ""
-            parts.append(f"for {size(budget)}: {run.scheme.label}{of} ({_quality(run, measure)})")
+            room = size(budget).replace(".00 ", " ").replace(".0 ", " ")
+            parts.append(f"for {room}: {run.scheme.label}{of} ({_quality(run, measure)})")
     text = "; ".join(parts)
     return f"{text[:1].upper()}{text[1:]}." if parts else f"There is one size only: {front[0].label}."
 

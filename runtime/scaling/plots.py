@@ -29,8 +29,8 @@ def precisions(runs: Sequence[Run]) -> Figure:
     curves = by_precision(drawn) if is_family(runs) else _each(drawn)
     for number, (bits, found) in enumerate(curves.items()):
         style: dict[str, Any] = {"color": _COLOURS[number % 7], "marker": _MARKS[number % 7], "markersize": 6}
-        line = "-" if is_family(runs) else ""
-        axis.plot(_sizes(found), [getattr(run, measure) for run in found], line, label=f"{bits} bit", **style)
+        style["linestyle"] = "-" if is_family(runs) else "none"
+        axis.plot(_sizes(found), [getattr(run, measure) for run in found], label=f"{bits} bit", **style)
     front = [run for run in pareto(runs, measure) if getattr(run, measure)]
     values = [getattr(run, measure) for run in front]
     axis.step(_sizes(front), values, where="post", color=GREY, linewidth=1, linestyle="--", label="the best there is")

@@ -111,9 +111,11 @@ class Simulation:
         """Multiply the rows of each scheme by what it makes of a weight [N, K]."""
         if not self._schemes:  # the model is only tried
             return blockwise_linear(rows, weight)
-        found = []
-        for scheme, part in zip(self._schemes, parted_rows(name, x, len(self._schemes)), strict=True):
-            found.append(blockwise_linear(part.float(), self._simulated(name, scheme, weight)))
+        count, found = len(self._schemes), []
+        if count > 1:
+            parted_rows(name, x, count * len(self._windows))
+        for scheme, part in zip(self._schemes, rows.chunk(count), strict=True):
+            found.append(blockwise_linear(part, self._simulated(name, scheme, weight)))
             self._progress(name, weight.numel())
         return torch.cat(found)
 
