@@ -1,23 +1,36 @@
 """Train a family of models and repeat on it what "The case for 4-bit precision" says of k-bit weights.
 
-    python benchmarks/scaling_family.py TEXT --models DIR [--steps 800] [--widths 64,128,192,256] [--train]
+    python benchmarks/scaling_family.py TEXT --models DIR [--steps 900] [--widths 64,128,192,256] [--train]
 
 TEXT is a text of a megabyte, such as the validation split of WikiText-2. Four widths of one Llama are trained on the
 bytes of its first nine tenths, for minutes on two cores, and saved into DIR in float16; those that are there are taken
-as they are. On the last tenth `llmint8 scaling` measures every precision, data type and block size, in DIR too, where
-it goes on after an interruption. What the paper says is then looked up in the numbers, and what they say of it goes to
-`results/scaling_family.json`, and the page beside it.
+as they are. On the last tenth every precision, data type and block size is measured, as `llmint8 scaling` does;
+training and runs go on in DIR after an interruption. What the numbers say of the paper's claims goes to
+`results/scaling_family.json`, the first picture to `docs/images/scaling-family.png`, and the page to DIR.
 """
 
 import argparse
+import json
 import math
 import time
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 import transformers
 from tokenizers import ByteLevelBPETokenizer
 
+from llmint8.converter.commands.progress import progress_bar
+from llmint8.kernels.kbit.levels import DataType
+from llmint8.runtime.report.document import png
+from llmint8.runtime.scaling.comparing import choice, value_words, winners
+from llmint8.runtime.scaling.family import left_to_do, measure_family, open_family
+from llmint8.runtime.scaling.page import advice, page, winners_text
+from llmint8.runtime.scaling.plots import precisions
+from llmint8.runtime.scaling.runs import Run, RunFile
+from llmint8.runtime.scaling.schemes import BASE, combinations
+
+BLOCKS, TOKENS = (32, 64, 128, None), 16384
 LAYERS, HEAD, LENGTH, BATCH = 3, 32, 256, 8
 PEAK, WARM_UP = 3e-3, 40
 
@@ -69,21 +82,65 @@ def train(directory: Path, width: int, text: str, steps: int) -> None:
     begun.unlink(missing_ok=True)
 
 
+def found_in(runs: list[Run]) -> dict[str, Any]:
+    """Look up what the paper says in the numbers."""
+    types, blocks, won = choice(runs, "data_type"), choice(runs, "block"), winners(runs)
+    assert types is not None
+    assert blocks is not None
+    assert won is not None
+    base = [run for run in runs if run.scheme == BASE]
+    return {
+        "models": [
+            {"model": run.measured.model, "weights": run.weights, "bits": run.total_bits, "perplexity": run.perplexity}
+            for run in base
+        ],
+        "tokens": base[0].measured.tokens,
+        "runs": len(runs),
+        "kl_by_data_type": {"held": types.held, **types.table},
+        "perplexity_by_data_type_at_equal_bits": {"against": types.values[0], **types.at_equal_bits},
+        "kl_by_block": {"held": blocks.held, **by_name(blocks.table)},
+        "perplexity_by_block_at_equal_bits": {"against": blocks.values[0], **by_name(blocks.at_equal_bits)},
+        "best_for_its_bits": {"from": won.low, "to": won.high, **won.shares},
+        "advice": advice(runs),
+    }
+
+
+def by_name(table: dict[int, dict[Any, float]]) -> dict[int, dict[str, float]]:
+    """Return a table of blocks, of which None is the row, as JSON has names."""
+    return {bits: {value_words("block", value): number for value, number in row.items()} for bits, row in table.items()}
+
+
 def main() -> None:
     """Train, measure, and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("text", type=Path)
     parser.add_argument("--models", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--widths", default="64,128,192,256")
     parser.add_argument("--train", action="store_true", help="stop when they are trained")
     arguments = parser.parse_args()
     text = arguments.text.read_text(encoding="utf-8")
     cut = len(text) * 9 // 10
-    for width in map(int, arguments.widths.split(",")):
-        directory = arguments.models / f"width-{width}"
+    directories = [arguments.models / f"width-{width}" for width in arguments.widths.split(",")]
+    for directory in directories:
         if not (directory / "config.json").exists():
-            train(directory, width, text[:cut], arguments.steps)
+            train(directory, int(directory.name.removeprefix("width-")), text[:cut], arguments.steps)
+    if arguments.train:
+        return
+    held_out = arguments.models / "held-out.txt"
+    held_out.write_text(text[cut:], encoding="utf-8")
+    file = RunFile(arguments.models / "runs.jsonl")
+    members = open_family(directories, held_out, TOKENS, LENGTH)
+    schemes = combinations(range(3, 9), get_args(DataType), BLOCKS, [0.0], ["nearest"])
+    work = left_to_do(members, schemes, file)
+    with progress_bar(sum(one.nbytes for one in work), "Measuring", quiet=False) as advance:
+        measure_family(work, file, "cpu", advance)
+    runs = [run for member in members for run in file.of(member.measured)]
+    results = Path(__file__).parent / "results"
+    (results / "scaling_family.json").write_text(json.dumps(found_in(runs), indent=2) + "\n")
+    (arguments.models / "scaling.html").write_text(page(runs), encoding="utf-8")
+    (Path(__file__).parents[1] / "docs/images/scaling-family.png").write_bytes(png(precisions(runs)))
+    print(advice(runs), winners_text(runs), sep="\n")
 
 
 if __name__ == "__main__":

@@ -314,6 +314,19 @@ def test_another_tokenizer_is_no_family(folder: Path, tmp_path: Path) -> None:
         open_family([folder / "small", other], folder / "text.txt", 48, 24)
 
 
+def test_choices_are_compared_at_equal_bits() -> None:
+    """On curves of 10 / size^0.5, models that take a tenth more lie a twentieth higher where perplexity is the same."""
+    runs = [
+        made_up(4, round(larger * 10**power), 10 / 10 ** (power / 2) * 1000, model=f"m{power}", block=block)
+        for power in (3, 4, 5)
+        for block, larger in ((64, 1), (None, 1.1))
+    ]
+    found = choice(runs, "block")
+    assert found is not None
+    assert found.at_equal_bits == {4: {None: pytest.approx(1.1**0.5, rel=1e-3)}}
+    assert choice([run for run in runs if run.measured.model == "m3"], "block").at_equal_bits == {}  # type: ignore
+
+
 @pytest.mark.parametrize("line", ["[]", "{}", '{"model": 1}', "NaN"])
 def test_a_line_that_is_no_run_is_named(line: str, tmp_path: Path) -> None:
     (tmp_path / "runs.jsonl").write_text(line + "\n")

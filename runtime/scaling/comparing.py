@@ -74,21 +74,29 @@ class Winners:
 
 def winners(runs: Sequence[Run]) -> Winners | None:
     """Compare the curves of all precisions where each of them is known; None where there is no such place."""
-    curves = {
-        bits: [(math.log(run.total_bits), math.log(run.perplexity)) for run in found if run.perplexity]
-        for bits, found in by_precision(runs).items()
-    }
+    curves = {bits: _curve(found) for bits, found in by_precision(runs).items()}
     curves = {bits: points for bits, points in curves.items() if len(points) > 1}
-    if len(curves) < 2:
-        return None
-    low, high = max(points[0][0] for points in curves.values()), min(points[-1][0] for points in curves.values())
-    if low >= high:
+    places = _common(list(curves.values()))
+    if not places:
         return None
     wins = dict.fromkeys(curves, 0)
-    for step in range(_BUDGETS):
-        budget = low + (high - low) * (step + 0.5) / _BUDGETS
-        wins[min(curves, key=lambda bits: _at(curves[bits], budget))] += 1
-    return Winners(math.exp(low), math.exp(high), {bits: count / _BUDGETS for bits, count in wins.items()})
+    for place in places:
+        wins[min(curves, key=lambda bits: _at(curves[bits], place))] += 1
+    low, high = max(points[0][0] for points in curves.values()), min(points[-1][0] for points in curves.values())
+    return Winners(math.exp(low), math.exp(high), {bits: count / len(places) for bits, count in wins.items()})
+
+
+def _curve(runs: Iterable[Run]) -> list[Point]:
+    """Return logarithms of size and perplexity, from the smallest size on."""
+    return sorted((math.log(run.total_bits), math.log(run.perplexity)) for run in runs if run.perplexity)
+
+
+def _common(curves: Sequence[Sequence[Point]]) -> list[float]:
+    """Return places, evenly spread, at which two curves or more are known; none where there are none."""
+    if len(curves) < 2 or min(map(len, curves)) < 2:
+        return []
+    low, high = max(points[0][0] for points in curves), min(points[-1][0] for points in curves)
+    return [low + (high - low) * (step + 0.5) / _BUDGETS for step in range(_BUDGETS)] if low < high else []
 
 
 def _at(points: Sequence[Point], x: float) -> float:
@@ -123,6 +131,24 @@ class Choice:
             bits: {value: math.exp(fmean(found[value])) for value in self.values if value in found}
             for bits, found in sorted(kl.items())
         }
+
+    @property
+    def at_equal_bits(self) -> dict[int, dict[Any, float]]:
+        """For each number of bits and each value but the first, perplexity over that of the first at equal total bits.
+
+        It is the geometric mean over all sizes for which the curves of both are known, so of a family only.
+        """
+        curves: dict[int, dict[Any, list[Run]]] = defaultdict(lambda: defaultdict(list))
+        for run in self.runs:
+            curves[run.scheme.bits][getattr(run.scheme, self.key)].append(run)
+        ratios: dict[int, dict[Any, float]] = defaultdict(dict)
+        for bits, found in sorted(curves.items()):
+            first = _curve(found[self.values[0]])
+            for value in self.values[1:]:
+                other = _curve(found[value])
+                if places := _common([first, other]):
+                    ratios[bits][value] = math.exp(fmean(_at(other, place) - _at(first, place) for place in places))
+        return dict(ratios)
 
 
 def choice(runs: Sequence[Run], key: Key) -> Choice | None:

@@ -3,8 +3,9 @@
 Names come from files that others wrote, so every piece of text is escaped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
+from typing import Any
 
 from llmint8.converter.words import count, size
 
@@ -130,16 +131,33 @@ def _front(runs: Sequence[Run]) -> str:
 
 
 def _choice(chosen: Choice) -> str:
-    values = chosen.values
+    of = ", the geometric mean over the models" if is_family(chosen.runs) else ""
+    found = f"""{image(png(plots.choices(chosen)), _TITLES[chosen.key])}
+<p>{_WHAT[chosen.key]} All else is the same: {escape(chosen.held)}. KL from the 16-bit model in nats per token{of}:</p>
+{_table(chosen, chosen.values, {bits: _words(row, _number) for bits, row in chosen.table.items()})}"""
+    if ratios := {bits: _words(row, _percent) for bits, row in chosen.at_equal_bits.items()}:
+        first = escape(value_words(chosen.key, chosen.values[0]))
+        found += f"""<p>What that is worth for the same total model bits: perplexity against that of {first}, the mean
+over all sizes between the smallest and the largest model. Less is better:</p>
+{_table(chosen, chosen.values[1:], ratios)}"""
+    return found
+
+
+def _table(chosen: Choice, values: Sequence[Any], cells: dict[int, dict[Any, str]]) -> str:
     head = "".join(f'<th class="n">{escape(value_words(chosen.key, value))}</th>' for value in values)
     rows = ""
-    for bits, found in chosen.table.items():
-        cells = "".join(f'<td class="n">{_number(found.get(value))}</td>' for value in values)
-        rows += f"<tr><td>{bits} bit</td>{cells}</tr>\n"
-    of = ", the geometric mean over the models" if is_family(chosen.runs) else ""
-    return f"""{image(png(plots.choices(chosen)), _TITLES[chosen.key])}
-<p>{_WHAT[chosen.key]} All else is the same: {escape(chosen.held)}. KL from the 16-bit model in nats per token{of}:</p>
-<table><tr><th></th>{head}</tr>{rows}</table>"""
+    for bits, row in cells.items():
+        words = "".join(f'<td class="n">{row.get(value, "&ndash;")}</td>' for value in values)
+        rows += f"<tr><td>{bits} bit</td>{words}</tr>\n"
+    return f"<table><tr><th></th>{head}</tr>{rows}</table>"
+
+
+def _words(row: dict[Any, float], words: Callable[[float], str]) -> dict[Any, str]:
+    return {value: words(number) for value, number in row.items()}
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * (ratio - 1):+.2f} %"
 
 
 def _number(value: float | None) -> str:

@@ -36,7 +36,7 @@ from .schemes import BASE, Scheme
 # are done, what was measured is written down.
 _ACTIVATION_BYTES = 1 << 30
 _COPIES = 8
-_MOST_TOGETHER = 6
+_MOST_TOGETHER = 4
 
 Progress = Callable[[str, int], None]
 Found = Mapping[Scheme, Measurement]
