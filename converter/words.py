@@ -47,6 +47,16 @@ def activations(kind: str, group: int | None) -> str:
     return kind if group is None else f"{kind} in groups of {group}"
 
 
+def kbit_in_words(bits: int, data_type: str, block: int | None) -> str:
+    """Say how a weight of k bits is coded: `4 bits (float, blocks of 64)`."""
+    return f"{bits} bits ({data_type}, {'one block a row' if block is None else f'blocks of {block}'})"
+
+
+def inputs_in_words(kbit: object | None, activation: str, group: int | None) -> str:
+    """Say how inputs are multiplied, of layers of k bits or in int8."""
+    return activations(activation, group) if kbit is None else "in floating point, as they are"
+
+
 def written(name: str) -> str:
     """Return a file's name as it can be written down: what is not UTF-8 becomes `?`."""
     return name.encode(errors="replace").decode()

@@ -147,7 +147,7 @@ def test_quantized_again_it_is_what_it_was(checkpoint: Path) -> None:
 
 
 def test_what_cannot_be_turned_back(checkpoint: Path) -> None:
-    with pytest.raises(ValueError, match=r"^LlamaForCausalLM: has no int8 layers; expected a model from runtime.load$"):
+    with pytest.raises(ValueError, match=r"^LlamaForCausalLM: has no quantized layers; expected a model from runtime"):
         runtime.dequantize(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **COMMON)))
     model = runtime.load(checkpoint, device_map="disk")
     with pytest.raises(LLMInt8Error, match=r"q_proj: offloaded, and has no numbers here; load the model without"):

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from llmint8 import converter, runtime
 from llmint8.converter.model.build import is_linear
 from llmint8.converter.words import activations
-from llmint8.formats import LLMInt8Error, open_checkpoint
+from llmint8.formats import KBit, LLMInt8Error, open_checkpoint
 from llmint8.kernels.reference import QuantizedRows
 from llmint8.runtime.accuracy import methods
 from llmint8.runtime.accuracy.compare import compare, modes_of
@@ -564,15 +564,17 @@ def test_methods_against_ours(folder: Path) -> None:
 
 
 def test_the_checkpoint_beside_itself_in_other_modes() -> None:
-    def labels(activation: Any, group: Any, methods: bool = True, rotated: bool = False) -> list[str]:
+    def labels(activation: Any, group: Any, methods: bool = True, **coded: Any) -> list[str]:
         config = SimpleNamespace(outliers="static", threshold=6.0, activation=activation, activation_group=group)
-        return [mode.label for mode in modes_of(config, methods, rotated)]
+        layers: Any = [SimpleNamespace(**{"rotation": None, "kbit": None, **coded})]
+        return list(modes_of(config, methods, layers))
 
     grouped = ["static, absmax in groups of 64", "static, zeropoint in groups of 64", "static, absmax"]
     assert labels("absmax", 64) == [*grouped, "dynamic 6.0, absmax"]
     plain = ["static, zeropoint", "static, absmax", "static, zeropoint in groups of 128"]
     assert labels("zeropoint", "row") == [*plain, "dynamic 6.0, absmax"]
-    assert labels("zeropoint", "row", rotated=True) == plain  # of which no column can be taken
+    assert labels("zeropoint", "row", rotation=64) == plain  # of which no column can be taken
+    assert labels("zeropoint", 128, kbit=KBit(4, "nf4", 64)) == ["static, 4 bits (nf4, blocks of 64)"]
     assert labels("zeropoint", 128, methods=False) == ["static, zeropoint in groups of 128"]
 
 

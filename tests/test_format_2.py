@@ -17,6 +17,7 @@ from torch import Tensor
 
 from llmint8 import converter, runtime
 from llmint8.converter.calibration import calibrator, gptq
+from llmint8.converter.coding import Int8Grid
 from llmint8.converter.commands.convert import convert_command
 from llmint8.converter.hub import push
 from llmint8.formats import (
@@ -313,7 +314,7 @@ def test_gptq_loses_less_of_the_output_than_rounding_to_nearest() -> None:
     x = torch.randn(300, 150) @ torch.randn(150, 150) / 12
     weight = torch.randn(40, 150)
     values, absmax = reference.quantize_weight(weight)
-    rounded = gptq.Correlations(x).round(weight, absmax)
+    rounded = gptq.Correlations(x).round(weight, Int8Grid(absmax))
     errors = [float(((reference.dequantize_weight(v, absmax) - weight) @ x.t()).norm()) for v in (values, rounded)]
     assert rounded.dtype == torch.int8
     assert int(rounded.abs().max()) <= 127
@@ -324,8 +325,8 @@ def test_gptq_of_inputs_that_are_not_correlated_is_rounding_to_nearest() -> None
     weight = torch.randn(9, 64)
     weight[3] = 0
     values, absmax = reference.quantize_weight(weight)
-    assert torch.equal(gptq.Correlations(torch.eye(64)).round(weight, absmax), values)
-    assert torch.equal(gptq.Correlations(torch.zeros(5, 64)).round(weight, absmax), values)
+    assert torch.equal(gptq.Correlations(torch.eye(64)).round(weight, Int8Grid(absmax)), values)
+    assert torch.equal(gptq.Correlations(torch.zeros(5, 64)).round(weight, Int8Grid(absmax)), values)
 
 
 def test_gptq_of_wide_layers_is_done_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,11 +334,11 @@ def test_gptq_of_wide_layers_is_done_in_blocks(monkeypatch: pytest.MonkeyPatch) 
     x, weight = torch.randn(100, 150), torch.randn(9, 150)
     _, absmax = reference.quantize_weight(weight)
     parts = [
-        gptq.Correlations(x[:, part]).round(weight[:, part], absmax)
+        gptq.Correlations(x[:, part]).round(weight[:, part], Int8Grid(absmax))
         for part in (slice(0, 64), slice(64, 128), slice(128, 150))
     ]
     monkeypatch.setattr(gptq, "MAX_DIMENSIONS", 64)
-    assert torch.equal(gptq.Correlations(x).round(weight, absmax), torch.cat(parts, 1))
+    assert torch.equal(gptq.Correlations(x).round(weight, Int8Grid(absmax)), torch.cat(parts, 1))
 
 
 def test_wide_layers_are_named(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

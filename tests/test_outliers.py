@@ -10,6 +10,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from llmint8 import converter, formats, runtime
+from llmint8.converter.coding import Int8Grid, round_to_nearest
 from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.outliers.choosing import select
 from llmint8.converter.outliers.criterion import Criterion, parse_criterion
@@ -235,7 +236,7 @@ def test_criteria_are_written_as_they_are_read():
 def _statistics(criterion, x, weights):
     statistics = InputStatistics(criterion, formats.Scheme("zeropoint"))
     for number, weight in enumerate(weights):
-        norms = column_norms(weight, *quantize_weight(weight))
+        norms = column_norms(weight, *round_to_nearest(weight, formats.Scheme()))
         statistics.see(f"layer{number}", x, x.view_as(x), norms, functional.linear(x, weight))
     return statistics.finish()
 
@@ -249,7 +250,7 @@ def test_error_curve_predicts_the_error_of_the_layer(activation, group):
     values, absmax = quantize_weight(weight)
     out = functional.linear(x, weight)
     dims = x.abs().amax(0).argsort(descending=True)
-    norms = column_norms(weight, values, absmax)
+    norms = column_norms(weight, values, Int8Grid(absmax))
     ks, errors = error_curve(x, [norms], [out.square().sum(1)], dims[:48], formats.Scheme(activation, group))
     assert ks == [0, 2, 4, 8, 12, 16, 24, 32, 48]
     for k, predicted in zip(ks, errors, strict=True):
@@ -282,7 +283,7 @@ def test_the_errors_are_those_of_the_groups_in_which_inputs_will_be_quantized(tm
 def test_column_norms():
     weight = torch.randn(33, 20)
     values, absmax = quantize_weight(weight)
-    norms, errors = column_norms(weight.half(), *quantize_weight(weight.half()))
+    norms, errors = column_norms(weight.half(), *round_to_nearest(weight.half(), formats.Scheme()))
     assert torch.allclose(norms, weight.half().float().square().sum(0), rtol=1e-5)
     error = (dequantize_weight(values, absmax) - weight).square().sum(0)
     assert torch.allclose(errors, error, rtol=0.2)
@@ -357,7 +358,7 @@ def test_an_input_is_not_held_longer_than_the_model_does():
         x = torch.randn(16, 32)
         weight = torch.randn(8, 32)
         references.append(weakref.ref(x))
-        norms = column_norms(weight, *quantize_weight(weight))
+        norms = column_norms(weight, *round_to_nearest(weight, formats.Scheme()))
         statistics.see(str(number), x, x.view_as(x), norms, nn.functional.linear(x, weight))
         del x
         gc.collect()

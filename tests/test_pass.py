@@ -15,11 +15,11 @@ from torch.nn import functional
 from transformers import dynamic_module_utils
 
 from llmint8 import converter, formats, runtime
+from llmint8.converter.coding import round_to_nearest
 from llmint8.converter.commands.convert import convert_command
 from llmint8.converter.outliers.choosing import select
 from llmint8.converter.outliers.criterion import Criterion
 from llmint8.converter.outliers.measuring import InputStatistics, column_norms
-from llmint8.kernels.reference import quantize_weight
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
@@ -174,7 +174,7 @@ def test_two_calls_show_what_one_with_the_rows_of_both_does(criterion: Criterion
     first[:, 5] *= 20
     second[:, 40] *= 60  # seen in the second call only
     weight = torch.randn(24, 64)
-    norms = column_norms(weight, *quantize_weight(weight))
+    norms = column_norms(weight, *round_to_nearest(weight, formats.Scheme()))
 
     def measured(*inputs: torch.Tensor) -> Any:
         statistics = InputStatistics(criterion, formats.Scheme("zeropoint"))

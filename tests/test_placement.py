@@ -212,5 +212,5 @@ def test_all_layers_change_or_none(checkpoint: Path) -> None:
         with pytest.raises(ValueError, match=message):
             runtime.configure(model, **settings)  # type: ignore[arg-type]
     assert {(layer.outliers, layer.threshold) for layer in int8_layers(model)} == {("none", 6.0)}
-    with pytest.raises(ValueError, match=r"^Linear: has no int8 layers"):
+    with pytest.raises(ValueError, match=r"^Linear: has no quantized layers"):
         runtime.configure(torch.nn.Linear(2, 2), outliers="none")

@@ -20,6 +20,7 @@ from torch import Tensor
 from llmint8.formats import LLMInt8Error
 from llmint8.formats.writing.journal import Journal, Record
 
+from ..coding import Grid
 from ..machine import return_freed_memory, same_random_numbers
 from ..model.buffers import nobodys_notice
 from ..model.build import meta_model
@@ -42,7 +43,7 @@ log = logging.getLogger("llmint8")
 _RECORDED_CANDIDATES = 64
 _FLOAT16_MAX = torch.finfo(torch.float16).max
 
-Quantize = Callable[[SelectedLayer, Tensor, Round | None], tuple[Tensor, Tensor]]
+Quantize = Callable[[SelectedLayer, Tensor, Round | None], tuple[Tensor, Grid]]
 
 
 def _no_columns(name: str) -> tuple[Tensor, Tensor]:
@@ -83,8 +84,8 @@ class Calibrator:
 
         Args:
             read: returns a tensor of the source.
-            quantize: quantizes and writes a layer's weight [N, K], its int8 values found by a function of weight and
-                absmax where one is given; returns int8 [N, K] and absmax float32 [N].
+            quantize: quantizes and writes a layer's weight [N, K], its codes found by a function of weight and grid
+                where one is given; returns the codes [N, K] and their grid.
             has: tells whether an earlier run has written a layer.
 
         """
@@ -128,9 +129,9 @@ class Calibrator:
                 return
             assert call.weight is not None
             rounding = self._rounding.of(layer.name, call.x, call.rows) if self._rounding and finite else None
-            values, absmax = quantize(layer, call.weight, rounding)
+            codes, grid = quantize(layer, call.weight, rounding)
             if finite:
-                norms = torch.stack(column_norms(call.weight, values, absmax, self._plan.options.scheme.rotation))
+                norms = torch.stack(column_norms(call.weight, codes, grid, self._plan.options.scheme.rotation))
                 dims = self._statistics.see(layer.name, call.x, call.rows, (norms[0], norms[1]), call.out)
                 # What is put aside stands for the first call.
                 self._put_aside(layer, call.weight, dims, norms, None if layer.name in not_finite else call.out)

@@ -1,9 +1,9 @@
 """Rounding that makes up for itself: what is lost where one column is rounded is made up for in those after it.
 
-GPTQ (Frantar et al. 2022, arXiv 2210.17323), for int8 with a scale for each row. Columns are rounded one after the
-other, those of the largest inputs first; after each, the columns to come are moved so that the layer's output for the
-calibration tokens changes least. How far follows from the inverse of `H = x^T x`, in float32, of which the rows of
-the Cholesky factor are what is needed (their section 3.3).
+GPTQ (Frantar et al. 2022, arXiv 2210.17323), on any grid that is fixed before: the scales and levels are those of the
+weight as it was. Columns are rounded one after the other, those of the largest inputs first; after each, the columns to
+come are moved so that the layer's output for the calibration tokens changes least. How far follows from the inverse of
+`H = x^T x`, in float32, of which the rows of the Cholesky factor are what is needed (their section 3.3).
 
 H has K x K numbers, and three of that size are in memory for a moment. Layers with more than `MAX_DIMENSIONS` inputs
 are done in blocks of so many, as if the blocks had nothing to do with each other: 3 GB at most. What is found depends
@@ -18,10 +18,11 @@ from torch import Tensor
 from llmint8.kernels.reference import Rotation
 from llmint8.kernels.weights import rotate
 
+from ..coding import Grid
 from ..outliers.choosing import likely_outliers
 from ..outliers.criterion import Criterion
 
-Round = Callable[[Tensor, Tensor], Tensor]
+Round = Callable[[Tensor, Grid], Tensor]
 
 MAX_DIMENSIONS = 16384
 # Of the mean of its diagonal, added to H: 512 tokens tell little of thousands of dimensions. With the 0.01 of the
@@ -50,7 +51,7 @@ class Gptq:
         )
 
     def of(self, name: str, x: Tensor, rows: Tensor) -> Round:
-        """Return what turns a weight [N, K] and its absmax, float32 [N], to int8 [N, K], for a layer with this input.
+        """Return what turns a weight [N, K] and its grid to codes [N, K], for a layer with this input.
 
         Which dimensions stay in 16 bit is not known yet. Taken for it are as many as there are on average: one of them
         that does not stay after all is rounded to nearest.
@@ -68,8 +69,8 @@ class Gptq:
             kept = rows.index_fill(1, likely_outliers(rows, self._criterion), 0)
             correlations = Correlations(rotate(kept, self._rotation))
 
-            def rounded(weight: Tensor, absmax: Tensor) -> Tensor:
-                return correlations.round(rotate(weight, self._rotation), absmax)
+            def rounded(weight: Tensor, grid: Grid) -> Tensor:
+                return correlations.round(rotate(weight, self._rotation), grid)
 
             self._last = x, rounded
         return self._last[1]
@@ -82,11 +83,13 @@ class Correlations:
         """Take the inputs, float32, as they will be multiplied: rotated, and 0 where they are multiplied in 16 bit."""
         self._blocks = [_factor(block) for block in torch.split(x, MAX_DIMENSIONS, 1)]
 
-    def round(self, weight: Tensor, absmax: Tensor) -> Tensor:
-        """Round a weight, float32 [N, K], rotated as x is, to int8 [N, K] of `absmax`, float32 [N]."""
-        scale = (absmax / 127).where(absmax > 0, 1)
-        parts = torch.split(weight, MAX_DIMENSIONS, 1)
-        return torch.cat([_round(part, scale, *block) for part, block in zip(parts, self._blocks, strict=True)], 1)
+    def round(self, weight: Tensor, grid: Grid) -> Tensor:
+        """Round a weight, float32 [N, K], rotated as x is, to the codes of a grid, [N, K]."""
+        units, first, codes = grid.units(), 0, []
+        for part, block in zip(torch.split(weight, MAX_DIMENSIONS, 1), self._blocks, strict=True):
+            codes.append(_round(part, grid, units, first, *block))
+            first += part.shape[1]
+        return torch.cat(codes, 1)
 
 
 def _factor(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,19 +104,20 @@ def _factor(x: Tensor) -> tuple[Tensor, Tensor]:
     return order, torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
 
 
-def _round(weight: Tensor, scale: Tensor, order: Tensor, factor: Tensor) -> Tensor:
-    left = (weight / scale[:, None]).t()[order].contiguous()  # in steps, a dimension a row
-    values = torch.empty(left.shape, dtype=torch.int8, device=left.device)
+def _round(weight: Tensor, grid: Grid, units: Tensor, first: int, order: Tensor, factor: Tensor) -> Tensor:
+    """Round some columns of a weight, the first of which is at dimension `first`."""
+    left = (weight / units[:, None]).t()[order].contiguous()  # a dimension a row
+    codes = torch.empty(left.shape, dtype=grid.dtype, device=left.device)
+    dims = (order + first).tolist()
     for start in range(0, len(left), _BLOCK):
         block, rows = left[start : start + _BLOCK], factor[start : start + _BLOCK]
         stop = start + len(block)
         errors = torch.empty_like(block)
-        for dim, here in enumerate(range(start, stop)):
-            rounded = block[dim].round().clamp_(-127, 127)
-            values[here] = rounded
-            torch.sub(block[dim], rounded, out=errors[dim]).div_(rows[dim, here])
-            block[dim:].addr_(rows[dim, here:stop], errors[dim], alpha=-1)
+        for place, here in enumerate(range(start, stop)):
+            codes[here], rounded = grid.nearest(block[place], dims[here])
+            torch.sub(block[place], rounded, out=errors[place]).div_(rows[place, here])
+            block[place:].addr_(rows[place, here:stop], errors[place], alpha=-1)
         left[stop:].addmm_(rows[:, stop:].t(), errors, alpha=-1)
-    found = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    found[:, order] = values.t()
+    found = torch.empty(weight.shape, dtype=grid.dtype, device=weight.device)
+    found[:, order] = codes.t()
     return found

@@ -25,12 +25,12 @@ from llmint8.formats import Quantization, SourceError, read_json, source_in_memo
 from llmint8.formats.disk.names import CONFIG_NAME
 from llmint8.formats.disk.small_files import small_files
 from llmint8.formats.writing.journal import Journal
-from llmint8.kernels.weights import quantize_weight
 
 from ..calibration.batch import load_batch, record
 from ..calibration.calibrator import Calibrator, Outliers
 from ..calibration.gptq import Round
 from ..calibration.text import Calibration
+from ..coding import Grid, round_to_nearest
 from ..hub.origin import Resolved, is_repo_id
 from ..model.build import quiet_transformers
 from ..planning.options import Options
@@ -49,7 +49,7 @@ class Found:
     Attributes:
         plan: its layers, and the tensors of the model as a source.
         outliers: the columns chosen.
-        rounded: layer -> int8 [N, K], where they are not rounded to nearest.
+        rounded: layer -> codes [N, K], where they are not rounded to nearest.
         quantization: what config.json will say.
         source: what the manifest will say of where it came from.
         notices: for the user.
@@ -109,11 +109,11 @@ def _found(plan: ConversionPlan, tokens: Tensor | None, folder: Path) -> Iterato
     try:
         rounded: dict[str, Tensor] = {}
 
-        def quantize(layer: SelectedLayer, weight: Tensor, rounding: Round | None) -> tuple[Tensor, Tensor]:
-            values, absmax = quantize_weight(weight, plan.options.scheme.rotation)
+        def quantize(layer: SelectedLayer, weight: Tensor, rounding: Round | None) -> tuple[Tensor, Grid]:
+            codes, grid = round_to_nearest(weight, plan.scheme_of(layer))
             if rounding is not None:
-                values = rounded[layer.name] = rounding(weight, absmax)
-            return values, absmax
+                codes = rounded[layer.name] = rounding(weight, grid)
+            return codes, grid
 
         outliers, shown = Outliers(), {}
         if batch is not None:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from llmint8.formats import DTYPES, CheckpointWriter, SourceError, TensorInfo, outlier_specs
-from llmint8.kernels.weights import quantize_weight
 
 from ..calibration.calibrator import Outliers
 from ..calibration.gptq import Round
+from ..coding import Grid, levels_of_rows, round_to_nearest
 from ..planning.plan import ConversionPlan, in_file_order, output_dtype
 from ..planning.selected import SelectedLayer
 
@@ -54,22 +54,23 @@ class Transfer:
             self._finish(name, self._to_copy)
         return tensor
 
-    def quantize(self, layer: SelectedLayer, weight: Tensor, rounding: Round | None = None) -> tuple[Tensor, Tensor]:
-        """Quantize a weight [N, K], write it, and return its int8 values and absmax.
+    def quantize(self, layer: SelectedLayer, weight: Tensor, rounding: Round | None = None) -> tuple[Tensor, Grid]:
+        """Quantize a weight [N, K], write it, and return its codes and their grid.
 
-        `rounding` finds the values, of the weight and its absmax, where they are not those that are nearest.
+        `rounding` finds the codes, of the weight and its grid, where they are not those that are nearest.
         """
         with _one_thread():
-            values, absmax = self._quantized(layer, weight, 0)
+            codes, grid = self._quantized(layer, weight, 0)
         if rounding is not None:
-            values = rounding(weight, absmax)
-        self._writer.write(f"{layer.name}.weight", values)
-        self._write_scales(layer, absmax)
-        return values, absmax
+            codes = rounding(weight, grid)
+        self._writer.write(f"{layer.name}.weight", grid.stored(codes))
+        self._write_scales(layer, grid)
+        return codes, grid
 
     def has(self, layer: SelectedLayer) -> bool:
         """Tell whether an earlier run has written a layer; then it is done."""
-        found = self._writer.has(*(f"{layer.name}.{suffix}" for suffix in self._plan.options.layout.weight_suffixes()))
+        suffixes = self._plan.options.layout.weight_suffixes(self._plan.scheme_of(layer))
+        found = self._writer.has(*(f"{layer.name}.{suffix}" for suffix in suffixes))
         if found:
             self._finish(layer.weight.name, self._to_quantize)
         return found
@@ -99,34 +100,45 @@ class Transfer:
         self._finish(name, self._to_copy)
 
     def _convert_layer(self, layer: SelectedLayer) -> None:
-        """Quantize a weight in blocks of its rows, so that memory does not depend on its size."""
-        source, name = self._plan.source, layer.weight.name
-        blocks = iter([source.read(name).t()]) if layer.transposed else source.read_rows(name)
-        absmax = [torch.empty(0)]
+        """Quantize a weight in blocks of its rows, so that memory does not depend on its size.
+
+        Where a layer has levels of its own they are found first, for which the weight is read twice.
+        """
+        levels = levels_of_rows(self._rows(layer), (layer.out_features, layer.in_features), self._plan.scheme_of(layer))
+        grids: list[Grid] = []
 
         def quantized() -> Iterator[Tensor]:
-            for block in blocks:
-                values, block_absmax = self._quantized(layer, block.to(self._device), sum(map(len, absmax)))
-                absmax.append(block_absmax.cpu())
-                yield values
+            first_row = 0
+            for block in self._rows(layer):
+                codes, grid = self._quantized(layer, block, first_row, levels)
+                grids.append(grid)
+                first_row += len(codes)
+                yield grid.stored(codes)
 
         self._writer.write_rows(f"{layer.name}.weight", quantized())
-        self._write_scales(layer, torch.cat(absmax))
+        self._write_scales(layer, grids[0].with_absmax(torch.cat([grid.absmax for grid in grids])))
 
-    def _quantized(self, layer: SelectedLayer, weight: Tensor, first_row: int) -> tuple[Tensor, Tensor]:
-        values, absmax = quantize_weight(weight, self._plan.options.scheme_of(layer.lookup).rotation)
-        if not bool(absmax.isfinite().all()):
-            row = first_row + int((~absmax.isfinite()).nonzero()[0])
-            raise self._refused(
-                layer.weight,
-                f"output row {row} holds NaN or infinity; go on with --on-nonfinite keep, which leaves it as it is",
-            )
-        return values, absmax
+    def _rows(self, layer: SelectedLayer) -> Iterator[Tensor]:
+        source, name = self._plan.source, layer.weight.name
+        blocks = iter([source.read(name).t()]) if layer.transposed else source.read_rows(name)
+        return (block.to(self._device) for block in blocks)
 
-    def _write_scales(self, layer: SelectedLayer, absmax: Tensor) -> None:
-        self._writer.write(f"{layer.name}.{self._plan.options.layout.absmax}", absmax)
-        if self._plan.options.layout.weight_format:
-            self._writer.write(f"{layer.name}.weight_format", torch.zeros((), dtype=torch.uint8))
+    def _quantized(
+        self, layer: SelectedLayer, weight: Tensor, first_row: int, levels: Tensor | None = None
+    ) -> tuple[Tensor, Grid]:
+        codes, grid = round_to_nearest(weight, self._plan.scheme_of(layer), levels)
+        if not bool(grid.absmax.isfinite().all()):
+            row = int((~grid.absmax.isfinite()).nonzero()[0][0])
+            if bool(weight[row].isfinite().all()):
+                what = f"reaches {float(weight[row].abs().max()):g}, and scales of k bits hold 65504 at most; --skip it"
+            else:
+                what = "holds NaN or infinity; go on with --on-nonfinite keep, which leaves it as it is"
+            raise self._refused(layer.weight, f"output row {first_row + row} {what}")
+        return codes, grid
+
+    def _write_scales(self, layer: SelectedLayer, grid: Grid) -> None:
+        for suffix, tensor in grid.scales(self._plan.options.layout).items():
+            self._writer.write(f"{layer.name}.{suffix}", tensor)
         self._finish(layer.weight.name, self._to_quantize)
 
     def write_outliers(self, outliers: Outliers) -> None:

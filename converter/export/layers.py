@@ -10,6 +10,9 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from llmint8.formats import DTYPES, FLOAT_DTYPES, Checkpoint, Int8Record, TensorSpec
+from llmint8.kernels.kbit.levels import levels_of
+from llmint8.kernels.kbit.packing import unpack
+from llmint8.kernels.kbit.reference import dequantize_codes
 from llmint8.kernels.reference import dequantize_weight
 
 from ..model.experts import expert_matrices
@@ -41,7 +44,7 @@ class Layer:
     @property
     def tensors(self) -> list[str]:
         """The tensors of the checkpoint that are the layer's alone; its bias is a tensor as any."""
-        suffixes = [*self.checkpoint.layout.weight_suffixes(), "outlier_dims", "outlier_weight"]
+        suffixes = [*self.checkpoint.layout.weight_suffixes(self.record.scheme), "outlier_dims", "outlier_weight"]
         return [f"{self.name}.{suffix}" for suffix in suffixes if f"{self.name}.{suffix}" in self.checkpoint.tensors]
 
     @property
@@ -63,7 +66,7 @@ class Layer:
         return TensorSpec(f"{self.name}.weight", self.dtype, shape[::-1] if self.transposed else shape)
 
     def absmax(self) -> Tensor:
-        """Read the absmax of each row, float32 [N]."""
+        """Read the absmax of each row, float32 [N]; of k bits those of its blocks, [N, G]."""
         return self.checkpoint.read(f"{self.name}.{self.checkpoint.layout.absmax}").float()
 
     def _outliers(self) -> tuple[Tensor, Tensor] | None:
@@ -73,7 +76,7 @@ class Layer:
         return self.checkpoint.read(names[0]).long(), self.checkpoint.read(names[1]).float()
 
     def values(self) -> Iterator[Tensor]:
-        """Yield the int8 values in blocks of rows."""
+        """Yield the int8 values, or the packed codes, in blocks of rows."""
         return self.checkpoint.read_rows(f"{self.name}.weight")
 
     def restored(self) -> Iterator[Tensor]:
@@ -81,12 +84,21 @@ class Layer:
         start, absmax, outliers = 0, self.absmax(), self._outliers()
         for values in self.values():
             rows = slice(start, start + len(values))
-            block = dequantize_weight(values, absmax[rows], self.record.scheme.rotation)
+            block = self._dequantized(values, absmax[rows])
             if outliers is not None:
                 dims, columns = outliers
                 block[:, dims] = columns[rows]
             yield block
             start = rows.stop
+
+    def _dequantized(self, values: Tensor, absmax: Tensor) -> Tensor:
+        kbit = self.record.scheme.kbit
+        if kbit is None:
+            return dequantize_weight(values, absmax, self.record.scheme.rotation)
+        own = f"{self.name}.codebook"
+        levels = self.checkpoint.read(own).float() if kbit.has_codebook else levels_of(kbit.data_type, kbit.bits)
+        codes = unpack(values, kbit.bits, self.record.in_features)
+        return dequantize_codes(codes, absmax, levels, kbit.block)
 
     def original(self) -> Iterator[Tensor]:
         """Yield the weight as `weight` describes it; one that is transposed as a whole."""

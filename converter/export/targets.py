@@ -34,7 +34,7 @@ class Target:
 
 def _plain_int8(layer: Layer) -> tuple[Blocks, Tensor]:
     """Return int8 values and absmax of a weight that is not rotated: those that are stored, or others made of it."""
-    if layer.record.scheme.rotation is None:
+    if layer.record.scheme.rotation is None and layer.record.scheme.kbit is None:
         return layer.values(), layer.absmax()
     quantized = [quantize_weight(block) for block in layer.restored()]
     return [values for values, _ in quantized], torch.cat([absmax for _, absmax in quantized])

@@ -28,6 +28,7 @@ from llmint8.formats import Scheme
 from llmint8.kernels.reference import Rotation, quantize_rows
 from llmint8.kernels.weights import rotate
 
+from ..coding import Grid
 from .criterion import GRID, OUTLIER_MAGNITUDE, OUTLIER_POSITIONS, Criterion, max_candidates
 
 _TINY = 1e-30
@@ -35,15 +36,15 @@ _BLOCK_ELEMENTS = 1 << 17
 Norms = tuple[Tensor, Tensor]
 
 
-def column_norms(weight: Tensor, values: Tensor, absmax: Tensor, rotation: Rotation | None = None) -> Norms:
-    """Return |W_j|^2 and |W_j - Wq_j|^2 for every column, float32 [K], of a weight [N, K] and its quantization."""
+def column_norms(weight: Tensor, codes: Tensor, grid: Grid, rotation: Rotation | None = None) -> Norms:
+    """Return |W_j|^2 and |W_j - Wq_j|^2 for every column, float32 [K], of a weight [N, K] and its codes on a grid."""
     norms = torch.zeros(2, weight.shape[1], device=weight.device)
     step = max(1, _BLOCK_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
         block = rotate(weight[rows], rotation)
         norms[0] += block.square().sum(0)
-        norms[1] += (values[rows].float() * (absmax[rows] / 127)[:, None] - block).square_().sum(0)
+        norms[1] += (grid.dequantize(codes[rows], rows) - block).square_().sum(0)
     return norms[0], norms[1]
 
 

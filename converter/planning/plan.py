@@ -10,6 +10,7 @@ from llmint8.formats import (
     DTYPES,
     FLOAT_DTYPES,
     NATIVE,
+    Scheme,
     Source,
     SourceError,
     TensorInfo,
@@ -35,7 +36,7 @@ from .head import Head, embedding_of, own_head
 from .options import Options
 from .out import check_out
 from .samples import Samples, choose_samples
-from .selected import Selection, kept_output_bytes
+from .selected import SelectedLayer, Selection, kept_output_bytes
 from .selection import select_layers
 
 _CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
@@ -63,6 +64,10 @@ class ConversionPlan:
     groups: list[list[TensorSpec]]  # the tensors to write, in the order of the source; without outliers not yet chosen
     class_notices: list[str]  # what `settle_class` has to tell, also among the others
     samples: Samples | None  # the images and sounds of a directory that the pass is to show
+
+    def scheme_of(self, layer: SelectedLayer) -> Scheme:
+        """Return how a layer will be coded."""
+        return self.options.scheme_of(layer.lookup)
 
     @property
     def untied(self) -> bool:
@@ -226,7 +231,9 @@ def with_selection(plan: ConversionPlan, selection: Selection) -> ConversionPlan
             groups.append([TensorSpec(info.name, output_dtype(info.dtype, dtype), info.shape)])
         if layer is not None:
             outlier_dtype = output_dtype(info.dtype, dtype)
-            specs = plan.options.layout.weight_specs(layer.name, layer.out_features, layer.in_features)
+            specs = plan.options.layout.weight_specs(
+                layer.name, layer.out_features, layer.in_features, plan.scheme_of(layer)
+            )
             if plan.criterion.kind == "none":
                 specs += outlier_specs(layer.name, layer.out_features, 0, outlier_dtype)
             groups.append(specs)

@@ -83,6 +83,11 @@ def _of_both_signs(positive: list[float]) -> list[float]:
     return [*(-number for number in reversed(positive)), 0.0, *positive]
 
 
+def sample_step(count: int) -> int:
+    """Return at which distance lie those of so many weights that the levels of `quantile` are found from."""
+    return max(1, -(-count // _SAMPLE))
+
+
 def quantiles(values: Tensor, bits: int) -> Tensor:
     """Return the levels of `quantile` for a layer: quantiles of its weights.
 
@@ -99,7 +104,7 @@ def quantiles(values: Tensor, bits: int) -> Tensor:
 
     """
     flat = values.float().flatten() if values.numel() else torch.zeros(1, device=values.device)
-    sample = flat[:: max(1, -(-len(flat) // _SAMPLE))].sort().values.double()
+    sample = flat[:: sample_step(len(flat))].sort().values.double()
     half, last = 2 ** (bits - 1), len(sample) - 1
 
     def tail(count: int, sign: int) -> Tensor:

@@ -107,8 +107,10 @@ def nearest(values: Tensor, levels: Tensor) -> Tensor:
     That is how many of the middles between neighbours, in float32, are below a value; where the last level stands there
     more than once, at most the first of it.
     """
-    last = int((levels < levels[-1]).sum())
-    return torch.bucketize(values, (levels[1:] + levels[:-1]) / 2).clamp_(max=last).to(torch.uint8)
+    middles = (levels[1:] + levels[:-1]) / 2
+    # Quantiles of a weight with many zeros are the same in the midst, too: only what follows the first 1 has no code.
+    below = int((levels < levels[-1]).sum())
+    return torch.bucketize(values, middles[:below]).to(torch.uint8)
 
 
 def quantize_weight(weight: Tensor, bits: int, data_type: DataType, block: int | None) -> tuple[Tensor, Tensor, Tensor]:

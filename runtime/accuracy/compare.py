@@ -4,7 +4,7 @@ There are two models in memory, in float32 where they are not int8: the source a
 are simulated on the first, and the checkpoint's other modes are the second with its layers switched.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +16,10 @@ from llmint8.converter.gguf.source import open_local
 from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.machine import usable_device
 from llmint8.converter.planning.options import ACTIVATION_GROUP
+from llmint8.converter.words import kbit_in_words
 from llmint8.formats import LLMInt8Error, Source
 
+from ..layers.linear import QuantizedLinear
 from ..layers.misses import outlier_misses
 from ..model.load import load
 from .evaluate import Evaluation, measure, token_windows
@@ -85,9 +87,8 @@ def compare(
     model = load(resolved.path, device=device, dtype=torch.float32)
     reference = load_reference(opened, window, device)
     layers = int8_layers(model)
-    rotated = any(layer.rotation is not None for layer in layers.values())
-    modes = modes_of(model.config.quantization_config, methods, rotated)
-    named = {f"{resolved.name}: {mode.label}": mode for mode in modes}
+    modes = modes_of(model.config.quantization_config, methods, layers.values())
+    named = {f"{resolved.name}: {label}": mode for label, mode in modes.items()}
     runs = Runs(reference, model, named, METHODS if methods else (), windows)
     counted = not methods and starts_counting(model)
 
@@ -119,18 +120,22 @@ def load_reference(source: Source, window: int, device: str) -> Any:
     return load_model(source, config, cls, device)
 
 
-def modes_of(config: Any, methods: bool, rotated: bool) -> list[Mode]:
-    """Return the checkpoint's own mode; beside the paper's methods also other activations, and LLM.int8().
+def modes_of(config: Any, methods: bool, layers: Collection[QuantizedLinear]) -> dict[str, Mode]:
+    """Return the checkpoint's own mode; beside the paper's methods also other activations, and LLM.int8(); by labels.
 
-    That searches for outliers, which rotated layers cannot.
+    That searches for outliers, which rotated layers cannot. Layers of k bits have no activations to choose from.
     """
     own = Mode(config.outliers, config.threshold, config.activation, config.activation_group)
+    kbits = {kbit_in_words(layer.kbit.bits, layer.kbit.data_type, layer.kbit.block) for layer in layers if layer.kbit}
+    if layers and all(layer.kbit is not None for layer in layers):
+        return {f"{own.outliers}, {' and '.join(sorted(kbits)) if len(kbits) < 3 else f'{len(kbits)} codes'}": own}
     if not methods:
-        return [own]
+        return {own.label: own}
     other = own._replace(activation="zeropoint" if own.activation == "absmax" else "absmax")
     grouped = own._replace(activation_group=ACTIVATION_GROUP if own.activation_group == "row" else "row")
-    searched = [] if rotated else [Mode("dynamic", THRESHOLD, "absmax", "row")]
-    return list(dict.fromkeys([own, other, grouped, *searched]))
+    searchable = all(layer.rotation is None and layer.kbit is None for layer in layers)
+    searched = [Mode("dynamic", THRESHOLD, "absmax", "row")] if searchable else []
+    return {mode.label: mode for mode in (own, other, grouped, *searched)}
 
 
 def starts_counting(model: Any) -> bool:

@@ -111,8 +111,7 @@ def compare_embeddings(
     limits = [window, pooling.longest, longest_text(config, reference)]
     batches = _batches(tokenizer, dict.fromkeys(filter(None, lines)), tokens, min(filter(None, limits)))
     layers = int8_layers(model)
-    rotated = any(layer.rotation is not None for layer in layers.values())
-    modes = modes_of(model.config.quantization_config, methods, rotated)
+    modes = modes_of(model.config.quantization_config, methods, layers.values())
     ways = METHODS if methods else ()
     passes = len(batches) * (1 + len(ways) + len(modes))
 
@@ -127,9 +126,9 @@ def compare_embeddings(
     for method in ways:
         with simulation.applied(method):
             found[method.name] = embed(reference.base_model, method.name)
-    for mode in modes:
+    for label, mode in modes.items():
         run_in_mode(layers.values(), searching, mode)
-        name = f"{resolved.name}: {mode.label}"
+        name = f"{resolved.name}: {label}"
         found[name] = embed(model.base_model, name)
     return EmbeddingComparison(
         len(expected),

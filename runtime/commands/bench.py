@@ -79,6 +79,8 @@ def layers_of(checkpoint: str | None) -> tuple[list[Shape], "ActivationGroup"]:
         return COMMON, ACTIVATION_GROUP
     opened = open_checkpoint(resolve(checkpoint, None, "int8").path)
     records = [record for record in opened.records.values() if record.scheme.lookup != "only"]
+    if any(record.scheme.kbit is not None for record in records):
+        raise ValueError(f"{checkpoint}: has weights of k bits, which bench does not time; see docs/kbit.md")
     layers = Counter((record.out_features, record.in_features) for record in records)
     columns: Counter[tuple[int, int]] = Counter()
     for record in records:

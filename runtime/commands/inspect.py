@@ -11,7 +11,7 @@ import click
 from llmint8.converter.commands.command import Command, set_up_logging
 from llmint8.converter.commands.output import echo_result
 from llmint8.converter.commands.terminal import printable_lines
-from llmint8.converter.words import activations, count, precision, size, sizes
+from llmint8.converter.words import count, inputs_in_words, kbit_in_words, precision, size, sizes
 
 from ..placement.blocks import block_of, natural
 
@@ -47,6 +47,7 @@ def _facts(opened: Any) -> dict[str, Any]:
             "out_features": record.out_features,
             "in_features": record.in_features,
             "outliers": record.outlier_count,
+            "scheme": record.scheme.name,
             "bias": record.has_bias,
             "bytes": taken[record.name],
         }
@@ -74,6 +75,7 @@ def _facts(opened: Any) -> dict[str, Any]:
         "criterion": quantization.criterion if quantization.llmint8 else None,
         "outlier_dtypes": sorted(columns),
         "schemes": {name: scheme.to_dict() for name, scheme in quantization.schemes.items()},
+        "kbits": _kbits(opened),
         "rotation": quantization.scheme.rotation,
         "rounding": quantization.rounding,
         "activation": quantization.scheme.activation,
@@ -93,6 +95,12 @@ def _facts(opened: Any) -> dict[str, Any]:
         "int8_embeddings": [name for name, record in opened.records.items() if record.scheme.lookup is not None],
         "layers": layers,
     }
+
+
+def _kbits(opened: Any) -> dict[str, int]:
+    """Return in words how weights of k bits are coded, and how many are so."""
+    kbits = (record.scheme.kbit for record in opened.records.values())
+    return dict(Counter(kbit_in_words(kbit.bits, kbit.data_type, kbit.block) for kbit in kbits if kbit is not None))
 
 
 def _not_calibrated(opened: Any) -> int:
@@ -122,22 +130,25 @@ def _text(facts: dict[str, Any], every: bool) -> str:
         *_searched(facts),
         f"On this CPU   {facts['runs_on']}",
         f"Size          {size(facts['bytes'])} in {count(len(facts['files']), 'file')}: "
-        f"{count(len(facts['layers']), 'int8 layer')} {size(facts['int8_layers_bytes'])}"
+        f"{count(len(facts['layers']), 'quantized layer' if facts['kbits'] else 'int8 layer')} "
+        + size(facts["int8_layers_bytes"])
         + (f", {others}" if others else ""),
         *_placement(facts["block_bytes"], facts["outside_bytes"]),
         f"Not quantized {', '.join(facts['not_quantized']) or 'no linear layer'}",
     ]
+    too = "quantized too" if facts["kbits"] else "in int8 too"
     if facts["int8_head"]:
-        rows.append(f"Output head   {facts['int8_head']}, in int8 too")
+        rows.append(f"Output head   {facts['int8_head']}, {too}")
     if facts["int8_embeddings"]:
-        rows.append(f"Embeddings    {', '.join(facts['int8_embeddings'])}, in int8 too")
+        rows.append(f"Embeddings    {', '.join(facts['int8_embeddings'])}, {too}")
     return printable_lines(rows)
 
 
 def _activations(facts: dict[str, Any]) -> str:
     kind, group = facts["activation"], facts["activation_group"]
-    if group is not None:
-        return activations(kind, group)
+    kbits = facts["kbits"] if sum(facts["kbits"].values()) == len(facts["layers"]) else None
+    if group is not None or kbits:
+        return inputs_in_words(kbits, kind, group)
     return f"{kind}, one scale for the whole row; it loads with activation_group=64, 128 or 256 too"
 
 
@@ -145,7 +156,8 @@ def _coded(facts: dict[str, Any]) -> list[str]:
     """Say what weights are beside quantized by row to the nearest integers."""
     rotated = [] if facts["rotation"] is None else [f"rotated, as their inputs, in blocks of {facts['rotation']}"]
     rounded = ["rounded by GPTQ"] if facts["rounding"] == "gptq" else []
-    return [f"Weights       {', '.join(rotated + rounded)}"] if rotated + rounded else []
+    coded = [f"{words} in {count(number, 'layer')}" for words, number in facts["kbits"].items()]
+    return [f"Weights       {', '.join(coded + rotated + rounded)}"] if coded + rotated + rounded else []
 
 
 def _searched(facts: dict[str, Any]) -> list[str]:

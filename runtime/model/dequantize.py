@@ -34,12 +34,12 @@ def dequantize(model: Any, dtype: torch.dtype | None = None) -> Any:
         The same model, which transformers trains and saves as any other.
 
     Raises:
-        ValueError: it has no int8 layers.
+        ValueError: it has no quantized layers.
         LLMInt8Error: some of them are offloaded, or have an adapter; or several processes hold the model.
 
     """
     if not any(isinstance(module, QuantizedLinear) for module in model.modules()):
-        raise ValueError(f"{type(model).__name__}: has no int8 layers; expected a model from runtime.load")
+        raise ValueError(f"{type(model).__name__}: has no quantized layers; expected a model from runtime.load")
     return model.dequantize(dtype)
 
 

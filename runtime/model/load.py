@@ -128,6 +128,8 @@ def load(
     mode, threshold = outlier_mode(checkpoint.quantization, outliers, threshold)
     for scheme in checkpoint.quantization.schemes.values():
         check_searchable(mode, scheme.rotation, scheme.kbit)
+        if parallel is not None and scheme.kbit is not None:
+            raise LLMInt8Error(f"{checkpoint.path}: layers of k bits are not cut; load it without tp_plan")
     if verify and (problems := check_values(checkpoint)):
         more = f"; and {len(problems) - 1} more, which llmint8 verify lists" if problems[1:] else ""
         raise CheckpointError(problems[0].code, str(problems[0]).removeprefix(f"{problems[0].code} ") + more)

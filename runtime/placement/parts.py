@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from llmint8.formats import DTYPES, FLOAT_DTYPES, Layout, TensorSpec
+from llmint8.formats import DTYPES, FLOAT_DTYPES, KBit, Layout, TensorSpec
 from llmint8.formats.int8.schemes import Lookup
 from llmint8.kernels.checks import padded_outliers
 from llmint8.kernels.reference import Group, groups, row_sum_dtype
@@ -106,6 +106,18 @@ def layer_bytes(
         columns=(HALF * n + 4) * k,
         scales=4 * n + int(layout.weight_format),
         prepared=prepared * (2 if stacked else 1),
+    )
+
+
+def kbit_bytes(out_features: int, in_features: int, outliers: int, kbit: KBit) -> Int8Bytes:
+    """Return what a layer of k bits takes, its outlier columns in 16 bit; see `kernels/kbit/operands.py`."""
+    n, k = out_features, min(outliers, in_features)
+    codebook = HALF * 2**kbit.bits if kbit.has_codebook else 0
+    return Int8Bytes(
+        values=n * kbit.row_bytes(in_features),
+        columns=(HALF * n + 4) * k,
+        scales=HALF * n * kbit.blocks(in_features) + codebook,
+        prepared=4 * n * k + 4 * 2**kbit.bits,
     )
 
 

@@ -23,7 +23,7 @@ from llmint8.formats import BITSANDBYTES, NATIVE, Checkpoint, Layout, Source, Te
 
 from .blocks import block_of, natural, unit_of
 from .cache import Cache, cache_of
-from .parts import HALF, Kind, Part, half_bytes, kind_of, layer_bytes, table_bytes
+from .parts import HALF, Kind, Part, half_bytes, kbit_bytes, kind_of, layer_bytes, table_bytes
 
 _CONVERTED = Options()
 
@@ -114,15 +114,21 @@ def sized_checkpoint(name: str, origin: str, checkpoint: Checkpoint, config: Any
         layer, shape = record.name, (record.out_features, record.in_features)
         stacked = layer in experts and checkpoint.layout == NATIVE
         columns, group = record.outlier_count or 0, record.scheme.activation_group
-        int8 = layer_bytes(*shape, columns, checkpoint.layout, group, stacked)
+        kbit = record.scheme.kbit
+        int8 = (
+            layer_bytes(*shape, columns, checkpoint.layout, group, stacked)
+            if kbit is None
+            else kbit_bytes(*shape, columns, kbit)
+        )
         place = mapped.get(f"{layer}.weight", f"{layer}.weight")
         kind: Kind = "head" if place.removesuffix(".weight") in heads else "linear"
         if record.scheme.lookup is not None:
             kind = "embedding"
             int8 = table_bytes(int8, record.scheme.lookup)
-        of_tensor |= {f"{layer}.{suffix}": [] for suffix in checkpoint.layout.reserved_suffixes}
+        suffixes = {*checkpoint.layout.reserved_suffixes, *checkpoint.layout.weight_suffixes(record.scheme)}
+        of_tensor |= {f"{layer}.{suffix}": [] for suffix in suffixes}
         width = sum(shape) * (_experts_per_token(config) if stacked else 1)
-        of_tensor[f"{layer}.weight"] = [Part(layer, place, kind, HALF * int8.values, 0, int8, width)]
+        of_tensor[f"{layer}.weight"] = [Part(layer, place, kind, HALF * shape[0] * shape[1], 0, int8, width)]
     parts = _all_parts(tensors, of_tensor, model, heads, in_half=False)
     layers = [record for record in checkpoint.records.values() if record.scheme.lookup != "only"]
     outliers = sum(record.outlier_count or 0 for record in layers) / max(1, len(layers))

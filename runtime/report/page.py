@@ -5,7 +5,7 @@ Names come from files that others wrote, so every piece of text is escaped.
 
 from collections.abc import Mapping
 
-from llmint8.converter.words import activations, size
+from llmint8.converter.words import inputs_in_words, size
 
 from .document import box, document, image
 from .findings import Findings
@@ -65,6 +65,7 @@ def _summary(findings: Findings) -> str:
     origin = str(source.get("name") or source.get("repo") or "unknown")
     origin += f" at commit {source['commit']}" if source.get("commit") else ""
     text = calibration.get("text", "unknown")
+    scheme = quantization.scheme
     rows = {
         "Model": ", ".join(map(str, architectures)) if isinstance(architectures, list) else "unknown",
         "Made from": origin,
@@ -72,7 +73,7 @@ def _summary(findings: Findings) -> str:
         "Layers in int8": f"{layers}, of which {measured} were measured",
         f"Columns in {findings.precision}": f"{kept / max(1, columns):.2%}, {kept / max(1, layers):.1f} in a layer",
         "Chosen by": quantization.criterion,
-        "Activations": activations(quantization.scheme.activation, quantization.scheme.activation_group),
+        "Activations": inputs_in_words(scheme.kbit, scheme.activation, scheme.activation_group),
         "Calibration": f"{calibration['tokens']} tokens, text: {text}" if calibration.get("tokens") else str(text),
     }
     return box(rows)

@@ -153,6 +153,8 @@ class Int8Config(QuantizationConfig):  # type: ignore[misc]
         scheme = self._quantization.scheme_of(name)
         if scheme.lookup is not None:
             raise ValueError(f"{name} is an embedding in int8, which vLLM cannot look up; convert it without")
+        if scheme.kbit is not None:
+            raise ValueError(f"{name} has a weight of {scheme.kbit.bits} bits, which this plugin has no layer for")
         return How(scheme.activation, None, self._group, scheme.rotation)
 
 
