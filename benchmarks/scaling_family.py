@@ -1,6 +1,6 @@
 """Train a family of models and repeat on it what "The case for 4-bit precision" says of k-bit weights.
 
-    python benchmarks/scaling_family.py TEXT --models DIR [--steps 900] [--widths 64,128,192,256] [--train]
+    python benchmarks/scaling_family.py TEXT --models DIR [--steps 900] [--widths 64,96,128,192] [--train]
 
 TEXT is a text of a megabyte, such as the validation split of WikiText-2. Four widths of one Llama are trained on the
 bytes of its first nine tenths, for minutes on two cores, and saved into DIR in float16; those that are there are taken
@@ -30,7 +30,7 @@ from llmint8.runtime.scaling.plots import precisions
 from llmint8.runtime.scaling.runs import Run, RunFile
 from llmint8.runtime.scaling.schemes import BASE, combinations
 
-BLOCKS, TOKENS = (32, 64, 128, None), 16384
+BLOCKS, TOKENS = (32, 64, None), 8192
 LAYERS, HEAD, LENGTH, BATCH = 3, 32, 256, 8
 PEAK, WARM_UP = 3e-3, 40
 
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--widths", default="64,128,192,256")
+    parser.add_argument("--widths", default="64,96,128,192")
     parser.add_argument("--train", action="store_true", help="stop when they are trained")
     arguments = parser.parse_args()
     text = arguments.text.read_text(encoding="utf-8")

@@ -5,11 +5,12 @@ import math
 import random
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import tokenizers
@@ -25,12 +26,16 @@ from llmint8.runtime.commands.main import main
 from llmint8.runtime.scaling import simulation
 from llmint8.runtime.scaling.comparing import best_within, choice, pareto, winners
 from llmint8.runtime.scaling.family import left_to_do, measure_family, open_family
+from llmint8.runtime.scaling.layers import Weights
 from llmint8.runtime.scaling.runs import Measured, Run, RunFile
-from llmint8.runtime.scaling.schemes import BASE, Scheme, combinations
+from llmint8.runtime.scaling.schemes import BASE, Rounding, Scheme, combinations
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 TEXT = "The capital of France is Paris \n" * 20
 SMALL = ("--tokens", 48, "--window", 24, "--bits", "3,4", "--data-type", "int,nf4", "--block-size", "32,row")
+# Of the only block: what makes the inputs of a layer.
+BEFORE = {"self_attn.o_proj": "self_attn.v_proj", "mlp.down_proj": "mlp.up_proj"}
+BEFORE |= {"mlp.gate_proj": "self_attn.o_proj", "mlp.up_proj": "self_attn.o_proj"}
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +87,12 @@ def logits(path: Path, scheme: Scheme | None, windows: Tensor) -> Tensor:
             continue
         for matrix in parameter if parameter.ndim == 3 else [parameter]:
             matrix.copy_(rounded(matrix, scheme))
+    own = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    for name, before in BEFORE.items() if scheme and scheme.proxy else ():
+        weights = [one.model.layers[0].get_submodule(name).weight for one in (model, own)]
+        spread = own.model.layers[0].get_submodule(before).weight.std(1)
+        kept = spread.topk(round(scheme.proxy * len(spread))).indices
+        weights[0][:, kept] = weights[1][:, kept]
     return model(windows).logits[:, :-1].log_softmax(-1)
 
 
@@ -90,6 +101,7 @@ def test_a_run_is_the_model_with_its_weights_replaced(kind: str, folder: Path, t
     path = folder / "small" if kind == "llama" else mixture(tmp_path / "experts", folder)
     member = open_family([path], folder / "text.txt", 48, 24)[0]
     schemes = [BASE, Scheme(3, "int", 32), Scheme(4, "nf4", None), Scheme(8, "float", 64), Scheme(5, "dynamic", 32)]
+    schemes += [Scheme(3, "int", 32, 0.1)] if kind == "llama" else []
     file = RunFile(tmp_path / "runs.jsonl")
     measure_family(left_to_do([member], schemes, file), file, "cpu", lambda name, done: None)
     found = {run.scheme: run for run in file.of(member.measured)}
@@ -126,8 +138,8 @@ def test_bits_are_counted_by_hand(folder: Path) -> None:
     assert shapes.weight_bits(Scheme(4, "int", 32)) == 4 * weights + 16 * blocks
     assert shapes.weight_bits(Scheme(3, "float", None)) == 3 * weights + 16 * (5 * 32 + 2 * 48)
     assert shapes.weight_bits(Scheme(4, "quantile", 32)) == 4 * weights + 16 * blocks + 7 * 16 * 16
-    # A tenth of 32 columns is 3, of 48 it is 5; each costs 12 bits more.
-    kept = 3 * (4 * 32 + 2 * 48) + 5 * 32
+    # A tenth of 32 columns is 3, of 48 it is 5; each costs 12 bits more. Of q, k and v there is no layer before.
+    kept = 3 * (32 + 2 * 48) + 5 * 32
     assert shapes.total_bits(Scheme(4, "int", 32, 0.1)) == 4 * weights + 16 * blocks + 12 * kept + 16 * 608
 
 
@@ -203,10 +215,56 @@ def test_rows_that_cannot_be_told_apart_run_one_by_one(folder: Path, monkeypatch
     monkeypatch.setattr(simulation, "parted_rows", parted)
     found: dict[Scheme, Any] = {}
     schemes = [Scheme(3, "int", 32), Scheme(4, "int", 32)]
-    given = member.plan, member.windows, torch.device("cpu"), lambda name, numbers: None
+    given = member.plan, member.windows, member.calibration, torch.device("cpu"), lambda name, numbers: None
     simulation.Simulation(*given).measure(schemes, found.update)
     assert list(found) == schemes
     assert together == [2]
+
+
+def test_gptq_is_calibrated_with_the_model_in_16_bit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    member = open_family([folder / "small"], folder / "text.txt", 48, 24)[0]
+    assert member.calibration.shape == (512 // 24, 24)
+    seen: dict[str, list[Tensor]] = defaultdict(list)
+    simulated = Weights.simulated
+
+    def recorded(self: Weights, name: str, scheme: Scheme, weight: Tensor, x: Tensor, calibration: Tensor) -> Tensor:
+        seen[name].append(calibration.clone())
+        return simulated(self, name, scheme, weight, x, calibration)
+
+    monkeypatch.setattr(Weights, "simulated", recorded)
+    found: dict[Scheme, Any] = {}
+    schemes = [Scheme(3, "int", 32, rounding="gptq"), Scheme(4, "int", 32), Scheme(4, "int", 32, 0.1, "gptq")]
+    given = member.plan, member.windows, member.calibration, torch.device("cpu"), lambda name, numbers: None
+    simulation.Simulation(*given).measure(schemes, found.update)
+    assert found.keys() == set(schemes)
+    expected: dict[str, Tensor] = {}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "small", dtype=torch.float32).eval()
+    for name, module in model.named_modules():
+        if name in seen:
+            module.register_forward_pre_hook(
+                lambda _, given, name=name: expected.update({name: given[0].flatten(0, 1)})
+            )
+    with torch.no_grad():
+        model(member.calibration)
+    for name, rows in seen.items():
+        # The model as it is, both of GPTQ together, and the one that needs none.
+        assert [len(one) for one in rows] == [0, 504, 504, 0], name
+        assert torch.allclose(rows[1], expected[name], atol=1e-4), name
+
+
+def test_gptq_loses_less_of_what_the_layer_says_and_columns_stay() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(24, 64), torch.randn(256, 8) @ torch.randn(8, 64) + 0.1 * torch.randn(256, 64)
+    weights = Weights.__new__(Weights)
+    vars(weights).update(_before={"layer": "before"}, _heads=None, _spread={}, _last=None)
+    weights.see("before", torch.arange(1, 65)[:, None] * torch.tensor([1.0, -1.0]))
+    errors = []
+    for rounding in get_args(Rounding):
+        found = weights.simulated("layer", Scheme(3, "int", 32, 0.05, rounding), weight, x, x)
+        same = (found == weight).all(0).nonzero().flatten().tolist()
+        assert same == [61, 62, 63]
+        errors.append(float((x @ (found - weight).t()).norm()))
+    assert errors[1] < 0.5 * errors[0]
 
 
 def made_up(bits: int, total: int, perplexity: float, model: str = "m", **scheme: Any) -> Run:
@@ -291,6 +349,8 @@ def test_the_page_is_one_file(folder: Path, tmp_path: Path) -> None:
         (("--data-type", "fp4"), "data type 'fp4'"),
         (("--bits", "3", "--data-type", "nf4"), "no combination"),
         (("--block-size", "48"), "block size 48"),
+        (("--proxy", "1"), "proxy share 1.0"),
+        (("--rounding", "up"), "rounding 'up'"),
         (("--window", "4096", "--tokens", "4096"), "a window of 4096 tokens is too long"),
         (("--device", "nowhere"), "device 'nowhere'"),
     ],

@@ -80,6 +80,22 @@ def _block(text: str) -> int | None:
     metavar="N,...",
     help="Weights of a row that share a scale, 32 to 4096, or `row`.",
 )
+@click.option(
+    "--proxy",
+    type=_List(float, "shares such as 0,0.02"),
+    default="0",
+    show_default=True,
+    metavar="SHARE,...",
+    help="Share of a layer's columns that stay in 16 bit, chosen from the weights of the layer before.",
+)
+@click.option(
+    "--rounding",
+    type=_List(str, "names"),
+    default="nearest",
+    show_default=True,
+    metavar="HOW,...",
+    help="How codes are found: `nearest` or `gptq`, calibrated with the text in the package.",
+)
 @click.option("--tokens", type=click.IntRange(2), default=2048, show_default=True, help="How much of the text to use.")
 @click.option("--window", type=click.IntRange(2), default=512, show_default=True, help="Tokens in a forward pass.")
 @click.option("--device", default="cpu", show_default=True, help="Where the models run, such as cuda.")
@@ -106,7 +122,8 @@ def scaling_command(sources: Sequence[str], text: Path, output: Path, quiet: boo
     from ..scaling.runs import RunFile
     from ..scaling.schemes import combinations
 
-    schemes = combinations(options["bits"], options["data_type"], options["block_size"], [0.0], ["nearest"])
+    ways = (options[name] for name in ("bits", "data_type", "block_size", "proxy", "rounding"))
+    schemes = combinations(*ways)
     file = RunFile(output / RUNS_NAME)
     members = open_family(sources, text, options["tokens"], options["window"])
     with named_errors(output):

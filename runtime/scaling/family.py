@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmint8.converter.calibration.text import read_text
+from llmint8.converter.calibration.text import load_calibration, read_text
 from llmint8.converter.gguf.source import open_local
 from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.machine import usable_device
+from llmint8.converter.model.build import meta_model
+from llmint8.converter.model.experts import in_order
 from llmint8.converter.planning.options import Options
 from llmint8.converter.planning.plan import ConversionPlan, plan_source
 from llmint8.formats import LLMInt8Error, SourceError
@@ -23,8 +25,9 @@ from llmint8.formats.disk.names import CONFIG_NAME
 
 from ..accuracy.evaluate import Measurement, token_windows
 from ..accuracy.reference import check_window, reference_class, tokenizer_beside
+from .layers import before
 from .runs import Measured, Run, RunFile
-from .schemes import BASE, Scheme, Shapes
+from .schemes import BASE, Layer, Scheme, Shapes
 from .simulation import Simulation
 
 # Experts are layers only there.
@@ -39,6 +42,7 @@ class Member:
 
     plan: ConversionPlan
     windows: Tensor
+    calibration: Tensor  # windows of the text in the package, for GPTQ
     shapes: Shapes
     measured: Measured
 
@@ -86,7 +90,7 @@ def open_family(sources: Sequence[str | Path], text: Path, tokens: int, window: 
         name = plan.origin.name if names.count(plan.origin.name) == 1 else str(source)
         read = hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest()
         measured = Measured(name, _source_hash(plan), text.name, read, windows.numel(), window)
-        members.append(Member(plan, windows, _shapes(plan), measured))
+        members.append(Member(plan, windows, _calibration(plan, window), _shapes(plan), measured))
     return members
 
 
@@ -101,8 +105,19 @@ def _opened(source: str | Path, content: str, tokens: int, window: int) -> tuple
     return plan_source(opened, origin, opened.path, _NATIVE), windows
 
 
+def _calibration(plan: ConversionPlan, window: int) -> Tensor:
+    """Return windows of the text that a conversion calibrates with, as many tokens, and one window at least."""
+    count = max(_NATIVE.calibration_tokens, window)
+    tokens = load_calibration(plan.source.beside, plan.config, None, count).tokens.flatten()
+    windows = max(1, len(tokens) // window)
+    return tokens.repeat(-(-windows * window // len(tokens)))[: windows * window].reshape(windows, window)
+
+
 def _shapes(plan: ConversionPlan) -> Shapes:
-    layers = [(layer.out_features, layer.in_features) for layer in plan.selection.layers.values()]
+    model = meta_model(plan.config)
+    modules = {plan.selection.module_of[name]: layer for name, layer in plan.selection.layers.items()}
+    follows = before(plan, in_order(model, modules, plan.selection.experts.values()))
+    layers = [Layer(one.out_features, one.in_features, name in follows) for name, one in modules.items()]
     weights = {layer.weight.name for layer in plan.selection.layers.values()}
     others = sum(torch.Size(info.shape).numel() for name, info in plan.source.tensors.items() if name not in weights)
     return Shapes(layers, others)
@@ -160,5 +175,5 @@ def _measure(
     def passed(layer: str, weights: int) -> None:
         progress(f"{member.measured.model}: {layer}", _WEIGHT_BYTES * weights)
 
-    simulation = Simulation(member.plan, member.windows, device, passed)
+    simulation = Simulation(member.plan, member.windows, member.calibration, device, passed)
     simulation.measure(schemes, lambda found: file.add(member.run(scheme, one) for scheme, one in found.items()))

@@ -9,8 +9,9 @@ all that is not quantized takes 16 bits a number, whatever it is stored in.
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
+from llmint8.converter.outliers.proxy import proxy_count
 from llmint8.kernels.kbit.levels import DataType, check_levels
 from llmint8.kernels.kbit.reference import blocks
 
@@ -64,19 +65,16 @@ class Scheme:
         rounding = f", {self.rounding}" if self.rounding != "nearest" else ""
         return f"{self.bits}-bit {self.data_type}, {block_words(self.block)}{proxy}{rounding}"
 
-    def columns(self, in_features: int) -> int:
-        """Return how many of K columns stay in 16 bit."""
-        return round(self.proxy * in_features)
-
-    def layer_bits(self, out_features: int, in_features: int) -> int:
-        """Return the bits that a layer's weight [N, K] takes."""
-        weights = out_features * in_features
+    def layer_bits(self, layer: "Layer") -> int:
+        """Return the bits that a layer's weight takes."""
+        weights = layer.out_features * layer.in_features
         if self.data_type is None:
             return self.bits * weights
-        count, _ = blocks(in_features, self.block)
-        kept = out_features * self.columns(in_features) * (FLOAT_BITS - self.bits)
+        count, _ = blocks(layer.in_features, self.block)
+        columns = proxy_count(layer.in_features, self.proxy) if self.proxy and layer.follows else 0
         codebook = 2**self.bits if self.data_type == "quantile" else 0
-        return self.bits * weights + FLOAT_BITS * (out_features * count + codebook) + kept
+        kept = layer.out_features * columns * (FLOAT_BITS - self.bits)
+        return self.bits * weights + FLOAT_BITS * (layer.out_features * count + codebook) + kept
 
 
 BASE = Scheme(FLOAT_BITS)
@@ -87,21 +85,29 @@ def block_words(block: int | None) -> str:
     return "by row" if block is None else f"block {block}"
 
 
+class Layer(NamedTuple):
+    """A layer to quantize: its shape, and whether proxy quantization finds a layer before it."""
+
+    out_features: int
+    in_features: int
+    follows: bool
+
+
 @dataclass(frozen=True)
 class Shapes:
-    """What a model is made of: its layers [N, K] to quantize, and how many numbers it has beside them."""
+    """What a model is made of: its layers to quantize, and how many numbers it has beside them."""
 
-    layers: Sequence[tuple[int, int]]
+    layers: Sequence[Layer]
     others: int
 
     @property
     def weights(self) -> int:
         """How many weights are quantized."""
-        return sum(n * k for n, k in self.layers)
+        return sum(layer.out_features * layer.in_features for layer in self.layers)
 
     def weight_bits(self, scheme: Scheme) -> int:
         """Return the bits of the weights that are quantized."""
-        return sum(scheme.layer_bits(*shape) for shape in self.layers)
+        return sum(scheme.layer_bits(layer) for layer in self.layers)
 
     def total_bits(self, scheme: Scheme) -> int:
         """Return the bits of the model."""

@@ -2,8 +2,9 @@
 
 The model is streamed as the converter's calibrated pass streams it: memory holds one layer, and activations in float32.
 A batch has the windows of the text once for each scheme, so a weight is read once for all that run together, and
-multiplied by what each scheme makes of it. Inputs are not quantized. Weights are those that `llmint8-convert` would
-quantize by default in format 2: all linear layers and experts, without the output head and the embeddings.
+multiplied by what each scheme makes of it (`layers.py`). Inputs are not quantized. Weights are those that
+`llmint8-convert` would quantize by default in format 2: all linear layers and experts, without the output head and the
+embeddings.
 """
 
 from collections import defaultdict
@@ -24,12 +25,12 @@ from llmint8.converter.model.experts import ExpertMatrix, in_order
 from llmint8.converter.model.names import fused_parameters, parameter_tensors
 from llmint8.converter.planning.plan import ConversionPlan
 from llmint8.converter.planning.selected import SelectedLayer
-from llmint8.formats import SourceError
-from llmint8.kernels.kbit.reference import dequantize_codes, quantize_weight
+from llmint8.formats import LLMInt8Error
 
 from ..accuracy.evaluate import Measurement, measure
 from ..accuracy.halves import Halves
 from ..accuracy.methods import NotRowsError, parted_rows
+from .layers import Weights
 from .schemes import BASE, Scheme
 
 # Activations of all that run together, of which there are so many copies, and how many run together at most: when they
@@ -45,13 +46,22 @@ Found = Mapping[Scheme, Measurement]
 class Simulation:
     """A model of a plan, on windows of token ids int64 [windows, W]."""
 
-    def __init__(self, plan: ConversionPlan, windows: Tensor, device: torch.device, progress: Progress) -> None:
-        """Take also where it runs, and whom to tell of each layer in each scheme, with the numbers of its weight."""
-        self._plan, self._windows, self._device, self._progress = plan, windows, device, progress
+    def __init__(
+        self, plan: ConversionPlan, windows: Tensor, calibration: Tensor, device: torch.device, progress: Progress
+    ) -> None:
+        """Take also windows to calibrate GPTQ with, where it runs, and whom to tell of each layer in each scheme.
+
+        `progress` is called with the name of a layer and how many weights it has.
+        """
+        self._plan, self._windows, self._calibration = plan, windows, calibration
+        self._device, self._progress = device, progress
         self._model: Any = meta_model(in_float32(plan.config))
         selection = plan.selection
         self._layers = {selection.module_of[name]: layer for name, layer in selection.multiplied.items()}
-        self._schemes: Sequence[Scheme] = ()
+        self._order = in_order(self._model, self._layers, selection.experts.values())
+        self._weights = Weights(plan, self._layers, self._order)
+        self._schemes: Sequence[Scheme] = ()  # what the batch has, after what calibrates
+        self._first = windows[:0]
         self._together = True
 
     def measure(self, schemes: Sequence[Scheme], found: Callable[[Found], None]) -> None:
@@ -71,14 +81,16 @@ class Simulation:
             found(self._compared(halves, expected, {BASE: expected}))
         left = [scheme for scheme in schemes if scheme != BASE]
         while left:
-            some = left[: self._count()]
+            some = [scheme for scheme in left if scheme.rounding == left[0].rounding][: self._count()]
             try:
                 hidden = self._hidden(halves, some)
-            except NotRowsError:
+            except NotRowsError as error:
+                if not self._together:
+                    raise LLMInt8Error(f"{error}, of which one calibrates GPTQ; leave --rounding gptq out") from None
                 self._together = False
                 continue
             found(self._compared(halves, expected, dict(zip(some, hidden, strict=True))))
-            left = left[len(some) :]
+            left = [scheme for scheme in left if scheme not in some]
 
     def _count(self) -> int:
         """Return how many schemes run together."""
@@ -88,12 +100,12 @@ class Simulation:
 
     def _hidden(self, halves: Halves, schemes: Sequence[Scheme]) -> Tensor:
         """Return the hidden states [schemes, windows, W, H]."""
-        self._schemes = schemes
+        self._schemes, self._first = schemes, self._calibration if schemes[0].rounding == "gptq" else self._windows[:0]
         try:
-            hidden = halves.hidden(self._windows.repeat(len(schemes), 1))
+            hidden = halves.hidden(torch.cat([self._first, self._windows.repeat(len(schemes), 1)]))
         finally:
             self._schemes = ()
-        return hidden.reshape(len(schemes), *self._windows.shape, -1)
+        return hidden[len(self._first) :].reshape(len(schemes), *self._windows.shape, -1)
 
     def _compared(self, halves: Halves, expected: Tensor, hidden: Mapping[Scheme, Tensor]) -> Found:
         """Compare hidden states [windows, W, H] by the logits that they give."""
@@ -109,28 +121,22 @@ class Simulation:
 
     def _multiply(self, name: str, x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
         """Multiply the rows of each scheme by what it makes of a weight [N, K]."""
+        self._weights.see(name, weight)
         if not self._schemes:  # the model is only tried
             return blockwise_linear(rows, weight)
-        count, found = len(self._schemes), []
-        if count > 1:
-            parted_rows(name, x, count * len(self._windows))
+        count, first = len(self._schemes), len(self._first)
+        calibration = rows[:0]
+        if count > 1 or first:
+            windows = first + count * len(self._windows)
+            parted_rows(name, x, windows)
+            each = len(rows) // windows
+            calibration, rows = rows[: first * each], rows[first * each :]
+        found = [blockwise_linear(calibration, weight)] if first else []
         for scheme, part in zip(self._schemes, rows.chunk(count), strict=True):
-            found.append(blockwise_linear(part, self._simulated(name, scheme, weight)))
+            made = self._weights.simulated(name, scheme, weight, x, calibration)
+            found.append(blockwise_linear(part, made))
             self._progress(name, weight.numel())
         return torch.cat(found)
-
-    def _simulated(self, name: str, scheme: Scheme, weight: Tensor) -> Tensor:
-        """Return what a scheme makes of a weight [N, K]: itself, or float32 [N, K]."""
-        if scheme.data_type is None:
-            return weight
-        codes, absmax, levels = quantize_weight(weight, scheme.bits, scheme.data_type, scheme.block)
-        if not bool(absmax.isfinite().all()):
-            tensor = self._layers[name].weight
-            raise SourceError(
-                f"{self._plan.source.path / tensor.file}: {tensor.name}: has values beyond 65504 or NaN, which no "
-                "absmax in 16 bit holds; it cannot be quantized"
-            )
-        return dequantize_codes(codes, absmax, levels, scheme.block)
 
     @contextmanager
     def _streamed(self) -> Iterator[Callable[[Any, Mapping[str, Any]], None]]:
@@ -141,8 +147,7 @@ class Simulation:
         experts: dict[str, list[tuple[ExpertMatrix, SelectedLayer]]] = defaultdict(list)
         for matrix in selection.experts.values():
             experts[matrix.experts].append((matrix, selection.layers[matrix.name]))
-        order = in_order(model, self._layers, selection.experts.values())
-        weights = {name: self._layers[name].weight.name for name in order}
+        weights = {name: self._layers[name].weight.name for name in self._order}
         weights = {name: weight for name, weight in weights.items() if self._layers[name].name not in selection.experts}
         fused = fused_parameters(model, plan.source.tensors)
         what = model, tensor_of, fused, weights, experts
