@@ -30,7 +30,7 @@ from llmint8.runtime.scaling.plots import precisions
 from llmint8.runtime.scaling.runs import Run, RunFile
 from llmint8.runtime.scaling.schemes import BASE, combinations
 
-BLOCKS, TOKENS = (32, 64, None), 8192
+BLOCKS, TOKENS = (32, None), 8192
 LAYERS, HEAD, LENGTH, BATCH = 3, 32, 256, 8
 PEAK, WARM_UP = 3e-3, 40
 

@@ -38,6 +38,8 @@ from .schemes import BASE, Scheme
 _ACTIVATION_BYTES = 1 << 30
 _COPIES = 8
 _MOST_TOGETHER = 4
+# Logits are asked for at so many positions at least, or at as many as give so many logits.
+_POSITIONS, _LOGITS = 64, 1 << 22
 
 Progress = Callable[[str, int], None]
 Found = Mapping[Scheme, Measurement]
@@ -117,7 +119,9 @@ class Simulation:
             )
             for number, window in enumerate(self._windows)
         )
-        return dict(zip(hidden, measure(runs).measurements, strict=True))
+        vocabulary = getattr(self._plan.config.get_text_config(), "vocab_size", _LOGITS)
+        positions = max(_POSITIONS, min(self._windows.shape[1], _LOGITS // vocabulary))
+        return dict(zip(hidden, measure(runs, positions).measurements, strict=True))
 
     def _multiply(self, name: str, x: Tensor, rows: Tensor, weight: Tensor) -> Tensor:
         """Multiply the rows of each scheme by what it makes of a weight [N, K]."""
