@@ -16,6 +16,7 @@ from ..calling import call
 from ..checks import COLUMNS, check_outlier_dims, check_tensor, is_watched
 from ..prepared import PreparedWeight
 from ..reference import Activation
+from . import cpu
 from .gradient import input_gradient
 from .operands import KBitOperands
 from .packing import row_bytes
@@ -116,7 +117,10 @@ def kbit_linear(x: Tensor, weight: PreparedKBit) -> Tensor:
 def _runner(operands: KBitOperands) -> tuple[str, Run]:
     """Return what runs a weight, and its name for people."""
     device = operands.packed.device.type
-    return f"plain PyTorch on {device}", functools.partial(plain_linear, weight=operands)
+    if device == "cpu" and cpu.kinds():
+        return f"{cpu.kinds()[0]} on the CPU", cpu.CpuKBit(operands)
+    why = f" ({cpu.why_not()})" if device == "cpu" else ""
+    return f"plain PyTorch on {device}{why}", functools.partial(plain_linear, weight=operands)
 
 
 def plain_linear(x: Tensor, weight: KBitOperands) -> Tensor:
