@@ -23,7 +23,7 @@ from tokenizers import ByteLevelBPETokenizer
 from llmint8.converter.commands.progress import progress_bar
 from llmint8.kernels.kbit.levels import DataType
 from llmint8.runtime.report.document import png
-from llmint8.runtime.scaling.comparing import choice, value_words, winners
+from llmint8.runtime.scaling.comparing import KEYS, Key, choice, value_words, winners
 from llmint8.runtime.scaling.family import left_to_do, measure_family, open_family
 from llmint8.runtime.scaling.page import advice, page, winners_text
 from llmint8.runtime.scaling.plots import precisions
@@ -84,11 +84,19 @@ def train(directory: Path, width: int, text: str, steps: int) -> None:
 
 def found_in(runs: list[Run]) -> dict[str, Any]:
     """Look up what the paper says in the numbers."""
-    types, blocks, won = choice(runs, "data_type"), choice(runs, "block"), winners(runs)
-    assert types is not None
-    assert blocks is not None
+    won = winners(runs)
     assert won is not None
     base = [run for run in runs if run.scheme == BASE]
+    tables: dict[str, Any] = {}
+    for key in KEYS:
+        found = choice(runs, key)
+        assert found is not None
+        tables[key] = {
+            "all_else": found.held,
+            "kl": by_name(key, found.table),
+            "perplexity_at_equal_bits_over": value_words(key, found.values[0]),
+            "perplexity_at_equal_bits": by_name(key, found.at_equal_bits),
+        }
     return {
         "models": [
             {"model": run.measured.model, "weights": run.weights, "bits": run.total_bits, "perplexity": run.perplexity}
@@ -96,18 +104,18 @@ def found_in(runs: list[Run]) -> dict[str, Any]:
         ],
         "tokens": base[0].measured.tokens,
         "runs": len(runs),
-        "kl_by_data_type": {"held": types.held, **types.table},
-        "perplexity_by_data_type_at_equal_bits": {"against": types.values[0], **types.at_equal_bits},
-        "kl_by_block": {"held": blocks.held, **by_name(blocks.table)},
-        "perplexity_by_block_at_equal_bits": {"against": blocks.values[0], **by_name(blocks.at_equal_bits)},
+        "choices": tables,
         "best_for_its_bits": {"from": won.low, "to": won.high, **won.shares},
         "advice": advice(runs),
     }
 
 
-def by_name(table: dict[int, dict[Any, float]]) -> dict[int, dict[str, float]]:
-    """Return a table of blocks, of which None is the row, as JSON has names."""
-    return {bits: {value_words("block", value): number for value, number in row.items()} for bits, row in table.items()}
+def by_name(key: Key, table: dict[int, dict[Any, float]]) -> dict[int, dict[str, float]]:
+    """Return a table of values of a choice by what they are called, with four digits."""
+    return {
+        bits: {value_words(key, value): float(f"{number:.4g}") for value, number in row.items()}
+        for bits, row in table.items()
+    }
 
 
 def main() -> None:
@@ -132,6 +140,8 @@ def main() -> None:
     file = RunFile(arguments.models / "runs.jsonl")
     members = open_family(directories, held_out, TOKENS, LENGTH)
     schemes = combinations(range(3, 9), get_args(DataType), BLOCKS, [0.0], ["nearest"])
+    schemes += combinations(range(3, 9), ["quantile"], BLOCKS[:1], [0.0, 0.02], ["nearest", "gptq"])
+    schemes = list(dict.fromkeys(schemes))
     work = left_to_do(members, schemes, file)
     with progress_bar(sum(one.nbytes for one in work), "Measuring", quiet=False) as advance:
         measure_family(work, file, "cpu", advance)

@@ -1,6 +1,6 @@
 """How far the embeddings of an encoder of sentences are off with k-bit weights, for every precision and data type.
 
-    python benchmarks/scaling_sentences.py SOURCE TEXT [--tokens 2048]
+    python benchmarks/scaling_sentences.py SOURCE TEXT [--tokens 1024]
 
 SOURCE is an encoder with a tokenizer and its way of pooling, as sentence-transformers saves one; each line of TEXT is a
 sentence. The weights of all linear layers are replaced by what they are after rounding to nearest; inputs stay in
@@ -15,22 +15,20 @@ from typing import Any
 
 import result_files
 import torch
+import transformers
 from torch import Tensor
 
 from llmint8.converter.calibration.text import read_text
-from llmint8.converter.gguf.source import open_local
 from llmint8.converter.model.build import is_linear
 from llmint8.kernels.kbit.levels import DataType
 from llmint8.kernels.kbit.reference import dequantize_codes, quantize_weight
 from llmint8.runtime.accuracy.embeddings import distances
 from llmint8.runtime.accuracy.pooling import Pooling, read_pooling
-from llmint8.runtime.accuracy.reference import load_model, reference_class, tokenizer_beside
 
 TYPES: tuple[DataType, ...] = ("int", "float", "dynamic", "quantile")
 Scheme = tuple[int, DataType, int | None]
-# Precisions and data types, and at 4 bit the blocks.
-SCHEMES: list[Scheme] = [*((bits, kind, 64) for bits, kind in product((3, 4, 5, 6, 8), TYPES)), (4, "nf4", 64)]
-SCHEMES += [(bits, kind, block) for bits, kind, block in product((4, 8), ("int", "float"), (32, 256, None))]
+SCHEMES: list[Scheme] = [(4, "nf4", 64), *((bits, kind, 64) for bits, kind in product((4, 3, 8, 6), TYPES))]
+SCHEMES += [(bits, "int", block) for bits, block in product((4, 8), (32, None))]
 KEYS = ("bits", "data_type", "block", "texts", "tokens")
 
 
@@ -58,13 +56,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path)
     parser.add_argument("text", type=Path)
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=1024)
     arguments = parser.parse_args()
-    source = open_local(arguments.source)
-    config, cls = reference_class(source)
-    model = load_model(source, config, cls, "cpu").base_model
-    pooling = read_pooling(source.beside)
-    tokenizer = tokenizer_beside(source.beside, source.path)
+    model = transformers.AutoModel.from_pretrained(arguments.source, dtype=torch.float32).eval()
+    pooling = read_pooling(arguments.source)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.source)
     texts = sentences(tokenizer, read_text(arguments.text).splitlines(), arguments.tokens, pooling.longest)
     counts = {"texts": len(texts), "tokens": sum(ids.numel() for ids in texts)}
     file = result_files.result_file("scaling_sentences", arguments.source.resolve().name)
