@@ -27,7 +27,7 @@ from llmint8.runtime.scaling import simulation
 from llmint8.runtime.scaling.comparing import best_within, choice, pareto, winners
 from llmint8.runtime.scaling.family import left_to_do, measure_family, open_family
 from llmint8.runtime.scaling.layers import Weights
-from llmint8.runtime.scaling.runs import Measured, Run, RunFile
+from llmint8.runtime.scaling.runs import Measured, Run, RunFile, encoded
 from llmint8.runtime.scaling.schemes import BASE, Rounding, Scheme, combinations
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
@@ -317,7 +317,7 @@ def test_a_choice_holds_all_else() -> None:
     types, blocks = choice(runs, "data_type"), choice(runs, "block")
     assert types is not None
     assert blocks is not None
-    assert (types.held, types.values) == ("block 64, no proxy, rounding nearest", ["float", "int", "nf4"])
+    assert (types.held, types.values) == ("block 64, no proxy, rounding nearest", ["int", "float", "nf4"])
     assert types.table[3] == {"int": pytest.approx(math.log(3.064)), "float": pytest.approx(math.log(2.064))}
     assert types.table[4]["nf4"] == pytest.approx(math.log(1.5))
     assert (blocks.held, blocks.values) == ("float, no proxy, rounding nearest", [64, None])
@@ -386,9 +386,33 @@ def test_choices_are_compared_at_equal_bits() -> None:
     assert choice([run for run in runs if run.measured.model == "m3"], "block").at_equal_bits == {}  # type: ignore
 
 
-@pytest.mark.parametrize("line", ["[]", "{}", '{"model": 1}', "NaN"])
-def test_a_line_that_is_no_run_is_named(line: str, tmp_path: Path) -> None:
-    (tmp_path / "runs.jsonl").write_text(line + "\n")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": ["m"]},
+        {"source_sha256": {}},
+        {"tokens": "48"},
+        {"bits": 2},
+        {"bits": [4]},
+        {"data_type": "fp4"},
+        {"block": -64},
+        {"block": "64"},
+        {"proxy": "all"},
+        {"rounding": None},
+        {"weights": 0},
+        {"total_bits": 1.5},
+        {"kl_mean": "small"},
+        {"perplexity": True},
+        {"unknown": 1},
+        None,
+    ],
+    ids=str,
+)
+def test_a_line_that_is_no_run_is_named(changes: dict[str, Any] | None, tmp_path: Path) -> None:
+    whole = json.loads(encoded(made_up(4, 10, 2.0)))
+    (tmp_path / "runs.jsonl").write_text(json.dumps(whole) + "\n")
+    assert len(RunFile(tmp_path / "runs.jsonl").of(made_up(4, 10, 2.0).measured)) == 1
+    (tmp_path / "runs.jsonl").write_text(json.dumps([] if changes is None else whole | changes) + "\n")
     with pytest.raises(LLMInt8Error, match=r"runs.jsonl: line 1 is none of a run"):
         RunFile(tmp_path / "runs.jsonl")
 

@@ -11,13 +11,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from llmint8.kernels.kbit.levels import DataType
 
 from .runs import Run
-from .schemes import block_words
+from .schemes import Rounding, block_words
 
 Key = Literal["data_type", "block", "proxy", "rounding"]
 KEYS: tuple[Key, ...] = ("data_type", "block", "proxy", "rounding")
+_ORDER = {"data_type": get_args(DataType), "rounding": get_args(Rounding)}
 _BUDGETS = 400  # at which curves are compared
 _SMALLEST_KL = 1e-7  # less is noise of float32
 
@@ -116,8 +119,10 @@ class Choice:
 
     @property
     def values(self) -> list[Any]:
-        """What there is to choose from; of blocks the smallest first, and the row last."""
+        """What there is to choose from: the plainest first, of blocks the smallest, and the row last."""
         found = {getattr(run.scheme, self.key) for run in self.runs}
+        if self.key in _ORDER:
+            return [value for value in _ORDER[self.key] if value in found]
         return sorted(found, key=lambda value: (value is None, value))
 
     @property
@@ -186,7 +191,7 @@ def value_words(key: Key, value: Any) -> str:
     return f"rounding {value}" if key == "rounding" else str(value)
 
 
-def budgets(front: Sequence[Run], most: int = 4) -> list[int]:
+def budgets(front: Sequence[Run], most: int = 5) -> list[int]:
     """Return round sizes in bytes, a few of those that lie between the smallest and the largest of a front."""
     low, high = front[0].total_bits / 8, front[-1].total_bits / 8
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

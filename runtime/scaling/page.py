@@ -47,7 +47,11 @@ def page(runs: Sequence[Run]) -> str:
     """Return the page of runs of one model or of a family, all on one text."""
     names = list(dict.fromkeys(run.measured.model for run in runs))
     found = [choice(runs, key) for key in KEYS]
-    sections = [_introduction(), _summary(runs, names), f"<p><b>{escape(advice(runs))}</b></p>"]
+    sections = [
+        _introduction(),
+        _summary(runs, names),
+        f"<p><b>{escape(f'{advice(runs)} {winners_text(runs)}')}</b></p>",
+    ]
     sections += ["<h2>Which precision</h2>", image(png(plots.precisions(runs)), "Quality against total model bits")]
     sections += [_precisions_text(runs), _front(runs)]
     for chosen in found:
@@ -113,10 +117,9 @@ def _precisions_text(runs: Sequence[Run]) -> str:
         return """<p>Each point is a run; the dashed line joins those than which none is both smaller and closer to the
 16-bit model. With several models of a family in one command there is a curve for each precision, and whether a larger
 model with fewer bits is better can be seen.</p>"""
-    return f"""<p>Each point is a model at a precision, with the data type and block size that are best there. Where the
+    return """<p>Each point is a model at a precision, with the data type and block size that are best there. Where the
 curve of one precision lies below that of another, a larger model with those bits is better than a smaller one with the
-other&rsquo;s. The dashed line joins the runs than which none is both smaller and better.
-{escape(winners_text(runs))}</p>"""
+other&rsquo;s. The dashed line joins the runs than which none is both smaller and better.</p>"""
 
 
 def _front(runs: Sequence[Run]) -> str:

@@ -133,9 +133,12 @@ def _decoded(line: dict[str, Any]) -> Run:
         raise ValueError("a measure is no number")
     if not all(type(value) is int and value > 0 for value in (run.weights, run.weight_bits, run.total_bits)):
         raise ValueError("a number of bits or weights is none")
-    if not isinstance(run.measured.model, str) or not isinstance(run.measured.text, str):
-        raise ValueError("a name is none")
-    run.scheme.check()
+    texts = measured.model, measured.source_sha256, measured.text, measured.text_sha256
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a name or a hash is none")
+    if not all(type(value) is int for value in (measured.tokens, measured.window)):
+        raise ValueError("a number of tokens is none")
+    scheme.check()
     return run
 
 

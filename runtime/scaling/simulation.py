@@ -119,7 +119,7 @@ class Simulation:
             )
             for number, window in enumerate(self._windows)
         )
-        vocabulary = getattr(self._plan.config.get_text_config(), "vocab_size", _LOGITS)
+        vocabulary = getattr(self._model.config.get_text_config(), "vocab_size", _LOGITS)
         positions = max(_POSITIONS, min(self._windows.shape[1], _LOGITS // vocabulary))
         return dict(zip(hidden, measure(runs, positions).measurements, strict=True))
 
