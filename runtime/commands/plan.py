@@ -119,8 +119,8 @@ def _text(facts: dict[str, Any]) -> str:
     rows = [
         f"Model         {facts['source']} ({facts['origin']}): {known}, {facts['parameters']:,} parameters, "
         f"{count(facts['blocks'], 'block')}",
-        f"{facts['coded'].capitalize():13} {count(facts['int8_layers'], 'linear layer')}, {facts['outlier_columns']:g} columns of each in "
-        f"16 bit on average, format {facts['format']}",
+        f"{facts['coded'].capitalize():13} {count(facts['int8_layers'], 'linear layer')}, "
+        f"{facts['outlier_columns']:g} columns of each in 16 bit on average, format {facts['format']}",
         f"Runs with     {facts['context']:,} tokens of context, {count(facts['batch'], 'text')} at a time",
         "",
         *_sizes(facts),
