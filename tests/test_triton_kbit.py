@@ -178,7 +178,8 @@ def test_every_call_has_a_tile_that_can_run_it() -> None:
             for n in (1, 1024, 5000, 100_000):
                 for float32 in (False, True):
                     tile = tiles._choose(architecture, float32, m, n)
-                    assert (m <= tile.block_m) if tile.block_m <= tiles.DECODE_ROWS else tile.block_m >= 16
+                    assert m <= tile.block_m if m <= tiles.DECODE_ROWS else tile.block_m >= 16
+                    assert (tile.block_m <= tiles.DECODE_ROWS) == (m <= tiles.DECODE_ROWS)
                     # Sums over parts of K are kept for every row.
                     assert tile.split_k == 1 or m <= 64
                     assert (tile.block_m == 16) or not (float32 and tile.block_m > tiles.DECODE_ROWS)
