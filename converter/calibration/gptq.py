@@ -10,7 +10,8 @@ are done in blocks of so many, as if the blocks had nothing to do with each othe
 on how a machine adds up, so it is not the same to the bit everywhere.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +32,19 @@ _DAMPING = 0.1
 _BLOCK = 128
 
 
+class Rounding(Protocol):
+    """What finds the codes of the weights that a pass reaches; `wide` and `notice` are as those of `Gptq`."""
+
+    wide: Mapping[str, int]
+
+    @property
+    def notice(self) -> str:
+        """Say what the user should know."""
+
+    def of(self, name: str, x: Tensor, rows: Tensor) -> Round:
+        """Return what rounds a layer; see `Gptq.of`."""
+
+
 class Gptq:
     """Rounds the weights of the layers that a pass reaches; those that share an input share what is computed."""
 
@@ -42,7 +56,7 @@ class Gptq:
         self._criterion, self._rotation, self._known = criterion, scheme.rotation, known
         self._by_square = scheme.kbit is not None
         self._last: tuple[Tensor, Round] | None = None
-        self.wide: dict[str, int] = {}  # layers that are done in blocks, and their numbers of inputs
+        self.wide: Mapping[str, int] = {}  # layers that are done in blocks, and their numbers of inputs
 
     @property
     def notice(self) -> str:
@@ -67,7 +81,7 @@ class Gptq:
 
         """
         if rows.shape[1] > MAX_DIMENSIONS:
-            self.wide[name] = rows.shape[1]
+            self.wide = {**self.wide, name: rows.shape[1]}
         if self._last is None or self._last[0] is not x:
             self._last = None  # what is in it is large
             dims = self._known(name) if self._known else likely_outliers(rows, self._criterion, self._by_square)
