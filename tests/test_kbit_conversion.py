@@ -217,7 +217,7 @@ def test_proxy_columns_are_written_and_planned(source: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     "options",
-    [OPTIONS["quantile"], OPTIONS["gptq and proxy"], {"target_size": 60_000}],
+    [OPTIONS["quantile"], OPTIONS["gptq and proxy"], {"target_size": 70_000}],
     ids=["quantile", "gptq", "target size"],
 )
 def test_what_is_interrupted_goes_on_to_the_same_bytes(options: dict[str, Any], source: Path, tmp_path: Path) -> None:
