@@ -14,11 +14,12 @@ from llmint8.converter.calibration import gptq
 from llmint8.converter.coding import KBitGrid, levels_of_rows, round_to_nearest
 from llmint8.converter.conversion.comparison import compare_with_source
 from llmint8.converter.hub.resolve import resolve
+from llmint8.converter.outliers.choosing import spend
 from llmint8.converter.outliers.measuring import column_norms, error_curve
 from llmint8.converter.outliers.proxy import Linear, deviations, layers_before, proxy_dims
 from llmint8.converter.planning.options import Options
 from llmint8.converter.planning.plan import make_plan
-from llmint8.formats import NATIVE, Scheme, check_values, open_checkpoint, open_source
+from llmint8.formats import NATIVE, LLMInt8Error, Scheme, check_values, open_checkpoint, open_source
 from llmint8.formats.int8.schemes import KBit
 from llmint8.kernels.kbit import levels as kbit_levels
 from llmint8.kernels.kbit import reference
@@ -214,7 +215,11 @@ def test_proxy_columns_are_written_and_planned(source: Path, tmp_path: Path) -> 
     assert found.tolist() == sorted(np.argsort(-up.std(1), kind="stable")[:7].tolist())
 
 
-@pytest.mark.parametrize("options", [OPTIONS["quantile"], OPTIONS["gptq and proxy"]], ids=["quantile", "gptq"])
+@pytest.mark.parametrize(
+    "options",
+    [OPTIONS["quantile"], OPTIONS["gptq and proxy"], {"target_size": 70_000}],
+    ids=["quantile", "gptq", "target size"],
+)
 def test_what_is_interrupted_goes_on_to_the_same_bytes(options: dict[str, Any], source: Path, tmp_path: Path) -> None:
     converter.convert(source, tmp_path / "whole", **HOW, **options)
     for stop in (3, 9):
@@ -266,8 +271,13 @@ def test_weights_alone_pass_on_their_error() -> None:
     [
         ({"bits": 8}, None),
         ({"bits": 8, "data_type": "int", "block_size": "row"}, KBit(8, "int", None)),
-        ({"block_size": "128"}, KBit(4, "float", 128)),
-        ({"data_type": "nf4"}, KBit(4, "nf4", 64)),
+        ({"block_size": "128"}, KBit(4, "nf4", 128)),
+        ({"data_type": "float"}, KBit(4, "float", 64)),
+        ({"bits": 3}, KBit(3, "quantile", 64)),
+        ({"bits": 6}, KBit(6, "int", 64)),
+        ({"target_size": "1MB", "bits": 4}, "--target-size chooses the bits"),
+        ({"target_size": "1MB", "format": 1}, "--target-size 1MB takes --format 2"),
+        ({"target_size": "much"}, "expected a number and a unit"),
         ({"bits": 9}, "9 bits"),
         ({"bits": 3, "data_type": "nf4"}, "'nf4' with 3 bits"),
         ({"bits": 4, "block_size": 48}, "block size 48"),
@@ -294,10 +304,42 @@ def test_embeddings_and_experts_are_of_k_bits_too(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(tmp_path / "out")
     schemes = {name: record.scheme for name, record in checkpoint.records.items()}
     assert len(schemes) == 4 + 6 + 1
-    assert schemes["model.embed_tokens"] == Scheme(lookup="only", kbit=KBit(4, "float", 64))
+    assert schemes["model.embed_tokens"] == Scheme(lookup="only", kbit=KBit(4, "nf4", 64))
     counts = {name.split(".", 3)[-1]: count for name, count in checkpoint.quantization.outliers.items()}
     # The last matrix of an expert has that expert's `up` before it, and the first ones the attention's output.
     experts = {name: count for name, count in counts.items() if "experts" in name}
     assert sorted(experts.values()) == [3, 3, 3, 3, 7, 7]
     assert check_values(checkpoint) == []
     assert compare_with_source(checkpoint, open_source(tmp_path / "source")).problems == []
+
+
+# `--target-size`.
+
+
+def test_bytes_go_where_the_error_falls_most_for_each() -> None:
+    sizes = {"a": [30, 40, 50], "b": [300, 400, 500], "c": [30, 40, 50]}
+    errors = {"a": [9.0, 3.0, 1.0], "b": [9.0, 5.0, 4.0], "c": [1.0, 0.9, 0.85]}
+    assert spend(sizes, errors, 0) == {"a": 0, "b": 0, "c": 0}
+    assert spend(sizes, errors, 25) == {"a": 2, "b": 0, "c": 0}
+    assert spend(sizes, errors, 120) == {"a": 2, "b": 1, "c": 0}
+    assert spend(sizes, errors, 139) == {"a": 2, "b": 1, "c": 1}  # a step of b does not fit
+    # What is off the hull is taken where nothing else fits.
+    assert spend({"a": [30, 40, 50]}, {"a": [9.0, 8.5, 1.0]}, 10) == {"a": 1}
+
+
+def test_a_target_size_is_kept_by_the_bits_of_each_layer(source: Path, tmp_path: Path) -> None:
+    uniform = {bits: converter.convert(source, tmp_path / str(bits), format=2, bits=bits) for bits in (4, 5)}
+    target = (uniform[4].bytes_after + uniform[5].bytes_after) // 2
+    how = {**HOW, "target_size": target, "quantize_head": False}
+    report = converter.convert(source, tmp_path / "out", **how)
+    assert 0.98 * target < report.bytes_after <= target
+    checkpoint = open_checkpoint(tmp_path / "out")
+    bits = {record.scheme.kbit.bits for record in checkpoint.records.values() if record.scheme.kbit}
+    assert report.coding == f"{min(bits)} to {max(bits)} bits"
+    assert min(bits) < max(bits)
+    assert checkpoint.quantization.calibration is not None
+    assert check_values(checkpoint) == []
+    assert compare_with_source(checkpoint, open_source(source)).problems == []
+    assert converter.convert(source, tmp_path / "out", **how).already
+    with pytest.raises(LLMInt8Error, match="with 3 bits in all layers OUT takes"):
+        converter.convert(source, tmp_path / "none", **{**how, "target_size": "10KB"})

@@ -33,7 +33,7 @@ from ..planning.plan import ConversionPlan
 from ..planning.selected import SelectedLayer, kept_output_bytes
 from ..words import first_line, rounded
 from .columns import Outliers, ProxyColumns, known_columns
-from .gptq import Gptq, Round
+from .gptq import Gptq, Round, Rounding
 from .streaming import LinearCall, streamed
 from .text import Calibration
 
@@ -49,15 +49,25 @@ Quantize = Callable[[SelectedLayer, Tensor, Round | None], tuple[Tensor, Grid]]
 class Calibrator:
     """Runs the pass and chooses the outliers."""
 
-    def __init__(self, plan: ConversionPlan, batch: Calibration, device: torch.device, journal: Journal) -> None:
-        """Take the plan, what to show to the model, where to run, and where to put columns aside."""
+    def __init__(
+        self,
+        plan: ConversionPlan,
+        batch: Calibration,
+        device: torch.device,
+        journal: Journal,
+        rounding: Rounding | None = None,
+    ) -> None:
+        """Take the plan, what to show to the model, where to run, and where to put columns aside.
+
+        `rounding` finds the codes of weights; that which the plan's options name by default.
+        """
         self._plan, self._batch, self._device, self._journal = plan, batch, device, journal
         self._statistics = InputStatistics(plan.criterion, plan.options.scheme, self._remember_curve)
         self._notices: list[str] = []
         self._overflow = 0.0, ""
         gptq = plan.options.rounding == "gptq"
         proxy = ProxyColumns(plan).dims if plan.criterion.kind == "proxy" else None
-        self._rounding = Gptq(plan.criterion, plan.options.scheme, proxy) if gptq else None
+        self._rounding = rounding or (Gptq(plan.criterion, plan.options.scheme, proxy) if gptq else None)
         self.shown: dict[str, int] = {}
 
     def run(self, read: Callable[[str], Tensor], quantize: Quantize, has: Callable[[SelectedLayer], bool]) -> None:

@@ -31,15 +31,14 @@ _DISK_SPEED = 500_000_000
 @click.option("--rotate", is_flag=True, help="Rotate weights and inputs: a third less error. Takes --format 2.")
 @click.option("--bits", metavar="K", type=click.IntRange(3, 8), help="Bits of a weight, 3 to 8. Takes --format 2.")
 @click.option(
-    "--data-type",
-    type=click.Choice(["int", "float", "dynamic", "quantile", "nf4"]),
-    help="What the levels of weights of so many bits are.",
+    "--data-type", type=click.Choice(["int", "float", "dynamic", "quantile", "nf4"]), help="What their levels are."
 )
 @click.option(
     "--block-size",
-    type=click.Choice(["32", "64", "128", "256", "512", "1024", "2048", "4096", "row"]),
+    type=click.Choice([*(str(2**power) for power in range(5, 13)), "row"]),
     help="How many weights of a row share a scale then: 64 otherwise.",
 )
+@click.option("--target-size", metavar="SIZE", help="Bits by layer, so that OUT takes so much: by measured error.")
 @click.option(
     "--rounding",
     type=click.Choice(["nearest", "gptq"]),

@@ -9,8 +9,10 @@ from typing import Literal
 import torch
 
 from llmint8.formats import LAYOUTS, Layout, Scheme
-from llmint8.formats.int8.schemes import DataType, KBit, Lookup
+from llmint8.formats.int8.schemes import BITS, DataType, KBit, Lookup
 from llmint8.kernels.reference import Activation, Group, Rotation
+
+from ..words import parse_size
 
 OnNonfinite = Literal["error", "keep"]
 Rounding = Literal["nearest", "gptq"]
@@ -20,12 +22,13 @@ ACTIVATION: Activation = "zeropoint"
 ACTIVATION_GROUP: Group = 128
 _ROTATION: Rotation = 64
 # How weights of k bits are, by measured KL (docs/kbit.md), and how many columns stay in 16 bit beside which weights.
-_BITS, _DATA_TYPE, _BLOCK_SIZE = 4, "float", 64
+_BITS, _BLOCK_SIZE = 4, 64
+_DATA_TYPES: dict[int, DataType] = {3: "quantile", 4: "nf4"}  # of more bits int
 _COLUMNS = {"int8": "top-k=16", "k bits": "none"}
 _MAX_JOBS = 8
 # And the calibration, of which the content counts and not the name.
 _OF_THE_PASS = ("format", "rotate", "rounding", "outliers", "calibration_tokens", "trust_remote_code")
-_OF_K_BITS = ("bits", "data_type", "block_size")
+_OF_K_BITS = ("bits", "data_type", "block_size", "target_size")
 _OF_FORMAT_2 = {"rotate": "--rotate", "quantize_embeddings": "--quantize-embeddings"}
 
 
@@ -40,6 +43,8 @@ class Options:
             inputs are int8.
         data_type: of weights of so many bits: `int`, `float`, `dynamic`, `quantile` or `nf4`.
         block_size: how many elements of a row share a scale then, 32 to 4096, or `row`.
+        target_size: bytes, or a string such as `100MB`, that the tensors of the result take at most; each layer gets
+            the bits with which its measured error is worth its size.
         rounding: how the values are found: `nearest`, or `gptq`, which makes up for the rounding of a column in those
             after it, and takes format 2.
         outliers: which columns stay in 16 bit, `top-k=16`, `threshold=6.0`, `systematic`, `proxy=0.02`, which takes
@@ -67,6 +72,7 @@ class Options:
     bits: int | None = None
     data_type: DataType | None = None
     block_size: int | str | None = None
+    target_size: str | int | None = None
     rounding: Rounding = "nearest"
     outliers: str = ""
     calibration: str | Path | None = None
@@ -89,12 +95,15 @@ class Options:
         if not self.outliers:
             object.__setattr__(self, "outliers", self.default_outliers)
         needs_2 = [option for name, option in _OF_FORMAT_2.items() if getattr(self, name)]
-        needs_2 += [f"--bits {self.kbit.bits}"] if self.kbit else []
+        of_k_bits = f"--target-size {self.target_size}" if self.target_size else f"--bits {self.bits or _BITS}"
+        needs_2 += [of_k_bits] if self.kbit else []
         needs_2 += [f"--outliers {self.outliers}"] if self.outliers.startswith("proxy") else []
         needs_2 += [f"--rounding {self.rounding}"] if self.rounding != "nearest" else []
         if self.format == 1 and needs_2:
             option = needs_2[0]
             raise ValueError(f"{option} takes --format 2: bitsandbytes, which loads format 1, knows nothing of it")
+        if self.target_bytes and (self.bits or self.data_type == "nf4"):
+            raise ValueError("--target-size chooses the bits; leave --bits and nf4 out")
         if self.kbit and self.rotate:
             raise ValueError(f"--rotate is for int8: inputs of weights of {self.kbit.bits} bits stay in 16 bit")
         if self.jobs is not None and self.jobs < 1:
@@ -115,16 +124,29 @@ class Options:
     @property
     def kbit(self) -> KBit | None:
         """How weights are coded that are not int8 by row. Raises ValueError: there is no such way."""
-        if self.data_type is None and self.block_size is None and self.bits in (None, 8):
-            return None
-        bits = _BITS if self.bits is None else self.bits
+        nothing = self.data_type is None and self.block_size is None and self.target_size is None
+        return None if nothing and self.bits in (None, 8) else self._with(_BITS if self.bits is None else self.bits)
+
+    @property
+    def target_bytes(self) -> int:
+        """What the tensors may take at most, where that is said. Raises ValueError."""
+        return parse_size(self.target_size or 0)
+
+    @property
+    def candidates(self) -> list[KBit]:
+        """How a layer may be coded where `target_size` decides, by rising size."""
+        return [self._with(bits) for bits in BITS]
+
+    def _with(self, bits: int) -> KBit:
         size = _BLOCK_SIZE if self.block_size is None else self.block_size
         size = int(size) if isinstance(size, str) and size.isdecimal() else size
-        return KBit(bits, self.data_type or _DATA_TYPE, None if size == "row" else size)  # type: ignore[arg-type]
+        return KBit(bits, self.data_type or _DATA_TYPES.get(bits, "int"), None if size == "row" else size)  # type: ignore[arg-type]
 
     @property
     def coding(self) -> str:
         """How layers are coded, in words."""
+        if self.target_size:
+            return "3 to 8 bits"
         return f"{self.kbit.bits}-bit {self.kbit.data_type}" if self.kbit else "int8"
 
     @property

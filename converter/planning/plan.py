@@ -3,7 +3,7 @@
 import dataclasses
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from llmint8.formats import (
     SourceError,
     TensorInfo,
     TensorSpec,
-    is_unfinished,
     outlier_specs,
 )
 from llmint8.formats.disk.names import WORKING_NAME
 from llmint8.formats.disk.small_files import left_behind
+from llmint8.formats.int8.schemes import KBit
 
 from ..gguf.source import open_local
 from ..hub.low_disk import MOST_SHARDS, open_remote
@@ -36,8 +36,8 @@ from ..words import parse_size, precision
 from .before import weights_before
 from .head import Head, embedding_of, own_head
 from .memory import peak_memory
-from .options import Options
-from .out import check_out
+from .options import Options, scheme_with
+from .out import check_out, disk_free, existing
 from .samples import Samples, choose_samples
 from .selected import SelectedLayer, Selection, kept_output_bytes
 from .selection import select_layers
@@ -64,10 +64,12 @@ class ConversionPlan:
     class_notices: list[str]  # what `settle_class` has to tell, also among the others
     samples: Samples | None  # the images and sounds of a directory that the pass is to show
     before: Mapping[str, SelectedLayer]  # the layer before a layer, for proxy quantization
+    kbits: Mapping[str, KBit] = field(default_factory=dict)  # how weights are coded, where each layer has its own way
 
     def scheme_of(self, layer: SelectedLayer) -> Scheme:
         """Return how a layer will be coded."""
-        return self.options.scheme_of(layer.lookup)
+        kbit = self.kbits.get(layer.name)
+        return self.options.scheme_of(layer.lookup) if kbit is None else scheme_with(kbit, layer.lookup)
 
     @property
     def calibrated(self) -> bool:
@@ -102,7 +104,8 @@ class ConversionPlan:
         columns = (self.criterion.value or 0) if self.criterion.kind == "top-k" else 0
         layers = self.selection.multiplied.values()
         rows = sum(one.out_features * DTYPES[output_dtype(one.weight.dtype, self.dtype)].itemsize for one in layers)
-        return sum(spec.nbytes for group in self.groups for spec in group) + int(columns * rows)
+        nbytes = sum(spec.nbytes for group in self.groups for spec in group) + int(columns * rows)
+        return self.options.target_bytes if self.options.target_size and not self.kbits else nbytes
 
     @property
     def bytes_to_read(self) -> int:
@@ -126,7 +129,7 @@ class ConversionPlan:
     def disk_needed(self) -> int:
         """Bytes that there have to be for what is written, for what `--low-disk` fetches, and a cache on that disk."""
         shards = sorted(self.source.stored.values())[-MOST_SHARDS:] if self.origin.low_disk else []
-        fetched = self.bytes_to_fetch if self.origin.path.stat().st_dev == _existing(self.out).stat().st_dev else 0
+        fetched = self.bytes_to_fetch if self.origin.path.stat().st_dev == existing(self.out).stat().st_dev else 0
         return self.bytes_to_write + sum(shards) + fetched
 
     @property
@@ -149,21 +152,13 @@ class ConversionPlan:
     @property
     def disk_free(self) -> int:
         """Bytes free where OUT is or will be, with those that an unfinished conversion already takes there."""
-        taken = [path.stat() for path in self.out.rglob("*") if path.is_file()] if is_unfinished(self.out) else []
-        return shutil.disk_usage(_existing(self.out)).free + sum(
-            512 * getattr(status, "st_blocks", 0) for status in taken
-        )
+        return disk_free(self.out)
 
     @property
     def peak_memory(self) -> int:
         """An estimate in bytes, the Python process and its libraries not counted."""
         rows = max(self._rows) if self.calibrated and self.config is not None else 0
         return peak_memory(self.source, self.selection, self.options.threads, rows, self.head is not None)
-
-
-def _existing(out: Path) -> Path:
-    """Return the directory, or the first of those above it that is there."""
-    return next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
 
 
 def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> ConversionPlan:
@@ -191,7 +186,7 @@ def plan_source(source: Source, origin: Resolved, out: Path, options: Options) -
     criterion, max_shard_bytes = parse_criterion(options.outliers), parse_size(options.max_shard_size)
     config, head = load_config(source.beside, options.trust_remote_code), None
     config, notices = (None, []) if config is None else settle_class(config, source)
-    calibrated = criterion.measured or options.rounding == "gptq"
+    calibrated = criterion.measured or options.rounding == "gptq" or options.target_size is not None
     samples = choose_samples(options.calibration, config if calibrated else None)
     with bounded_modules(len(source.tensors)):
         model = None if config is None else meta_model(config)
@@ -238,6 +233,11 @@ def with_selection(plan: ConversionPlan, selection: Selection) -> ConversionPlan
                 specs += outlier_specs(layer.name, layer.out_features, columns, outlier_dtype)
             groups.append(specs)
     return dataclasses.replace(plan, selection=selection, groups=groups)
+
+
+def with_schemes(plan: ConversionPlan, kbits: Mapping[str, KBit]) -> ConversionPlan:
+    """Return the plan for layers each of which is coded in its own way."""
+    return with_selection(dataclasses.replace(plan, kbits=kbits), plan.selection)
 
 
 def in_file_order(source: Source) -> list[TensorInfo]:
