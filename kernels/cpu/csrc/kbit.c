@@ -22,6 +22,9 @@
 static int omp_get_thread_num(void) { return 0; }
 #endif
 
+// Has a compiler hold a vector in a register that it would rather read again for every use.
+#define KEEP(v) __asm__("" : "+v"(v))
+
 // The dtypes of x and of the bias, as in layer.h.
 enum { FLOAT32, FLOAT16, BFLOAT16 };
 
@@ -77,7 +80,15 @@ static inline float float_of(uint32_t word) {
     return value;
 }
 
+// Integers of a row of x, whole pairs of chunks; and a gap, so that rows do not all lie in the same places of the cache.
+static inline int64_t row_width(int64_t chunks) { return (chunks + 1) / 2 * 128 + 32; }
+
+// How many rows of x are multiplied together, of so many that are left.
 static inline int64_t together(int64_t rows) { return rows >= MOST_ROWS ? MOST_ROWS : rows >= 2 ? 2 : 1; }
+
+// How many rows of the weight are read together: one where they come from memory, which is fastest read in its order; two
+// where x is what is read most.
+static inline int rows_together(int64_t ms) { return ms == 1 ? 1 : 2; }
 
 #if defined(X86)
 #include <cpuid.h>
@@ -137,7 +148,7 @@ int llmint8_kbit_linear(
     const KBitKernels *kernels = KERNELS[kind];
     const int64_t chunks = (w->k + 63) / 64, size = type == FLOAT32 ? 4 : 2;
     const int64_t own = (chunks * 2 * (PANEL + 2 * MOST_ROWS) + 15) / 16 * 64;
-    const int64_t width = (chunks + 1) / 2 * 128, values = m * width * 2, floats = (m * (chunks + w->outliers) + 15) / 16 * 64;
+    const int64_t width = row_width(chunks), values = m * width * 2, floats = (m * (chunks + w->outliers) + 15) / 16 * 64;
     char *memory = NULL;
     if (posix_memalign((void **)&memory, 64, values + floats + threads * own)) return 1;
     float *scales = (float *)(memory + values);
