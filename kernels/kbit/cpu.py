@@ -34,7 +34,7 @@ _STEP_ELEMENTS = 1 << 20
 # A thread for so many products, or elements: fewer are done before another has woken up.
 _PER_THREAD = 1 << 18
 # From so many rows on PyTorch's product pays for the dequantization.
-_MANY_ROWS = 32
+_MANY_ROWS = 24
 
 
 class _Weight(ctypes.Structure):

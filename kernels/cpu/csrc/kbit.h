@@ -328,8 +328,8 @@ INLINE void FN(dequantize_row)(
         }
         for (int run = 0; run < 8; run++) {
             const float scale = scales[(c << second) + (run / 4 & second)] * (1.0f / LARGEST);
-            const int16_t *from = values + PLACE(run) * 8;
-            for (int i = 0; i < 8; i++) found[run * 8 + i] = from[i] * scale;
+            const __m256i eight = _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(values + PLACE(run) * 8)));
+            _mm256_storeu_ps(found + run * 8, _mm256_mul_ps(_mm256_cvtepi32_ps(eight), _mm256_set1_ps(scale)));
         }
         for (; t < w->outliers && w->outlier_dims[t] < c * 64 + count; t++)
             found[w->outlier_dims[t] - c * 64] += columns[t];
