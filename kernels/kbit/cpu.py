@@ -34,7 +34,7 @@ _STEP_ELEMENTS = 1 << 20
 # A thread for so many products, or elements: fewer are done before another has woken up.
 _PER_THREAD = 1 << 18
 # From so many rows on PyTorch's product pays for the dequantization.
-_MANY_ROWS = 32
+_MANY_ROWS = 24
 
 
 class _Weight(ctypes.Structure):
@@ -105,7 +105,7 @@ def _is_exact(kind: Kind) -> bool:
         layer = CpuKBit(KBitOperands(*operands))
         expected = whole[codes.int()] * (16384 / 16383)
         x = torch.full((7, 448), 1 - 2.0**-24, dtype=torch.float32, device="cpu")  # of which the integers are 2**14
-        found = [layer.run(x, kind, 1), layer.dequantize(0, 4, torch.float32, kind, 1)]
+        found = [layer.run(x, kind, 1), layer.dequantize(0, torch.empty_like(expected, dtype=torch.float32), kind, 1)]
         for got, wanted in zip(found, (expected.sum(1).expand(7, 4), expected), strict=True):
             if not bool((got.double() - wanted).abs().max() <= 2.0**-20 * expected.abs().sum(1).max()):
                 return False
@@ -173,26 +173,27 @@ class CpuKBit:
     def run_dequantized(self, x: Tensor, dtype: torch.dtype, kind: Kind, threads: int) -> Tensor:
         """Multiply by rows of the weight in float32 or bfloat16, for x as in a call, but neither M nor N nor K 0."""
         n, k = len(self._operands.packed), self._operands.in_features
-        inside, out = x.to(dtype), torch.empty(len(x), n, dtype=dtype)
+        inside, out = x.to(dtype), torch.empty(len(x), n, dtype=dtype, device="cpu")
         bias = self._operands.bias
-        step = max(1, _STEP_ELEMENTS // k)
+        step = max(1, min(n, _STEP_ELEMENTS // k))
+        # One for all steps: memory that is new from the system costs more than what is done in it.
+        block = torch.empty(step, k, dtype=dtype, device="cpu")
         for start in range(0, n, step):
-            count = min(step, n - start)
-            part = self.dequantize(start, count, dtype, kind, max(1, min(threads, count * k // _PER_THREAD)))
-            rows = slice(start, start + count)
+            part = self.dequantize(start, block[: n - start], kind, threads)
+            rows = slice(start, start + len(part))
             if bias is None:
                 torch.mm(inside, part.t(), out=out[:, rows])
             else:
                 torch.addmm(bias[rows].to(dtype), inside, part.t(), out=out[:, rows])
         return out.to(x.dtype)
 
-    def dequantize(self, start: int, count: int, dtype: torch.dtype, kind: Kind, threads: int) -> Tensor:
-        """Return some rows of the weight in float32 or bfloat16, [count, K], outlier columns as they were."""
-        out = torch.empty(count, self._operands.in_features, dtype=dtype, device="cpu")
+    def dequantize(self, start: int, out: Tensor, kind: Kind, threads: int) -> Tensor:
+        """Dequantize rows from `start` on, with their columns, to float32 or bfloat16 [any, K], and return it."""
         library, weight = _library(), ctypes.byref(self._weight())
         assert not isinstance(library, str)
-        how = DTYPES[dtype], KINDS[kind], threads
-        self._check(library.llmint8_kbit_dequantize(weight, start, count, out.data_ptr(), *how))
+        threads = max(1, min(threads, out.numel() // _PER_THREAD))
+        how = DTYPES[out.dtype], KINDS[kind], threads
+        self._check(library.llmint8_kbit_dequantize(weight, start, len(out), out.data_ptr(), *how))
         return out
 
     def _check(self, status: int) -> None:

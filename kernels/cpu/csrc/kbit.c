@@ -22,6 +22,9 @@
 static int omp_get_thread_num(void) { return 0; }
 #endif
 
+// Has a compiler hold a vector in a register that it would rather read again for every use.
+#define KEEP(v) __asm__("" : "+v"(v))
+
 // The dtypes of x and of the bias, as in layer.h.
 enum { FLOAT32, FLOAT16, BFLOAT16 };
 
@@ -58,9 +61,8 @@ typedef struct {
 // Rows of the weight that a thread takes at a time, and rows of x that are multiplied by a level at a time: 4, 2 or 1.
 #define PANEL 32
 #define MOST_ROWS 4
-#ifndef AHEAD
+// Bytes of the weight that are asked for ahead of those that are read.
 #define AHEAD 2048
-#endif
 // Of the largest value of a chunk, plus 127. Scales of smaller ones would not be normal numbers.
 #define LEAST_EXPONENT 40
 
@@ -77,7 +79,15 @@ static inline float float_of(uint32_t word) {
     return value;
 }
 
+// Integers of a row of x, whole pairs of chunks; and a gap, so that rows do not all lie in the same places of the cache.
+static inline int64_t row_width(int64_t chunks) { return (chunks + 1) / 2 * 128 + 32; }
+
+// How many rows of x are multiplied together, of so many that are left.
 static inline int64_t together(int64_t rows) { return rows >= MOST_ROWS ? MOST_ROWS : rows >= 2 ? 2 : 1; }
+
+// How many rows of the weight are read together: one where they come from memory, which is fastest read in its order; two
+// where x is what is read most.
+static inline int rows_together(int64_t ms) { return ms == 1 ? 1 : 2; }
 
 #if defined(X86)
 #include <cpuid.h>
@@ -129,15 +139,34 @@ static int dims_fit(const KBit *w) {
     return 1;
 }
 
+// Round rows of x until none is left.
+static void round_rows(const KBitKernels *kernels, const KBit *w, const Rows *rows, const char *x, int64_t *next) {
+    const int64_t chunks = (w->k + 63) / 64, size = rows->type == FLOAT32 ? 4 : 2;
+    for (;;) {
+        const int64_t i = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+        if (i >= rows->m) return;
+        const char *row = x + i * w->k * size;
+        int64_t first = i / MOST_ROWS * MOST_ROWS, ms = together(rows->m - first);
+        while (i >= first + ms) {
+            first += ms;
+            ms = together(rows->m - first);
+        }
+        int16_t *values = rows->values + i * row_width(chunks);
+        kernels->round_row(row, w->k, rows->type, w->bits, values, rows->scales + first * chunks + (i - first), ms);
+        for (int64_t t = 0; t < w->outliers; t++)
+            kernels->widen(row + w->outlier_dims[t] * size, 1, rows->type, rows->outliers + i * w->outliers + t);
+    }
+}
+
 // Compute `out = x @ W.T + bias` for x [m, k] and out [m, n], contiguous and of one type; kind is a place in KERNELS.
 // Returns 0; 1 for want of memory; 2 where outlier dims are not in the layer, or do not rise.
 int llmint8_kbit_linear(
     const KBit *w, const void *x, void *out, int64_t m, int32_t type, int32_t kind, int32_t threads) {
     if (!dims_fit(w)) return 2;
     const KBitKernels *kernels = KERNELS[kind];
-    const int64_t chunks = (w->k + 63) / 64, size = type == FLOAT32 ? 4 : 2;
+    const int64_t chunks = (w->k + 63) / 64;
     const int64_t own = (chunks * 2 * (PANEL + 2 * MOST_ROWS) + 15) / 16 * 64;
-    const int64_t width = (chunks + 1) / 2 * 128, values = m * width * 2, floats = (m * (chunks + w->outliers) + 15) / 16 * 64;
+    const int64_t values = m * row_width(chunks) * 2, floats = (m * (chunks + w->outliers) + 15) / 16 * 64;
     char *memory = NULL;
     if (posix_memalign((void **)&memory, 64, values + floats + threads * own)) return 1;
     float *scales = (float *)(memory + values);
@@ -146,24 +175,15 @@ int llmint8_kbit_linear(
     take_levels(w, &levels);
     int64_t next_row = 0, next_panel = 0;
     const int64_t panels = (w->n + PANEL - 1) / PANEL;
-    const int alone = threads == 1 || m * w->k < 1 << 15;
+    // Few rows are rounded before the other threads are there: nobody waits for them.
+    const int shared = threads > 1 && m * w->k >= 1 << 15;
+    if (!shared) round_rows(kernels, w, &rows, x, &next_row);
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        // Few values of x are rounded by the first thread; the others wait for it as long as it takes to wake them up.
-        if (!alone || !omp_get_thread_num()) {
-            for (;;) {
-                const int64_t i = __atomic_fetch_add(&next_row, 1, __ATOMIC_RELAXED);
-                if (i >= m) break;
-                const char *row = (const char *)x + i * w->k * size;
-                int64_t first = i / MOST_ROWS * MOST_ROWS, ms = together(m - first);
-                while (i >= first + ms) first += ms, ms = together(m - first);
-                kernels->round_row(
-                    row, w->k, type, w->bits, rows.values + i * width, scales + first * chunks + (i - first), ms);
-                for (int64_t t = 0; t < w->outliers; t++)
-                    kernels->widen(row + w->outlier_dims[t] * size, 1, type, rows.outliers + i * w->outliers + t);
-            }
-        }
+        if (shared) {
+            round_rows(kernels, w, &rows, x, &next_row);
 #pragma omp barrier
+        }
         for (;;) {
             const int64_t first = __atomic_fetch_add(&next_panel, 1, __ATOMIC_RELAXED) * PANEL;
             if (first >= panels * PANEL) break;

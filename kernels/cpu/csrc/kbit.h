@@ -160,28 +160,33 @@ INLINE void FN(load_tables)(const Levels *levels, int bits, vector (*tables)[16]
     }
 }
 
-// Two rows of the weight times `ms` rows of x. `scales` are of two rows, for each chunk, or half of one, those of all ms.
+// Rows of the weight, one or two, times `ms` rows of x. `scales` are of these rows, for each chunk, or half of one, those of all ms.
 INLINE void FN(tile)(
     int bits, int ms, int halves, const Levels *levels, const uint8_t *const *packed, const float *const *scales,
     const int16_t *x, int64_t chunks, float *const *sums) {
     vector tables[2][16];
     FN(load_tables)(levels, bits, tables);
-    const int64_t width = (chunks + 1) / 2 * 128;
+    const int ns = rows_together(ms);
+    const int64_t width = row_width(chunks);
     floats total[2][MOST_ROWS];
-    for (int r = 0; r < 2; r++)
+    for (int r = 0; r < ns; r++)
         for (int m = 0; m < ms; m++) total[r][m] = (floats){0};
     for (int64_t c = 0; c < chunks; c++) {
         for (int step = 0; step < STEPS; step++) {
             vector low[2], high[2];
-            for (int r = 0; r < 2; r++) {
+            for (int r = 0; r < ns; r++) {
                 const uint8_t *p = packed[r] + c * 8 * bits;
                 if (step == 0) __builtin_prefetch(p + AHEAD);
                 FN(decode)(p, bits, step, tables, &low[r], &high[r]);
             }
             for (int m = 0; m < ms; m++) {
                 const int16_t *of = x + m * width + c * 64 + step * BYTES;
-                const vector first = LOAD(of), second = LOAD(of + BYTES / 2);
-                for (int r = 0; r < 2; r++) {
+                vector first = LOAD(of), second = LOAD(of + BYTES / 2);
+#if BYTES == 64
+                KEEP(first);
+                KEEP(second);
+#endif
+                for (int r = 0; r < ns; r++) {
                     const float *scale = scales[r] + (c * halves + (halves == 2 && STEPS == 2 ? step : 0)) * ms + m;
                     floats by = ALL(scale);
 #if STEPS == 1
@@ -192,7 +197,7 @@ INLINE void FN(tile)(
             }
         }
     }
-    for (int r = 0; r < 2; r++)
+    for (int r = 0; r < ns; r++)
         for (int m = 0; m < ms; m++) sums[r][m * PANEL] = FLOAT_SUM(total[r][m]);
 }
 
@@ -201,8 +206,9 @@ INLINE void FN(tile)(
 INLINE void FN(pair)(
     int ms, int halves, int both, vector table, const uint8_t *const *packed, const float *const *scales,
     const int16_t *x, int64_t width, int64_t c, floats (*total)[MOST_ROWS]) {
+    const int ns = rows_together(ms);
     vector levels[2][4];
-    for (int r = 0; r < 2; r++) {
+    for (int r = 0; r < ns; r++) {
         const uint8_t *p = packed[r] + c * 32;
         __builtin_prefetch(p + AHEAD);
         const vector codes = both ? LOAD(p) : _mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i *)p));
@@ -213,8 +219,12 @@ INLINE void FN(pair)(
     }
     for (int m = 0; m < ms; m++) {
         const int16_t *of = x + m * width + c * 64;
-        const vector x0 = LOAD(of), x1 = LOAD(of + 32), x2 = LOAD(of + 64), x3 = LOAD(of + 96);
-        for (int r = 0; r < 2; r++) {
+        vector x0 = LOAD(of), x1 = LOAD(of + 32), x2 = LOAD(of + 64), x3 = LOAD(of + 96);
+        KEEP(x0);
+        KEEP(x1);
+        KEEP(x2);
+        KEEP(x3);
+        for (int r = 0; r < ns; r++) {
             const float *scale = scales[r] + c * halves * ms + m;
             const __m512i even = DOT(levels[r][0], x0, levels[r][2], x2), odd = DOT(levels[r][1], x1, levels[r][3], x3);
             floats by = ALL(scale);
@@ -235,14 +245,15 @@ INLINE void FN(tile_of_4)(
     int ms, int halves, const Levels *levels, const uint8_t *const *packed, const float *const *scales,
     const int16_t *x, int64_t chunks, float *const *sums) {
     const vector table = LOAD(levels->words);
-    const int64_t width = (chunks + 1) / 2 * 128;
+    const int ns = rows_together(ms);
+    const int64_t width = row_width(chunks);
     floats total[2][MOST_ROWS];
-    for (int r = 0; r < 2; r++)
+    for (int r = 0; r < ns; r++)
         for (int m = 0; m < ms; m++) total[r][m] = (floats){0};
     int64_t c = 0;
     for (; c + 2 <= chunks; c += 2) FN(pair)(ms, halves, 1, table, packed, scales, x, width, c, total);
     if (c < chunks) FN(pair)(ms, halves, 0, table, packed, scales, x, width, c, total);
-    for (int r = 0; r < 2; r++)
+    for (int r = 0; r < ns; r++)
         for (int m = 0; m < ms; m++) sums[r][m * PANEL] = FLOAT_SUM(total[r][m]);
 }
 #define TILE(bits, ms, ...) \
@@ -262,37 +273,6 @@ INLINE void FN(of_rows)(
     }
 }
 
-#define EACH_WIDTH(bits) \
-    static void FN(CAT(multiply, bits))( \
-        int64_t halves, int64_t ms, const Levels *levels, const uint8_t *const *packed, const float *const *scales, \
-        const int16_t *x, int64_t chunks, float *const *sums) { \
-        if (halves == 1) FN(of_rows)(bits, 1, ms, levels, packed, scales, x, chunks, sums); \
-        else FN(of_rows)(bits, 2, ms, levels, packed, scales, x, chunks, sums); \
-    } \
-    static void FN(CAT(unpack, bits))(const Levels *levels, const uint8_t *p, int16_t *found) { \
-        vector tables[2][16], low, high; \
-        FN(load_tables)(levels, bits, tables); \
-        for (int step = 0; step < STEPS; step++) { \
-            FN(decode)(p, bits, step, tables, &low, &high); \
-            STORE(found + step * BYTES, low); \
-            STORE(found + step * BYTES + BYTES / 2, high); \
-        } \
-    }
-EACH_WIDTH(3)
-EACH_WIDTH(4)
-EACH_WIDTH(5)
-EACH_WIDTH(6)
-EACH_WIDTH(7)
-EACH_WIDTH(8)
-#undef EACH_WIDTH
-
-static void (*const FN(multiply)[])(
-    int64_t, int64_t, const Levels *, const uint8_t *const *, const float *const *, const int16_t *, int64_t,
-    float *const *) = {
-    FN(multiply_3), FN(multiply_4), FN(multiply_5), FN(multiply_6), FN(multiply_7), FN(multiply_8)};
-static void (*const FN(unpack)[])(const Levels *, const uint8_t *, int16_t *) = {
-    FN(unpack_3), FN(unpack_4), FN(unpack_5), FN(unpack_6), FN(unpack_7), FN(unpack_8)};
-
 static void FN(widen)(const void *x, int64_t count, int type, float *restrict out) {
     const uint16_t *narrow = x;
     int64_t i = 0;
@@ -308,7 +288,7 @@ static void FN(widen)(const void *x, int64_t count, int type, float *restrict ou
     }
 }
 
-static void FN(narrow)(const float *x, int64_t count, int type, void *restrict out) {
+INLINE void FN(narrow)(const float *x, int64_t count, int type, void *restrict out) {
     uint16_t *narrow = out;
     int64_t i = 0;
     switch (type) {
@@ -325,6 +305,66 @@ static void FN(narrow)(const float *x, int64_t count, int type, void *restrict o
             }
     }
 }
+
+// One row of the weight with its outlier columns, a chunk at a time, in float32 or bfloat16.
+INLINE void FN(dequantize_row)(
+    int bits, const KBit *w, const Levels *levels, int64_t row, const float *scales, int type, char *out) {
+    const int64_t chunks = (w->k + 63) / 64, size = type == FLOAT32 ? 4 : 2;
+    const int second = w->block == 32 ? 1 : 0;  // whether the second half of a chunk has a scale of its own
+    const uint8_t *packed = w->packed + row * chunks * 8 * bits;
+    const float *columns = w->columns + row * w->outliers;
+    vector tables[2][16];
+    FN(load_tables)(levels, bits, tables);
+    int64_t t = 0;
+    for (int64_t c = 0; c < chunks; c++) {
+        const int64_t left = w->k - c * 64, count = left < 64 ? left : 64;
+        int16_t values[64];
+        float found[64];
+        for (int step = 0; step < STEPS; step++) {
+            vector low, high;
+            FN(decode)(packed + c * 8 * bits, bits, step, tables, &low, &high);
+            STORE(values + step * BYTES, low);
+            STORE(values + step * BYTES + BYTES / 2, high);
+        }
+        for (int run = 0; run < 8; run++) {
+            const float scale = scales[(c << second) + (run / 4 & second)] * (1.0f / LARGEST);
+            const __m256i eight = _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(values + PLACE(run) * 8)));
+            _mm256_storeu_ps(found + run * 8, _mm256_mul_ps(_mm256_cvtepi32_ps(eight), _mm256_set1_ps(scale)));
+        }
+        for (; t < w->outliers && w->outlier_dims[t] < c * 64 + count; t++)
+            found[w->outlier_dims[t] - c * 64] += columns[t];
+        if (count < 64) FN(narrow)(found, count, type, out + c * 64 * size);
+        else if (type == FLOAT32) memcpy(out + c * 256, found, 256);
+        else FN(narrow)(found, 64, BFLOAT16, out + c * 128);
+    }
+}
+
+#define EACH_WIDTH(bits) \
+    static void FN(CAT(multiply, bits))( \
+        int64_t halves, int64_t ms, const Levels *levels, const uint8_t *const *packed, const float *const *scales, \
+        const int16_t *x, int64_t chunks, float *const *sums) { \
+        if (halves == 1) FN(of_rows)(bits, 1, ms, levels, packed, scales, x, chunks, sums); \
+        else FN(of_rows)(bits, 2, ms, levels, packed, scales, x, chunks, sums); \
+    } \
+    static void FN(CAT(dequantize, bits))( \
+        const KBit *w, const Levels *levels, int64_t row, const float *scales, int type, char *out) { \
+        FN(dequantize_row)(bits, w, levels, row, scales, type, out); \
+    }
+EACH_WIDTH(3)
+EACH_WIDTH(4)
+EACH_WIDTH(5)
+EACH_WIDTH(6)
+EACH_WIDTH(7)
+EACH_WIDTH(8)
+#undef EACH_WIDTH
+
+static void (*const FN(multiply)[])(
+    int64_t, int64_t, const Levels *, const uint8_t *const *, const float *const *, const int16_t *, int64_t,
+    float *const *) = {
+    FN(multiply_3), FN(multiply_4), FN(multiply_5), FN(multiply_6), FN(multiply_7), FN(multiply_8)};
+static void (*const FN(dequantize_widths)[])(
+    const KBit *, const Levels *, int64_t, const float *, int, char *) = {
+    FN(dequantize_3), FN(dequantize_4), FN(dequantize_5), FN(dequantize_6), FN(dequantize_7), FN(dequantize_8)};
 
 // Round 64 values of x to 14 bits and a sign, of the power of two above the largest; and return what one is worth.
 static float FN(round_chunk)(const float *restrict x, int16_t *restrict rounded) {
@@ -411,19 +451,24 @@ static float FN(outliers)(const float *x, const float *columns, int64_t count) {
 static void FN(panel)(const KBit *w, const Levels *levels, const Rows *rows, int64_t first, int64_t count, float *scratch) {
     const int64_t chunks = (w->k + 63) / 64, halves = w->block == 32 ? 2 : 1, scaled = chunks * halves;
     const int64_t size = rows->type == FLOAT32 ? 4 : 2, row_bytes = chunks * 8 * w->bits;
-    const int64_t width = (chunks + 1) / 2 * 128;
+    const int64_t width = row_width(chunks);
     float *absmax = scratch, *products[2] = {absmax + PANEL * scaled, absmax + (PANEL + MOST_ROWS) * scaled};
     float sums[MOST_ROWS * PANEL], bias[PANEL] = {0};
-    for (int64_t r = 0; r < count; r++) FN(expand)(w, first + r, halves, absmax + r * scaled, products[0]);
+    for (int64_t r = 0; r < count; r++) {
+        for (int64_t g = 0; g < w->groups; g += 32)  // of the panel that the next thread takes, or this one
+            __builtin_prefetch(w->absmax + (first + r + PANEL * 2) * w->groups + g);
+        FN(expand)(w, first + r, halves, absmax + r * scaled, products[0]);
+    }
     if (w->bias) FN(widen)((const char *)w->bias + first * (w->bias_type == FLOAT32 ? 4 : 2), count, w->bias_type, bias);
     for (int64_t m = 0, ms; m < rows->m; m += ms) {
         ms = together(rows->m - m);
         const float *worth = rows->scales + m * chunks;
-        for (int64_t r = 0; r < count; r += 2) {
+        const int ns = rows_together(ms);
+        for (int64_t r = 0; r < count; r += ns) {
             const int64_t pair[2] = {r, r + 1 < count ? r + 1 : r};
-            const uint8_t *packed[2];
-            float *to[2];
-            for (int i = 0; i < 2; i++) {
+            const uint8_t *packed[2] = {0};
+            float *to[2] = {0};
+            for (int i = 0; i < ns; i++) {
                 const float *restrict from = absmax + pair[i] * scaled;
                 float *restrict product = products[i];
                 packed[i] = w->packed + (first + pair[i]) * row_bytes;
@@ -449,27 +494,10 @@ static void FN(panel)(const KBit *w, const Levels *levels, const Rows *rows, int
     }
 }
 
-// One row of the weight with its outlier columns, a chunk at a time, in float32 or bfloat16.
 static void FN(dequantize)(const KBit *w, const Levels *levels, int64_t row, int type, void *out, float *scratch) {
-    const int64_t chunks = (w->k + 63) / 64, halves = w->block == 32 ? 2 : 1, size = type == FLOAT32 ? 4 : 2;
-    const uint8_t *packed = w->packed + row * chunks * 8 * w->bits;
-    const float *columns = w->columns + row * w->outliers;
-    int64_t t = 0;
-    FN(expand)(w, row, halves, scratch, scratch + chunks * halves);
-    for (int64_t c = 0; c < chunks; c++) {
-        const int64_t left = w->k - c * 64, count = left < 64 ? left : 64;
-        int16_t values[64];
-        float found[64];
-        FN(unpack)[w->bits - 3](levels, packed + c * 8 * w->bits, values);
-        for (int run = 0; run < 8; run++) {
-            const float scale = scratch[c * halves + (halves == 2 ? run / 4 : 0)] * (1.0f / LARGEST);
-            const int16_t *from = values + PLACE(run) * 8;
-            for (int i = 0; i < 8; i++) found[run * 8 + i] = from[i] * scale;
-        }
-        for (; t < w->outliers && w->outlier_dims[t] < c * 64 + count; t++)
-            found[w->outlier_dims[t] - c * 64] += columns[t];
-        FN(narrow)(found, count, type, (char *)out + c * 64 * size);
-    }
+    const int64_t halves = w->block == 32 ? 2 : 1;
+    FN(expand)(w, row, halves, scratch, scratch + (w->k + 63) / 64 * halves);
+    FN(dequantize_widths)[w->bits - 3](w, levels, row, scratch, type, out);
 }
 
 static const KBitKernels FN(kernels) = {FN(round_row), FN(panel), FN(dequantize), FN(widen)};
