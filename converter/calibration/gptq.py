@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from llmint8.kernels.reference import Rotation
+from llmint8.formats import Scheme
 from llmint8.kernels.weights import rotate
 
 from ..coding import Grid
@@ -34,9 +34,13 @@ _BLOCK = 128
 class Gptq:
     """Rounds the weights of the layers that a pass reaches; those that share an input share what is computed."""
 
-    def __init__(self, criterion: Criterion, rotation: Rotation | None) -> None:
-        """Take how outlier dimensions will be chosen, and whether weights and inputs are rotated."""
-        self._criterion, self._rotation = criterion, rotation
+    def __init__(self, criterion: Criterion, scheme: Scheme, known: Callable[[str], Tensor] | None = None) -> None:
+        """Take how outlier dimensions will be chosen, and how layers are coded.
+
+        `known` returns the dimensions of a layer where they are known already.
+        """
+        self._criterion, self._rotation, self._known = criterion, scheme.rotation, known
+        self._by_square = scheme.kbit is not None
         self._last: tuple[Tensor, Round] | None = None
         self.wide: dict[str, int] = {}  # layers that are done in blocks, and their numbers of inputs
 
@@ -53,8 +57,8 @@ class Gptq:
     def of(self, name: str, x: Tensor, rows: Tensor) -> Round:
         """Return what turns a weight [N, K] and its grid to codes [N, K], for a layer with this input.
 
-        Which dimensions stay in 16 bit is not known yet. Taken for it are as many as there are on average: one of them
-        that does not stay after all is rounded to nearest.
+        Which dimensions stay in 16 bit may not be known yet. Taken for it are as many as there are on average: one of
+        them that does not stay after all is rounded to nearest.
 
         Args:
             name: of the layer.
@@ -66,7 +70,8 @@ class Gptq:
             self.wide[name] = rows.shape[1]
         if self._last is None or self._last[0] is not x:
             self._last = None  # what is in it is large
-            kept = rows.index_fill(1, likely_outliers(rows, self._criterion), 0)
+            dims = self._known(name) if self._known else likely_outliers(rows, self._criterion, self._by_square)
+            kept = rows.index_fill(1, dims.to(rows.device), 0)
             correlations = Correlations(rotate(kept, self._rotation))
 
             def rounded(weight: Tensor, grid: Grid) -> Tensor:

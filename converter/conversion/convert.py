@@ -12,7 +12,8 @@ from llmint8.formats.disk.small_files import MODULES_NAME
 from llmint8.formats.writing.journal import Journal
 
 from ..calibration.batch import load_batch, record
-from ..calibration.calibrator import Calibrator, Outliers
+from ..calibration.calibrator import Calibrator
+from ..calibration.columns import Outliers, known_columns
 from ..hub.card import Subject, new_card
 from ..hub.download import fetch_weights
 from ..hub.front_matter import read_card
@@ -46,6 +47,7 @@ class ConversionReport:
     notices: list[str]
     already: bool = False  # it was finished before
     precision: str = "16 bit"  # what the layers are in where they are not quantized; or `float32`
+    coding: str = "int8"  # what the layers are in where they are
     searches: bool = True  # whether uncalibrated layers search their outliers in every call
 
 
@@ -94,9 +96,8 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
     started = time.monotonic()
     if report := already_done(plan):
         return report
-    options, device = plan.options, usable_device(plan.options.device)
+    options, device, calibrated = plan.options, usable_device(plan.options.device), plan.calibrated
     _require_room(plan)
-    calibrated = plan.criterion.kind != "none"
     batch = load_batch(plan) if calibrated else None
     with CheckpointWriter(plan.out, plan.max_shard_bytes, fingerprint(plan), force) as writer:
         plan = _with_weights(plan)
@@ -108,12 +109,12 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
         if calibrator:
             calibrator.run(transfer.read, transfer.quantize, transfer.has)
         transfer.convert_rest()
-        outliers = calibrator.choose() if calibrator else Outliers()
+        outliers = calibrator.choose() if calibrator else known_columns(plan)
         progress("outlier columns", 0)
         transfer.write_outliers(outliers)
         progress("everything to the disk", 0)
         shown = calibrator.shown if calibrator else {}
-        calibration, said = record(plan, batch, shown, len(outliers.counts))
+        calibration, said = record(plan, batch, shown, len(outliers.statistics))
         manifest = _commit(plan, writer, outliers, calibration)
     notices = [*plan.selection.notices, *outliers.notices, *said, *plan.source.differences]
     multiplied = plan.selection.multiplied
@@ -122,13 +123,14 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
         plan.out,
         len(multiplied),
         plan.selection.kept,
-        [name for name in multiplied if calibrated and name not in outliers.counts],
+        [name for name in multiplied if calibrated and name not in outliers.statistics],
         sum(outliers.counts.values()) / columns,
         plan.bytes_before,
         sum(entry.nbytes for entry in manifest.tensors.values()),
         time.monotonic() - started,
         notices,
         precision=plan.precision,
+        coding=plan.options.coding,
         searches=plan.options.layout.searches,
     )
 
@@ -147,12 +149,11 @@ def already_done(plan: ConversionPlan, progress: Progress = _no_progress) -> Con
         return None
     checkpoint, manifest = found
     records = {name: record for name, record in checkpoint.records.items() if record.scheme.lookup != "only"}
-    calibrated = plan.criterion.kind != "none"
     return ConversionReport(
         plan.out,
         len(records),
         {name: reason for name, reason in plan.selection.kept.items() if name not in records},
-        [name for name in records if calibrated and name not in manifest.modules],
+        [name for name in records if plan.calibrated and name not in manifest.modules],
         sum(checkpoint.quantization.outliers.values()) / sum(record.in_features for record in records.values()),
         plan.bytes_before,
         sum(entry.nbytes for entry in manifest.tensors.values()),
@@ -160,6 +161,7 @@ def already_done(plan: ConversionPlan, progress: Progress = _no_progress) -> Con
         [],
         already=True,
         precision=plan.precision,
+        coding=plan.options.coding,
         searches=plan.options.layout.searches,
     )
 

@@ -7,6 +7,7 @@ name, kind or depth has a say. docs/accuracy.md has what this was compared with.
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from .criterion import OUTLIER_MAGNITUDE, OUTLIER_POSITIONS, Criterion, max_candidates
@@ -15,6 +16,8 @@ from .measuring import InputGroup
 
 def select(groups: Sequence[InputGroup], criterion: Criterion) -> list[int]:
     """Return how many of its candidates each group keeps in 16 bit: the first so many of its `order`."""
+    if not criterion.measured:
+        return [0] * len(groups)
     if criterion.kind == "top-k":
         return _split(groups, criterion.value or 0)
     if criterion.kind == "threshold":
@@ -29,11 +32,17 @@ def select(groups: Sequence[InputGroup], criterion: Criterion) -> list[int]:
     return counts
 
 
-def likely_outliers(rows: Tensor, criterion: Criterion) -> Tensor:
-    """Return the dimensions of an input [T, K] that will stay in 16 bit if its layer is like the average, int64 [k]."""
+def likely_outliers(rows: Tensor, criterion: Criterion, by_square: bool = False) -> Tensor:
+    """Return the dimensions of an input [T, K] that will stay in 16 bit if its layer is like the average, int64 [k].
+
+    `by_square` ranks them by mean square, see `measuring.py`.
+    """
     absmax = rows.abs().amax(0)
+    if criterion.kind == "none":
+        return absmax.new_empty(0, dtype=torch.int64)
     if criterion.kind == "top-k":
-        return absmax.topk(min(int(criterion.value or 0), max_candidates(len(absmax)))).indices
+        ranked_by = rows.square().sum(0) if by_square else absmax
+        return ranked_by.topk(min(int(criterion.value or 0), max_candidates(len(absmax)))).indices
     return (absmax >= (criterion.value or OUTLIER_MAGNITUDE)).nonzero().flatten()
 
 
