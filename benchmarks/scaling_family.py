@@ -84,8 +84,6 @@ def train(directory: Path, width: int, text: str, steps: int) -> None:
 
 def found_in(runs: list[Run]) -> dict[str, Any]:
     """Look up what the paper says in the numbers."""
-    won = winners(runs)
-    assert won is not None
     base = [run for run in runs if run.scheme == BASE]
     tables: dict[str, Any] = {}
     for key in KEYS:
@@ -105,15 +103,27 @@ def found_in(runs: list[Run]) -> dict[str, Any]:
         "tokens": base[0].measured.tokens,
         "runs": len(runs),
         "choices": tables,
-        "best_for_its_bits": {"from": won.low, "to": won.high, **won.shares},
+        "best_for_its_bits": {"nearest": of_precisions(plain(runs)), "nearest, gptq and proxy": of_precisions(runs)},
         "advice": advice(runs),
     }
 
 
+def plain(runs: list[Run]) -> list[Run]:
+    """Return the runs that the paper's are like: rounded to nearest, and no columns kept."""
+    return [run for run in runs if run.scheme.rounding == "nearest" and not run.scheme.proxy]
+
+
+def of_precisions(runs: list[Run]) -> dict[str, Any]:
+    """Return how often each precision is the best for its bits, between which numbers of bits."""
+    won = winners(runs)
+    assert won is not None
+    return {"from": round(won.low), "to": round(won.high), **won.shares}
+
+
 def by_name(key: Key, table: dict[int, dict[Any, float]]) -> dict[int, dict[str, float]]:
-    """Return a table of values of a choice by what they are called, with four digits."""
+    """Return a table of values of a choice by what they are called, with six digits."""
     return {
-        bits: {value_words(key, value): float(f"{number:.4g}") for value, number in row.items()}
+        bits: {value_words(key, value): float(f"{number:.6g}") for value, number in row.items()}
         for bits, row in table.items()
     }
 
@@ -145,12 +155,12 @@ def main() -> None:
     work = left_to_do(members, schemes, file)
     with progress_bar(sum(one.nbytes for one in work), "Measuring", quiet=False) as advance:
         measure_family(work, file, "cpu", advance)
-    runs = [run for member in members for run in file.of(member.measured)]
+    runs = [run for member in members for run in file.of(member.measured) if run.scheme in schemes]
     results = Path(__file__).parent / "results"
     (results / "scaling_family.json").write_text(json.dumps(found_in(runs), indent=2) + "\n")
     (arguments.models / "scaling.html").write_text(page(runs), encoding="utf-8")
-    (Path(__file__).parents[1] / "docs/images/scaling-family.png").write_bytes(png(precisions(runs)))
-    print(advice(runs), winners_text(runs), sep="\n")
+    (Path(__file__).parents[1] / "docs/images/scaling-family.png").write_bytes(png(precisions(plain(runs))))
+    print(advice(runs), winners_text(plain(runs)), winners_text(runs), sep="\n")
 
 
 if __name__ == "__main__":

@@ -88,7 +88,8 @@ class Simulation:
                 hidden = self._hidden(halves, some)
             except NotRowsError as error:
                 if not self._together:
-                    raise LLMInt8Error(f"{error}, of which one calibrates GPTQ; leave --rounding gptq out") from None
+                    why = "so GPTQ cannot be calibrated for it beside the text; leave --rounding gptq out"
+                    raise LLMInt8Error(f"{error}, {why}") from None
                 self._together = False
                 continue
             found(self._compared(halves, expected, dict(zip(some, hidden, strict=True))))
