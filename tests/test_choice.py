@@ -105,14 +105,24 @@ def test_the_budget_is_spread_as_by_buying_the_steepest_step_each_time(seed):
         assert select(groups, Criterion("top-k", budget)) == spread(curves, int(budget * total)), budget
 
 
+def test_a_point_inside_an_edge_of_the_hull_is_no_step():
+    group = InputGroup(["x"], torch.arange(8), torch.zeros(8), torch.arange(8), {}, [0, 2, 4, 8], [4.0, 3.0, 2.0, 0.0])
+    assert [select([group], Criterion("top-k", budget)) for budget in (2, 7, 8)] == [[0], [0], [8]]
+
+
 def seen(criterion: Criterion, *calls: np.ndarray) -> InputGroup:
     """Return the group of one layer that is called with these inputs, one after the other."""
-    statistics = InputStatistics(criterion, Scheme("absmax"))
+    names: list[str] = []
+    statistics = InputStatistics(criterion, Scheme("absmax"), lambda name, measure: names.append(name) or measure())
     for x in calls:
         rows = torch.from_numpy(x).float()
         norms = torch.ones(x.shape[1]), torch.zeros(x.shape[1])
-        statistics.see("layer", rows, rows, norms, rows[:, :3] + 1)
+        dims = statistics.see("layer", rows, rows, norms, rows[:, :3] + 1)
+        assert dims is not None
     (group,) = statistics.finish()
+    assert group.dims.tolist() == dims.tolist()
+    # What the journal of a conversion has them by.
+    assert names == ["layer", *(f"layer, call {number}" for number in range(2, len(calls) + 1))]
     return group
 
 

@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10, help="begin no further mutant after so many")
     parser.add_argument("--sample", type=int, default=10**9, help="at most so many mutants of each module")
     parser.add_argument("--seconds", type=float, default=10, help="of tests for each mutant, as they were recorded")
+    parser.add_argument("--tests", nargs="+", help="these test files, and not those that tests.json names")
     parser.add_argument("--jobs", type=int, default=1, help="mutants at the same time")
     parser.add_argument("--again", action="store_true", help="try those once more that were left")
     parser.add_argument("--show", action="store_true", help="only what is known: the table and those left")
@@ -82,7 +83,8 @@ def _tests_for(path: str) -> list[str]:
 def _try(everything: dict[str, list[Mutant]], arguments: argparse.Namespace) -> None:
     for name in _ALWAYS:
         importlib.import_module(name)
-    files = {name: None for path in everything for name in _tests_for(path)}
+    concerned = {path: arguments.tests or _tests_for(path) for path in everything}
+    files = {name: None for names in concerned.values() for name in names}
     recorded = {name: record(name) for name in files}
     for name in {name: None for one in recorded.values() for name in one["imported"]}:
         if name.partition(".")[0] in {known.partition(".")[0] for known in _ALWAYS} | {"triton", "tokenizers"}:
@@ -97,7 +99,7 @@ def _try(everything: dict[str, list[Mutant]], arguments: argparse.Namespace) -> 
     while queue or running:
         while queue and len(running) < arguments.jobs and time.monotonic() < end:
             mutant = queue.pop(0)
-            tests = _tests_of(mutant, {name: recorded[name]["tests"] for name in _tests_for(mutant.path)})
+            tests = _tests_of(mutant, {name: recorded[name]["tests"] for name in concerned[mutant.path]})
             chosen = _quickest(tests, arguments.seconds)
             if not chosen:
                 _keep(mutant, _LEFT, "no test comes by", hashes)
