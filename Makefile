@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test test-vllm soak bench clean
+.PHONY: help demo test test-vllm soak mutate bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -25,6 +25,10 @@ test-vllm: .venv-vllm/test ## start vLLM on the CPU with int8 checkpoints, ask i
 soak: .venv/soak ## what takes longer than a test may: kill, starve, fuzz, compile all, add otherwise (30 minutes)
 	$(BIN)/pytest -rP soak
 	LLMINT8_TESTED_FORMAT=2 $(BIN)/pytest tests/test_damage.py
+	$(BIN)/python soak/mutation/run.py formats/disk/durable.py formats/writing converter/outliers --sample 5 --minutes 3
+
+mutate: .venv/test ## try the tests by breaking the code of ROOM=formats, a room or a module, for MINUTES=10 at most
+	nice -n 19 $(BIN)/python soak/mutation/run.py $(or $(ROOM),formats) --minutes $(or $(MINUTES),10)
 
 bench: .venv/test ## measure the speed and memory of conversions (benchmarks/outlier_rules.py takes a model and a text)
 	$(BIN)/python benchmarks/convert.py

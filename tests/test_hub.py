@@ -307,6 +307,7 @@ def test_push_sends_weights_before_what_makes_the_repo_whole(hub: Any, out: Path
 def test_the_second_push_sends_nothing(hub: Any, out: Path) -> None:
     push(out)
     before, hub.requests = hub.repos[REPO].refs["main"][-1], []
+    (out / "tokenizer.json.new.partial").write_text("what a run that was killed has left")
     assert "Nothing has changed" in push(out)
     assert not hub.asked("PUT |/commit/")
     assert hub.repos[REPO].refs["main"][-1] == before

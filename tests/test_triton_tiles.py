@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,6 +126,37 @@ def test_a_broken_file_is_not_used_and_a_warning_names_it(
         assert tiles.choose_tile(CPU, 100, 4096, 4096) == before
         tiles.choose_tile(CPU, 1, 4096, 4096)
     assert [str(cache) in record.getMessage() for record in caplog.records] == [True]
+
+
+_ONE, _FEW = DecodeTile(1, 8, 32, 1), MatmulTile(16, 16, 32, 1, 1, 1)
+_WIDE = MatmulTile(16, 16, 512, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        (Entry("x", None, None, 1024, _FEW._replace(split_k=64)), {"m": 1025}),  # sums are kept for every row
+        (Entry("x", None, None, 1024, _FEW._replace(split_k=64)), {"tile": _FEW._replace(split_k=65)}),
+        (Entry("x", None, None, 2, _FEW._replace(split_k=2)), {"m": None}),
+        (Entry("x", None, None, None, _FEW._replace(block_k=256, tma=True)), {"tile": _WIDE._replace(tma=True)}),
+        (Entry("x", None, None, None, _WIDE), {"tile": _WIDE._replace(num_stages=0)}),
+        (Entry("x", None, None, None, _FEW._replace(num_stages=226)), {"tile": _FEW._replace(num_stages=227)}),  # 227 K
+        (Entry("x", None, None, None, _FEW._replace(block_n=256)), {"tile": _FEW._replace(block_n=512)}),
+        (Entry("x", None, None, None, _FEW), {"tile": _FEW._replace(block_n=8)}),
+        (Entry("x", None, None, None, _FEW), {"tile": _FEW._replace(block_m=8)}),
+        (Entry("x", None, None, None, _FEW), {"tile": _FEW._replace(block_k=16)}),
+        (Entry("x", None, None, None, _FEW._replace(num_warps=32)), {"tile": _FEW._replace(num_warps=64)}),
+        (Entry("x", None, None, None, _ONE), {"tile": _ONE._replace(block_n=4)}),
+        (Entry("x", None, None, None, _ONE._replace(block_m=4)), {"tile": _ONE._replace(block_m=8)}),
+        (Entry("x", 1, 1, 1, _ONE), {"n": 0}),
+        (Entry("x", 1, 1, 1, _ONE), {"k": -1}),
+        (Entry("x", 1, 1, 1, _ONE), {"architecture": 90}),
+    ],
+)
+def test_what_is_just_a_tile_and_what_is_just_none(right: Entry, wrong: dict[str, Any]) -> None:
+    assert tiles.read_table(tiles.write_table([right])) == [right]
+    with pytest.raises(ValueError, match="not a tile"):
+        tiles.read_table(tiles.write_table([right._replace(**wrong)]))
 
 
 def test_the_shipped_file_is_one_row_a_line() -> None:

@@ -29,6 +29,7 @@ from llmint8.formats import (
     is_unfinished,
     open_checkpoint,
 )
+from llmint8.formats.disk.durable import write_durably
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -186,6 +187,13 @@ def test_a_parent_that_may_not_be_listed(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(os, "open", refusing)
     write(tmp_path / "out", two_layers(), 200)
     assert_holds(tmp_path / "out", two_layers())
+
+
+@pytest.mark.parametrize("data", [b"", b"new", b"longer than what was there"])
+def test_nothing_stays_of_what_a_killed_run_has_written_under_the_temporary_name(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "file.new.partial").write_bytes(b"what was there")
+    write_durably(tmp_path / "file", data)
+    assert everything_in(tmp_path) == {"file": data}
 
 
 def test_one_file(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def prepare(
         write_durably(out / CARD_NAME, card.encode())
     names = [*checkpoint.files, CONFIG_NAME, checkpoint.layout.index, MANIFEST_NAME]
     paths = {out / name for name in names if (out / name).exists()} | set(small_files(out))
-    files = {path.relative_to(out).as_posix(): path for path in sorted(paths) if path.suffix != ".partial"}
+    files = {path.relative_to(out).as_posix(): path for path in sorted(paths)}
     return Upload(to, checkpoint, files)
 
 
