@@ -62,7 +62,7 @@ typedef struct {
 #define PANEL 32
 #define MOST_ROWS 4
 // Bytes of the weight that are asked for ahead of those that are read.
-#define AHEAD 2048
+#define AHEAD 4096
 // Of the largest value of a chunk, plus 127. Scales of smaller ones would not be normal numbers.
 #define LEAST_EXPONENT 40
 
