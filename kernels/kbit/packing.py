@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 CHUNK = 64
 
@@ -32,26 +33,27 @@ def planes(bits: int) -> Iterator[tuple[int, int]]:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack uint8 [N, K], each below 2 ** bits: uint8 [N, row_bytes]."""
     n, k = codes.shape
-    chunks = torch.nn.functional.pad(codes, (0, -k % CHUNK)).view(n, -1, CHUNK)
+    count = -(-k // CHUNK)
+    chunks = pad(codes, (0, count * CHUNK - k)).view(n, count, CHUNK)
     packed = []
     for width, shift in planes(bits):
-        fields = (chunks >> shift & (1 << width) - 1).view(n, -1, 8 // width, 8 * width)
+        fields = (chunks >> shift & (1 << width) - 1).view(n, count, 8 // width, 8 * width)
         plane = fields[:, :, 0].clone()
         for place in range(1, 8 // width):
             plane |= fields[:, :, place] << place * width
         packed.append(plane)
-    return torch.cat(packed, 2).view(n, -1) if packed else codes
+    return torch.cat(packed, 2).view(n, count * 8 * bits)
 
 
 def unpack(packed: Tensor, bits: int, in_features: int) -> Tensor:
     """Return what was packed, uint8 [N, K]."""
-    n = len(packed)
-    chunks = packed.view(n, -1, 8 * bits)
-    codes = torch.zeros(n, chunks.shape[1], CHUNK, dtype=torch.uint8, device=packed.device)
+    n, count = len(packed), -(-in_features // CHUNK)
+    chunks = packed.view(n, count, 8 * bits)
+    codes = torch.zeros(n, count, CHUNK, dtype=torch.uint8, device=packed.device)
     start = 0
     for width, shift in planes(bits):
         plane = chunks[:, :, start : start + 8 * width]
         start += 8 * width
         fields = [plane >> place * width & (1 << width) - 1 for place in range(8 // width)]
         codes |= torch.cat(fields, 2) << shift
-    return codes.view(n, -1)[:, :in_features]
+    return codes.view(n, count * CHUNK)[:, :in_features]
