@@ -4,6 +4,7 @@ Int8 by row and k bits are both a grid: what a code stands for, by its row and d
 that rounds a weight, asks what was lost by it or writes it down knows no more of a scheme than that.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,10 +13,11 @@ from typing import ClassVar, Protocol, Self
 import torch
 from torch import Tensor
 
-from llmint8.formats import Layout, Scheme
+from llmint8.formats import Layout, Quantization, Scheme
+from llmint8.formats.int8.schemes import KBit
 from llmint8.kernels.kbit import reference as kbit
 from llmint8.kernels.kbit.levels import quantiles, sample_step
-from llmint8.kernels.kbit.packing import pack
+from llmint8.kernels.kbit.packing import pack, unpack
 from llmint8.kernels.weights import quantize_weight
 
 
@@ -47,6 +49,9 @@ class Grid(Protocol):
 
     def stored(self, codes: Tensor) -> Tensor:
         """Return codes [N, K] as they stand in a file."""
+
+    def codes(self, stored: Tensor, in_features: int) -> Tensor:
+        """Return codes [N, K] from what stands in a file."""
 
     def scales(self, layout: Layout) -> dict[str, Tensor]:
         """Return what stands in a file beside them, by the ends of the tensors' names."""
@@ -80,6 +85,10 @@ class Int8Grid:
     def stored(self, codes: Tensor) -> Tensor:
         """Return them as they are; see `Grid`."""
         return codes
+
+    def codes(self, stored: Tensor, in_features: int) -> Tensor:
+        """Return them as they are; see `Grid`."""
+        return stored
 
     def scales(self, layout: Layout) -> dict[str, Tensor]:
         """Return the absmax, and in format 1 what bitsandbytes wants; see `Grid`."""
@@ -129,6 +138,10 @@ class KBitGrid:
         """Return them packed; see `Grid`."""
         return pack(codes, self.bits)
 
+    def codes(self, stored: Tensor, in_features: int) -> Tensor:
+        """Return them unpacked; see `Grid`."""
+        return unpack(stored, self.bits, in_features)
+
     def scales(self, layout: Layout) -> dict[str, Tensor]:
         """Return the absmax, and the levels where each layer has its own; see `Grid`."""
         more = {"codebook": self.levels.half()} if self.own_levels else {}
@@ -165,3 +178,35 @@ def levels_of_rows(blocks: Iterable[Tensor], shape: tuple[int, int], scheme: Sch
         found.append(flat[-place % step :: step].cpu())
         place += len(flat)
     return quantiles(torch.cat(found), how.bits)
+
+
+def kbits_of(quantization: Quantization) -> Counter[KBit]:
+    """Return how the layers of k bits are coded, and how many so; none of int8."""
+    return Counter(kbit for name in quantization.outliers if (kbit := quantization.scheme_of(name).kbit))
+
+
+def coded_in(quantization: Quantization) -> str:
+    """Say in what the layers are: `int8`, `4 bits` or `3 to 5 bits`."""
+    bits = sorted({kbit.bits for kbit in kbits_of(quantization)})
+    if not bits:
+        return "int8"
+    return f"{bits[0]} bits" if len(bits) == 1 else f"{bits[0]} to {bits[-1]} bits"
+
+
+def coding_in_words(quantization: Quantization) -> str:
+    """Say how the weights are coded."""
+    rotation, rounded = quantization.scheme.rotation, ", rounded by GPTQ" if quantization.rounding == "gptq" else ""
+    if kbits := kbits_of(quantization):
+        several = len(kbits) > 1
+        return ", ".join(f"{kbit.name}{f' in {n}' if several else ''}" for kbit, n in kbits.most_common()) + rounded
+    rotated = "" if rotation is None else f", rotated in blocks of {rotation}"
+    return f"one scale per row (absmax){rotated}{rounded}"
+
+
+def method_in_words(quantization: Quantization) -> tuple[str, str]:
+    """Say with what a model was made, and after which paper, in Markdown."""
+    if kbits_of(quantization):
+        how = "as in [The case for 4-bit precision](https://arxiv.org/abs/2212.09720)"
+        return f"the weights of its linear layers in {coded_in(quantization)}", how
+    how = "with the method of [LLM.int8()](https://arxiv.org/abs/2208.07339)"
+    return "its linear layers in 8-bit integers", how

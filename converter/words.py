@@ -1,7 +1,7 @@
 """Sizes, numbers, precisions and errors as they are printed: `7.2 kB`, `1 layer`, `2 layers`, `16 bit`."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _UNITS = ((1, "bytes", 0), (10**3, "kB", 1), (10**6, "MB", 1), (10**9, "GB", 2), (10**12, "TB", 2))
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B", re.IGNORECASE)
@@ -77,3 +77,8 @@ def parse_size(size: str | int) -> int:
         raise ValueError(f"size {size!r}, expected a number and a unit such as 5GB or 500MB")
     base = 1024 if match[3] else 1000
     return int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
+
+
+def rounded(values: Sequence[float]) -> list[float]:
+    """Round to four significant digits: the manifest holds hundreds of these per layer."""
+    return [float(f"{value:.4g}") for value in values]

@@ -13,7 +13,7 @@ from .checks import check_weight
 from .cpu import native, product
 from .cpu.linear import CpuWeight
 from .operators import GpuWeight, NativeWeight, OperatorWeight, has_triton
-from .prepared import PreparedWeight, ReferenceWeight
+from .prepared import PreparedWeight, ReferenceWeight, StoredWeight
 from .reference import Activation, Int8Weight
 
 
@@ -48,8 +48,10 @@ def _kernels(device: torch.device) -> type[OperatorWeight] | None:
     return GpuWeight if device.type == "cuda" and has_triton() else None
 
 
-def is_laid_out_anew(weight: Int8Weight) -> bool:
+def is_laid_out_anew(weight: StoredWeight) -> bool:
     """Tell whether `prepare` lays the values of a weight out anew, where it may, or shares those given."""
+    if not isinstance(weight, Int8Weight):
+        return False
     return weight.threshold is None and not native.kinds() and product.packable(weight.values)
 
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .checks import check_operands, is_watched
-from .cpu import native
+from .checks import check_operands, check_rows, is_watched
+from .cpu import checked, native
 from .cpu.linear import CpuWeight
 from .gpu.tiles import gpu_of, table_for
 from .operands import Operands
@@ -178,9 +178,33 @@ def _dynamic_int8_linear(run: Callable[[Tensor, Operands, bool], Tensor]) -> Cal
     return operator
 
 
+def _int8_linear_on_cpu(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    row_sum: Tensor,
+    outlier_dims: Tensor,
+    outlier_weight: Tensor,
+    bias: Tensor | None,
+    group: Group | None,
+    rotation: Rotation | None,
+    zeropoint: bool,
+) -> Tensor:
+    operands = Operands(weight, scale, row_sum, outlier_dims, outlier_weight, bias, None, group, rotation)
+    if layout := checked.layout_of(operands):
+        check_rows(x, weight)
+        return native.NativeLinear(operands, layout)(x, zeropoint)
+    out = _int8_linear(_run)(x, *operands[:6], group, rotation, zeropoint)
+    if native.kinds():
+        checked.remember(operands)
+    return out
+
+
 for _name, _operator in {"int8_linear": _int8_linear, "dynamic_int8_linear": _dynamic_int8_linear}.items():
-    for _key in ("CPU", "CUDA"):  # CUDA is the key of AMD's GPUs, too
-        _LIBRARY.impl(_name, _operator(_run), _key)  # type: ignore[no-untyped-call]
+    # CUDA is the key of AMD's GPUs, too.
+    _LIBRARY.impl(_name, _operator(_run), "CUDA")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"llmint8::{_name}", _operator(_shaped), lib=_LIBRARY)
+_LIBRARY.impl("int8_linear", _int8_linear_on_cpu, "CPU")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("dynamic_int8_linear", _dynamic_int8_linear(_run), "CPU")  # type: ignore[no-untyped-call]
 int8_linear: Callable[..., Tensor] = torch.ops.llmint8.int8_linear.default
 dynamic_int8_linear: Callable[..., Tensor] = torch.ops.llmint8.dynamic_int8_linear.default

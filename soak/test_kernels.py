@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 
 from llmint8.kernels.gpu.tiles import DecodeTile, MatmulTile, shipped_table
+from llmint8.kernels.kbit.gpu.tiles import shipped_table as kbit_table
 
 pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "kernel_resources.py"
 
+KBIT = SCRIPT.with_name("kbit_resources.py")
 
 BAD = {
     "spills registers": ("sm_90", MatmulTile(128, 256, 128, 8, 4, 3)),
@@ -168,3 +170,37 @@ def test_kernels_of_experts_compile_without_a_spill_and_into_int8_instructions(t
     found = run(["-c", code], tmp_path)
     assert len(found) == 6
     assert [item for item in found if item["problems"]] == []
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "any"])
+def test_what_ships_for_k_bits_compiles_without_a_spill(architecture: str, tmp_path: Path) -> None:
+    """Every number of bits with every tile; the tensor cores' instructions are among what is looked for."""
+    found = run([str(KBIT), "--architectures", architecture, "--json"], tmp_path)
+    assert [item for item in found if item["problems"]] == []
+    tiles = {
+        entry.tile._replace(split_k=min(entry.tile.split_k, 2))
+        for entry in kbit_table()
+        if entry.architecture == architecture
+    }
+    assert len(found) >= 6 * len(tiles)
+    assert {item["kernel"].split()[0] for item in found} == {"3", "4", "5", "6", "7", "8"}
+
+
+def test_layers_of_k_bits_of_other_kinds_compile(tmp_path: Path) -> None:
+    """Without outliers and bias, of odd sizes: what the interpreter does not look at, the compiler does."""
+    code = (
+        f"import json, sys; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+        "import kbit_resources as k, torch\n"
+        "from llmint8.kernels.kbit.gpu.tiles import _choose\n"
+        "found = []\n"
+        "for a, m, bits, block, dtype, outliers, width, bias in (\n"
+        "    ('sm_90', 1, 3, None, torch.float16, 0, 100, False), ('sm_90', 2, 4, 32, torch.bfloat16, 1, 64, True),\n"
+        "    ('sm_80', 2, 8, 32, torch.float32, 0, 4095, True), ('sm_80', 16, 5, 32, torch.bfloat16, 0, 255, False),\n"
+        "    ('sm_90', 17, 6, 4096, torch.float16, 500, 8191, True),\n"
+        "    ('sm_90', 999, 7, 32, torch.bfloat16, 0, 1, True),\n"
+        "    ('sm_90', 3, 8, None, torch.float32, 33, 63, False)):\n"
+        "    tile = _choose(a, dtype == torch.float32, m, 1000)\n"
+        "    found.append(k.kbit_resources(a, tile, bits, block, dtype, outliers, width, bias).spilled_bytes)\n"
+        "print(json.dumps(found))"
+    )
+    assert run(["-c", code], tmp_path) == [0] * 7

@@ -46,7 +46,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         pytest.skip("needs gcc and the compiled layer")
     folder = tmp_path_factory.mktemp("sanitized")
     library = folder / ("_layer" + importlib.machinery.EXTENSION_SUFFIXES[0])
-    sources = [str(ROOT / "kernels" / "cpu" / "csrc" / name) for name in ("layer.c", "weight.c")]
+    sources = [str(ROOT / "kernels" / "cpu" / "csrc" / name) for name in ("kbit.c", "layer.c", "weight.c")]
     subprocess.run([gcc, *FLAGS, *SANITIZERS, "-shared", "-fPIC", *sources, "-o", str(library)], check=True)
     (folder / "sanitized.py").write_text(PLUGIN.format(path=str(folder / "native.py")))
     # The sanitizer looks for what throws in libstdc++ when it is loaded, so that comes with it.
@@ -73,6 +73,7 @@ def test_an_access_beyond_a_tensor_is_found(environment: dict[str, str]) -> None
         ("tests/test_operators.py", "AMX or AVX or dotprod or compiled"),
         ("tests/test_native.py", "integers or threads or finite or quotients or longest"),
         ("tests/test_weights.py", "shape or nearest or range or strides or threads or sums"),
+        ("tests/test_kbit_cpu.py", "agrees or dequantized or threads"),
     ],
 )
 def test_the_tests_of_the_layer_find_none(environment: dict[str, str], tests: str, chosen: str) -> None:

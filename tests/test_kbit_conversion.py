@@ -1,18 +1,31 @@
 """Weights of 3 to 8 bits from the converter: how they are rounded, which columns stay, and what is written."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
+from llmint8 import converter
 from llmint8.converter.calibration import gptq
-from llmint8.converter.coding import KBitGrid, round_to_nearest
+from llmint8.converter.coding import KBitGrid, levels_of_rows, round_to_nearest
+from llmint8.converter.conversion.comparison import compare_with_source
+from llmint8.converter.hub.resolve import resolve
+from llmint8.converter.outliers.choosing import spend
+from llmint8.converter.outliers.measuring import column_norms, error_curve
 from llmint8.converter.outliers.proxy import Linear, deviations, layers_before, proxy_dims
-from llmint8.formats import Scheme
+from llmint8.converter.planning.options import Options
+from llmint8.converter.planning.plan import make_plan
+from llmint8.formats import NATIVE, LLMInt8Error, Scheme, check_values, open_checkpoint, open_source
 from llmint8.formats.int8.schemes import KBit
+from llmint8.kernels.kbit import levels as kbit_levels
 from llmint8.kernels.kbit import reference
+from llmint8.kernels.kbit.packing import pack
+
+pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
 SCHEMES = [KBit(4, "nf4", 64), KBit(3, "float", 32), KBit(5, "int", None), KBit(4, "quantile", 32)]
 
@@ -131,3 +144,202 @@ def test_proxy_columns_of_values_count_for_every_head_that_they_serve() -> None:
     spread = torch.rand(16)  # 2 heads of 8
     spread[[3, 12]] = torch.tensor([2.0, 3.0])
     assert proxy_dims(spread, 48, 0.125, 2).tolist() == [3, 11, 19, 28, 36, 44]
+
+
+# Conversions.
+
+_SIZES: dict[str, Any] = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 144, "num_attention_heads": 4}
+_SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 64}
+HOW: dict[str, Any] = {"format": 2, "calibration_tokens": 64}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "nf4": {"bits": 4, "data_type": "nf4"},
+    "quantile": {"bits": 3, "data_type": "quantile", "block_size": 32, "quantize_head": True},
+    "proxy": {"bits": 5, "data_type": "int", "block_size": "row", "outliers": "proxy=0.05"},
+    "gptq": {"bits": 4, "rounding": "gptq", "outliers": "top-k=3"},
+    "gptq and proxy": {"bits": 3, "data_type": "quantile", "rounding": "gptq", "outliers": "proxy=0.05"},
+}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, quiet_transformers: None) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("kbit") / "source"
+    config = transformers.LlamaConfig(**_SIZES, num_hidden_layers=2)
+    transformers.LlamaForCausalLM(config).half().save_pretrained(path)
+    return path
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_what_is_written_is_the_definition_and_the_source(
+    options: dict[str, Any], source: Path, tmp_path: Path
+) -> None:
+    report = converter.convert(source, tmp_path / "out", **HOW, **options)
+    checkpoint, original = open_checkpoint(tmp_path / "out"), open_source(source)
+    kbit = Options(**HOW, **options).kbit
+    assert kbit is not None
+    assert len(checkpoint.records) == report.layers == 14 + options.get("quantize_head", 0)
+    for name, record in checkpoint.records.items():
+        weight = original.read(f"{name}.weight")
+        codes, absmax, levels = reference.quantize_weight(weight, kbit.bits, kbit.data_type, kbit.block)
+        stored = {end: checkpoint.read(f"{name}.{end}") for end in ("absmax", "outlier_dims", "outlier_weight")}
+        assert record.scheme == Scheme(kbit=kbit)
+        assert (record.out_features, record.in_features) == tuple(weight.shape)
+        assert torch.equal(stored["absmax"], absmax)
+        assert torch.equal(stored["outlier_weight"], weight[:, stored["outlier_dims"].long()])
+        assert (f"{name}.codebook" in checkpoint.tensors) == (kbit.data_type == "quantile")
+        if kbit.data_type == "quantile":
+            assert torch.equal(checkpoint.read(f"{name}.codebook"), levels.half())
+        same = torch.equal(checkpoint.read(f"{name}.weight"), pack(codes, kbit.bits))
+        assert same == (options.get("rounding") != "gptq")
+    assert check_values(checkpoint) == []
+    assert compare_with_source(checkpoint, original).problems == []
+    again = converter.convert(source, tmp_path / "out", **HOW, **options)
+    assert (again.already, again.coding) == (True, f"{kbit.bits}-bit {kbit.data_type}")
+
+
+def test_proxy_columns_are_written_and_planned(source: Path, tmp_path: Path) -> None:
+    plan = make_plan(resolve(source, None, "source"), tmp_path / "out", Options(**HOW, **OPTIONS["proxy"]))
+    report = converter.convert(source, tmp_path / "out", **HOW, **OPTIONS["proxy"])
+    assert report.bytes_after == plan.bytes_after
+    checkpoint, original = open_checkpoint(tmp_path / "out"), open_source(source)
+    assert checkpoint.quantization.criterion == "proxy=0.05"
+    counts = {name.removeprefix("model.layers."): count for name, count in checkpoint.quantization.outliers.items()}
+    assert counts["0.self_attn.q_proj"] == counts["0.self_attn.v_proj"] == 0  # nothing is before them
+    assert (counts["0.self_attn.o_proj"], counts["1.self_attn.k_proj"], counts["1.mlp.down_proj"]) == (3, 3, 7)
+    up = original.read("model.layers.1.mlp.up_proj.weight").numpy().astype(np.float64)
+    found = checkpoint.read("model.layers.1.mlp.down_proj.outlier_dims")
+    assert found.tolist() == sorted(np.argsort(-up.std(1), kind="stable")[:7].tolist())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [OPTIONS["quantile"], OPTIONS["gptq and proxy"], {"target_size": 70_000}],
+    ids=["quantile", "gptq", "target size"],
+)
+def test_what_is_interrupted_goes_on_to_the_same_bytes(options: dict[str, Any], source: Path, tmp_path: Path) -> None:
+    converter.convert(source, tmp_path / "whole", **HOW, **options)
+    for stop in (3, 9):
+        seen: list[str] = []
+
+        def progress(name: str, nbytes: int, stop: int = stop, seen: list[str] = seen) -> None:
+            seen.append(name)
+            if len(seen) == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            converter.convert(source, tmp_path / "out", progress=progress, **HOW, **options)
+    converter.convert(source, tmp_path / "out", **HOW, **options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kbit", SCHEMES, ids=lambda kbit: kbit.name)
+def test_a_record_takes_the_bits_that_it_says(kbit: KBit) -> None:
+    specs = NATIVE.weight_specs("m", 512, 4096, Scheme(kbit=kbit))
+    bits = 8 * sum(spec.nbytes for spec in specs) / (512 * 4096)
+    assert bits == pytest.approx(kbit.bits + 16 / (kbit.block or 4096), rel=0.01)
+
+
+def test_levels_of_rows_are_those_of_the_whole_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kbit_levels, "_SAMPLE", 100)
+    weight, scheme = torch.randn(37, 70), Scheme(kbit=KBit(4, "quantile", 32))
+    expected = reference.quantize_weight(weight, 4, "quantile", 32)[2]
+    found = levels_of_rows(torch.split(weight, 5), (37, 70), scheme)
+    assert found is not None
+    assert torch.equal(found, expected)
+
+
+def test_weights_alone_pass_on_their_error() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(400, 96) * torch.rand(96).mul(4).exp(), torch.randn(300, 96)
+    codes, grid = round_to_nearest(weight, Scheme(kbit=KBit(4, "nf4", 32)))
+    out = x @ weight.t()
+    dims = x.square().sum(0).argsort(descending=True)
+    norms = column_norms(weight, codes, grid)
+    ks, errors = error_curve(x, [norms], [out.square().sum(1)], dims[:24], Scheme(kbit=KBit(4, "nf4", 32)))
+    for k, predicted in zip(ks, errors, strict=True):
+        lost = (x.index_fill(1, dims[:k], 0) @ (grid.dequantize(codes) - weight).t()).square().sum(1)
+        overall, per_token = lost.sum() / out.square().sum(), (lost / out.square().sum(1)).mean()
+        assert predicted == pytest.approx(float(overall + per_token) / 2, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"bits": 8}, None),
+        ({"bits": 8, "data_type": "int", "block_size": "row"}, KBit(8, "int", None)),
+        ({"block_size": "128"}, KBit(4, "nf4", 128)),
+        ({"data_type": "float"}, KBit(4, "float", 64)),
+        ({"bits": 3}, KBit(3, "quantile", 64)),
+        ({"bits": 6}, KBit(6, "int", 64)),
+        ({"target_size": "1MB", "bits": 4}, "--target-size chooses the bits"),
+        ({"target_size": "1MB", "format": 1}, "--target-size 1MB takes --format 2"),
+        ({"target_size": "much"}, "expected a number and a unit"),
+        ({"bits": 9}, "9 bits"),
+        ({"bits": 3, "data_type": "nf4"}, "'nf4' with 3 bits"),
+        ({"bits": 4, "block_size": 48}, "block size 48"),
+        ({"bits": 4, "format": 1}, "--bits 4 takes --format 2"),
+        ({"outliers": "proxy=0.02", "format": 1}, "--outliers proxy=0.02 takes --format 2"),
+        ({"bits": 4, "rotate": True}, "--rotate is for int8"),
+    ],
+    ids=str,
+)
+def test_options_that_go_together(options: dict[str, Any], expected: Any) -> None:
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            Options(**{"format": 2, **options})
+    else:
+        chosen = Options(**{"format": 2, **options})
+        assert (chosen.kbit, chosen.outliers) == (expected, "none" if expected else "top-k=16")
+
+
+def test_embeddings_and_experts_are_of_k_bits_too(tmp_path: Path) -> None:
+    config = transformers.MixtralConfig(**_SIZES, num_hidden_layers=1, num_local_experts=2)
+    transformers.MixtralForCausalLM(config).bfloat16().save_pretrained(tmp_path / "source")
+    how = {"bits": 4, "outliers": "proxy=0.05", "quantize_embeddings": True}
+    converter.convert(tmp_path / "source", tmp_path / "out", format=2, **how)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    schemes = {name: record.scheme for name, record in checkpoint.records.items()}
+    assert len(schemes) == 4 + 6 + 1
+    assert schemes["model.embed_tokens"] == Scheme(lookup="only", kbit=KBit(4, "nf4", 64))
+    counts = {name.split(".", 3)[-1]: count for name, count in checkpoint.quantization.outliers.items()}
+    # The last matrix of an expert has that expert's `up` before it, and the first ones the attention's output.
+    experts = {name: count for name, count in counts.items() if "experts" in name}
+    assert sorted(experts.values()) == [3, 3, 3, 3, 7, 7]
+    assert check_values(checkpoint) == []
+    assert compare_with_source(checkpoint, open_source(tmp_path / "source")).problems == []
+
+
+# `--target-size`.
+
+
+def test_bytes_go_where_the_error_falls_most_for_each() -> None:
+    sizes = {"a": [30, 40, 50], "b": [300, 400, 500], "c": [30, 40, 50]}
+    errors = {"a": [9.0, 3.0, 1.0], "b": [9.0, 5.0, 4.0], "c": [1.0, 0.9, 0.85]}
+    assert spend(sizes, errors, 0) == {"a": 0, "b": 0, "c": 0}
+    assert spend(sizes, errors, 25) == {"a": 2, "b": 0, "c": 0}
+    assert spend(sizes, errors, 120) == {"a": 2, "b": 1, "c": 0}
+    assert spend(sizes, errors, 139) == {"a": 2, "b": 1, "c": 1}  # a step of b does not fit
+    # What is off the hull is taken where nothing else fits.
+    assert spend({"a": [30, 40, 50]}, {"a": [9.0, 8.5, 1.0]}, 10) == {"a": 1}
+
+
+def test_a_target_size_is_kept_by_the_bits_of_each_layer(source: Path, tmp_path: Path) -> None:
+    uniform = {bits: converter.convert(source, tmp_path / str(bits), format=2, bits=bits) for bits in (4, 5)}
+    target = (uniform[4].bytes_after + uniform[5].bytes_after) // 2
+    how = {**HOW, "target_size": target, "quantize_head": False}
+    report = converter.convert(source, tmp_path / "out", **how)
+    assert 0.98 * target < report.bytes_after <= target
+    checkpoint = open_checkpoint(tmp_path / "out")
+    bits = {record.scheme.kbit.bits for record in checkpoint.records.values() if record.scheme.kbit}
+    assert report.coding == f"{min(bits)} to {max(bits)} bits"
+    assert min(bits) < max(bits)
+    assert checkpoint.quantization.calibration is not None
+    assert check_values(checkpoint) == []
+    assert compare_with_source(checkpoint, open_source(source)).problems == []
+    assert converter.convert(source, tmp_path / "out", **how).already
+    with pytest.raises(LLMInt8Error, match="with 3 bits in all layers OUT takes"):
+        converter.convert(source, tmp_path / "none", **{**how, "target_size": "10KB"})

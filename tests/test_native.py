@@ -6,6 +6,7 @@ That it computes the layer is in `test_operators.py`, for every instruction set 
 import ctypes
 import subprocess
 import sys
+import weakref
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmint8 import runtime
 from llmint8.kernels import reference
-from llmint8.kernels.cpu import native
+from llmint8.kernels.cpu import checked, native
 from llmint8.kernels.linear import prepare
 from llmint8.kernels.operands import Operands
 from llmint8.kernels.reference import Activation, Group, Int8Weight, Rotation, row_sums
@@ -161,7 +162,7 @@ def test_one_runtime_of_openmp_is_loaded() -> None:
     """Two would keep each other's threads from the cores."""
     code = """
 import torch
-from llmint8.kernels.cpu import native
+from llmint8.kernels.cpu import checked, native
 assert native.kinds()
 torch.ones(1 << 20).sum()
 print(*{line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.rpartition("/")[2]})
@@ -259,6 +260,35 @@ def test_weights_that_move_are_found() -> None:
     weight: Any = layer._parameters["weight"]
     weight.data = weight.data.clone()
     assert torch.equal(layer(x), expected)
+
+
+@needs_it
+def test_the_operator_remembers_weights_and_keeps_none_of_their_tensors() -> None:
+    layer = runtime.Int8Linear.from_linear(torch.nn.Linear(130, 40), torch.tensor([3, 9]))
+    operands, x = layer.prepared.operands, torch.randn(2, 130)  # type: ignore[attr-defined]
+    others = [None if part is None else part.clone() for part in operands[:6]]
+
+    def run(tensors: Any, x: Tensor = x) -> Tensor:
+        return torch.ops.llmint8.int8_linear(x, *tensors, operands.group, None, False)
+
+    expected = layer(x)
+    doubled = [others[0], others[1] * 2, *others[2:5], None]
+    other = Operands(*doubled, *operands[6:])  # type: ignore[arg-type]
+    for _ in range(2):
+        assert torch.equal(run(operands[:6]), expected)
+        assert torch.equal(run(others), expected)
+        assert torch.equal(run(doubled), native.NativeLinear(other)(x, False))
+    with pytest.raises(ValueError, match=r"x has shape \[2, 131\], expected \[any, 130\]"):
+        run(operands[:6], torch.randn(2, 131))
+    with pytest.raises(ValueError, match=r"scale has shape \[39\], expected \[40\]"):
+        run([operands[0], operands[1][1:], *operands[2:6]])
+    others[0].data = others[0].data.neg()
+    others[0].data = operands[0].data.clone()  # where it was before may hold anything by now
+    assert torch.equal(run(others), expected)
+    kept, known = weakref.ref(others[1]), len(checked._KNOWN)
+    del others, doubled, other
+    assert kept() is None
+    assert len(checked._KNOWN) < known
 
 
 @needs_it

@@ -261,3 +261,25 @@ def test_the_command_times_and_tunes(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert len(tiles.read_table(tiles.cache_path().read_text())) == 2
     assert len(result.stdout.splitlines()) == 2 + len(bench.MEASURED_M)
     tiles.forget()
+
+
+@pytest.mark.parametrize("m", [1, 17])
+def test_every_variant_of_the_benchmark_of_k_bits_computes_the_layer(
+    m: int, benchmark: Callable[[str], ModuleType], no_clock: dict[str, list[Any]]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU the benchmark itself shows it")
+    gpu_kbit = benchmark("gpu_kbit")
+    torch.manual_seed(0)
+    rows = gpu_kbit.measured_rows("a device", m, 32, 64, CPU, (3, 4, 8))
+    assert [row["bits"] for row in rows] == [3, 4, 8]
+    assert [row["ours_us"] for row in rows] == [1, 2, 3]
+    assert [row["columns_us"] for row in rows] == [None, 4, None]
+    assert all(row["bf16_us"] == 5 and row["int8_us"] == 6 for row in rows)
+    for name, found in no_clock.items():
+        for one, other in zip(found, no_clock["bf16"], strict=True):
+            error = (one.float() - other.float()).norm() / other.float().norm()
+            assert error < (0.3 if "3" in name else 0.15), name
+    assert gpu_kbit.floor_us(1, 4096, 4096, 4) == pytest.approx(2.07, abs=0.02)
+    lines = list(gpu_kbit.table([row | {"model": "OPT-6.7B", "layer": "fc1"} for row in rows]))
+    assert lines[2].split()[:9] == ["OPT-6.7B", "fc1", str(m), "32", "64", "4", "2.0", "4.0", "6.0"]

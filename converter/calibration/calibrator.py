@@ -10,7 +10,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -29,11 +28,12 @@ from ..model.experts import ExpertMatrix, in_order
 from ..model.inputs import runs
 from ..model.names import fused_parameters, parameter_tensors
 from ..outliers.choosing import select
-from ..outliers.measuring import Curve, InputStatistics, column_norms, rounded
+from ..outliers.measuring import Curve, InputStatistics, column_norms
 from ..planning.plan import ConversionPlan
 from ..planning.selected import SelectedLayer, kept_output_bytes
-from ..words import first_line
-from .gptq import Gptq, Round
+from ..words import first_line, rounded
+from .columns import Outliers, ProxyColumns, known_columns
+from .gptq import Gptq, Round, Rounding
 from .streaming import LinearCall, streamed
 from .text import Calibration
 
@@ -46,35 +46,28 @@ _FLOAT16_MAX = torch.finfo(torch.float16).max
 Quantize = Callable[[SelectedLayer, Tensor, Round | None], tuple[Tensor, Grid]]
 
 
-def _no_columns(name: str) -> tuple[Tensor, Tensor]:
-    raise KeyError(name)
-
-
-@dataclass(frozen=True)
-class Outliers:
-    """The outlier columns chosen; none by default.
-
-    `counts` has the calibrated layers only, `statistics` is for the manifest, `notices` are for the user, and `load`
-    returns a layer's dims, int32 [k], and columns [N, k].
-    """
-
-    counts: dict[str, int] = field(default_factory=dict)
-    statistics: dict[str, dict[str, Any]] = field(default_factory=dict)
-    notices: list[str] = field(default_factory=list)
-    load: Callable[[str], tuple[Tensor, Tensor]] = _no_columns
-
-
 class Calibrator:
     """Runs the pass and chooses the outliers."""
 
-    def __init__(self, plan: ConversionPlan, batch: Calibration, device: torch.device, journal: Journal) -> None:
-        """Take the plan, what to show to the model, where to run, and where to put columns aside."""
+    def __init__(
+        self,
+        plan: ConversionPlan,
+        batch: Calibration,
+        device: torch.device,
+        journal: Journal,
+        rounding: Rounding | None = None,
+    ) -> None:
+        """Take the plan, what to show to the model, where to run, and where to put columns aside.
+
+        `rounding` finds the codes of weights; that which the plan's options name by default.
+        """
         self._plan, self._batch, self._device, self._journal = plan, batch, device, journal
         self._statistics = InputStatistics(plan.criterion, plan.options.scheme, self._remember_curve)
         self._notices: list[str] = []
         self._overflow = 0.0, ""
         gptq = plan.options.rounding == "gptq"
-        self._rounding = Gptq(plan.criterion, plan.options.scheme.rotation) if gptq else None
+        proxy = ProxyColumns(plan).dims if plan.criterion.kind == "proxy" else None
+        self._rounding = rounding or (Gptq(plan.criterion, plan.options.scheme, proxy) if gptq else None)
         self.shown: dict[str, int] = {}
 
     def run(self, read: Callable[[str], Tensor], quantize: Quantize, has: Callable[[SelectedLayer], bool]) -> None:
@@ -222,8 +215,9 @@ class Calibrator:
         return torch.cat([self._journal.load(columns.rows(rows[dim], rows[dim] + 1)) for dim in dims.tolist()]).t()
 
     def choose(self) -> Outliers:
-        """Choose the outliers of all layers seen."""
+        """Choose the outliers of all layers seen, or those that were known before."""
         groups = self._statistics.finish()
+        known = None if self._plan.criterion.measured else known_columns(self._plan)
         chosen = select(groups, self._plan.criterion)
         counts: dict[str, int] = {}
         statistics: dict[str, dict[str, Any]] = {}
@@ -247,4 +241,6 @@ class Calibrator:
             dims = dims_of[name][positions[name]].sort().values
             return dims.to(torch.int32), self._columns(self._plan.selection.layers[name], dims)
 
+        if known is not None:
+            return Outliers(known.counts, statistics, self._notices, known.load)
         return Outliers(counts, statistics, self._notices, load)

@@ -10,12 +10,13 @@ are done in blocks of so many, as if the blocks had nothing to do with each othe
 on how a machine adds up, so it is not the same to the bit everywhere.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from llmint8.kernels.reference import Rotation
+from llmint8.formats import Scheme
 from llmint8.kernels.weights import rotate
 
 from ..coding import Grid
@@ -26,19 +27,37 @@ Round = Callable[[Tensor, Grid], Tensor]
 
 MAX_DIMENSIONS = 16384
 # Of the mean of its diagonal, added to H: 512 tokens tell little of thousands of dimensions. With the 0.01 of the
-# paper, rounding to nearest is better (docs/accuracy.md).
-_DAMPING = 0.1
+# paper, rounding to nearest is better for int8 (docs/accuracy.md). What k bits lose is more, and so is what would be
+# made up for by chance (docs/kbit.md).
+DAMPING, DAMPING_OF_K_BITS = 0.1, 0.3
 _BLOCK = 128
+
+
+class Rounding(Protocol):
+    """What finds the codes of the weights that a pass reaches; `wide` and `notice` are as those of `Gptq`."""
+
+    wide: Mapping[str, int]
+
+    @property
+    def notice(self) -> str:
+        """Say what the user should know."""
+
+    def of(self, name: str, x: Tensor, rows: Tensor) -> Round:
+        """Return what rounds a layer; see `Gptq.of`."""
 
 
 class Gptq:
     """Rounds the weights of the layers that a pass reaches; those that share an input share what is computed."""
 
-    def __init__(self, criterion: Criterion, rotation: Rotation | None) -> None:
-        """Take how outlier dimensions will be chosen, and whether weights and inputs are rotated."""
-        self._criterion, self._rotation = criterion, rotation
+    def __init__(self, criterion: Criterion, scheme: Scheme, known: Callable[[str], Tensor] | None = None) -> None:
+        """Take how outlier dimensions will be chosen, and how layers are coded.
+
+        `known` returns the dimensions of a layer where they are known already.
+        """
+        self._criterion, self._rotation, self._known = criterion, scheme.rotation, known
+        self._by_square, self._damping = scheme.kbit is not None, DAMPING_OF_K_BITS if scheme.kbit else DAMPING
         self._last: tuple[Tensor, Round] | None = None
-        self.wide: dict[str, int] = {}  # layers that are done in blocks, and their numbers of inputs
+        self.wide: Mapping[str, int] = {}  # layers that are done in blocks, and their numbers of inputs
 
     @property
     def notice(self) -> str:
@@ -53,8 +72,8 @@ class Gptq:
     def of(self, name: str, x: Tensor, rows: Tensor) -> Round:
         """Return what turns a weight [N, K] and its grid to codes [N, K], for a layer with this input.
 
-        Which dimensions stay in 16 bit is not known yet. Taken for it are as many as there are on average: one of them
-        that does not stay after all is rounded to nearest.
+        Which dimensions stay in 16 bit may not be known yet. Taken for it are as many as there are on average: one of
+        them that does not stay after all is rounded to nearest.
 
         Args:
             name: of the layer.
@@ -63,11 +82,12 @@ class Gptq:
 
         """
         if rows.shape[1] > MAX_DIMENSIONS:
-            self.wide[name] = rows.shape[1]
+            self.wide = {**self.wide, name: rows.shape[1]}
         if self._last is None or self._last[0] is not x:
             self._last = None  # what is in it is large
-            kept = rows.index_fill(1, likely_outliers(rows, self._criterion), 0)
-            correlations = Correlations(rotate(kept, self._rotation))
+            dims = self._known(name) if self._known else likely_outliers(rows, self._criterion, self._by_square)
+            kept = rows.index_fill(1, dims.to(rows.device), 0)
+            correlations = Correlations(rotate(kept, self._rotation), self._damping)
 
             def rounded(weight: Tensor, grid: Grid) -> Tensor:
                 return correlations.round(rotate(weight, self._rotation), grid)
@@ -79,9 +99,12 @@ class Gptq:
 class Correlations:
     """What the inputs x [T, K] of some layers say about each other: the Cholesky factors of the blocks of H^-1."""
 
-    def __init__(self, x: Tensor) -> None:
-        """Take the inputs, float32, as they will be multiplied: rotated, and 0 where they are multiplied in 16 bit."""
-        self._blocks = [_factor(block) for block in torch.split(x, MAX_DIMENSIONS, 1)]
+    def __init__(self, x: Tensor, damping: float = DAMPING) -> None:
+        """Take the inputs, float32, as they will be multiplied: rotated, and 0 where they are multiplied in 16 bit.
+
+        `damping` is a share of the mean of H's diagonal, and is added to that.
+        """
+        self._blocks = [_factor(block, damping) for block in torch.split(x, MAX_DIMENSIONS, 1)]
 
     def round(self, weight: Tensor, grid: Grid) -> Tensor:
         """Round a weight, float32 [N, K], rotated as x is, to the codes of a grid, [N, K]."""
@@ -92,15 +115,15 @@ class Correlations:
         return torch.cat(codes, 1)
 
 
-def _factor(x: Tensor) -> tuple[Tensor, Tensor]:
+def _factor(x: Tensor, damping: float) -> tuple[Tensor, Tensor]:
     """Return the order of the dimensions, int64 [K], and the upper Cholesky factor of H^-1 in it, float32 [K, K]."""
     hessian = x.t() @ x
     diagonal = hessian.diagonal()
     order = diagonal.argsort(descending=True, stable=True)
     # A dimension that is always 0 says nothing: it is rounded to nearest, and nothing is made up for in it.
-    damping = _DAMPING * float(diagonal.mean()) or 1.0
+    added = damping * float(diagonal.mean()) or 1.0
     hessian = hessian[order][:, order]
-    hessian.diagonal().add_(damping)
+    hessian.diagonal().add_(added)
     return order, torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
 
 

@@ -42,6 +42,8 @@ class LinearCall(NamedTuple):
 
 
 OnLinear = Callable[[LinearCall], None]
+# A layer's name, its input [..., K], the same as rows float32 [M, K], its weight [N, K] -> float32 [M, N] without bias.
+Multiply = Callable[[str, Tensor, Tensor, Tensor], Tensor]
 
 # Attributes of a parameter that are a tensor.
 _VIEWS = (Tensor.T, Tensor.H, Tensor.mT, Tensor.mH, Tensor.data)
@@ -60,8 +62,9 @@ def streamed(
     read: Read,
     on_linear: OnLinear,
     device: torch.device,
-) -> Iterator[Callable[[str, Mapping[str, Tensor]], None]]:
-    """Return what calls a method of the model, with `on_linear` for every layer of `layers` reached with any rows.
+    multiply: Multiply = lambda name, x, rows, weight: blockwise_linear(rows, weight),
+) -> Iterator[Callable[[str | Callable[..., Any], Mapping[str, Any]], None]]:
+    """Return what calls a method of the model, or a function that does, with `on_linear` for each layer any rows reach.
 
     The method may raise whatever the model's code raises, when it needs a weight that the source has not, or does with
     a parameter what cannot be done on the meta device. Layers reached before that have been handed on.
@@ -77,6 +80,7 @@ def streamed(
         read: returns a tensor of the source, on the CPU; for the weights of `layers` it is called in a thread.
         on_linear: takes what each layer saw, call by call.
         device: where the pass runs.
+        multiply: computes the output of a layer; the product with its weight by default.
 
     """
     model.eval()
@@ -92,12 +96,12 @@ def streamed(
             transposed = isinstance(module, Conv1D)
             out_features: Any = module.nf if isinstance(module, Conv1D) else module.out_features
             what = name, out_features, transposed, weight, bias, outputs.get(name)
-            module.forward = _StreamedLinear(*what, ahead.get, on_linear, device)
+            module.forward = _StreamedLinear(*what, ahead.get, on_linear, device, multiply)
         for name, matrices in experts.items():
             of_experts = defaultdict(list)
             for matrix, layer in sorted(matrices, key=lambda one: one[0].part):
                 own = matrix.module, layer.out_features, layer.transposed, layer.weight.name, None
-                streamed_one = _StreamedLinear(*own, outputs.get(matrix.module), read, on_linear, device)
+                streamed_one = _StreamedLinear(*own, outputs.get(matrix.module), read, on_linear, device, multiply)
                 of_experts[matrix.projection, matrix.expert].append(streamed_one)
             module = model.get_submodule(name)
             module.forward = partial(run_experts, module, expert_by_expert(of_experts, module.num_experts))
@@ -122,9 +126,10 @@ def streamed(
         # Some models make parameters outside of the meta device: memory that nobody wrote to.
         missing = {id(parameter) for _, parameter in named} - parameters.keys()
 
-        def call(method: str, arguments: Mapping[str, Tensor]) -> None:
+        def call(method: str | Callable[..., Any], arguments: Mapping[str, Any]) -> None:
             with torch.inference_mode(), _SourceParameters(parameters, missing, device):
-                (model if method == "forward" else getattr(model, method))(**arguments)
+                called = model if method == "forward" else method if callable(method) else getattr(model, method)
+                called(**arguments)
 
         yield call
 
@@ -148,10 +153,11 @@ class _StreamedLinear:
         read: Read,
         on_linear: OnLinear,
         device: torch.device,
+        multiply: Multiply,
     ) -> None:
         self._name, self._weight, self._bias, self._known = name, weight, bias, known
         self._out_features, self._transposed = out_features, transposed
-        self._read, self._on_linear, self._device = read, on_linear, device
+        self._read, self._on_linear, self._device, self._multiply = read, on_linear, device, multiply
 
     def __call__(self, x: Tensor) -> Tensor:
         # Everything below has real tensors; the mode would only slow it down.
@@ -168,7 +174,7 @@ class _StreamedLinear:
         else:
             weight = self._read(self._weight).to(self._device)
             weight = weight.t() if self._transposed else weight
-            out = blockwise_linear(rows, weight)
+            out = self._multiply(self._name, x, rows, weight)
         self._on_linear(LinearCall(self._name, x, rows, weight, out))
         if self._bias is not None:
             out += self._read(self._bias).to(self._device)

@@ -26,22 +26,31 @@ _DISK_SPEED = 500_000_000
     type=click.IntRange(1, 2),
     default=1,
     show_default=True,
-    help="1, which bitsandbytes loads too, or 2, which it does not: for --rotate, --rounding and experts.",
+    help="1, which bitsandbytes loads too, or 2, which it does not: for --bits, --rotate, --rounding and experts.",
 )
 @click.option("--rotate", is_flag=True, help="Rotate weights and inputs: a third less error. Takes --format 2.")
+@click.option("--bits", metavar="K", type=click.IntRange(3, 8), help="Bits of a weight, 3 to 8. Takes --format 2.")
+@click.option(
+    "--data-type", type=click.Choice(["int", "float", "dynamic", "quantile", "nf4"]), help="What their levels are."
+)
+@click.option(
+    "--block-size",
+    type=click.Choice([*(str(2**power) for power in range(5, 13)), "row"]),
+    help="How many weights of a row share a scale then: 64 otherwise.",
+)
+@click.option("--target-size", metavar="SIZE", help="Bits by layer, so that OUT takes so much: by measured error.")
 @click.option(
     "--rounding",
     type=click.Choice(["nearest", "gptq"]),
     default="nearest",
     show_default=True,
-    help="How int8 values are found: gptq makes up for each column's error in the next ones. Takes --format 2.",
+    help="How values are found: gptq makes up for each column's error in the next ones. Takes --format 2.",
 )
 @click.option(
     "--outliers",
     metavar="CRITERION",
-    default="top-k=16",
-    show_default=True,
-    help="Which input columns stay in 16 bit: top-k=N on average, threshold=X, systematic or none.",
+    help="Which input columns stay in 16 bit: top-k=N on average, threshold=X, systematic, proxy=SHARE or none. "
+    "top-k=16 otherwise, and none with --bits.",
 )
 @click.option(
     "--calibration",
@@ -187,8 +196,8 @@ def _echo_report(report: Any, verbose: bool, trusted: Any | None) -> None:
         for name in report.uncalibrated:
             click.echo(f"Uncalibrated {printable(name)}")
     click.echo(
-        f"{count(report.layers, 'linear layer')} in int8 with {report.outlier_share:.1%} of their columns in "
-        f"{report.precision}, {count(len(report.kept), 'layer')} left in {report.precision}. "
+        f"{count(report.layers, 'linear layer')} in {report.coding} with {report.outlier_share:.1%} of their columns "
+        f"in {report.precision}, {count(len(report.kept), 'layer')} left in {report.precision}. "
         f"{size(report.bytes_before)} -> {size(report.bytes_after)} "
         f"({report.bytes_after / report.bytes_before:.0%}) in {report.seconds:.1f} s."
     )
@@ -220,7 +229,7 @@ def _plan_text(plan: Any, verbose: bool) -> str:
     selection = plan.selection
     lines = [
         f"Source       {plan.origin.name}: {count(len(plan.source.tensors), 'tensor')}, {size(plan.bytes_before)}",
-        f"Layers       {count(len(selection.multiplied), 'linear layer')} to int8, "
+        f"Layers       {count(len(selection.multiplied), 'linear layer')} to {plan.options.coding}, "
         f"{len(selection.kept)} left in {plan.precision}",
         f"Outliers     {plan.criterion}",
         f"Result       {size(plan.bytes_after)}, {plan.bytes_after / plan.bytes_before:.0%} of the source",

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from llmint8.formats import DTYPES, NATIVE, Checkpoint, Source
-from llmint8.kernels.reference import dequantize_weight
-from llmint8.kernels.weights import quantize_weight
+from llmint8.kernels.weights import rotate
 
+from ..coding import round_to_nearest
 from ..model.architecture import settle_class
 from ..model.build import meta_model
 from ..model.config import load_config
@@ -80,18 +80,21 @@ def _tied_heads(checkpoint: Checkpoint, source: Source, model: Any | None) -> di
 
 
 def _compare_layer(checkpoint: Checkpoint, name: str, weight: torch.Tensor) -> tuple[float, list[str]]:
-    rotation = checkpoint.records[name].scheme.rotation
-    values, absmax = checkpoint.read(f"{name}.weight"), checkpoint.read(f"{name}.{checkpoint.layout.absmax}")
-    if values.shape != weight.shape:
-        return float("nan"), [f"{name}.weight: shape {list(values.shape)}, the source has {list(weight.shape)}"]
+    record, layout = checkpoint.records[name], checkpoint.layout
+    if (record.out_features, record.in_features) != tuple(weight.shape):
+        shape = [record.out_features, record.in_features]
+        return float("nan"), [f"{name}.weight: shape {shape}, the source has {list(weight.shape)}"]
     problems = []
-    expected_values, expected_absmax = quantize_weight(weight, rotation)
+    expected, grid = round_to_nearest(weight, record.scheme)
+    stored = checkpoint.read(f"{name}.weight")
+    scales = {suffix: checkpoint.read(f"{name}.{suffix}") for suffix in layout.weight_suffixes(record.scheme)[1:]}
     # What GPTQ makes of a weight depends on the calibration and on the machine; what is not the source's is found by
     # its scales and its columns.
-    same = checkpoint.quantization.rounding != "nearest" or torch.equal(values, expected_values)
-    if not same or not torch.equal(absmax, expected_absmax):
+    same = checkpoint.quantization.rounding != "nearest" or torch.equal(stored, grid.stored(expected))
+    if not same or not all(torch.equal(scales[suffix], tensor) for suffix, tensor in grid.scales(layout).items()):
         problems.append(f"{name}.weight: not what quantizing the source gives")
-    restored = dequantize_weight(values, absmax, rotation)
+    grid = grid.with_absmax(scales[layout.absmax])
+    restored = rotate(grid.dequantize(grid.codes(stored, record.in_features)), record.scheme.rotation)
     if f"{name}.outlier_dims" in checkpoint.tensors:
         dims = checkpoint.read(f"{name}.outlier_dims").long()
         columns = checkpoint.read(f"{name}.outlier_weight")

@@ -6,13 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmint8.formats import CheckpointWriter, Manifest, OutputError, SourceError, open_source
+import torch
+
+from llmint8.formats import CheckpointWriter, Manifest, OutputError, Quantization, SourceError, open_source
 from llmint8.formats.disk.names import CARD_NAME
 from llmint8.formats.disk.small_files import MODULES_NAME
 from llmint8.formats.writing.journal import Journal
 
 from ..calibration.batch import load_batch, record
-from ..calibration.calibrator import Calibrator, Outliers
+from ..calibration.calibrator import Calibrator
+from ..calibration.columns import Outliers, known_columns
+from ..calibration.sizing import Sizes, choose_bits
+from ..calibration.text import Calibration
+from ..coding import coded_in
 from ..hub.card import Subject, new_card
 from ..hub.download import fetch_weights
 from ..hub.front_matter import read_card
@@ -20,7 +26,7 @@ from ..hub.origin import Token
 from ..hub.resolve import resolve
 from ..machine import usable_device
 from ..planning.options import Options
-from ..planning.plan import ConversionPlan, make_plan, with_selection
+from ..planning.plan import ConversionPlan, make_plan, with_schemes, with_selection
 from ..words import size
 from .finished import finished
 from .provenance import describe, fingerprint, identify, output_config
@@ -46,6 +52,7 @@ class ConversionReport:
     notices: list[str]
     already: bool = False  # it was finished before
     precision: str = "16 bit"  # what the layers are in where they are not quantized; or `float32`
+    coding: str = "int8"  # what the layers are in where they are
     searches: bool = True  # whether uncalibrated layers search their outliers in every call
 
 
@@ -94,26 +101,27 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
     started = time.monotonic()
     if report := already_done(plan):
         return report
-    options, device = plan.options, usable_device(plan.options.device)
+    options, device, calibrated = plan.options, usable_device(plan.options.device), plan.calibrated
     _require_room(plan)
-    calibrated = plan.criterion.kind != "none"
-    batch = load_batch(plan) if calibrated else None
+    batch, sizes = load_batch(plan) if calibrated or options.target_size else None, Sizes({}, {}, 0)
     with CheckpointWriter(plan.out, plan.max_shard_bytes, fingerprint(plan), force) as writer:
         plan = _with_weights(plan)
         if options.on_nonfinite == "keep":
             plan = _without_nonfinite(plan, writer.journal, progress)
+        if options.target_size:
+            plan, sizes = _sized(plan, batch, device, writer.journal, progress)
         writer.plan(plan.groups)
         transfer = Transfer(plan, writer, device, progress)
-        calibrator = Calibrator(plan, batch, device, writer.journal) if batch else None
+        calibrator = Calibrator(plan, batch, device, writer.journal) if batch and calibrated else None
         if calibrator:
             calibrator.run(transfer.read, transfer.quantize, transfer.has)
         transfer.convert_rest()
-        outliers = calibrator.choose() if calibrator else Outliers()
+        outliers = calibrator.choose() if calibrator else known_columns(plan)
         progress("outlier columns", 0)
         transfer.write_outliers(outliers)
         progress("everything to the disk", 0)
-        shown = calibrator.shown if calibrator else {}
-        calibration, said = record(plan, batch, shown, len(outliers.counts))
+        shown = calibrator.shown if calibrator else sizes.shown
+        calibration, said = record(plan, batch, shown, len(outliers.statistics) if calibrator else sizes.measured)
         manifest = _commit(plan, writer, outliers, calibration)
     notices = [*plan.selection.notices, *outliers.notices, *said, *plan.source.differences]
     multiplied = plan.selection.multiplied
@@ -122,13 +130,14 @@ def execute(plan: ConversionPlan, force: bool = False, progress: Progress = _no_
         plan.out,
         len(multiplied),
         plan.selection.kept,
-        [name for name in multiplied if calibrated and name not in outliers.counts],
+        [name for name in multiplied if calibrated and name not in outliers.statistics],
         sum(outliers.counts.values()) / columns,
         plan.bytes_before,
         sum(entry.nbytes for entry in manifest.tensors.values()),
         time.monotonic() - started,
         notices,
         precision=plan.precision,
+        coding=_coding(plan, describe(plan, {}, None)),
         searches=plan.options.layout.searches,
     )
 
@@ -147,12 +156,11 @@ def already_done(plan: ConversionPlan, progress: Progress = _no_progress) -> Con
         return None
     checkpoint, manifest = found
     records = {name: record for name, record in checkpoint.records.items() if record.scheme.lookup != "only"}
-    calibrated = plan.criterion.kind != "none"
     return ConversionReport(
         plan.out,
         len(records),
         {name: reason for name, reason in plan.selection.kept.items() if name not in records},
-        [name for name in records if calibrated and name not in manifest.modules],
+        [name for name in records if plan.calibrated and name not in manifest.modules],
         sum(checkpoint.quantization.outliers.values()) / sum(record.in_features for record in records.values()),
         plan.bytes_before,
         sum(entry.nbytes for entry in manifest.tensors.values()),
@@ -160,8 +168,14 @@ def already_done(plan: ConversionPlan, progress: Progress = _no_progress) -> Con
         [],
         already=True,
         precision=plan.precision,
+        coding=_coding(plan, checkpoint.quantization),
         searches=plan.options.layout.searches,
     )
+
+
+def _coding(plan: ConversionPlan, quantization: Quantization) -> str:
+    """Say in what the layers are: in more detail where all are alike."""
+    return coded_in(quantization) if plan.options.target_size else plan.options.coding
 
 
 def _require_room(plan: ConversionPlan) -> None:
@@ -200,6 +214,20 @@ def _commit(
     subject = Subject(config, quantization, identity, in_features, writer.nbytes, sentences=beside, tensors=names)
     small_files[CARD_NAME] = new_card(subject, read_card(plan.source.beside)).encode()
     return writer.commit(config, quantization, identity, outliers.statistics, small_files)
+
+
+def _sized(
+    plan: ConversionPlan, batch: Calibration | None, device: torch.device, journal: Journal, progress: Progress
+) -> tuple[ConversionPlan, Sizes]:
+    """Return the plan with the bits of each layer that `--target-size` gives it, and how they were found."""
+    earlier = journal.get("bits", "")
+    found = None if earlier is None else Sizes(*earlier.value)
+    if found is None or found.bits.keys() != plan.selection.layers.keys():
+        progress("measuring the layers", 0)
+        found = choose_bits(plan, batch, device, plan.source.read)
+        journal.put("bits", "", list(found))
+    by_bits = {kbit.bits: kbit for kbit in plan.options.candidates}
+    return with_schemes(plan, {name: by_bits[bits] for name, bits in found.bits.items()}), found
 
 
 def _without_nonfinite(plan: ConversionPlan, journal: Journal, progress: Progress) -> ConversionPlan:

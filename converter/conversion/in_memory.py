@@ -27,7 +27,8 @@ from llmint8.formats.disk.small_files import small_files
 from llmint8.formats.writing.journal import Journal
 
 from ..calibration.batch import load_batch, record
-from ..calibration.calibrator import Calibrator, Outliers
+from ..calibration.calibrator import Calibrator
+from ..calibration.columns import Outliers, known_columns
 from ..calibration.gptq import Round
 from ..calibration.text import Calibration
 from ..coding import Grid, round_to_nearest
@@ -102,8 +103,7 @@ def find_out(model: Any, options: Options, tokens: Tensor | None, tokenizer: Any
 
 
 def _found(plan: ConversionPlan, tokens: Tensor | None, folder: Path) -> Iterator[Found]:
-    calibrated = plan.criterion.kind != "none"
-    batch = (_of_ids(plan, tokens) if tokens is not None else load_batch(plan)) if calibrated else None
+    batch = (_of_ids(plan, tokens) if tokens is not None else load_batch(plan)) if plan.calibrated else None
     (notes := folder / "notes").mkdir()
     journal = Journal(notes, None)
     try:
@@ -115,12 +115,12 @@ def _found(plan: ConversionPlan, tokens: Tensor | None, folder: Path) -> Iterato
                 codes = rounded[layer.name] = rounding(weight, grid)
             return codes, grid
 
-        outliers, shown = Outliers(), {}
+        outliers, shown = known_columns(plan), {}
         if batch is not None:
             calibrator = Calibrator(plan, batch, torch.device(plan.options.device), journal)
             calibrator.run(plan.source.read, quantize, lambda layer: True)
             outliers, shown = calibrator.choose(), calibrator.shown
-        calibration, said = record(plan, batch, shown, len(outliers.counts))
+        calibration, said = record(plan, batch, shown, len(outliers.statistics))
         identity = {key: value for key, value in identify(plan).items() if key != "options"}
         notices = [*plan.selection.notices, *outliers.notices, *said]
         yield Found(plan, outliers, rounded, describe(plan, outliers.counts, calibration), identity, notices)

@@ -1,6 +1,7 @@
 """What a conversion writes about itself: config.json, its quantization, and where the source came from."""
 
 import hashlib
+from collections import Counter
 from dataclasses import fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -47,14 +48,21 @@ def _without_paths(value: Any) -> Any:
 
 def describe(plan: ConversionPlan, outliers: dict[str, int], calibration: dict[str, Any] | None) -> Quantization:
     """Return what config.json says about the quantization."""
-    coded = {name: plan.options.scheme_of(layer.lookup) for name, layer in plan.selection.layers.items()}
-    scheme = plan.options.scheme
+    coded = {name: plan.scheme_of(layer) for name, layer in plan.selection.layers.items()}
+    widths = {}
+    for name, layer in plan.selection.layers.items():
+        kbit = coded[name].kbit
+        if kbit and kbit.most_features(kbit.row_bytes(layer.in_features)) != layer.in_features:
+            widths[name] = layer.in_features
+    common = Counter(one for one in coded.values() if one.lookup is None).most_common(1)
+    scheme = common[0][0] if plan.kbits and common else plan.options.scheme
     return Quantization(
         plan.selection.skip_modules,
         {name: outliers.get(name, 0) for name in plan.selection.layers},
         criterion=str(plan.criterion),
         schemes={scheme.name: scheme} | {other.name: other for other in coded.values()},
         layers={name: one.name for name, one in coded.items()} if plan.options.layout == NATIVE else {},
+        in_features=widths,
         rounding=plan.options.rounding,
         layout=plan.options.layout,
         producer=f"llmint8 {_version('llmint8')}",
@@ -78,8 +86,13 @@ def identify(plan: ConversionPlan) -> dict[str, Any]:
 def _options(plan: ConversionPlan) -> dict[str, str]:
     """Return every option that decides what a conversion writes: by these a finished one is recognised."""
     left_out = {"jobs", *(("format", "rotate", "rounding") if plan.options.format == 1 else ())}  # it has them not
+    left_out |= set() if plan.options.kbit else {"bits", "data_type", "block_size"}
+    left_out |= set() if plan.options.target_size else {"target_size"}
     left_out |= set() if plan.options.quantize_embeddings else {"quantize_embeddings"}  # as before there was one
     values = {field.name: getattr(plan.options, field.name) for field in fields(plan.options)}
+    if kbit := plan.options.kbit:
+        values |= {} if plan.options.target_size else {"bits": kbit.bits}
+        values |= {"data_type": kbit.data_type, "block_size": kbit.block or "row"}
     values = {name: value for name, value in values.items() if name not in left_out}
     values["calibration"] = _calibration(plan)
     lists = {name: ", ".join(map(repr, value)) for name, value in values.items() if isinstance(value, list | tuple)}

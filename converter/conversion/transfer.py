@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmint8.formats import DTYPES, CheckpointWriter, SourceError, TensorInfo, outlier_specs
 
-from ..calibration.calibrator import Outliers
+from ..calibration.columns import Outliers
 from ..calibration.gptq import Round
 from ..coding import Grid, levels_of_rows, round_to_nearest
 from ..planning.plan import ConversionPlan, in_file_order, output_dtype
@@ -147,7 +147,7 @@ class Transfer:
         for name, layer in self._plan.selection.layers.items():
             stored = output_dtype(layer.weight.dtype, self._plan.dtype)
             specs[name] = outlier_specs(name, layer.out_features, outliers.counts.get(name, 0), stored)
-        if self._plan.criterion.kind != "none":
+        if self._plan.criterion.measured:
             self._writer.plan(specs.values())
         for name, (dims_spec, columns_spec) in specs.items():
             layer = self._plan.selection.layers[name]

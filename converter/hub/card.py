@@ -25,6 +25,7 @@ from llmint8.formats import (
 )
 from llmint8.formats.disk.small_files import MODULES_NAME
 
+from ..coding import coded_in, coding_in_words, kbits_of, method_in_words
 from ..endings import Endings
 from ..words import activations, size
 from .front_matter import metadata, strings
@@ -39,7 +40,6 @@ _END = "<!-- llmint8: end of the generated part -->"
 _GENERATED = re.compile(f"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
 _NAMES_SHOWN = 8
 _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
-_TAGS = ("llmint8", "int8", "8-bit")
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,13 @@ def _front_matter(subject: Subject, source: Mapping[str, Any]) -> Any:
     architecture = named_class(subject.config)
     if carried["pipeline_tag"] is None and architecture.endswith(("ForCausalLM", "LMHeadModel")):
         carried["pipeline_tag"] = "text-generation"
-    native = subject.quantization.layout == NATIVE
+    native, bits = subject.quantization.layout == NATIVE, sorted({one.bits for one in kbits_of(subject.quantization)})
+    tags = ["llmint8", *([f"{one}-bit" for one in bits] or ["int8", "8-bit"]), *([] if native else ["bitsandbytes"])]
     return ModelCardData(
         base_model=bases[0] if len(bases) == 1 else bases or None,
         base_model_relation="quantized" if repo else None,
         library_name="llmint8" if native else "sentence-transformers" if subject.sentences else "transformers",
-        tags=list(dict.fromkeys([*strings(source.get("tags")), *_TAGS, *([] if native else ["bitsandbytes"])])),
+        tags=list(dict.fromkeys([*strings(source.get("tags")), *tags])),
         **carried,
     )
 
@@ -124,16 +125,16 @@ def _generated(subject: Subject, repo: str | None) -> str:
 
 def _introduction(subject: Subject) -> list[str]:
     name, repo, commit, quantized = (subject.source.get(key) for key in ("name", "repo", "commit", "quantized"))
-    title = harmless(str(name or "This model"))
+    title, (what, how) = harmless(str(name or "This model")), method_in_words(subject.quantization)
     origin = f"`{title}`"
     if repo:
         link = f"https://huggingface.co/{harmless(str(repo))}"
         origin = f"[{title}]({link}), commit [`{harmless(str(commit))}`]({link}/tree/{harmless(str(commit))}),"
     return [
-        f"# {title.rpartition('/')[2]}, int8",
+        f"# {title.rpartition('/')[2]}, {coded_in(subject.quantization)}",
         "",
-        f"This is {origin} with its linear layers in 8-bit integers, made by {harmless(subject.quantization.producer)}",
-        "with the method of [LLM.int8()](https://arxiv.org/abs/2208.07339). What the model is for, how it was trained",
+        f"This is {origin} with {what}, made by {harmless(subject.quantization.producer)}",
+        f"{how}. What the model is for, how it was trained",
         "and what its limits are, the card of the original says; its licence holds for this copy too.",
         *([f"The original was quantized already: {harmless(str(quantized))}."] if quantized else []),
         "",
@@ -143,10 +144,10 @@ def _introduction(subject: Subject) -> list[str]:
 def _conversion(subject: Subject) -> list[str]:
     quantization = subject.quantization
     columns, kept = sum(subject.in_features), sum(quantization.outliers.values())
-    head = ", the output head among them" if quantization.int8_head else ""
+    head, coded = ", the output head among them" if quantization.int8_head else "", coded_in(quantization)
     rows = {
         "Architecture": harmless(named_class(subject.config) or "unknown"),
-        "In int8": f"{len(subject.in_features)} linear layers{head}; {_coding(quantization)}",
+        f"In {coded}": f"{len(subject.in_features)} linear layers{head}; {coding_in_words(quantization)}",
         "Not quantized": ", ".join([*_skipped(_own_layers(subject)), "all that is not linear"]),
     }
     if quantization.llmint8:
@@ -157,7 +158,7 @@ def _conversion(subject: Subject) -> list[str]:
         )
         rows["Calibration"] = _calibration(quantization.calibration, len(quantization.outliers))
         kind = activations(quantization.scheme.activation, quantization.scheme.activation_group)
-        rows["Activations"] = f"int8 when the model runs ({kind})"
+        rows["Activations"] = "not quantized" if quantization.scheme.kbit else f"int8 when the model runs ({kind})"
         readers = "which bitsandbytes reads too" if quantization.layout == BITSANDBYTES else "read by llmint8 alone"
         rows["Format"] = f"llmint8 {harmless(quantization.format_version)}, {readers}"
     files = subject.source.get("files")
@@ -171,13 +172,6 @@ def _conversion(subject: Subject) -> list[str]:
         *(f"| {key} | {value} |" for key, value in rows.items()),
         "",
     ]
-
-
-def _coding(quantization: Quantization) -> str:
-    """Say how the weights are coded."""
-    rotation = quantization.scheme.rotation
-    rotated = "" if rotation is None else f", rotated in blocks of {rotation}"
-    return f"one scale per row (absmax){rotated}{', rounded by GPTQ' if quantization.rounding == 'gptq' else ''}"
 
 
 def _own_layers(subject: Subject) -> list[str]:

@@ -4,9 +4,10 @@ It goes to where the measured error falls most per column: a greedy walk down th
 name, kind or depth has a say. docs/accuracy.md has what this was compared with.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 from .criterion import OUTLIER_MAGNITUDE, OUTLIER_POSITIONS, Criterion, max_candidates
@@ -15,6 +16,8 @@ from .measuring import InputGroup
 
 def select(groups: Sequence[InputGroup], criterion: Criterion) -> list[int]:
     """Return how many of its candidates each group keeps in 16 bit: the first so many of its `order`."""
+    if not criterion.measured:
+        return [0] * len(groups)
     if criterion.kind == "top-k":
         return _split(groups, criterion.value or 0)
     if criterion.kind == "threshold":
@@ -29,11 +32,17 @@ def select(groups: Sequence[InputGroup], criterion: Criterion) -> list[int]:
     return counts
 
 
-def likely_outliers(rows: Tensor, criterion: Criterion) -> Tensor:
-    """Return the dimensions of an input [T, K] that will stay in 16 bit if its layer is like the average, int64 [k]."""
+def likely_outliers(rows: Tensor, criterion: Criterion, by_square: bool = False) -> Tensor:
+    """Return the dimensions of an input [T, K] that will stay in 16 bit if its layer is like the average, int64 [k].
+
+    `by_square` ranks them by mean square, see `measuring.py`.
+    """
     absmax = rows.abs().amax(0)
+    if criterion.kind == "none":
+        return absmax.new_empty(0, dtype=torch.int64)
     if criterion.kind == "top-k":
-        return absmax.topk(min(int(criterion.value or 0), max_candidates(len(absmax)))).indices
+        ranked_by = rows.square().sum(0) if by_square else absmax
+        return ranked_by.topk(min(int(criterion.value or 0), max_candidates(len(absmax)))).indices
     return (absmax >= (criterion.value or OUTLIER_MAGNITUDE)).nonzero().flatten()
 
 
@@ -55,8 +64,42 @@ def _split(groups: Sequence[InputGroup], budget: float) -> list[int]:
     return counts
 
 
+def spend(sizes: Mapping[str, Sequence[int]], errors: Mapping[str, Sequence[float]], left: int) -> dict[str, int]:
+    """Return which of its candidates each thing gets, when all begin with the first and so many bytes are left.
+
+    Args:
+        sizes: of the candidates of each thing, rising.
+        errors: that these leave.
+        left: bytes beside the first candidates of all.
+
+    """
+    steps = []
+    for name, of_thing in sizes.items():
+        steps += [(-fall, name, low, high) for fall, low, high in _hull(of_thing, errors[name])]
+    chosen, closed = dict.fromkeys(sizes, 0), set()
+    for _, name, low, high in sorted(steps):
+        if name in closed or high - low > left:
+            closed.add(name)
+            continue
+        chosen[name] = sizes[name].index(high)
+        left -= high - low
+    # What is left is less than a step that was wanted: whatever fits it, where the error falls most.
+    rest = {
+        (errors[name][chosen[name]] - error, name, place)
+        for name in sizes
+        for place, error in enumerate(errors[name])
+        if error < errors[name][chosen[name]]
+    }
+    for _, name, place in sorted(rest, reverse=True):
+        cost = sizes[name][place] - sizes[name][chosen[name]]
+        if 0 < cost <= left and errors[name][place] < errors[name][chosen[name]]:
+            chosen[name] = place
+            left -= cost
+    return chosen
+
+
 def _hull(ks: Sequence[int], errors: Sequence[float]) -> list[tuple[float, int, int]]:
-    """Return the steps of the lower convex hull as (fall per column, from k, to k), steepest first."""
+    """Return the steps of the lower convex hull as (fall per column or byte, from k, to k), steepest first."""
     points: list[tuple[int, float]] = []
     for k, error in zip(ks, errors, strict=True):
         if points and error >= points[-1][1]:

@@ -14,14 +14,20 @@ OUTLIER_POSITIONS = 0.06
 
 
 class Criterion(NamedTuple):
-    """How outliers are chosen; `value` is the budget of `top-k`, the magnitude of `threshold`, else None.
+    """How outliers are chosen; `value` is the budget of `top-k`, the magnitude of `threshold`, the share of `proxy`.
 
     `top-k`: so many columns per layer on average, split by measured error. `threshold`: the paper's, every dimension
     that reaches a magnitude. `systematic`: the paper's outlier features, a magnitude of 6 in 6 % of the positions.
+    `proxy`: a share of the columns of each layer, by the weights of the layer before (`proxy.py`).
     """
 
     kind: str
     value: float | None
+
+    @property
+    def measured(self) -> bool:
+        """Whether the columns are chosen by what a calibrated pass sees."""
+        return self.kind not in ("none", "proxy")
 
     def __str__(self) -> str:
         """Return the criterion as the user writes it."""
@@ -29,12 +35,15 @@ class Criterion(NamedTuple):
 
 
 def parse_criterion(text: str) -> Criterion:
-    """Parse `none`, `systematic`, `top-k=16` or `threshold=6.0`. Raises ValueError."""
+    """Parse `none`, `systematic`, `top-k=16`, `threshold=6.0` or `proxy=0.02`. Raises ValueError."""
     if text in ("none", "systematic"):
         return Criterion(text, None)
-    match = re.fullmatch(r"(top-k|threshold)=(\d+(?:\.\d+)?)", text)
+    match = re.fullmatch(r"(top-k|threshold|proxy)=(\d+(?:\.\d+)?)", text)
     if not match or float(match[2]) <= 0:
-        raise ValueError(f"outliers {text!r}, expected none, systematic, top-k=16 or threshold=6.0 (any number > 0)")
+        ways = "none, systematic, top-k=16, threshold=6.0 or proxy=0.02"
+        raise ValueError(f"outliers {text!r}, expected {ways} (any number > 0)")
+    if match[1] == "proxy" and float(match[2]) > 1 / _MAX_SHARE:
+        raise ValueError(f"outliers {text!r}, expected a share of at most {1 / _MAX_SHARE:g}, such as proxy=0.02")
     return Criterion(match[1], float(match[2]))
 
 

@@ -1,18 +1,18 @@
 """What error is left in a layer's output when some of its input columns stay in 16 bit.
 
 Quantizing what shares a scale costs in proportion to its range, and a few dimensions set the range. So the dimensions
-of an input are ranked by their largest magnitude, and for a grid of k it is measured what error is left in the layer's
-output when the first k of them stay in 16 bit. With the column norms a_j = |W_j|^2 and e_j = |W_j - Wq_j|^2, the error
-of token t is, by expectation over independent rounding errors,
+of an input are ranked by their largest magnitude; of one that is not quantized by their mean square, which tells how
+much of a weight's error they pass on. For a grid of k it is measured what error is left in the layer's output when the
+first k of them stay in 16 bit. With a_j = |W_j|^2 and e_j = |W_j - Wq_j|^2, the norms of the columns, the error of
+token t is, by expectation over independent rounding errors,
 
     err_t(k) = sum_j a_j (x_tj - xq_tj)^2 + sum_j e_j xq_tj^2      over the dimensions j that are quantized,
 
 which needs neither another product nor the weight itself once a and e are known. Relative to the output it is averaged
 in two ways, per token and over all tokens, because single huge tokens must count, but not alone.
-Of a rotated layer, j are the dimensions that it is rotated to.
+Of a rotated layer, j are the dimensions that it is rotated to. An input that is not quantized is xq itself.
 
-Layers that share an input share its ranking, their errors add up, and they get the same dimensions. Of layers that run
-several times, as shared blocks do, all calls count.
+Layers that share an input share its ranking, their errors add up, and they get the same dimensions. All calls count.
 """
 
 import weakref
@@ -29,6 +29,7 @@ from llmint8.kernels.reference import Rotation, quantize_rows
 from llmint8.kernels.weights import rotate
 
 from ..coding import Grid
+from ..words import rounded
 from .criterion import GRID, OUTLIER_MAGNITUDE, OUTLIER_POSITIONS, Criterion, max_candidates
 
 _TINY = 1e-30
@@ -52,8 +53,8 @@ def column_norms(weight: Tensor, codes: Tensor, grid: Grid, rotation: Rotation |
 class InputGroup:
     """The layers that share an input, and what was measured on it.
 
-    `dims` are the candidates, by falling magnitude; `errors[i]` is the relative output error, summed over the layers,
-    when the first `ks[i]` of them stay in 16 bit. Chosen are the candidates at the first positions of `order`. `absmax`
+    `dims` are the candidates in their order; `errors[i]` is the relative output error, summed over the layers, when the
+    first `ks[i]` of them stay in 16 bit. Chosen are the candidates at the first positions of `order`. `absmax`
     is the largest magnitude of each candidate, and then of all other dimensions, if any; `positions` the share of
     tokens in which a candidate reaches the paper's magnitude.
     """
@@ -111,7 +112,8 @@ class InputStatistics:
         call = next((call for call in self._open if call.source() is x and group in (None, call.group)), None)
         if call is None:
             self._close([call for call in self._open if call.source() is None])
-            call = _Call(weakref.ref(x), rows, group or _Group(self._criterion, rows.shape[1]))
+            by_square = self._scheme.kbit is not None and self._criterion.kind == "top-k"
+            call = _Call(weakref.ref(x), rows, group or _Group(self._criterion, rows.shape[1], by_square))
             call.group.add(rows)
             self._open.append(call)
         if group is None:
@@ -139,14 +141,15 @@ class InputStatistics:
 class _Group:
     """The layers that share an input, and what all their calls have shown so far."""
 
-    def __init__(self, criterion: Criterion, in_features: int) -> None:
-        self._criterion = criterion
+    def __init__(self, criterion: Criterion, in_features: int, by_square: bool) -> None:
+        self._criterion, self._by_square = criterion, by_square
         self.layers: list[str] = []
         self.curves: list[tuple[int, int, Curve]] = []  # of each call, with its number of tokens and of layers
         self.dims = torch.empty(0, dtype=torch.int64)
         self._quartiles = torch.empty(3, 0)
         self._tokens = 0
         self._absmax = torch.zeros(in_features)
+        self._squares = torch.zeros(in_features)
         self._large = torch.zeros(in_features)  # tokens in which a dimension reaches the paper's magnitude
 
     @property
@@ -158,9 +161,11 @@ class _Group:
         magnitudes = rows.abs()
         self._tokens += len(rows)
         self._absmax = self._absmax.maximum(magnitudes.amax(0).cpu())
+        self._squares += rows.square().sum(0).cpu()
         self._large += (magnitudes >= OUTLIER_MAGNITUDE).sum(0).cpu()
         earlier = torch.full((3, rows.shape[1]), torch.nan).index_copy_(1, self.dims, self._quartiles)
-        self.dims = self._absmax.argsort(descending=True, stable=True)[: self._candidates()]
+        ranked_by = self._squares if self._by_square else self._absmax
+        self.dims = ranked_by.argsort(descending=True, stable=True)[: self._candidates()]
         quartiles = torch.quantile(rows[:, self.dims], torch.tensor([0.25, 0.5, 0.75], device=rows.device), dim=0).cpu()
         # All tokens are not kept for it: of several calls the mean is taken, of those in which it was a candidate.
         earlier = earlier[:, self.dims]
@@ -168,7 +173,7 @@ class _Group:
 
     def _candidates(self) -> int:
         absmax, positions = self._absmax, self._positions
-        budget = max_candidates(len(absmax))
+        budget = max_candidates(len(absmax)) if self._criterion.measured else 1
         if self._criterion.kind == "threshold":
             return max(budget, int((absmax >= (self._criterion.value or 0)).sum()))
         if self._criterion.kind == "systematic":
@@ -225,7 +230,7 @@ def error_curve(
         x: their input, float32 [T, K].
         norms: per layer, from `column_norms`.
         energies: per layer, the squared norm of its output for each token, float32 [T].
-        dims: the candidates by falling magnitude, int64 [C].
+        dims: the candidates in their order, int64 [C].
         scheme: how rows will be quantized.
 
     """
@@ -238,12 +243,8 @@ def error_curve(
     for k in ks:
         kept = rotate(x.index_fill(1, dims[:k].to(x.device), 0), scheme.rotation)
         # What is left out is 0 already.
-        quantized = quantize_rows(kept, dims[:0], scheme.activation, scheme.activation_group).dequantize()
+        how = dims[:0], scheme.activation, scheme.activation_group
+        quantized = kept if scheme.kbit else quantize_rows(kept, *how).dequantize()
         error = (kept - quantized).square_() @ weight_norms + quantized.square() @ weight_errors
         errors.append(float((error * (per_token + overall)).sum() / 2))
     return ks, errors
-
-
-def rounded(values: Sequence[float]) -> list[float]:
-    """Round to four significant digits: the manifest holds hundreds of these per layer."""
-    return [float(f"{value:.4g}") for value in values]

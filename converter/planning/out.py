@@ -1,5 +1,6 @@
 """OUT: whether a conversion may be written there, and whether one is finished there."""
 
+import shutil
 from pathlib import Path
 
 from llmint8.formats import OutputError, is_unfinished, require_writable
@@ -26,3 +27,14 @@ def check_out(source: Path, out: Path) -> None:
     # Whether it is a conversion of this source is known later; nothing is written to a finished one in any case.
     if not is_finished(out):
         require_writable(out)
+
+
+def existing(out: Path) -> Path:
+    """Return the directory, or the first of those above it that is there."""
+    return next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+
+
+def disk_free(out: Path) -> int:
+    """Return the bytes free where OUT is or will be, with those that an unfinished conversion already takes there."""
+    taken = [path.stat() for path in out.rglob("*") if path.is_file()] if is_unfinished(out) else []
+    return shutil.disk_usage(existing(out)).free + sum(512 * getattr(status, "st_blocks", 0) for status in taken)

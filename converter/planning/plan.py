@@ -2,7 +2,8 @@
 
 import dataclasses
 import shutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,11 @@ from llmint8.formats import (
     SourceError,
     TensorInfo,
     TensorSpec,
-    is_unfinished,
     outlier_specs,
 )
-from llmint8.formats.containers.tensors import BLOCK_BYTES
 from llmint8.formats.disk.names import WORKING_NAME
 from llmint8.formats.disk.small_files import left_behind
+from llmint8.formats.int8.schemes import KBit
 
 from ..gguf.source import open_local
 from ..hub.low_disk import MOST_SHARDS, open_remote
@@ -31,19 +31,18 @@ from ..model.config import load_config
 from ..model.inputs import rows_of_one
 from ..model.limits import bounded_modules
 from ..outliers.criterion import Criterion, budget_notices, max_candidates, parse_criterion
+from ..outliers.proxy import proxy_count
 from ..words import parse_size, precision
+from .before import weights_before
 from .head import Head, embedding_of, own_head
-from .options import Options
-from .out import check_out
+from .memory import peak_memory
+from .options import Options, scheme_with
+from .out import check_out, disk_free, existing
 from .samples import Samples, choose_samples
 from .selected import SelectedLayer, Selection, kept_output_bytes
 from .selection import select_layers
 
 _CAST_DTYPES = {"float16": "F16", "bfloat16": "BF16"}
-# What a conversion holds beside its largest tensor: the interpreter's own growth, headers, blocks being quantized.
-_BASE_MEMORY = 64 << 20
-_ACTIVATION_COPIES = 8
-_LOGIT_COPIES = 2
 _DEFAULTS = Options()
 
 
@@ -64,10 +63,23 @@ class ConversionPlan:
     groups: list[list[TensorSpec]]  # the tensors to write, in the order of the source; without outliers not yet chosen
     class_notices: list[str]  # what `settle_class` has to tell, also among the others
     samples: Samples | None  # the images and sounds of a directory that the pass is to show
+    before: Mapping[str, SelectedLayer]  # the layer before a layer, for proxy quantization
+    kbits: Mapping[str, KBit] = field(default_factory=dict)  # how weights are coded, where each layer has its own way
 
     def scheme_of(self, layer: SelectedLayer) -> Scheme:
         """Return how a layer will be coded."""
-        return self.options.scheme_of(layer.lookup)
+        kbit = self.kbits.get(layer.name)
+        return self.options.scheme_of(layer.lookup) if kbit is None else scheme_with(kbit, layer.lookup)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether there is a calibrated pass."""
+        return self.criterion.measured or self.options.rounding == "gptq"
+
+    def columns_of(self, layer: SelectedLayer) -> int | None:
+        """Return how many columns of a layer will stay in 16 bit, where that is known beforehand."""
+        known = proxy_count(layer.in_features, self.criterion.value or 0) if layer.name in self.before else 0
+        return None if self.criterion.measured else known
 
     @property
     def untied(self) -> bool:
@@ -90,33 +102,34 @@ class ConversionPlan:
     def bytes_after(self) -> int:
         """Bytes of all tensors to be written; outlier columns are estimated as the budget, where there is one."""
         columns = (self.criterion.value or 0) if self.criterion.kind == "top-k" else 0
-        rows = sum(
-            layer.out_features * DTYPES[output_dtype(layer.weight.dtype, self.dtype)].itemsize
-            for layer in self.selection.multiplied.values()
-        )
-        return sum(spec.nbytes for group in self.groups for spec in group) + int(columns * rows)
+        layers = self.selection.multiplied.values()
+        rows = sum(one.out_features * DTYPES[output_dtype(one.weight.dtype, self.dtype)].itemsize for one in layers)
+        nbytes = sum(spec.nbytes for group in self.groups for spec in group) + int(columns * rows)
+        return self.options.target_bytes if self.options.target_size and not self.kbits else nbytes
 
     @property
     def bytes_to_read(self) -> int:
-        """Bytes of weights that are read from the disk: each once, and twice where NaN is looked for before."""
-        return sum(self.source.stored.values()) * (2 if self.options.on_nonfinite == "keep" else 1)
+        """Bytes of weights that are read from the disk: each once, and again where NaN, levels or columns are found."""
+        levels = bool(self.options.kbit and self.options.kbit.has_codebook) and not self.calibrated
+        more = (self.options.on_nonfinite == "keep") + levels + (2 if self.before else 0)
+        return sum(self.source.stored.values()) * (1 + more)
 
     @property
     def bytes_to_write(self) -> int:
         """Bytes that are written where OUT is: tensors, headers, small files, and what the pass puts aside."""
         small = sum(file.stat().st_size for file in self.source.small_files)
         aside = 0
-        if self.criterion.kind != "none":
-            for layer in self.selection.multiplied.values():
-                aside += layer.weight.nbytes * max_candidates(layer.in_features) // layer.in_features
-                aside += max(kept_output_bytes(layer, rows) for rows in self._rows)
+        for layer in self.selection.multiplied.values() if self.calibrated else ():
+            columns = max_candidates(layer.in_features) if self.criterion.measured else 1
+            aside += layer.weight.nbytes * columns // layer.in_features
+            aside += max(kept_output_bytes(layer, rows) for rows in self._rows)
         return self.bytes_after + small + aside + 1024 * sum(len(group) for group in self.groups)
 
     @property
     def disk_needed(self) -> int:
         """Bytes that there have to be for what is written, for what `--low-disk` fetches, and a cache on that disk."""
         shards = sorted(self.source.stored.values())[-MOST_SHARDS:] if self.origin.low_disk else []
-        fetched = self.bytes_to_fetch if self.origin.path.stat().st_dev == _existing(self.out).stat().st_dev else 0
+        fetched = self.bytes_to_fetch if self.origin.path.stat().st_dev == existing(self.out).stat().st_dev else 0
         return self.bytes_to_write + sum(shards) + fetched
 
     @property
@@ -139,35 +152,13 @@ class ConversionPlan:
     @property
     def disk_free(self) -> int:
         """Bytes free where OUT is or will be, with those that an unfinished conversion already takes there."""
-        taken = [path.stat() for path in self.out.rglob("*") if path.is_file()] if is_unfinished(self.out) else []
-        return shutil.disk_usage(_existing(self.out)).free + sum(
-            512 * getattr(status, "st_blocks", 0) for status in taken
-        )
+        return disk_free(self.out)
 
     @property
     def peak_memory(self) -> int:
         """An estimate in bytes, the Python process and its libraries not counted."""
-        layer_of, rows = self.selection.layer_of, max(self._rows)
-        whole = 0  # the largest tensor that is not handled in blocks of its rows
-        for info in self.source.tensors.values():
-            layer = layer_of.get(info.name)
-            if (layer and layer.transposed) or not self.source.in_blocks(info.name):
-                whole = max(whole, int(1.5 * info.nbytes))
-        peak = self.options.threads * (whole + 6 * BLOCK_BYTES)
-        if self.criterion.kind != "none" and self.config is not None:
-            # The weight in use, its int8 copy, the one that is read ahead; and the batch's activations in float32.
-            layers = self.selection.multiplied.values()
-            activations = _ACTIVATION_COPIES * max(layer.in_features for layer in layers)
-            if self.head:
-                activations += _LOGIT_COPIES * max(layer.out_features for layer in layers)
-            largest = max(info.nbytes for info in self.source.tensors.values())
-            peak = max(peak, int(2.5 * largest) + rows * 4 * activations)
-        return peak + _BASE_MEMORY
-
-
-def _existing(out: Path) -> Path:
-    """Return the directory, or the first of those above it that is there."""
-    return next(path for path in (out.absolute(), *out.absolute().parents) if path.exists())
+        rows = max(self._rows) if self.calibrated and self.config is not None else 0
+        return peak_memory(self.source, self.selection, self.options.threads, rows, self.head is not None)
 
 
 def make_plan(origin: Resolved, out: Path, options: Options = _DEFAULTS) -> ConversionPlan:
@@ -195,7 +186,8 @@ def plan_source(source: Source, origin: Resolved, out: Path, options: Options) -
     criterion, max_shard_bytes = parse_criterion(options.outliers), parse_size(options.max_shard_size)
     config, head = load_config(source.beside, options.trust_remote_code), None
     config, notices = (None, []) if config is None else settle_class(config, source)
-    samples = choose_samples(options.calibration, config if criterion.kind != "none" else None)
+    calibrated = criterion.measured or options.rounding == "gptq" or options.target_size is not None
+    samples = choose_samples(options.calibration, config if calibrated else None)
     with bounded_modules(len(source.tensors)):
         model = None if config is None else meta_model(config)
         embedding = None
@@ -207,17 +199,20 @@ def plan_source(source: Source, origin: Resolved, out: Path, options: Options) -
     selection = select_layers(source, model, *chosen)
     source.split(selection.stacks)
     selection.notices[:0] = [*source.notices, *notices, *(samples.notices if samples else [])]
-    if model is None and criterion.kind != "none":
+    if model is None and calibrated:
         then = ", and layers search for their outliers in every call" if options.layout.searches else ""
         selection.notices.append(f"without the model there is no calibration: no outlier columns are stored{then}")
-    if options.outliers != _DEFAULTS.outliers:  # of what nobody asked for, as much as there can be
+    if options.outliers != options.default_outliers:  # of what nobody asked for, as much as there can be
         selection.notices.extend(
             budget_notices(criterion, [layer.in_features for layer in selection.multiplied.values()])
         )
     if origin.path.is_dir():
         selection.notices.extend(left_behind(origin.path))
+    before = weights_before(source, model, selection) if criterion.kind == "proxy" else {}
+    if criterion.kind == "proxy" and origin.low_disk:
+        raise ValueError(f"--outliers {criterion} reads weights several times; leave --low-disk out")
     how = criterion, options, _CAST_DTYPES.get(options.dtype or ""), max_shard_bytes
-    plan = ConversionPlan(source, origin, out, config, head, selection, *how, [], notices, samples)
+    plan = ConversionPlan(source, origin, out, config, head, selection, *how, [], notices, samples, before)
     return with_selection(plan, selection)
 
 
@@ -234,10 +229,15 @@ def with_selection(plan: ConversionPlan, selection: Selection) -> ConversionPlan
             specs = plan.options.layout.weight_specs(
                 layer.name, layer.out_features, layer.in_features, plan.scheme_of(layer)
             )
-            if plan.criterion.kind == "none":
-                specs += outlier_specs(layer.name, layer.out_features, 0, outlier_dtype)
+            if (columns := plan.columns_of(layer)) is not None:
+                specs += outlier_specs(layer.name, layer.out_features, columns, outlier_dtype)
             groups.append(specs)
     return dataclasses.replace(plan, selection=selection, groups=groups)
+
+
+def with_schemes(plan: ConversionPlan, kbits: Mapping[str, KBit]) -> ConversionPlan:
+    """Return the plan for layers each of which is coded in its own way."""
+    return with_selection(dataclasses.replace(plan, kbits=kbits), plan.selection)
 
 
 def in_file_order(source: Source) -> list[TensorInfo]:

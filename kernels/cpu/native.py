@@ -102,21 +102,19 @@ def _is_exact(kind: Kind) -> bool:
     return True
 
 
-class NativeLinear:
-    """A weight laid out for the library. Addresses are looked at in every call: what processes share moves."""
+class Layout:
+    """Where the tensors of a weight lie, as the library is told; it keeps none of them."""
 
-    def __init__(self, operands: Operands) -> None:
-        """Take the weight, on the CPU; what is in float64 is copied to float32."""
-        bias, columns = operands.bias, operands.outlier_weight
-        self._operands = operands._replace(
-            bias=bias.float() if bias is not None and bias.dtype == torch.float64 else bias,
-            outlier_weight=columns.float() if columns.dtype == torch.float64 else columns,
-        )
+    __slots__ = ("_addresses", "_made")
+
+    def __init__(self) -> None:
+        """Begin with nothing known."""
         self._addresses: tuple[int | None, ...] = ()
         self._made = _Weight()
 
-    def _weight(self) -> _Weight:
-        values, scale, row_sum, dims, columns, bias, _, group, rotation = self._operands
+    def of(self, operands: Operands) -> _Weight:
+        """Return the structure for a weight's tensors. Their addresses are looked at: what processes share moves."""
+        values, scale, row_sum, dims, columns, bias, _, group, rotation = operands
         addresses = (
             values.data_ptr(),
             scale.data_ptr(),
@@ -133,20 +131,42 @@ class NativeLinear:
             self._addresses = addresses
         return self._made
 
+
+class NativeLinear:
+    """A weight laid out for the library."""
+
+    def __init__(self, operands: Operands, layout: Layout | None = None) -> None:
+        """Take the weight, on the CPU; what is in float64 is copied to float32.
+
+        `layout` is what another one of the same tensors, none in float64, was told of them.
+        """
+        if layout is None:
+            bias, columns = operands.bias, operands.outlier_weight
+            operands = operands._replace(
+                bias=bias.float() if bias is not None and bias.dtype == torch.float64 else bias,
+                outlier_weight=columns.float() if columns.dtype == torch.float64 else columns,
+            )
+        self._operands = operands
+        self._layout = layout or Layout()
+
+    def _weight(self) -> _Weight:
+        return self._layout.of(self._operands)
+
     def __call__(self, x: Tensor, zeropoint: bool) -> Tensor:
         """Run the layer for x [M, K] in float16, bfloat16 or float32: [M, N] in its dtype.
 
         The integers are those of the reference. Floating-point sums after them may be rounded in another order, which
         changes the result by a few units in the last place of float32.
         """
-        n, k = self._operands.values.shape
-        if not len(x) or not n or not k:
-            out = x.new_zeros(len(x), n)
+        (n, k), m = self._operands.values.shape, x.shape[0]
+        if not m or not n or not k:
+            out = x.new_zeros(m, n)
             return out if self._operands.bias is None else out + self._operands.bias.to(x.dtype)
         if self._operands.threshold is not None:
             return NativeLinear(self._with_outliers_of(x, self._operands.threshold))(x, zeropoint)
-        kind = next(kind for kind in kinds() if kind != "AMX" or len(x) >= _TILE_ROWS)
-        threads = max(1, min(torch.get_num_threads(), len(x) * n * k // _PRODUCTS_PER_THREAD))
+        found = kinds()
+        kind = found[1] if found[0] == "AMX" and m < _TILE_ROWS else found[0]
+        threads = max(1, min(torch.get_num_threads(), m * n * k // _PRODUCTS_PER_THREAD))
         return self.run(x, zeropoint, kind, threads)
 
     def run(self, x: Tensor, zeropoint: bool, kind: Kind, threads: int) -> Tensor:
@@ -159,17 +179,15 @@ class NativeLinear:
         """
         library = compiled()
         assert not isinstance(library, str)
-        x = x.contiguous()
-        out = x.new_empty(len(x), self._operands.values.shape[0])
+        x, m = x.contiguous(), x.shape[0]
+        out = x.new_empty(m, self._operands.values.shape[0])
         weight, dtype = ctypes.byref(self._weight()), DTYPES[x.dtype]
-        status = library.llmint8_linear(
-            weight, x.data_ptr(), out.data_ptr(), len(x), dtype, zeropoint, KINDS[kind], threads
-        )
+        status = library.llmint8_linear(weight, x.data_ptr(), out.data_ptr(), m, dtype, zeropoint, KINDS[kind], threads)
         if status == 2:
             dims = self._operands.outlier_dims.tolist()
             raise ValueError(f"outlier_dims is {str(dims)[:80]}, expected numbers from 0 to {x.shape[1] - 1}")
         if status:
-            raise MemoryError(f"int8 layer: no memory for {len(x)} rows of {x.shape[1]} values")
+            raise MemoryError(f"int8 layer: no memory for {m} rows of {x.shape[1]} values")
         return out
 
     def _with_outliers_of(self, x: Tensor, threshold: float) -> Operands:

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ..operands import Operands
 from .decode import accepts, int8_decode
+from .launch import kind_of, on_its_device
 from .matmul import Int8Matmul
 from .outlier_search import OutlierSearch
 from .quantize_rows import QuantizeRows
 from .tiles import DecodeTile, Tile, choose_tile
 
-_HIP = torch.version.hip is not None
 Plan = Callable[[Tensor, tuple[int, int]], Tensor]
 
 
@@ -33,37 +33,20 @@ class GpuLinear:
         """Plan nothing yet; `tile` is for the tuner and tests, None chooses."""
         self._operands, self._tile = operands, tile
         self._plans: dict[Any, Plan] = {}
-        self._out_features, self._in_features = operands.values.shape
+        self._out_features = operands.values.shape[0]
 
     def __call__(self, x: Tensor, zeropoint: bool) -> Tensor:
         """Return the output [M, N] in the dtype of x; the rows of x are quantized with a zero point or without."""
         m = x.shape[0]
         if m == 0:
             return x.new_empty(0, self._out_features)
-        if x.is_contiguous():
-            # The stride of a single row may be anything.
-            strides, layout = (self._in_features, 1), None
-        else:
-            strides = x.stride(0), x.stride(1)
-            # All that Triton tells apart.
-            layout = tuple((stride == 1, stride % 16 == 0, stride >= 1 << 31) for stride in strides)
+        strides, kind = kind_of(x, self._out_features)
         bias = self._operands.bias  # a parameter, whose data may have been cast: PEFT does that for training
-        types = x.dtype, None if bias is None else bias.dtype
-        key = ((m - 1).bit_length(), types, layout, x.data_ptr() % 16 == 0, zeropoint, _HIP and self._small(x))
+        key = kind, None if bias is None else bias.dtype, zeropoint
         plan = self._plans.get(key)
         if plan is None:
             plan = self._plans[key] = self._plan(m, x.dtype, zeropoint)
-        device = x.get_device()
-        if device < 0 or device == torch.cuda.current_device():
-            return plan(x, strides)
-        # Triton launches on the current device, which need not be that of the layer.
-        with torch.cuda.device(device):
-            return plan(x, strides)
-
-    def _small(self, x: Tensor) -> tuple[bool, bool]:
-        """Tell what AMD's compiler counts on, too: that x, and the output, have less than 2 GB."""
-        limit = 1 << 31
-        return x.untyped_storage().nbytes() < limit, len(x) * self._out_features * x.element_size() < limit
+        return on_its_device(plan, x, strides)
 
     def _plan(self, m: int, dtype: torch.dtype, zeropoint: bool) -> Plan:
         operands = self._operands

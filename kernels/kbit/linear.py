@@ -14,8 +14,11 @@ from torch import Tensor
 
 from ..calling import call
 from ..checks import COLUMNS, check_outlier_dims, check_tensor, is_watched
+from ..gpu.tiles import gpu_of
+from ..operators import has_triton
 from ..prepared import PreparedWeight
 from ..reference import Activation
+from . import cpu
 from .gradient import input_gradient
 from .operands import KBitOperands
 from .packing import row_bytes
@@ -116,7 +119,15 @@ def kbit_linear(x: Tensor, weight: PreparedKBit) -> Tensor:
 def _runner(operands: KBitOperands) -> tuple[str, Run]:
     """Return what runs a weight, and its name for people."""
     device = operands.packed.device.type
-    return f"plain PyTorch on {device}", functools.partial(plain_linear, weight=operands)
+    if device == "cpu" and cpu.kinds():
+        return f"{cpu.kinds()[0]} on the CPU", cpu.CpuKBit(operands)
+    if device == "cuda" and has_triton():
+        from .gpu.linear import GpuKBitLinear
+
+        gpu = gpu_of(operands.packed.device)
+        return f"Triton on {gpu.architecture}", GpuKBitLinear(*operands)
+    why = f" ({cpu.why_not()})" if device == "cpu" else ""
+    return f"plain PyTorch on {device}{why}", functools.partial(plain_linear, weight=operands)
 
 
 def plain_linear(x: Tensor, weight: KBitOperands) -> Tensor:

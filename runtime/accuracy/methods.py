@@ -113,7 +113,7 @@ class Simulation:
         weight = layer.weight.t() if isinstance(layer, Conv1D) else layer.weight
         quantized: dict[tuple[bool, Activation], QuantizedRows] = {}
         found = []
-        for method, row in zip(methods, _rows(name, x, len(methods)), strict=True):
+        for method, row in zip(methods, parted_rows(name, x, len(methods)), strict=True):
             if method is None:
                 found.append(type(layer).forward(layer, row))
                 continue
@@ -125,7 +125,7 @@ class Simulation:
         return torch.cat(found).reshape(*x.shape[:-1], len(weight))
 
 
-def _rows(name: str, x: Tensor, count: int) -> Sequence[Tensor]:
+def parted_rows(name: str, x: Tensor, count: int) -> Sequence[Tensor]:
     """Part an input [..., K] into `count` matrices [M, K], one for each row of the batch."""
     matrix = x.reshape(-1, x.shape[-1])
     if count == 1:

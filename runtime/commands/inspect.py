@@ -36,6 +36,7 @@ def inspect_command(checkpoint: str, revision: str | None, every: bool, as_json:
 
 def _facts(opened: Any) -> dict[str, Any]:
     from llmint8.kernels.cpu import native
+    from llmint8.kernels.kbit import cpu as kbit_native
 
     quantization = opened.quantization
     taken: Counter[str] = Counter()
@@ -83,7 +84,7 @@ def _facts(opened: Any) -> dict[str, Any]:
         "threshold": quantization.threshold,
         "searches": quantization.layout.searches,
         "not_calibrated": _not_calibrated(opened),
-        "runs_on": native.kinds()[0] if native.kinds() else f"plain torch ({native.why_not()})",
+        "runs_on": _runs_on(kbit_native if quantization.scheme.kbit else native),
         "files": opened.files,
         "bytes": taken.total(),
         "int8_layers_bytes": int8,
@@ -95,6 +96,11 @@ def _facts(opened: Any) -> dict[str, Any]:
         "int8_embeddings": [name for name, record in opened.records.items() if record.scheme.lookup is not None],
         "layers": layers,
     }
+
+
+def _runs_on(compiled: Any) -> str:
+    """Return what runs most layers on this CPU; `compiled` is the module of their compiled layer."""
+    return compiled.kinds()[0] if compiled.kinds() else f"plain torch ({compiled.why_not()})"
 
 
 def _kbits(opened: Any) -> dict[str, int]:

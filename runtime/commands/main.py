@@ -13,6 +13,7 @@ from .generate import generate_command
 from .inspect import inspect_command
 from .plan import plan_command
 from .report import report_command
+from .scaling import scaling_command
 from .verify import verify_command
 
 
@@ -30,6 +31,7 @@ for _command in (
     generate_command,
     eval_command,
     report_command,
+    scaling_command,
     export_command,
     bench_command,
     push_command,

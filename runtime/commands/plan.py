@@ -63,6 +63,7 @@ def _facts(plan: Any, machines: dict[str, Any]) -> dict[str, Any]:
     return {
         "source": sized.name,
         "origin": sized.origin,
+        "coded": sized.coded,
         "class": None if sized.model is None else type(sized.model).__name__,
         "parameters": sized.parameters,
         "blocks": len(sized.blocks),
@@ -118,8 +119,8 @@ def _text(facts: dict[str, Any]) -> str:
     rows = [
         f"Model         {facts['source']} ({facts['origin']}): {known}, {facts['parameters']:,} parameters, "
         f"{count(facts['blocks'], 'block')}",
-        f"Int8          {count(facts['int8_layers'], 'linear layer')}, {facts['outlier_columns']:g} columns of each in "
-        f"16 bit on average, format {facts['format']}",
+        f"{facts['coded'].capitalize():13} {count(facts['int8_layers'], 'linear layer')}, "
+        f"{facts['outlier_columns']:g} columns of each in 16 bit on average, format {facts['format']}",
         f"Runs with     {facts['context']:,} tokens of context, {count(facts['batch'], 'text')} at a time",
         "",
         *_sizes(facts),
@@ -132,7 +133,7 @@ def _text(facts: dict[str, Any]) -> str:
 
 
 def _sizes(facts: dict[str, Any]) -> list[str]:
-    rows = [("In GPU memory", "16 bit", "int8")]
+    rows = [("In GPU memory", "16 bit", facts["coded"])]
     rows += [(one["what"], size(one["half"]) if one["half"] else "", size(one["int8"])) for one in facts["by_kind"]]
     rows.append(("All weights", size(facts["half_bytes"]), size(facts["int8_bytes"])))
     rows.append(("- on the disk", size(facts["half_bytes"]), size(facts["int8_bytes_on_disk"])))
@@ -152,7 +153,7 @@ def _reserved(facts: dict[str, Any]) -> list[str]:
 
 def _machine_rows(machine: dict[str, Any], facts: dict[str, Any]) -> list[str]:
     rows = []
-    for key, what in (("int8", "int8"), ("half", "16 bit")):
+    for key, what in (("int8", facts["coded"]), ("half", "16 bit")):
         rows.append(f"{machine['name']}, {what}: {_verdict(machine[key], facts)}")
         if key == "int8":
             rows += _shares(machine[key]["gpus"])
@@ -196,7 +197,7 @@ def _holds(units: list[str]) -> str:
 def _sets(facts: dict[str, Any]) -> list[str]:
     from ..placement.plan import MOST_GPUS
 
-    rows = [f"{'GPUs that hold it':34} {'int8':>6} {'16 bit':>7}   (-: more than {MOST_GPUS})"]
+    rows = [f"{'GPUs that hold it':34} {facts['coded']:>6} {'16 bit':>7}   (-: more than {MOST_GPUS})"]
     for one in facts["smallest_sets"]:
         name = f"{one['gb']} GB".ljust(8) + ", ".join(one["gpus"])
         numbers = [str(one[key] or "-") for key in _HELD]

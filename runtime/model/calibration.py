@@ -75,7 +75,8 @@ def calibration_of(
 
 def missed_layers(checkpoint: Checkpoint, manifest: Manifest) -> frozenset[str]:
     """Return the layers of which there are no statistics, though the conversion was asked to look for outliers."""
-    asked_for = checkpoint.quantization.llmint8 and checkpoint.quantization.criterion != "none"
+    without = checkpoint.quantization.criterion.startswith(("none", "proxy"))  # which need no calibration
+    asked_for = checkpoint.quantization.llmint8 and not without
     return frozenset(checkpoint.records.keys() - manifest.modules.keys() if asked_for else ())
 
 

@@ -40,6 +40,7 @@ class Sized:
         outliers: columns of a layer that stay in 16 bit, on average.
         layout: of the int8 checkpoint.
         notices: what to tell the user.
+        coded: what the quantized layers are, in words.
 
     """
 
@@ -50,6 +51,7 @@ class Sized:
     outliers: float
     layout: Layout
     notices: list[str] = field(default_factory=list)
+    coded: str = "int8"
 
     @cached_property
     def cache(self) -> Cache | None:
@@ -132,7 +134,9 @@ def sized_checkpoint(name: str, origin: str, checkpoint: Checkpoint, config: Any
     parts = _all_parts(tensors, of_tensor, model, heads, in_half=False)
     layers = [record for record in checkpoint.records.values() if record.scheme.lookup != "only"]
     outliers = sum(record.outlier_count or 0 for record in layers) / max(1, len(layers))
-    return Sized(name, f"{origin}, int8", model, parts, outliers, checkpoint.layout)
+    bits = sorted({record.scheme.kbit.bits for record in checkpoint.records.values() if record.scheme.kbit})
+    coded = f"{' and '.join(map(str, bits))} bits" if bits else "int8"
+    return Sized(name, f"{origin}, {coded}", model, parts, outliers, checkpoint.layout, coded=coded)
 
 
 def _experts_per_token(config: Any) -> int:

@@ -3,46 +3,22 @@
 Names come from files that others wrote, so every piece of text is escaped.
 """
 
-import base64
 from collections.abc import Mapping
-from html import escape
 
 from llmint8.converter.words import inputs_in_words, size
 
+from .document import box, document, image
 from .findings import Findings
 from .sections import SIZES_TEXT, errors_text, heat_map_text, kept_text, ranges_text, removal_text, table4_text
-
-_CSS = """
-body { margin: 2rem auto; max-width: 60rem; padding: 0 1rem; background: #fff; color: #222;
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.7rem; margin-bottom: .3rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.25rem; margin-top: 2.6rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
-img { display: block; max-width: 100%; margin: 1rem auto; }
-table { border-collapse: collapse; margin: 1rem 0; font-size: .93rem; }
-th, td { padding: .25rem .8rem .25rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #eee; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
-tr.own td { font-weight: 600; background: #eef5fb; }
-.box { background: #f6f8fa; border: 1px solid #dde3e8; border-radius: 6px; padding: .4rem 1.2rem; }
-.box table { width: 100%; margin: .5rem 0; }
-.box td { overflow-wrap: anywhere; }
-.box tr:last-child td { border: 0; }
-.box td:first-child { white-space: nowrap; width: 12rem; color: #555; }
-.note { color: #555; font-size: .9rem; }
-@media print { body { margin: 0; max-width: none; font-size: 11pt; } h2 { break-after: avoid; }
-  img, table { break-inside: avoid; } }
-"""
 
 
 def page(findings: Findings, pictures: Mapping[str, bytes]) -> str:
     """Return the page. `pictures` holds PNG files by name."""
-    images = {name: base64.b64encode(data).decode() for name, data in pictures.items()}
 
     def picture(name: str, alt: str) -> str:
-        return f'<img alt="{escape(alt)}" src="data:image/png;base64,{images[name]}">'
+        return image(pictures[name], alt)
 
-    title = escape(f"{findings.name}: report on the conversion to int8")
     sections = [
-        f"<h1>{title}</h1>",
         _INTRODUCTION,
         _summary(findings),
         "<h2>Where the outliers are</h2>",
@@ -65,13 +41,7 @@ def page(findings: Findings, pictures: Mapping[str, bytes]) -> str:
         "<h2>What the model is worth without them</h2>",
         removal_text(findings),
     ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n"
-        + "\n".join(sections)
-        + "\n</body>\n</html>\n"
-    )
+    return document(f"{findings.name}: report on the conversion to int8", sections)
 
 
 _INTRODUCTION = """<p>A language model is a stack of <em>blocks</em>, and most of a block are <em>layers</em> that
@@ -106,5 +76,4 @@ def _summary(findings: Findings) -> str:
         "Activations": inputs_in_words(scheme.kbit, scheme.activation, scheme.activation_group),
         "Calibration": f"{calibration['tokens']} tokens, text: {text}" if calibration.get("tokens") else str(text),
     }
-    cells = "".join(f"<tr><td>{escape(key)}</td><td>{escape(value)}</td></tr>" for key, value in rows.items())
-    return f'<div class="box"><table>{cells}</table></div>'
+    return box(rows)

@@ -6,7 +6,6 @@ cannot, the page says why and has all the rest.
 
 import logging
 from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -18,6 +17,7 @@ from llmint8.formats.disk.durable import write_durably
 from llmint8.formats.disk.names import MANIFEST_NAME
 
 from . import multiples, plots
+from .document import png
 from .findings import Findings, sizes
 from .page import page
 from .removal import CannotRunError, measure_removal
@@ -28,7 +28,6 @@ log = logging.getLogger("llmint8")
 # So many dims in the heat map; and the paper's largest number of outlier features, where there are none to remove.
 _HEAT_MAP_DIMS = 32
 _STRONGEST = 7
-_DPI = 130
 
 
 def write_report(
@@ -61,7 +60,7 @@ def write_report(
     findings = _find(open_checkpoint(resolved.path), resolved.name, text, run, progress)
     directory = output or Path(f"{resolved.name.rpartition('/')[2]}-report")
     directory.mkdir(parents=True, exist_ok=True)
-    pictures = {name: _png(figure) for name, figure in _figures(findings).items()}
+    pictures = {name: png(figure) for name, figure in _figures(findings).items()}
     for name, data in pictures.items():
         write_durably(directory / f"{name}.png", data)
     path = directory / "report.html"
@@ -103,10 +102,3 @@ def _figures(findings: Findings) -> dict[str, Figure]:
         "ranges": multiples.ranges(findings.inputs),
         "sizes": plots.size_bars(findings.sizes),
     }
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = BytesIO()
-    # Without the version of matplotlib: the same statistics give the same file.
-    figure.savefig(buffer, format="png", dpi=_DPI, metadata={"Software": None})
-    return buffer.getvalue()

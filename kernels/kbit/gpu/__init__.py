@@ -1,0 +1,1 @@
+"""The layer of k bits on a GPU, in Triton."""

@@ -1,0 +1,182 @@
+"""The compiled layer of 3 to 8 bits: within its bound of the reference, with every instruction set there is."""
+
+import itertools
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from llmint8.kernels.kbit import cpu
+from llmint8.kernels.kbit.levels import BITS, DataType
+from llmint8.kernels.kbit.linear import kbit_linear, plain_linear, prepare
+from llmint8.kernels.kbit.operands import KBitOperands
+from llmint8.kernels.kbit.reference import KBitWeight, by_element, from_float
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.skipif(not cpu.kinds(), reason=cpu.why_not() if not cpu.kinds() else ""),
+]
+every_kind = pytest.mark.parametrize("kind", cpu.kinds())
+every_width = pytest.mark.parametrize("bits", BITS)
+DTYPES = torch.float32, torch.float16, torch.bfloat16
+# N, K, block and M: chunks that are not full, blocks that end within one, one row of the weight, odd numbers of chunks.
+SHAPES = [
+    (1, 1, 32, 1),
+    (33, 31, None, 2),
+    (5, 65, 64, 3),
+    (2, 128, 64, 4),
+    (63, 97, 32, 5),
+    (7, 640, 128, 1),
+    (9, 4095, 4096, 1),
+    (9, 1000, None, 7),
+    (66, 193, 32, 33),
+    (34, 257, 64, 12),
+]
+ids = [f"N{n}-K{k}-B{block}-M{m}" for n, k, block, m in SHAPES]
+
+
+def layer(
+    n: int, k: int, bits: int, block: int | None, data_type: DataType = "quantile", outliers: int = 3
+) -> KBitWeight:
+    random = torch.Generator().manual_seed(n * k + bits)
+    dims = torch.arange(k)[:: max(1, k // max(1, outliers))] if outliers else torch.arange(0)
+    weight, bias = torch.randn(n, k, generator=random), torch.randn(n, generator=random)
+    return from_float(weight, bits, data_type, block, dims, bias)
+
+
+def inputs(m: int, k: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows of different sizes, each with a few values that are much larger."""
+    random = torch.Generator().manual_seed(m * k)
+    x = torch.randn(m, k, generator=random) * torch.logspace(-3, 2, m)[:, None]
+    return torch.where(torch.rand(m, k, generator=random) < 0.01, 50 * x, x).to(dtype)
+
+
+def bound(x: Tensor, weight: KBitWeight) -> Tensor:
+    """What may be lost before the result is rounded, float64 [M, N]: what `kbit.c` says, and of sums in float32."""
+    k = weight.in_features
+    sizes = x.double().abs()
+    chunks = pad(sizes, (0, -k % 64)).view(len(x), -(-k // 64), 64)
+    unit = 2.0 ** (chunks.amax(2).clamp(min=1e-30).log2().floor() + 1 - 15)
+    absmax = by_element(weight.absmax, k, weight.block).double()
+    large = sizes + unit.repeat_interleave(64, 1)[:, :k]
+    total = sizes @ weight.dequantize().double().abs().t() + large @ absmax.t()
+    lost = large @ absmax.t() * 2.0**-15 + unit.repeat_interleave(64, 1)[:, :k] @ absmax.t()
+    return lost + total * 2.0**-20 + 2.0**-20
+
+
+def assert_close(found: Tensor, x: Tensor, weight: KBitWeight, more: float = 0.0) -> None:
+    expected = x.double() @ weight.dequantize().double().t()
+    if weight.bias is not None:
+        expected += weight.bias.double()
+    allowed = bound(x, weight) + expected.abs() * torch.finfo(found.dtype).eps
+    if more:
+        allowed += more * (x.double().abs() @ weight.dequantize().double().abs().t() + expected.abs())
+    assert found.shape == expected.shape
+    assert bool(((found.double() - expected).abs() <= allowed).all())
+
+
+@every_kind
+@every_width
+def test_it_agrees_with_the_reference(bits: int, kind: cpu.Kind) -> None:
+    turns = itertools.cycle(itertools.product(("int", "float", "dynamic", "quantile"), DTYPES))
+    for n, k, block, m in SHAPES:
+        data_type, dtype = next(turns)
+        weight, x = layer(n, k, bits, block, data_type), inputs(m, k, dtype)
+        found = cpu.CpuKBit(KBitOperands.prepare(weight)).run(x, kind, 1)
+        assert found.dtype == dtype
+        assert_close(found, x, weight)
+
+
+@every_kind
+@every_width
+def test_rows_of_the_weight_are_dequantized(bits: int, kind: cpu.Kind) -> None:
+    for (n, k, block, _), data_type in zip(SHAPES, itertools.cycle(("int", "dynamic", "quantile"))):
+        weight = layer(n, k, bits, block, data_type)
+        exact, absmax = weight.dequantize(), by_element(weight.absmax, k, block)
+        native = cpu.CpuKBit(KBitOperands.prepare(weight))
+        found = native.dequantize(n // 2, torch.empty(n - n // 2, k), kind, 2)
+        assert bool(((found - exact[n // 2 :]).abs() <= 2.0**-15 * absmax[n // 2 :] + 2.0**-20).all())
+        narrow = native.dequantize(n // 2, torch.empty_like(found, dtype=torch.bfloat16), kind, 1)
+        assert torch.equal(narrow, found.bfloat16())
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_rows_are_multiplied_dequantized(
+    dtype: torch.dtype, kind: cpu.Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_STEP_ELEMENTS", 3000)  # some rows of the weight, and one that is left over
+    for bits, (n, k, block, m) in zip(itertools.cycle(BITS), SHAPES):
+        weight, x = layer(n, k, bits, block), inputs(m, k, dtype)
+        found = cpu.CpuKBit(KBitOperands.prepare(weight)).run_dequantized(x, dtype, kind, 2)
+        assert found.dtype == dtype
+        assert_close(found, x, weight, more=0 if dtype == torch.float32 else 2.0**-8)
+
+
+@every_kind
+def test_a_row_is_what_it_is_alone_whatever_the_threads(kind: cpu.Kind) -> None:
+    for bits, (n, k, block) in zip(
+        BITS, [(70, 130, 32), (70, 200, 64), (3, 64, 64), (33, 300, None)] * 2, strict=False
+    ):
+        native = cpu.CpuKBit(KBitOperands.prepare(layer(n, k, bits, block)))
+        x = inputs(11, k)
+        x[4] *= 1e6
+        found = native.run(x, kind, 3)
+        for m in range(11):
+            assert torch.equal(native.run(x[m : m + 1], kind, 1)[0], found[m])
+
+
+@every_kind
+def test_what_is_not_finite_makes_nan_of_its_row_and_what_is_tiny_nothing_worse(kind: cpu.Kind) -> None:
+    weight = layer(9, 200, 4, 64)
+    x = inputs(5, 200)
+    native = cpu.CpuKBit(KBitOperands.prepare(weight))
+    expected = native.run(x, kind, 1)
+    x[1, 70], x[3, 199] = float("nan"), float("-inf")
+    found = native.run(x, kind, 1)
+    assert found[[1, 3]].isnan().all()
+    assert torch.equal(found[[0, 2, 4]], expected[[0, 2, 4]])
+    for size in (1e-38, 1e-30, 1e35):
+        few = torch.full((1, 200), size)
+        assert_close(native.run(few, kind, 1), few, weight)
+
+
+def test_the_facade_takes_it_and_agrees_for_few_rows_and_many() -> None:
+    weight = layer(70, 200, 4, 64)
+    prepared = prepare(weight)
+    assert prepared.runs_on == f"4 bits: {cpu.kinds()[0]} on the CPU"
+    for m, dtype in itertools.product((0, 1, 31, 200), DTYPES):
+        x = inputs(m, 200, dtype)
+        found = kbit_linear(x, prepared)
+        assert_close(found, x, weight, more=2.0**-8)
+        assert torch.equal(torch.ops.llmint8.kbit_linear(x, *prepared.operands), found)
+        assert_close(plain_linear(x, prepared.operands), x, weight)
+        wide = torch.stack([x, x], 2)[:, :, 0]
+        assert torch.equal(kbit_linear(wide, prepared), found)
+
+
+@pytest.mark.parametrize("shape", [(0, 64, 3), (5, 0, 3), (5, 64, 0)], ids=lambda shape: "N{}-K{}-M{}".format(*shape))
+def test_layers_of_nothing(shape: tuple[int, int, int]) -> None:
+    n, k, m = shape
+    whole = layer(5, k, 4, 64, "float", outliers=0).rows(torch.arange(n))
+    weight, x = replace(whole, bias=torch.randn(n)), torch.randn(m, k)
+    found = cpu.CpuKBit(KBitOperands.prepare(weight))(x)
+    assert torch.equal(found, torch.zeros(m, n) + weight.bias)
+
+
+def test_dims_that_are_not_in_the_layer_are_refused() -> None:
+    operands = KBitOperands.prepare(layer(5, 64, 4, 64))
+    for dims in ([0, 1, 64], [-1, 0, 1], [3, 3, 4]):
+        native = cpu.CpuKBit(operands._replace(outlier_dims=torch.tensor(dims)))
+        for m in (1, 100):
+            with pytest.raises(ValueError, match=r"outlier_dims is .* expected rising numbers from 0 to 63"):
+                native(torch.randn(m, 64, dtype=torch.bfloat16))
+
+
+def test_no_set_is_believed_that_gets_a_sum_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = cpu.CpuKBit.run
+    monkeypatch.setattr(cpu.CpuKBit, "run", lambda self, *of: run(self, *of) * (1 + 2.0**-16))
+    assert not any(cpu._is_exact(kind) for kind in get_args(cpu.Kind) if kind in cpu.kinds())
