@@ -105,6 +105,11 @@ def _recording(test_file: str, result: Path, of: str) -> int:
 
 def run_tests(mutant: Mutant, chosen: list[str]) -> int:
     """Run tests, by their names, with a mutant in the place of its module; return what pytest exits with."""
+    from hypothesis import Phase, settings
+
+    # To find out how small an input still fails takes a hundred times as long as to find that one does.
+    settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate], database=None)
+    settings.load_profile("mutants")
     name = "llmint8." + mutant.path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     sys.meta_path.insert(0, _Finder(name, mutant.source))
     wanted = {test: number for number, test in enumerate(chosen)}
