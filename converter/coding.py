@@ -164,14 +164,11 @@ def round_to_nearest(weight: Tensor, scheme: Scheme, levels: Tensor | None = Non
     return codes, KBitGrid(absmax, levels, how.block, how.has_codebook)
 
 
-def levels_of_rows(blocks: Iterable[Tensor], shape: tuple[int, int], scheme: Scheme) -> Tensor | None:
-    """Return the levels of a layer from blocks of its rows [n, K]; None where they are those of the data type.
+def levels_of_rows(blocks: Iterable[Tensor], shape: tuple[int, int], how: KBit) -> Tensor:
+    """Return the levels of a layer that has some of its own, from blocks of its rows [n, K].
 
     They are what the whole weight of that shape gives to the bit: of all elements, those at equal distances count.
     """
-    how = scheme.kbit
-    if how is None or not how.has_codebook:
-        return None
     step, place, found = sample_step(shape[0] * shape[1]), 0, []
     for block in blocks:
         flat = kbit.normalized(block, kbit.block_absmax(block, how.block), how.block).flatten()

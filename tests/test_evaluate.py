@@ -439,8 +439,8 @@ def test_methods_run_one_by_one_where_rows_are_mixed(folder: Path, monkeypatch: 
             raise NotRowsError(name)
         return rows(name, x, count)
 
-    rows = methods._rows
-    monkeypatch.setattr(methods, "_rows", mixed)
+    rows = methods.parted_rows
+    monkeypatch.setattr(methods, "parted_rows", mixed)
     assert kl() == pytest.approx(together, rel=0.05)
     assert [count for count in counts if count > 1] == [11]  # tried once
 

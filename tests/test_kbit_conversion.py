@@ -245,10 +245,9 @@ def test_a_record_takes_the_bits_that_it_says(kbit: KBit) -> None:
 
 def test_levels_of_rows_are_those_of_the_whole_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kbit_levels, "_SAMPLE", 100)
-    weight, scheme = torch.randn(37, 70), Scheme(kbit=KBit(4, "quantile", 32))
+    weight, how = torch.randn(37, 70), KBit(4, "quantile", 32)
     expected = reference.quantize_weight(weight, 4, "quantile", 32)[2]
-    found = levels_of_rows(torch.split(weight, 5), (37, 70), scheme)
-    assert found is not None
+    found = levels_of_rows(torch.split(weight, 5), (37, 70), how)
     assert torch.equal(found, expected)
 
 

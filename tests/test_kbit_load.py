@@ -123,8 +123,8 @@ def test_a_compiled_model_decodes_what_an_eager_one_does(plain: Path) -> None:
 
 
 def test_outliers_may_be_left_out_and_not_be_searched(converted: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
-    model = runtime.load(converted, dtype=torch.float32)
+    with caplog.at_level("INFO", logger="llmint8"):
+        model = runtime.load(converted, dtype=torch.float32)
     assert re.search(r"^15 KBitLinear layers, outliers static, 15 x 4 bits: ", caplog.messages[-1])
     expected = logits(model)
     runtime.configure(model, outliers="none")

@@ -78,9 +78,8 @@ def test_eval_lets_such_layers_search_in_the_mode_of_the_checkpoint_and_all_in_t
     missed = "model.layers.0.mlp.down_proj"
     edit(checkpoint, MANIFEST, lambda manifest: manifest["modules"].pop(missed))
     model, windows = runtime.load(checkpoint), torch.arange(8)[None]
-    modes_to_run = {
-        mode.label: mode for mode in compare.modes_of(model.config.quantization_config, True, rotated=False)
-    }
+    layers = [module for module in model.modules() if isinstance(module, runtime.Int8Linear)]
+    modes_to_run = compare.modes_of(model.config.quantization_config, True, layers)
     assert len(modes_to_run) == 4
     runs = Runs(model, model, modes_to_run, (), windows)
     for label, mode in [*modes_to_run.items(), *modes_to_run.items()]:

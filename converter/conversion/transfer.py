@@ -104,7 +104,8 @@ class Transfer:
 
         Where a layer has levels of its own they are found first, for which the weight is read twice.
         """
-        levels = levels_of_rows(self._rows(layer), (layer.out_features, layer.in_features), self._plan.scheme_of(layer))
+        shape, how = (layer.out_features, layer.in_features), self._plan.scheme_of(layer).kbit
+        levels = levels_of_rows(self._rows(layer), shape, how) if how and how.has_codebook else None
         grids: list[Grid] = []
 
         def quantized() -> Iterator[Tensor]:
