@@ -1,11 +1,6 @@
 """The kernels for weights of 3 to 8 bits: every layer as the reference defines it, and what is Triton's own in one."""
 
 import dataclasses
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -185,25 +180,3 @@ def test_every_call_has_a_tile_that_can_run_it() -> None:
                     assert (tile.block_m == 16) or not (float32 and tile.block_m > tiles.DECODE_ROWS)
     assert tiles._choose("sm_90", False, 3, 4096) == tiles._choose("sm_90", False, 16, 4096)
     assert tiles._choose("sm_86", False, 1, 9999) == tiles._choose("sm_80", False, 1, 9999)
-
-
-def test_one_kernel_of_each_kind_compiles_without_a_spill(tmp_path: Path) -> None:
-    """Another process compiles, because this one interprets Triton; `soak/test_kernels.py` compiles all."""
-    benchmarks = Path(__file__).parent.parent / "benchmarks"
-    code = (
-        f"import dataclasses, json, sys; sys.path.insert(0, {str(benchmarks)!r})\n"
-        "import kbit_resources as k, torch\n"
-        "from llmint8.kernels.kbit.gpu.tiles import _choose\n"
-        "cases = ('sm_90', 1, 3, 32, torch.float16), ('sm_80', 16, 5, 64, torch.bfloat16)\n"
-        "found = [k.kbit_resources(a, _choose(a, False, m, 1024), bits, block, d)"
-        " for a, m, bits, block, d in cases]\n"
-        "print(json.dumps([dataclasses.asdict(item) for item in found]))"
-    )
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert len(found) == 2
-    assert [item for item in found if item["problems"]] == []
-    assert all(1 < item["instructions"] < 9 for item in found)
