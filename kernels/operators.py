@@ -15,7 +15,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -178,23 +178,16 @@ def _dynamic_int8_linear(run: Callable[[Tensor, Operands, bool], Tensor]) -> Cal
     return operator
 
 
-def _int8_linear_on_cpu(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    row_sum: Tensor,
-    outlier_dims: Tensor,
-    outlier_weight: Tensor,
-    bias: Tensor | None,
-    group: Group | None,
-    rotation: Rotation | None,
-    zeropoint: bool,
-) -> Tensor:
-    operands = Operands(weight, scale, row_sum, outlier_dims, outlier_weight, bias, None, group, rotation)
+_checked_int8_linear = _int8_linear(_run)
+
+
+def _int8_linear_on_cpu(x: Tensor, *arguments: Any) -> Tensor:
+    group, rotation, zeropoint = arguments[6:]
+    operands = Operands._make((*arguments[:6], None, group, rotation))
     if layout := checked.layout_of(operands):
-        check_rows(x, weight)
+        check_rows(x, operands.values)
         return native.NativeLinear(operands, layout)(x, zeropoint)
-    out = _int8_linear(_run)(x, *operands[:6], group, rotation, zeropoint)
+    out = _checked_int8_linear(x, *arguments)
     if native.kinds():
         checked.remember(operands)
     return out

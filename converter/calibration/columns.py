@@ -3,7 +3,7 @@
 They need no pass; GPTQ wants to know of them in one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from ..outliers.proxy import deviations, proxy_dims
 from ..planning.before import kv_heads
 from ..planning.plan import ConversionPlan
-from ..planning.selected import SelectedLayer
 
 
 def _no_columns(name: str) -> tuple[Tensor, Tensor]:
@@ -48,18 +47,14 @@ class ProxyColumns:
         if before is None:
             return torch.empty(0, dtype=torch.int64)
         if before.name not in self._spread:
-            self._spread[before.name] = deviations(self._rows(before))
+            self._spread[before.name] = deviations(before.read_rows(self._plan.source))
         in_features = self._plan.selection.layers[name].in_features
         return proxy_dims(self._spread[before.name], in_features, self._share, kv_heads(self._plan.config))
 
     def load(self, name: str) -> tuple[Tensor, Tensor]:
         """Return the dims of a layer, int32 [k], and its columns [N, k]."""
-        dims = self.dims(name)
-        return dims.int(), torch.cat([block[:, dims] for block in self._rows(self._plan.selection.layers[name])])
-
-    def _rows(self, layer: SelectedLayer) -> Iterator[Tensor]:
-        source, name = self._plan.source, layer.weight.name
-        return iter([source.read(name).t()]) if layer.transposed else source.read_rows(name)
+        dims, blocks = self.dims(name), self._plan.selection.layers[name].read_rows(self._plan.source)
+        return dims.int(), torch.cat([block[:, dims] for block in blocks])
 
 
 def known_columns(plan: ConversionPlan) -> Outliers:

@@ -120,9 +120,7 @@ class Transfer:
         self._write_scales(layer, grids[0].with_absmax(torch.cat([grid.absmax for grid in grids])))
 
     def _rows(self, layer: SelectedLayer) -> Iterator[Tensor]:
-        source, name = self._plan.source, layer.weight.name
-        blocks = iter([source.read(name).t()]) if layer.transposed else source.read_rows(name)
-        return (block.to(self._device) for block in blocks)
+        return (block.to(self._device) for block in layer.read_rows(self._plan.source))
 
     def _quantized(
         self, layer: SelectedLayer, weight: Tensor, first_row: int, levels: Tensor | None = None

@@ -1,10 +1,12 @@
 """What was selected to be quantized: the layers, and what is known of those that are left alone."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from llmint8.formats import TensorInfo
+from torch import Tensor
+
+from llmint8.formats import Source, TensorInfo
 from llmint8.formats.int8.schemes import Lookup
 
 from ..endings import Endings
@@ -33,6 +35,11 @@ class SelectedLayer:
     def in_features(self) -> int:
         """K."""
         return self.weight.shape[0 if self.transposed else 1]
+
+    def read_rows(self, source: Source) -> Iterator[Tensor]:
+        """Yield the weight in blocks of its rows, [n, K]; all at once where it is stored transposed."""
+        name = self.weight.name
+        return iter([source.read(name).t()]) if self.transposed else source.read_rows(name)
 
 
 def kept_output_bytes(layer: SelectedLayer, tokens: int) -> int:

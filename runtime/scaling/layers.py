@@ -12,6 +12,7 @@ from torch import Tensor
 from llmint8.converter.calibration.gptq import Correlations
 from llmint8.converter.coding import KBitGrid
 from llmint8.converter.outliers.proxy import Linear, deviations, layers_before, proxy_dims
+from llmint8.converter.planning.before import kv_heads
 from llmint8.converter.planning.plan import ConversionPlan
 from llmint8.converter.planning.selected import SelectedLayer
 from llmint8.formats import SourceError
@@ -24,12 +25,7 @@ def before(plan: ConversionPlan, order: Sequence[str]) -> dict[str, str]:
     """Return layer -> the layer that makes its inputs, where there is one, by the names of modules in their order."""
     layers = {plan.selection.module_of[name]: layer for name, layer in plan.selection.multiplied.items()}
     linears = [Linear(name, layers[name].out_features, layers[name].in_features) for name in order]
-    return layers_before(linears, kv_heads(plan))
-
-
-def kv_heads(plan: ConversionPlan) -> int | None:
-    """Return how many heads of keys and values the model has."""
-    return getattr(plan.config.get_text_config(), "num_key_value_heads", None) if plan.config else None
+    return layers_before(linears, kv_heads(plan.config))
 
 
 class Weights:
@@ -38,7 +34,7 @@ class Weights:
     def __init__(self, plan: ConversionPlan, layers: Mapping[str, SelectedLayer], order: Sequence[str]) -> None:
         """Take the layers by the names of their modules, and the order in which they are expected."""
         self._plan, self._layers = plan, layers
-        self._before, self._heads = before(plan, order), kv_heads(plan)
+        self._before, self._heads = before(plan, order), kv_heads(plan.config)
         self._spread: dict[str, Tensor] = {}
         self._last: tuple[Tensor, tuple[int, ...], Correlations] | None = None
 
