@@ -30,7 +30,7 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # Tiles pay from so many rows on; below, they are mostly empty.
 _TILE_ROWS = 4
 # A thread for so many products: fewer are done before another has woken up.
-_PRODUCTS_PER_THREAD = 1 << 18
+_PRODUCTS_PER_THREAD = 1 << 17
 
 
 class _Weight(ctypes.Structure):

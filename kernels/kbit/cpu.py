@@ -32,7 +32,7 @@ _VERSION = 1
 # What is dequantized at a time: 4 MB in float32.
 _STEP_ELEMENTS = 1 << 20
 # A thread for so many products, or elements: fewer are done before another has woken up.
-_PER_THREAD = 1 << 18
+_PER_THREAD = 1 << 17
 # From so many rows on PyTorch's product pays for the dequantization.
 _MANY_ROWS = 24
 
@@ -118,6 +118,8 @@ class CpuKBit:
     def __init__(self, operands: KBitOperands) -> None:
         """Take the weight, on the CPU."""
         bias = operands.bias
+        # Asked for in every call, where a property or `len` of a tensor takes longer than an attribute.
+        self._bits, self._shape = operands.bits, (len(operands.packed), operands.in_features)
         self._operands = operands._replace(
             packed=operands.packed.contiguous(),
             absmax=operands.absmax.contiguous(),
@@ -131,28 +133,34 @@ class CpuKBit:
 
     def _weight(self) -> _Weight:
         packed, absmax, levels, dims, columns, bias, k, block = self._operands
-        tensors = packed, absmax, levels, dims, columns
-        addresses = (*(tensor.data_ptr() for tensor in tensors), None if bias is None else bias.data_ptr())
+        addresses = (
+            packed.data_ptr(),
+            absmax.data_ptr(),
+            levels.data_ptr(),
+            dims.data_ptr(),
+            columns.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+        )
         if addresses != self._addresses:
             count, width = blocks(k, block)
-            types = self._operands.bits, 0 if bias is None else DTYPES[bias.dtype]
-            self._made = _Weight(len(packed), k, width, count, len(dims), *addresses, *types)
+            types = self._bits, 0 if bias is None else DTYPES[bias.dtype]
+            self._made = _Weight(packed.shape[0], k, width, count, len(dims), *addresses, *types)
             self._addresses = addresses
         return self._made
 
     def __call__(self, x: Tensor) -> Tensor:
         """Run the layer for x [M, K] in float16, bfloat16 or float32: [M, N] in its dtype."""
-        n, k = len(self._operands.packed), self._operands.in_features
-        if not len(x) or not n or not k:
-            out = x.new_zeros(len(x), n)
+        (n, k), m = self._shape, x.shape[0]
+        if not m or not n or not k:
+            out = x.new_zeros(m, n)
             return out if self._operands.bias is None else out + self._operands.bias.to(x.dtype)
         kind = kinds()[0]
-        if len(x) >= _MANY_ROWS:
+        if m >= _MANY_ROWS:
             if x.dtype == torch.bfloat16 and _multiplies_bfloat16():
                 return self.run_dequantized(x, torch.bfloat16, kind, torch.get_num_threads())
             if kind == "AVX2":
                 return self.run_dequantized(x, torch.float32, kind, torch.get_num_threads())
-        return self.run(x, kind, max(1, min(torch.get_num_threads(), len(x) * n * k // _PER_THREAD)))
+        return self.run(x, kind, max(1, min(torch.get_num_threads(), m * n * k // _PER_THREAD)))
 
     def run(self, x: Tensor, kind: Kind, threads: int) -> Tensor:
         """Multiply integers with one instruction set, for x as in a call, but neither M nor N nor K 0.
@@ -162,17 +170,17 @@ class CpuKBit:
             ValueError: outlier dims are not in the layer, or do not rise.
 
         """
-        x = x.contiguous()
-        out = x.new_empty(len(x), len(self._operands.packed))
-        library, weight = _library(), ctypes.byref(self._weight())
+        library = _library()
         assert not isinstance(library, str)
-        how = len(x), DTYPES[x.dtype], KINDS[kind], threads
-        self._check(library.llmint8_kbit_linear(weight, x.data_ptr(), out.data_ptr(), *how))
+        x, m = x.contiguous(), x.shape[0]
+        out = x.new_empty(m, self._shape[0])
+        weight, dtype = ctypes.byref(self._weight()), DTYPES[x.dtype]
+        self._check(library.llmint8_kbit_linear(weight, x.data_ptr(), out.data_ptr(), m, dtype, KINDS[kind], threads))
         return out
 
     def run_dequantized(self, x: Tensor, dtype: torch.dtype, kind: Kind, threads: int) -> Tensor:
         """Multiply by rows of the weight in float32 or bfloat16, for x as in a call, but neither M nor N nor K 0."""
-        n, k = len(self._operands.packed), self._operands.in_features
+        n, k = self._shape
         inside, out = x.to(dtype), torch.empty(len(x), n, dtype=dtype, device="cpu")
         bias = self._operands.bias
         step = max(1, min(n, _STEP_ELEMENTS // k))
@@ -199,10 +207,6 @@ class CpuKBit:
     def _check(self, status: int) -> None:
         if status == 2:
             dims = str(self._operands.outlier_dims.tolist())[:80]
-            raise ValueError(
-                f"outlier_dims is {dims}, expected rising numbers from 0 to {self._operands.in_features - 1}"
-            )
+            raise ValueError(f"outlier_dims is {dims}, expected rising numbers from 0 to {self._shape[1] - 1}")
         if status:
-            raise MemoryError(
-                f"layer of {self._operands.bits} bits: no memory for x of {self._operands.in_features} values"
-            )
+            raise MemoryError(f"layer of {self._bits} bits: no memory for x of {self._shape[1]} values")

@@ -110,12 +110,15 @@ static const KBitKernels *const KERNELS[1];
 #endif
 
 static void take_levels(const KBit *w, Levels *levels) {
+    int16_t words[256];
+    const int count = 1 << w->bits;
+    for (int i = 0; i < count; i++) words[i] = (int16_t)lrintf(w->levels[i] * LARGEST);
+    for (int i = count; i < 256; i++) words[i] = words[i - count];
     for (int i = 0; i < 256; i++) {
-        const int32_t level = (int32_t)lrintf(w->levels[i & ((1 << w->bits) - 1)] * LARGEST);
-        levels->low[i] = (uint8_t)level;
-        levels->high[i] = (uint8_t)(level >> 8);
-        if (i < 32) levels->words[i] = (int16_t)level;
+        levels->low[i] = (uint8_t)words[i];
+        levels->high[i] = (uint8_t)(words[i] >> 8);
     }
+    memcpy(levels->words, words, sizeof levels->words);
 }
 
 // What the caller was written for.

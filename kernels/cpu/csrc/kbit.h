@@ -172,6 +172,25 @@ INLINE void FN(tile)(
     for (int r = 0; r < ns; r++)
         for (int m = 0; m < ms; m++) total[r][m] = (floats){0};
     for (int64_t c = 0; c < chunks; c++) {
+#if STEPS == 2
+        if (halves == 1) {  // both halves have one scale, and what they give is added as integers
+            for (int r = 0; r < ns; r++) {
+                const uint8_t *p = packed[r] + c * 8 * bits;
+                vector low[2], high[2];
+                __builtin_prefetch(p + AHEAD);
+                FN(decode)(p, bits, 0, tables, &low[0], &high[0]);
+                FN(decode)(p, bits, 1, tables, &low[1], &high[1]);
+                for (int m = 0; m < ms; m++) {
+                    const int16_t *of = x + m * width + c * 64;
+                    const vector sum = DOT(low[0], LOAD(of), high[0], LOAD(of + 16));
+                    const vector more = DOT(low[1], LOAD(of + 32), high[1], LOAD(of + 48));
+                    const floats by = ALL(scales[r] + c * ms + m);
+                    total[r][m] = FMA(TO_FLOAT(_mm256_add_epi32(sum, more)), by, total[r][m]);
+                }
+            }
+            continue;
+        }
+#endif
         for (int step = 0; step < STEPS; step++) {
             vector low[2], high[2];
             for (int r = 0; r < ns; r++) {
