@@ -189,7 +189,7 @@ def _int8_linear_on_cpu(x: Tensor, *arguments: Any) -> Tensor:
         return native.NativeLinear(operands, layout)(x, zeropoint)
     out = _checked_int8_linear(x, *arguments)
     if native.kinds():
-        checked.remember(operands)
+        checked.remember(operands, native.NativeLinear(operands))
     return out
 
 

@@ -31,9 +31,7 @@ from llmint8.kernels.reference import Int8Weight
 dims = torch.empty(0, dtype=torch.int32)
 weight = Int8Weight(torch.ones(9, 64, dtype=torch.int8), torch.ones(9), dims, torch.empty(9, 0))
 layer = native.NativeLinear(Operands.prepare(weight))
-weight = layer._weight()
-weight.n = 10
-layer._weight = lambda: weight
+layer.layout.of(layer.operands).n = 10
 layer.run(torch.ones(1, 64), True, native.kinds()[-1], 1)
 """
 

@@ -1,8 +1,10 @@
 """The compiled layer of 3 to 8 bits: within its bound of the reference, with every instruction set there is."""
 
 import itertools
+import re
+import weakref
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from llmint8.kernels.kbit import cpu
 from llmint8.kernels.kbit.levels import BITS, DataType
 from llmint8.kernels.kbit.linear import kbit_linear, plain_linear, prepare
 from llmint8.kernels.kbit.operands import KBitOperands
+from llmint8.kernels.kbit.packing import pack
 from llmint8.kernels.kbit.reference import KBitWeight, by_element, from_float
 
 # A library that gets sums wrong is no reason to skip.
@@ -94,6 +97,21 @@ def test_it_agrees_with_the_reference(bits: int, kind: cpu.Kind) -> None:
 
 @every_kind
 @every_width
+def test_every_code_of_even_levels_stands_for_what_the_reference_says(bits: int, kind: cpu.Kind) -> None:
+    codes = torch.arange(2**bits, dtype=torch.uint8)[None, [-1, *range(2**bits)]]  # of which the last two are 1
+    for block in (32, 64):
+        weight = replace(layer(1, codes.shape[1], bits, block, "int", 0), packed=pack(codes, bits))
+        native = cpu.CpuKBit(KBitOperands.prepare(weight))
+        x = inputs(4, codes.shape[1])
+        for m in (1, 2, 4):
+            assert_close(native.run(x[:m], kind, 1), x[:m], weight)
+        absmax = by_element(weight.absmax, codes.shape[1], block)
+        found = native.dequantize(0, torch.empty(codes.shape), kind, 1)
+        assert bool(((found - weight.dequantize()).abs() <= 2.0**-15 * absmax).all())
+
+
+@every_kind
+@every_width
 def test_rows_of_the_weight_are_dequantized(bits: int, kind: cpu.Kind) -> None:
     for (n, k, block, _), data_type in zip(SHAPES, itertools.cycle(("int", "dynamic", "quantile"))):
         weight = layer(n, k, bits, block, data_type)
@@ -144,6 +162,34 @@ def test_what_is_not_finite_makes_nan_of_its_row_and_what_is_tiny_nothing_worse(
     for size in (1e-38, 1e-30, 1e35):
         few = torch.full((1, 200), size)
         assert_close(native.run(few, kind, 1), few, weight)
+
+
+def test_the_operator_checks_x_and_remembers_weights_and_keeps_none_of_their_tensors() -> None:
+    operands, x = KBitOperands.prepare(layer(40, 130, 4, 64)), inputs(2, 130)
+    others = [None if part is None else part.clone() for part in operands[:6]]
+
+    def run(tensors: Any, x: Tensor = x) -> Tensor:
+        return torch.ops.llmint8.kbit_linear(x, *tensors, *operands[6:])
+
+    expected = cpu.CpuKBit(operands)(x)
+    doubled = [others[0], others[1] * 2, *others[2:5], None]
+    other = cpu.CpuKBit(KBitOperands(*doubled, *operands[6:]))
+    wide = {"x has shape [2, 131], expected [any, 130]": inputs(2, 131), "x is torch.float64": x.double()}
+    for _ in range(2):  # of which it knows the weights in the second
+        for message, wrong in wide.items():
+            with pytest.raises(ValueError, match=re.escape(message)):
+                run(operands[:6], wrong)
+        assert torch.equal(run(operands[:6]), expected)
+        assert torch.equal(run(others), expected)
+        assert torch.equal(run(doubled), other(x))
+    with pytest.raises(ValueError, match=r"absmax has shape \[39, 3\], expected \[40, 3\]"):
+        run([operands[0], operands[1][1:], *operands[2:6]])
+    others[0].data = 255 - others[0].data
+    others[0].data = operands[0].data.clone()  # where it was before may hold anything by now
+    assert torch.equal(run(others), expected)
+    kept = weakref.ref(others[1])
+    del others, doubled, other
+    assert kept() is None
 
 
 def test_the_facade_takes_it_and_agrees_for_few_rows_and_many() -> None:

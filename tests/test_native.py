@@ -148,7 +148,7 @@ def test_instructions_that_get_a_sum_wrong_are_found_out(
 
     def broken(self: native.NativeLinear, x: Tensor, *how: Any) -> Tensor:
         out = run(self, x, *how)
-        if self._operands.group == wrong and len(x) > 5:
+        if self.operands.group == wrong and len(x) > 5:
             out[-1, -1] += 1
         return out
 
@@ -218,7 +218,7 @@ def test_without_the_library_layers_run_and_say_why(
 @needs_it
 def test_an_instruction_set_that_saturates_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     def saturated(self: Any, x: Tensor, *how: Any) -> Tensor:
-        return (x @ self._operands.values.float().t()).clamp(max=2.0**22)
+        return (x @ self.operands.values.float().t()).clamp(max=2.0**22)
 
     monkeypatch.setattr(native.NativeLinear, "run", saturated)
     native.kinds.cache_clear()
@@ -237,14 +237,12 @@ def test_where_tensors_have_no_values_the_instructions_are_tried_on_some_that_ha
 
 
 @needs_it
-def test_too_little_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_an_error() -> None:
     operands = Operands.prepare(
         Int8Weight(torch.ones(3, 4, dtype=torch.int8), torch.ones(3), torch.empty(0).int(), torch.empty(3, 0))
     )
     layer = native.NativeLinear(operands)
-    weight = layer._weight()
-    weight.padded = 1 << 48  # the columns of each thread
-    monkeypatch.setattr(layer, "_weight", lambda: weight)
+    layer.layout.of(layer.operands).padded = 1 << 48  # the columns of each thread
     with pytest.raises(MemoryError, match="2 rows of 4 values"):
         layer(torch.ones(2, 4), False)
 

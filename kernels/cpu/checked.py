@@ -7,37 +7,50 @@ another shape or dtype in place is not found out, there and here.
 """
 
 import weakref
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from ..operands import Operands
 from .native import Layout
 
-_Key = tuple[int | None, ...]
+_Operands = tuple[Any, ...]  # six tensors, of which the last may be None, and what is no tensor
+
+
+class Native(Protocol):
+    """A weight laid out for the library.
+
+    Attributes:
+        operands: what the library is given.
+        layout: where these tensors lie.
+
+    """
+
+    operands: Any
+    layout: Layout
+
+
+_Key = tuple[Any, ...]
 # The references are here for what they do when their tensor goes.
 _KNOWN: dict[_Key, tuple[Layout, list[weakref.ref[Tensor]]]] = {}
 
 
-def layout_of(operands: Operands) -> Layout | None:
+def layout_of(operands: _Operands) -> Layout | None:
     """Return where a weight lies, or None if it has not been remembered."""
     known = _KNOWN.get(_key(operands))
     return known[0] if known else None
 
 
-def remember(operands: Operands) -> None:
-    """Remember a weight whose tensors were checked, if they can be used as they are."""
-    _, _, _, _, columns, bias, *_ = operands
-    if columns.dtype == torch.float64 or (bias is not None and bias.dtype == torch.float64):
+def remember(operands: _Operands, native: Native) -> None:
+    """Remember a weight whose tensors were checked, if the library takes them as they are."""
+    if any(given is not taken for given, taken in zip(operands, native.operands, strict=True)):
         return
     key = _key(operands)
 
     def forget(_: weakref.ref[Tensor]) -> None:
         _KNOWN.pop(key, None)
 
-    _KNOWN[key] = Layout(), [weakref.ref(tensor, forget) for tensor in operands[:6] if isinstance(tensor, Tensor)]
+    _KNOWN[key] = native.layout, [weakref.ref(tensor, forget) for tensor in operands[:6] if isinstance(tensor, Tensor)]
 
 
-def _key(operands: Operands) -> _Key:
-    values, scale, row_sum, dims, columns, bias, _, group, rotation = operands
-    return id(values), id(scale), id(row_sum), id(dims), id(columns), id(bias), group, rotation
+def _key(operands: _Operands) -> _Key:
+    return *map(id, operands[:6]), *operands[6:]

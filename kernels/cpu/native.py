@@ -10,8 +10,9 @@ import ctypes
 import functools
 import importlib.machinery
 import itertools
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -102,34 +103,45 @@ def _is_exact(kind: Kind) -> bool:
     return True
 
 
+Addresses = tuple[int | None, ...]
+
+
 class Layout:
     """Where the tensors of a weight lie, as the library is told; it keeps none of them."""
 
-    __slots__ = ("_addresses", "_made")
+    __slots__ = ("_addresses", "_made", "_tell")
 
-    def __init__(self) -> None:
-        """Begin with nothing known."""
-        self._addresses: tuple[int | None, ...] = ()
-        self._made = _Weight()
+    def __init__(self, tell: Callable[[Any, Addresses], ctypes.Structure]) -> None:
+        """Begin with nothing known; `tell` makes the structure from operands and the addresses of their tensors."""
+        self._addresses: Addresses = ()
+        self._made: Any = None
+        self._tell = tell
 
-    def of(self, operands: Operands) -> _Weight:
-        """Return the structure for a weight's tensors. Their addresses are looked at: what processes share moves."""
-        values, scale, row_sum, dims, columns, bias, _, group, rotation = operands
+    def of(self, operands: tuple[Any, ...]) -> Any:
+        """Return the structure for a weight, whose operands begin with six tensors, the last of them a bias or None.
+
+        Their addresses are looked at: what processes share moves.
+        """
+        first, second, third, fourth, fifth, bias, *_ = operands
         addresses = (
-            values.data_ptr(),
-            scale.data_ptr(),
-            row_sum.data_ptr(),
-            dims.data_ptr(),
-            columns.data_ptr(),
+            first.data_ptr(),
+            second.data_ptr(),
+            third.data_ptr(),
+            fourth.data_ptr(),
+            fifth.data_ptr(),
             None if bias is None else bias.data_ptr(),
         )
         if addresses != self._addresses:
-            types = DTYPES[columns.dtype], 0 if bias is None else DTYPES[bias.dtype]
-            count, width = groups(values.shape[1], group)
-            sizes = *values.shape, len(dims), columns.shape[1], width, count, rotation or 0
-            self._made = _Weight(*sizes, *addresses, *types)
+            self._made = self._tell(operands, addresses)
             self._addresses = addresses
         return self._made
+
+
+def _tell(operands: Operands, addresses: Addresses) -> _Weight:
+    values, _, _, dims, columns, bias, _, group, rotation = operands
+    types = DTYPES[columns.dtype], 0 if bias is None else DTYPES[bias.dtype]
+    count, width = groups(values.shape[1], group)
+    return _Weight(*values.shape, len(dims), columns.shape[1], width, count, rotation or 0, *addresses, *types)
 
 
 class NativeLinear:
@@ -146,11 +158,8 @@ class NativeLinear:
                 bias=bias.float() if bias is not None and bias.dtype == torch.float64 else bias,
                 outlier_weight=columns.float() if columns.dtype == torch.float64 else columns,
             )
-        self._operands = operands
-        self._layout = layout or Layout()
-
-    def _weight(self) -> _Weight:
-        return self._layout.of(self._operands)
+        self.operands = operands
+        self.layout = layout or Layout(_tell)
 
     def __call__(self, x: Tensor, zeropoint: bool) -> Tensor:
         """Run the layer for x [M, K] in float16, bfloat16 or float32: [M, N] in its dtype.
@@ -158,12 +167,12 @@ class NativeLinear:
         The integers are those of the reference. Floating-point sums after them may be rounded in another order, which
         changes the result by a few units in the last place of float32.
         """
-        (n, k), m = self._operands.values.shape, x.shape[0]
+        (n, k), m = self.operands.values.shape, x.shape[0]
         if not m or not n or not k:
             out = x.new_zeros(m, n)
-            return out if self._operands.bias is None else out + self._operands.bias.to(x.dtype)
-        if self._operands.threshold is not None:
-            return NativeLinear(self._with_outliers_of(x, self._operands.threshold))(x, zeropoint)
+            return out if self.operands.bias is None else out + self.operands.bias.to(x.dtype)
+        if self.operands.threshold is not None:
+            return NativeLinear(self._with_outliers_of(x, self.operands.threshold))(x, zeropoint)
         found = kinds()
         kind = found[1] if found[0] == "AMX" and m < _TILE_ROWS else found[0]
         threads = max(1, min(torch.get_num_threads(), m * n * k // _PRODUCTS_PER_THREAD))
@@ -180,11 +189,11 @@ class NativeLinear:
         library = compiled()
         assert not isinstance(library, str)
         x, m = x.contiguous(), x.shape[0]
-        out = x.new_empty(m, self._operands.values.shape[0])
-        weight, dtype = ctypes.byref(self._weight()), DTYPES[x.dtype]
+        out = x.new_empty(m, self.operands.values.shape[0])
+        weight, dtype = ctypes.byref(self.layout.of(self.operands)), DTYPES[x.dtype]
         status = library.llmint8_linear(weight, x.data_ptr(), out.data_ptr(), m, dtype, zeropoint, KINDS[kind], threads)
         if status == 2:
-            dims = self._operands.outlier_dims.tolist()
+            dims = self.operands.outlier_dims.tolist()
             raise ValueError(f"outlier_dims is {str(dims)[:80]}, expected numbers from 0 to {x.shape[1] - 1}")
         if status:
             raise MemoryError(f"int8 layer: no memory for {m} rows of {x.shape[1]} values")
@@ -192,8 +201,8 @@ class NativeLinear:
 
     def _with_outliers_of(self, x: Tensor, threshold: float) -> Operands:
         """Return the weight with the columns of the outliers in x, dequantized."""
-        values, scale = self._operands.values, self._operands.scale
+        values, scale = self.operands.values, self.operands.scale
         dims = dynamic_outlier_dims(x, threshold)
         columns = x.new_zeros(len(values), padded_outliers(len(dims)), dtype=torch.float32)
         columns[:, : len(dims)] = values[:, dims].float() * scale[:, None]
-        return self._operands._replace(outlier_dims=dims.int(), outlier_weight=columns, threshold=None)
+        return self.operands._replace(outlier_dims=dims.int(), outlier_weight=columns, threshold=None)

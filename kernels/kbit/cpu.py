@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..cpu.native import DTYPES, compiled
-from .levels import BITS
+from ..cpu.native import DTYPES, Addresses, Layout, compiled
+from .levels import BITS, levels_of
 from .operands import KBitOperands
 from .packing import pack
 from .reference import blocks
@@ -92,11 +92,11 @@ def _multiplies_bfloat16() -> bool:
 def _is_exact(kind: Kind) -> bool:
     """Tell whether it keeps the largest sums, for every number of bits, and dequantizes all levels."""
     none = torch.empty(0, dtype=torch.int32, device="cpu"), torch.empty(4, 0, dtype=torch.float32, device="cpu")
-    for bits, block in itertools.product(BITS, (32, 64, None)):
+    for bits, block, even in itertools.product(BITS, (32, 64, None), (False, True)):
         count = 2**bits
-        # Levels that integers of 16 bits hold, the largest at both ends.
+        # Levels that integers of 16 bits hold, the largest at both ends; or those that are not looked up.
         levels = torch.arange(count, dtype=torch.float64, device="cpu").mul_(2 / (count - 1)).sub_(1)
-        whole = levels.mul_(16383).round_()
+        whole = levels_of("int", bits).double().cpu() * 16383 if even else levels.mul_(16383).round_()
         codes = torch.zeros(4, 448, dtype=torch.uint8, device="cpu")
         codes[1::2] = count - 1
         codes[2:, :256] = torch.arange(256, device="cpu") % count
@@ -112,48 +112,39 @@ def _is_exact(kind: Kind) -> bool:
     return True
 
 
+def _tell(operands: KBitOperands, addresses: Addresses) -> _Weight:
+    packed, _, _, dims, _, bias, k, block = operands
+    count, width = blocks(k, block)
+    types = operands.bits, 0 if bias is None else DTYPES[bias.dtype]
+    return _Weight(len(packed), k, width, count, len(dims), *addresses, *types)
+
+
 class CpuKBit:
-    """A weight laid out for the library. Addresses are looked at in every call: what processes share moves."""
+    """A weight laid out for the library."""
 
-    def __init__(self, operands: KBitOperands) -> None:
-        """Take the weight, on the CPU."""
-        bias = operands.bias
-        # Asked for in every call, where a property or `len` of a tensor takes longer than an attribute.
-        self._bits, self._shape = operands.bits, (len(operands.packed), operands.in_features)
-        self._operands = operands._replace(
-            packed=operands.packed.contiguous(),
-            absmax=operands.absmax.contiguous(),
-            levels=operands.levels.contiguous(),
-            outlier_dims=operands.outlier_dims.int().contiguous(),
-            columns=operands.columns.float().contiguous(),
-            bias=None if bias is None else (bias.float() if bias.dtype == torch.float64 else bias).contiguous(),
-        )
-        self._addresses: tuple[int | None, ...] = ()
-        self._made = _Weight()
-
-    def _weight(self) -> _Weight:
-        packed, absmax, levels, dims, columns, bias, k, block = self._operands
-        addresses = (
-            packed.data_ptr(),
-            absmax.data_ptr(),
-            levels.data_ptr(),
-            dims.data_ptr(),
-            columns.data_ptr(),
-            None if bias is None else bias.data_ptr(),
-        )
-        if addresses != self._addresses:
-            count, width = blocks(k, block)
-            types = self._bits, 0 if bias is None else DTYPES[bias.dtype]
-            self._made = _Weight(packed.shape[0], k, width, count, len(dims), *addresses, *types)
-            self._addresses = addresses
-        return self._made
+    def __init__(self, operands: KBitOperands, layout: Layout | None = None) -> None:
+        """Take the weight, on the CPU; `layout` is what another one of the same tensors was told of them."""
+        # Asked for in every call, where `len` of a tensor takes longer than an attribute.
+        self._shape = operands.packed.shape[0], operands.in_features
+        if layout is None:
+            bias = operands.bias
+            operands = operands._replace(
+                packed=operands.packed.contiguous(),
+                absmax=operands.absmax.contiguous(),
+                levels=operands.levels.contiguous(),
+                outlier_dims=operands.outlier_dims.int().contiguous(),
+                columns=operands.columns.float().contiguous(),
+                bias=None if bias is None else (bias.float() if bias.dtype == torch.float64 else bias).contiguous(),
+            )
+        self.operands = operands
+        self.layout = layout or Layout(_tell)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Run the layer for x [M, K] in float16, bfloat16 or float32: [M, N] in its dtype."""
         (n, k), m = self._shape, x.shape[0]
         if not m or not n or not k:
             out = x.new_zeros(m, n)
-            return out if self._operands.bias is None else out + self._operands.bias.to(x.dtype)
+            return out if self.operands.bias is None else out + self.operands.bias.to(x.dtype)
         kind = kinds()[0]
         if m >= _MANY_ROWS:
             if x.dtype == torch.bfloat16 and _multiplies_bfloat16():
@@ -174,7 +165,7 @@ class CpuKBit:
         assert not isinstance(library, str)
         x, m = x.contiguous(), x.shape[0]
         out = x.new_empty(m, self._shape[0])
-        weight, dtype = ctypes.byref(self._weight()), DTYPES[x.dtype]
+        weight, dtype = ctypes.byref(self.layout.of(self.operands)), DTYPES[x.dtype]
         self._check(library.llmint8_kbit_linear(weight, x.data_ptr(), out.data_ptr(), m, dtype, KINDS[kind], threads))
         return out
 
@@ -182,7 +173,7 @@ class CpuKBit:
         """Multiply by rows of the weight in float32 or bfloat16, for x as in a call, but neither M nor N nor K 0."""
         n, k = self._shape
         inside, out = x.to(dtype), torch.empty(len(x), n, dtype=dtype, device="cpu")
-        bias = self._operands.bias
+        bias = self.operands.bias
         step = max(1, min(n, _STEP_ELEMENTS // k))
         # One for all steps: memory that is new from the system costs more than what is done in it.
         block = torch.empty(step, k, dtype=dtype, device="cpu")
@@ -197,7 +188,7 @@ class CpuKBit:
 
     def dequantize(self, start: int, out: Tensor, kind: Kind, threads: int) -> Tensor:
         """Dequantize rows from `start` on, with their columns, to float32 or bfloat16 [any, K], and return it."""
-        library, weight = _library(), ctypes.byref(self._weight())
+        library, weight = _library(), ctypes.byref(self.layout.of(self.operands))
         assert not isinstance(library, str)
         threads = max(1, min(threads, out.numel() // _PER_THREAD))
         how = DTYPES[out.dtype], KINDS[kind], threads
@@ -206,7 +197,7 @@ class CpuKBit:
 
     def _check(self, status: int) -> None:
         if status == 2:
-            dims = str(self._operands.outlier_dims.tolist())[:80]
+            dims = str(self.operands.outlier_dims.tolist())[:80]
             raise ValueError(f"outlier_dims is {dims}, expected rising numbers from 0 to {self._shape[1] - 1}")
         if status:
-            raise MemoryError(f"layer of {self._bits} bits: no memory for x of {self._shape[1]} values")
+            raise MemoryError(f"layer of {self.operands.bits} bits: no memory for x of {self._shape[1]} values")

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..calling import call
-from ..checks import COLUMNS, check_outlier_dims, check_tensor, is_watched
+from ..checks import COLUMNS, FLOATS, check_outlier_dims, check_tensor, is_watched
+from ..cpu import checked
 from ..gpu.tiles import gpu_of
 from ..operators import has_triton
 from ..prepared import PreparedWeight
@@ -167,16 +168,37 @@ def _check_operands(
         check_tensor("bias", bias, COLUMNS, (n,), device)
 
 
-def _run(x: Tensor, *operands: Any) -> Tensor:
-    _check_operands(*operands)
-    return _runner(KBitOperands(*operands))[1](x)
+def _check_rows(x: Tensor, operands: KBitOperands) -> None:
+    k, device = operands.in_features, operands.packed.device
+    if not (x.ndim == 2 and x.shape[1] == k and x.dtype in FLOATS and x.device == device):
+        check_tensor("x", x, FLOATS, (None, k), device)
 
 
-def _shaped(x: Tensor, *operands: Any) -> Tensor:
-    _check_operands(*operands)
-    return x.new_empty(x.shape[0], operands[0].shape[0])
+def _run(x: Tensor, *arguments: Any) -> Tensor:
+    _check_operands(*arguments)
+    operands = KBitOperands(*arguments)
+    _check_rows(x, operands)
+    return _runner(operands)[1](x)
 
 
-for _key in ("CPU", "CUDA"):  # CUDA is the key of AMD's GPUs, too
-    _LIBRARY.impl("kbit_linear", _run, _key)  # type: ignore[no-untyped-call]
+def _run_on_cpu(x: Tensor, *arguments: Any) -> Tensor:
+    operands = KBitOperands(*arguments)
+    if layout := checked.layout_of(operands):
+        _check_rows(x, operands)
+        return cpu.CpuKBit(operands, layout)(x)
+    out = _run(x, *arguments)
+    if cpu.kinds():
+        checked.remember(operands, cpu.CpuKBit(operands))
+    return out
+
+
+def _shaped(x: Tensor, *arguments: Any) -> Tensor:
+    _check_operands(*arguments)
+    operands = KBitOperands(*arguments)
+    _check_rows(x, operands)
+    return x.new_empty(x.shape[0], operands.packed.shape[0])
+
+
+_LIBRARY.impl("kbit_linear", _run_on_cpu, "CPU")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("kbit_linear", _run, "CUDA")  # type: ignore[no-untyped-call] # the key of AMD's GPUs, too
 torch.library.register_fake("llmint8::kbit_linear", _shaped, lib=_LIBRARY)

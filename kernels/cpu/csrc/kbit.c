@@ -4,7 +4,8 @@
 // It multiplies integers of 16 bits. A level becomes round(level * 16383), and the 64 values of x at a chunk of codes
 // whole multiples of 2**-14 of the power of two above the largest of them: integers up to 2**14. So two codes are
 // multiplied and added by one instruction, whatever the levels are. A lane takes eight products at most, of which the sum
-// is at most 8 * 2**14 * 16383 = 2**31 - 2**17, and is then float, times the absmax of its block. What the integers lose
+// is at most 8 * 2**14 * 16383 = 2**31 - 2**17, and is then float, times the absmax of its block. (Levels at equal
+// distances may be counted in these in place of that.) What the integers lose
 // is at most 2**-15 of the absmax for each weight, and 2**-15 of that power of two for each x: less than float16 loses of
 // the largest.
 //
@@ -52,10 +53,12 @@ typedef struct {
 
 // What the level 1 becomes.
 #define LARGEST 16383
-// The bytes of the levels, as often as make 64 of them.
+// The bytes of the levels, as often as make 64 of them. `even`: if levels are at equal distances, those of `int`, what one
+// such distance becomes; else 0.
 typedef struct {
     uint8_t low[256], high[256];
     int16_t words[32];
+    float even;
 } Levels;
 
 // Rows of the weight that a thread takes at a time, and rows of x that are multiplied by a level at a time: 4, 2 or 1.
@@ -119,6 +122,13 @@ static void take_levels(const KBit *w, Levels *levels) {
         levels->high[i] = (uint8_t)(words[i] >> 8);
     }
     memcpy(levels->words, words, sizeof levels->words);
+    const int most = count / 2 - 1;
+    int even = 1;
+    for (int i = 0; even && i < count; i++) {
+        const float level = (float)((i < 2 * most ? i : 2 * most) - most) / (float)most;
+        even = fabsf(w->levels[i] - level) <= 0x1p-20f;
+    }
+    levels->even = even ? (float)LARGEST / (float)most : 0;
 }
 
 // What the caller was written for.

@@ -145,9 +145,20 @@ INLINE vector FN(look_up)(vector codes, const vector *tables, int bits) {
 }
 #endif
 
-// The levels of a chunk, or of half of one.
-INLINE void FN(decode)(const uint8_t *p, int bits, int step, const vector (*tables)[16], vector *low, vector *high) {
+// The levels of a chunk, or of half of one. `even`: they are whole multiples of one, and these come out.
+INLINE void FN(decode)(
+    const uint8_t *p, int bits, int even, int step, const vector (*tables)[16], vector *low, vector *high) {
     const vector codes = FN(codes)(p, bits, step);
+#if BYTES == 32
+    if (even) {
+        const vector most = _mm256_set1_epi8((1 << (bits - 1)) - 1);
+        const vector values = _mm256_sub_epi8(_mm256_min_epu8(codes, _mm256_add_epi8(most, most)), most);
+        const vector sign = _mm256_cmpgt_epi8(_mm256_setzero_si256(), values);
+        *low = JOIN_LOW(values, sign);
+        *high = JOIN_HIGH(values, sign);
+        return;
+    }
+#endif
     const vector lower = FN(look_up)(codes, tables[0], bits), upper = FN(look_up)(codes, tables[1], bits);
     *low = JOIN_LOW(lower, upper);
     *high = JOIN_HIGH(lower, upper);
@@ -162,10 +173,10 @@ INLINE void FN(load_tables)(const Levels *levels, int bits, vector (*tables)[16]
 
 // Rows of the weight, one or two, times `ms` rows of x. `scales` are of these rows, for each chunk, or half of one, those of all ms.
 INLINE void FN(tile)(
-    int bits, int ms, int halves, const Levels *levels, const uint8_t *const *packed, const float *const *scales,
-    const int16_t *x, int64_t chunks, float *const *sums) {
+    int bits, int even, int ms, int halves, const Levels *levels, const uint8_t *const *packed,
+    const float *const *scales, const int16_t *x, int64_t chunks, float *const *sums) {
     vector tables[2][16];
-    FN(load_tables)(levels, bits, tables);
+    if (!even) FN(load_tables)(levels, bits, tables);
     const int ns = rows_together(ms);
     const int64_t width = row_width(chunks);
     floats total[2][MOST_ROWS];
@@ -178,8 +189,8 @@ INLINE void FN(tile)(
                 const uint8_t *p = packed[r] + c * 8 * bits;
                 vector low[2], high[2];
                 __builtin_prefetch(p + AHEAD);
-                FN(decode)(p, bits, 0, tables, &low[0], &high[0]);
-                FN(decode)(p, bits, 1, tables, &low[1], &high[1]);
+                FN(decode)(p, bits, even, 0, tables, &low[0], &high[0]);
+                FN(decode)(p, bits, even, 1, tables, &low[1], &high[1]);
                 for (int m = 0; m < ms; m++) {
                     const int16_t *of = x + m * width + c * 64;
                     const vector sum = DOT(low[0], LOAD(of), high[0], LOAD(of + 16));
@@ -196,7 +207,7 @@ INLINE void FN(tile)(
             for (int r = 0; r < ns; r++) {
                 const uint8_t *p = packed[r] + c * 8 * bits;
                 if (step == 0) __builtin_prefetch(p + AHEAD);
-                FN(decode)(p, bits, step, tables, &low[r], &high[r]);
+                FN(decode)(p, bits, even, step, tables, &low[r], &high[r]);
             }
             for (int m = 0; m < ms; m++) {
                 const int16_t *of = x + m * width + c * 64 + step * BYTES;
@@ -217,7 +228,7 @@ INLINE void FN(tile)(
         }
     }
     for (int r = 0; r < ns; r++)
-        for (int m = 0; m < ms; m++) sums[r][m * PANEL] = FLOAT_SUM(total[r][m]);
+        for (int m = 0; m < ms; m++) sums[r][m * PANEL] = FLOAT_SUM(total[r][m]) * (even ? levels->even : 1);
 }
 
 #if BYTES == 64
@@ -275,20 +286,23 @@ INLINE void FN(tile_of_4)(
     for (int r = 0; r < ns; r++)
         for (int m = 0; m < ms; m++) sums[r][m * PANEL] = FLOAT_SUM(total[r][m]);
 }
-#define TILE(bits, ms, ...) \
+#define TILE(bits, even, ms, ...) \
     if (bits == 4) FN(tile_of_4)(ms, __VA_ARGS__); \
-    else FN(tile)(bits, ms, __VA_ARGS__)
+    else FN(tile)(bits, even, ms, __VA_ARGS__)
+// Where a table takes longer to ask than the levels to be computed, if they can be.
+#define EVEN(bits, levels) 0
 #else
-#define TILE(bits, ms, ...) FN(tile)(bits, ms, __VA_ARGS__)
+#define TILE(bits, even, ms, ...) FN(tile)(bits, even, ms, __VA_ARGS__)
+#define EVEN(bits, levels) ((bits) > 4 && (levels)->even != 0)
 #endif
 
 INLINE void FN(of_rows)(
-    int bits, int halves, int64_t ms, const Levels *levels, const uint8_t *const *packed, const float *const *scales,
-    const int16_t *x, int64_t chunks, float *const *sums) {
+    int bits, int even, int halves, int64_t ms, const Levels *levels, const uint8_t *const *packed,
+    const float *const *scales, const int16_t *x, int64_t chunks, float *const *sums) {
     switch (ms) {
-        case 1: TILE(bits, 1, halves, levels, packed, scales, x, chunks, sums); break;
-        case 2: TILE(bits, 2, halves, levels, packed, scales, x, chunks, sums); break;
-        default: TILE(bits, MOST_ROWS, halves, levels, packed, scales, x, chunks, sums);
+        case 1: TILE(bits, even, 1, halves, levels, packed, scales, x, chunks, sums); break;
+        case 2: TILE(bits, even, 2, halves, levels, packed, scales, x, chunks, sums); break;
+        default: TILE(bits, even, MOST_ROWS, halves, levels, packed, scales, x, chunks, sums);
     }
 }
 
@@ -327,13 +341,14 @@ INLINE void FN(narrow)(const float *x, int64_t count, int type, void *restrict o
 
 // One row of the weight with its outlier columns, a chunk at a time, in float32 or bfloat16.
 INLINE void FN(dequantize_row)(
-    int bits, const KBit *w, const Levels *levels, int64_t row, const float *scales, int type, char *out) {
+    int bits, int even, const KBit *w, const Levels *levels, int64_t row, const float *scales, int type, char *out) {
+    const float unit = (even ? levels->even : 1) * (1.0f / LARGEST);
     const int64_t chunks = (w->k + 63) / 64, size = type == FLOAT32 ? 4 : 2;
     const int second = w->block == 32 ? 1 : 0;  // whether the second half of a chunk has a scale of its own
     const uint8_t *packed = w->packed + row * chunks * 8 * bits;
     const float *columns = w->columns + row * w->outliers;
     vector tables[2][16];
-    FN(load_tables)(levels, bits, tables);
+    if (!even) FN(load_tables)(levels, bits, tables);
     int64_t t = 0;
     for (int64_t c = 0; c < chunks; c++) {
         const int64_t left = w->k - c * 64, count = left < 64 ? left : 64;
@@ -341,12 +356,12 @@ INLINE void FN(dequantize_row)(
         float found[64];
         for (int step = 0; step < STEPS; step++) {
             vector low, high;
-            FN(decode)(packed + c * 8 * bits, bits, step, tables, &low, &high);
+            FN(decode)(packed + c * 8 * bits, bits, even, step, tables, &low, &high);
             STORE(values + step * BYTES, low);
             STORE(values + step * BYTES + BYTES / 2, high);
         }
         for (int run = 0; run < 8; run++) {
-            const float scale = scales[(c << second) + (run / 4 & second)] * (1.0f / LARGEST);
+            const float scale = scales[(c << second) + (run / 4 & second)] * unit;
             const __m256i eight = _mm256_cvtepi16_epi32(_mm_loadu_si128((const __m128i *)(values + PLACE(run) * 8)));
             _mm256_storeu_ps(found + run * 8, _mm256_mul_ps(_mm256_cvtepi32_ps(eight), _mm256_set1_ps(scale)));
         }
@@ -362,12 +377,18 @@ INLINE void FN(dequantize_row)(
     static void FN(CAT(multiply, bits))( \
         int64_t halves, int64_t ms, const Levels *levels, const uint8_t *const *packed, const float *const *scales, \
         const int16_t *x, int64_t chunks, float *const *sums) { \
-        if (halves == 1) FN(of_rows)(bits, 1, ms, levels, packed, scales, x, chunks, sums); \
-        else FN(of_rows)(bits, 2, ms, levels, packed, scales, x, chunks, sums); \
+        if (EVEN(bits, levels)) { \
+            if (halves == 1) FN(of_rows)(bits, 1, 1, ms, levels, packed, scales, x, chunks, sums); \
+            else FN(of_rows)(bits, 1, 2, ms, levels, packed, scales, x, chunks, sums); \
+        } else { \
+            if (halves == 1) FN(of_rows)(bits, 0, 1, ms, levels, packed, scales, x, chunks, sums); \
+            else FN(of_rows)(bits, 0, 2, ms, levels, packed, scales, x, chunks, sums); \
+        } \
     } \
     static void FN(CAT(dequantize, bits))( \
         const KBit *w, const Levels *levels, int64_t row, const float *scales, int type, char *out) { \
-        FN(dequantize_row)(bits, w, levels, row, scales, type, out); \
+        if (EVEN(bits, levels)) FN(dequantize_row)(bits, 1, w, levels, row, scales, type, out); \
+        else FN(dequantize_row)(bits, 0, w, levels, row, scales, type, out); \
     }
 EACH_WIDTH(3)
 EACH_WIDTH(4)
@@ -539,6 +560,7 @@ static const KBitKernels FN(kernels) = {FN(round_row), FN(panel), FN(dequantize)
 #undef TABLES
 #undef TABLE
 #undef TILE
+#undef EVEN
 #undef SELECT
 #undef FN
 #undef BYTES
