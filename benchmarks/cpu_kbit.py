@@ -1,7 +1,7 @@
 """Time one linear layer of 3 to 8 bits on the CPU, beside int8 and nn.Linear in bfloat16.
 
-Layers have a bias and no outlier columns; those of k bits are of data type `float` in blocks of 64, `int8` is ours with
-one scale for a row of inputs. As in `cpu_linear.py`, variants take turns in one process, the median of the turns
+Layers have a bias and no outlier columns; those of k bits are in blocks of 64, of the data type that the converter gives
+to so many, `int8` is ours with one scale for a row of inputs. As in `cpu_linear.py`, variants take turns in one process, the median of the turns
 counts, and every variant goes round as many copies of its weight as come from memory. Printed, and written to
 `results/cpu_kbit-INSTRUCTIONS.json`: milliseconds for x in bfloat16.
 
@@ -21,7 +21,7 @@ import torch
 from cpu_linear import COLD_BYTES, medians
 from torch import Tensor, nn
 
-from llmint8.formats import KBit
+from llmint8.converter.planning.options import Options
 from llmint8.kernels.kbit import cpu
 from llmint8.kernels.kbit.levels import BITS
 from llmint8.runtime import Int8Linear, KBitLinear
@@ -39,7 +39,7 @@ def layer(name: str, linear: nn.Linear) -> tuple[nn.Module, float]:
         found.configure(activation="zeropoint", activation_group="row")
         return found, 8
     bits = int(name.removesuffix(" bits"))
-    return KBitLinear.from_linear(linear, KBit(bits, "float", 64)), bits + 0.25
+    return KBitLinear.from_linear(linear, Options(format=2, bits=bits, block_size=64).kbit), bits + 0.25
 
 
 def build(name: str, shape: tuple[int, int]) -> Callable[[Tensor], Any]:

@@ -76,8 +76,9 @@ def assert_same(model: Any, converted: Path, saved: Path) -> None:
     assert states[0].keys() == states[1].keys()
     assert [name for name in states[0] if not torch.equal(states[0][name], states[1][name])] == []
     assert torch.equal(logits(model), logits(expected))
-    ours = {name: layer for name, layer in model.named_modules() if isinstance(layer, runtime.Int8Linear)}
-    for name, layer in ours.items():
+    for name, layer in model.named_modules():
+        if not isinstance(layer, (runtime.Int8Linear, runtime.KBitLinear)):
+            continue
         other = expected.get_submodule(name)
         assert repr(layer) == repr(other)
         assert (layer.name, layer.kept_limit, layer.training) == (name, other.kept_limit, False)
@@ -105,6 +106,8 @@ def assert_same(model: Any, converted: Path, saved: Path) -> None:
         ("mixtral", torch.bfloat16, {"format": 2}),
         ("mixtral", torch.float16, {}),
         ("gpt-oss", torch.bfloat16, {"format": 2, "rotate": True}),
+        ("mixtral", torch.bfloat16, {"format": 2, "bits": 3, "outliers": "proxy=0.1"}),
+        ("gpt2", torch.float16, {"format": 2, "bits": 4, "block_size": 32, "rounding": "gptq"}),
     ],
     ids=lambda value: str(value) if not isinstance(value, dict) else " ".join(map(str, value)) or "format 1",
 )
@@ -133,13 +136,13 @@ def test_a_weight_is_forgotten_before_the_next_is_quantized(source: Path, monkey
     linear = [module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     held = [StorageWeakRef(module.weight.untyped_storage()) for module in linear if module is not model.lm_head]
     alive = []
-    quantize_weight = on_the_fly.quantize_weight
+    round_to_nearest = on_the_fly.round_to_nearest
 
     def counting(*arguments: Any) -> Any:
         alive.append(sum(not storage.expired() for storage in held))
-        return quantize_weight(*arguments)
+        return round_to_nearest(*arguments)
 
-    monkeypatch.setattr(on_the_fly, "quantize_weight", counting)
+    monkeypatch.setattr(on_the_fly, "round_to_nearest", counting)
     del linear
     runtime.quantize(model, **HOW)
     assert alive == list(range(14, 0, -1))
@@ -231,7 +234,12 @@ def test_what_cannot_be_quantized_is_as_it_was(source: Path) -> None:
 @pytest.mark.parametrize(
     ("calibration", "options", "message"),
     [
-        (None, {"load_in_8bit": True}, "^load_in_8bit: no option of quantize, which takes calibration_tokens, format"),
+        (
+            None,
+            {"load_in_8bit": True},
+            "^load_in_8bit: no option of quantize, which takes bits, block_size",
+        ),
+        (None, {"bits": 4}, "--bits 4 takes --format 2"),
         (None, {"outliers": "many"}, "^outliers 'many', expected none"),
         (None, {"rotate": True}, "--rotate takes --format 2"),
         (torch.ones(3, dtype=torch.int64), {}, r"^calibration is torch.int64 \[3\], expected int64 token ids"),

@@ -57,8 +57,13 @@ class ProxyColumns:
         return dims.int(), torch.cat([block[:, dims] for block in blocks])
 
 
-def known_columns(plan: ConversionPlan) -> Outliers:
-    """Return the columns that are chosen without a pass: those of proxy quantization, or none."""
+def known_columns(plan: ConversionPlan, at_once: bool = False) -> Outliers:
+    """Return the columns that are chosen without a pass: those of proxy quantization, or none.
+
+    They are chosen when they are loaded, or `at_once`, as long as no weight has been released.
+    """
     proxy = ProxyColumns(plan)
+    for name in plan.before if at_once else ():
+        proxy.dims(name)
     counts = {name: plan.columns_of(plan.selection.layers[name]) or 0 for name in plan.before}
     return Outliers(counts, load=proxy.load)

@@ -115,7 +115,7 @@ def _found(plan: ConversionPlan, tokens: Tensor | None, folder: Path) -> Iterato
                 codes = rounded[layer.name] = rounding(weight, grid)
             return codes, grid
 
-        outliers, shown = known_columns(plan), {}
+        outliers, shown = known_columns(plan, at_once=True), {}
         if batch is not None:
             calibrator = Calibrator(plan, batch, torch.device(plan.options.device), journal)
             calibrator.run(plan.source.read, quantize, lambda layer: True)

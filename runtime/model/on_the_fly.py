@@ -1,7 +1,7 @@
-"""A model in memory turned into an int8 one, layer by layer: the choice is the converter's, and so is the result.
+"""A model in memory turned into a quantized one, layer by layer: the choice is the converter's, and so is the result.
 
 First the calibrated pass runs, which reads the weights and leaves the model alone. Then each layer gives up its place
-to an `Int8Linear`, and its weight is forgotten before the next is quantized: there is never more than one layer, or one
+to a quantized one, and its weight is forgotten before the next is quantized: there is never more than one layer, or one
 module of experts, in both. What is refused is refused before that, so the
 model is then as it was.
 """
@@ -16,17 +16,17 @@ from torch import Tensor, nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from llmint8.converter.coding import round_to_nearest
 from llmint8.converter.conversion.in_memory import Found, find_out
 from llmint8.converter.machine import return_freed_memory
 from llmint8.converter.outliers.criterion import parse_criterion
 from llmint8.converter.planning.options import Options
 from llmint8.converter.planning.selected import SelectedLayer
 from llmint8.formats import Manifest
-from llmint8.kernels.weights import quantize_weight
 
 from ..layers.arguments import group_to_run
 from ..layers.experts import replace_experts
-from ..layers.layer import Int8Linear
+from ..layers.linear import QuantizedLinear
 from .calibration import Calibration, calibration_of
 from .places import take_hook
 from .quantizer import Int8Quantizer, LoadedConfig
@@ -36,11 +36,22 @@ log = logging.getLogger("llmint8")
 
 ON_THE_FLY = "llmint8_on_the_fly"
 # Of the converter's options, those that are not about files.
-OPTIONS = ("calibration_tokens", "format", "only", "outliers", "rotate", "rounding", "skip")
+OPTIONS = (
+    "bits",
+    "block_size",
+    "calibration_tokens",
+    "data_type",
+    "format",
+    "only",
+    "outliers",
+    "rotate",
+    "rounding",
+    "skip",
+)
 
 
 def quantize(model: Any, calibration: Any = None, *, tokenizer: Any = None, **options: Any) -> Any:
-    """Turn a transformers model in 16 bit or float32 into an int8 one, as `converter.convert` would do it.
+    """Turn a transformers model in 16 bit or float32 into a quantized one, as `converter.convert` would do it.
 
     Args:
         model: all of it in memory, on whatever device; changed in place.
@@ -49,8 +60,8 @@ def quantize(model: Any, calibration: Any = None, *, tokenizer: Any = None, **op
             package.
         tokenizer: for the text; by default that of the directory or repo that the model was loaded from. Without one
             random tokens are shown, and a warning says so.
-        options: `outliers`, `calibration_tokens`, `skip`, `only`, `format`, `rotate` and `rounding`, as of
-            `converter.convert`.
+        options: `outliers`, `calibration_tokens`, `skip`, `only`, `format`, `rotate`, `rounding`, `bits`, `data_type`
+            and `block_size`, as of `converter.convert`.
 
     Returns:
         The same model, as if `runtime.load` had loaded it from a checkpoint: it is saved as one.
@@ -107,7 +118,7 @@ def _config(found: Found, device: torch.device) -> LoadedConfig:
 
 
 def _replace(model: Any, found: Found, config: LoadedConfig, known: Calibration) -> None:
-    """Put int8 layers in their places, one after the other; of a module of experts all at once."""
+    """Put quantized layers in their places, one after the other; of a module of experts all at once."""
     selection = found.plan.selection
     of_module: dict[str, list[str]] = defaultdict(list)
     for name, matrix in selection.experts.items():
@@ -136,37 +147,24 @@ def _forget(found: Found, layers: Iterable[SelectedLayer]) -> None:
     return_freed_memory()
 
 
-def _made(found: Found, config: LoadedConfig, known: Calibration, layer: SelectedLayer, bias: Any) -> Int8Linear:
+def _made(found: Found, config: LoadedConfig, known: Calibration, layer: SelectedLayer, bias: Any) -> QuantizedLinear:
     """Quantize one layer."""
     weight = found.plan.source.read(layer.weight.name)
     weight = weight.t() if layer.transposed else weight
-    scheme, name = found.plan.options.scheme, layer.name
-    values, absmax = quantize_weight(weight, scheme.rotation)
+    scheme, name = found.plan.scheme_of(layer), layer.name
+    codes, grid = round_to_nearest(weight, scheme)
     dims, columns = torch.empty(0, dtype=torch.int32), weight.new_empty(len(weight), 0)
     if count := found.outliers.counts.get(name, 0):
         dims, columns = found.outliers.load(name)
     state = {
-        "weight": found.rounded.get(name, values),
-        config.layout.absmax: absmax,
+        "weight": grid.stored(found.rounded.get(name, codes)),
+        **{end: tensor.to(weight.device) for end, tensor in grid.scales(config.layout).items()},
         "outlier_dims": dims.to(weight.device),
         "outlier_weight": columns.to(weight.device).contiguous(),
     }
-    state |= {"weight_format": absmax.new_zeros((), dtype=torch.uint8)} if config.layout.weight_format else {}
     state |= {} if bias is None else {"bias": bias.detach().clone()}
-    made = Int8Linear(
-        layer.in_features,
-        layer.out_features,
-        bias is not None,
-        count,
-        outliers="dynamic" if name in config.searched else config.outliers,
-        threshold=config.threshold,
-        activation=config.activation,
-        activation_group=config.activation_group,
-        rotation=scheme.rotation,
-        layout=config.layout,
-        device="meta",
-        dtype=weight.dtype,
-    )
+    shape = layer.in_features, layer.out_features
+    made = config.layer(name, scheme, shape, bias is not None, count, weight.dtype)
     made.name = found.plan.selection.module_of[name]
     made.load_state_dict(state, assign=True)
     made.kept_limit = known.limits.get(name) if made.outliers == "static" else None

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmint8.converter.model.limits import check_buffers
 from llmint8.converter.model.names import module_names
-from llmint8.formats import BITSANDBYTES, NATIVE, Int8Record, Layout, LLMInt8Error, Manifest
+from llmint8.formats import BITSANDBYTES, NATIVE, Int8Record, Layout, LLMInt8Error, Manifest, Scheme
 from llmint8.kernels.reference import Activation
 
 from ..layers.arguments import ActivationGroup, Outliers
@@ -85,6 +85,41 @@ class LoadedConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """Return the `quantization_config` for config.json, under which the saved tensors load again."""
         return copy.deepcopy(self.stored)
 
+    def layer(
+        self,
+        name: str,
+        scheme: Scheme,
+        shape: tuple[int, int],
+        bias: bool,
+        outlier_count: int | None,
+        dtype: torch.dtype | None,
+    ) -> QuantizedLinear:
+        """Make a layer without tensors that will run as is said here.
+
+        Args:
+            name: of the layer in the checkpoint.
+            scheme: how its weight is coded.
+            shape: K and N.
+            bias: whether it has one.
+            outlier_count: how many columns are stored; None where the checkpoint's format has none.
+            dtype: of what is in floating point.
+
+        """
+        arguments = *shape, bias, outlier_count
+        where: dict[str, Any] = {"layout": self.layout, "device": "meta", "dtype": dtype}
+        if scheme.kbit is not None:
+            return KBitLinear(*arguments, kbit=scheme.kbit, outliers=self.outliers, **where)
+        return Int8Linear(*arguments, rotation=scheme.rotation, **(self.settings(name) | where))
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """Return how an int8 layer runs, by its name in the checkpoint."""
+        return {
+            "outliers": "dynamic" if name in self.searched else self.outliers,
+            "threshold": self.threshold,
+            "activation": self.activation,
+            "activation_group": self.activation_group,
+        }
+
     @property
     def source(self) -> str:
         """What the checkpoint was converted from, where it says so."""
@@ -139,26 +174,10 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
 
     def _layer(self, record: Int8Record, name: str, bias: bool, dtype: torch.dtype | None) -> QuantizedLinear:
         """Make the layer of a record, which will have this name in the model."""
-        shape = record.in_features, record.out_features, bias, record.outlier_count
-        where: dict[str, Any] = {"layout": self.quantization_config.layout, "device": "meta", "dtype": dtype}
-        layer: QuantizedLinear
-        if kbit := record.scheme.kbit:
-            layer = KBitLinear(*shape, kbit=kbit, outliers=self.quantization_config.outliers, **where)
-        else:
-            settings = self._settings(record) | {"rotation": record.scheme.rotation}
-            layer = Int8Linear(*shape, **(settings | where))
+        how = record.scheme, (record.in_features, record.out_features), bias, record.outlier_count, dtype
+        layer = self.quantization_config.layer(record.name, *how)
         layer.name = self._layers[record.name] = name
         return layer
-
-    def _settings(self, record: Int8Record) -> dict[str, Any]:
-        """Return how a layer runs."""
-        config = self.quantization_config
-        return {
-            "outliers": "dynamic" if record.name in config.searched else config.outliers,
-            "threshold": config.threshold,
-            "activation": config.activation,
-            "activation_group": config.activation_group,
-        }
 
     def _replace_embedding(
         self, model: Any, name: str, record: Int8Record, dtype: torch.dtype | None, device_map: Any
@@ -172,7 +191,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         made.name = self._layers[record.name] = name
         model.set_submodule(name, made)
         if head is not None:
-            tied = tied_head(made, **self._settings(record))
+            tied = tied_head(made, **self.quantization_config.settings(record.name))
             tied.name = head
             model.set_submodule(head, tied.train(made.training))
             # They have one set of tensors from now on, and what is missing under the head's name is not missing.
