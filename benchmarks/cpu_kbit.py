@@ -1,9 +1,9 @@
 """Time one linear layer of 3 to 8 bits on the CPU, beside int8 and nn.Linear in bfloat16.
 
-Layers have a bias and no outlier columns; those of k bits are in blocks of 64, of the data type that the converter gives
-to so many, `int8` is ours with one scale for a row of inputs. As in `cpu_linear.py`, variants take turns in one process, the median of the turns
-counts, and every variant goes round as many copies of its weight as come from memory. Printed, and written to
-`results/cpu_kbit-INSTRUCTIONS.json`: milliseconds for x in bfloat16.
+Layers have a bias and no outlier columns; those of k bits are in blocks of 64, of the data type that the converter
+gives to so many, `int8` is ours with one scale for a row of inputs. As in `cpu_linear.py`, variants take turns in one
+process, the median of the turns counts, and every variant goes round as many copies of its weight as come from memory.
+Printed, and written to `results/cpu_kbit-INSTRUCTIONS.json`: milliseconds for x in bfloat16.
 
     python benchmarks/cpu_kbit.py [--threads N] [--shape OUTxIN ...] [--bits K ...] [--rows M ...]
 """
