@@ -24,6 +24,7 @@ test-vllm: .venv-vllm/test ## start vLLM on the CPU with int8 checkpoints, ask i
 
 soak: .venv/soak ## what takes longer than a test may: kill, starve, fuzz, compile all, add otherwise (30 minutes)
 	$(BIN)/pytest -rP soak
+	$(BIN)/pytest -m soak
 	LLMINT8_TESTED_FORMAT=2 $(BIN)/pytest tests/test_damage.py
 	$(BIN)/python soak/mutation/run.py formats/disk/durable.py formats/writing converter/outliers --sample 5 --minutes 3
 

@@ -18,6 +18,7 @@ from llmint8.formats import open_checkpoint
 from llmint8.runtime import Int8Linear
 from llmint8.runtime.model import compiled
 
+pytestmark = pytest.mark.soak
 CPU = torch.device("cpu")
 SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 TINY = {

@@ -102,7 +102,13 @@ class Kill:
         return before
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+KILLED = [
+    pytest.param(options, id=name, marks=[pytest.mark.soak] * (name == "outputs-kept"))
+    for name, options in OPTIONS.items()
+]
+
+
+@pytest.mark.parametrize("options", KILLED)
 def test_killed_at_any_moment_the_result_has_the_same_bytes(source, tmp_path, monkeypatch, options):
     """Every run is killed some events later than the one before, and goes on in the directory that one left.
 

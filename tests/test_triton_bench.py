@@ -182,6 +182,7 @@ def test_the_rows_have_the_fields_that_were_agreed(gpu_linear: ModuleType, no_cl
     assert list(row) == fields
 
 
+@pytest.mark.soak
 def test_the_tuner_takes_the_fastest_tile_and_keeps_what_was_there(
     no_clock: dict[str, list[Any]], interpreter: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

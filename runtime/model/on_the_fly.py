@@ -29,8 +29,8 @@ from ..layers.experts import replace_experts
 from ..layers.linear import QuantizedLinear
 from .calibration import Calibration, calibration_of
 from .places import take_hook
-from .quantizer import Int8Quantizer, LoadedConfig
-from .settings import log_summary
+from .quantizer import Int8Quantizer
+from .settings import LoadedConfig, log_summary
 
 log = logging.getLogger("llmint8")
 

@@ -4,131 +4,27 @@
 tensors find their places by name. `load.py` puts the config together, so that nothing here reads a file.
 """
 
-import copy
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
+from transformers.quantizers.auto import register_quantizer
 
 from llmint8.converter.model.limits import check_buffers
 from llmint8.converter.model.names import module_names
-from llmint8.formats import BITSANDBYTES, NATIVE, Int8Record, Layout, LLMInt8Error, Manifest, Scheme
-from llmint8.kernels.reference import Activation
+from llmint8.formats import NATIVE, Int8Record, LLMInt8Error
 
-from ..layers.arguments import ActivationGroup, Outliers
 from ..layers.embedding import Int8Embedding, tied_head
 from ..layers.experts import replace_experts
-from ..layers.kbit import KBitLinear
-from ..layers.layer import Int8Linear
 from ..layers.linear import QuantizedLinear
 from ..parallel.cut import settle_cuts
-from ..parallel.plan import Parallel
 from ..parallel.state import is_cut, whole_state
 from .dequantize import replace_int8
 from .places import check_in_one_place, check_matrix, check_shapes, embedding_for, linear_for, matrices_of
 from .saving import names_once_saved, provenance_of, rename_layers, save_as_loaded
-from .settings import let_cast
-
-QUANT_METHOD = "llmint8"
-
-
-@register_quantization_config(QUANT_METHOD)
-class LoadedConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What a loaded model carries as `config.quantization_config`; it is saved as the checkpoint had it."""
-
-    def __init__(
-        self,
-        records: list[Int8Record],
-        shapes: dict[str, tuple[int, ...]],
-        stored: dict[str, Any],
-        outliers: Outliers,
-        threshold: float,
-        activation: Activation,
-        activation_group: ActivationGroup,
-        layout: Layout = BITSANDBYTES,
-        searched: frozenset[str] = frozenset(),
-        manifest: Manifest | None = None,
-        parallel: Parallel | None = None,
-        quant_method: str = QUANT_METHOD,
-    ) -> None:
-        """Take the int8 layers, the shape of every tensor, config.json's `quantization_config`, and how to run.
-
-        `searched` names the layers that search their outliers whatever the others do; `parallel` says how the model is
-        spread over several processes.
-        """
-        self.records = records
-        self.shapes = shapes
-        self.stored = stored
-        self.outliers = outliers
-        self.threshold = threshold
-        self.activation = activation
-        self.activation_group = activation_group
-        self.layout = layout
-        self.searched = searched
-        self.manifest = manifest
-        self.parallel = parallel
-        self.provenance: bytes | None = None  # what is kept of it for a model that is saved
-        self.quant_method = quant_method
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Take what `load` has put together. Raises LLMInt8Error for what stands in a config.json of format 2."""
-        if "records" not in config_dict:
-            raise LLMInt8Error("an int8 checkpoint of llmint8, format 2: load it with llmint8.runtime.load(path)")
-        return super().from_dict(config_dict, **kwargs)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the `quantization_config` for config.json, under which the saved tensors load again."""
-        return copy.deepcopy(self.stored)
-
-    def layer(
-        self,
-        name: str,
-        scheme: Scheme,
-        shape: tuple[int, int],
-        bias: bool,
-        outlier_count: int | None,
-        dtype: torch.dtype | None,
-    ) -> QuantizedLinear:
-        """Make a layer without tensors that will run as is said here.
-
-        Args:
-            name: of the layer in the checkpoint.
-            scheme: how its weight is coded.
-            shape: K and N.
-            bias: whether it has one.
-            outlier_count: how many columns are stored; None where the checkpoint's format has none.
-            dtype: of what is in floating point.
-
-        """
-        arguments = *shape, bias, outlier_count
-        where: dict[str, Any] = {"layout": self.layout, "device": "meta", "dtype": dtype}
-        if scheme.kbit is not None:
-            return KBitLinear(*arguments, kbit=scheme.kbit, outliers=self.outliers, **where)
-        return Int8Linear(*arguments, rotation=scheme.rotation, **(self.settings(name) | where))
-
-    def settings(self, name: str) -> dict[str, Any]:
-        """Return how an int8 layer runs, by its name in the checkpoint."""
-        return {
-            "outliers": "dynamic" if name in self.searched else self.outliers,
-            "threshold": self.threshold,
-            "activation": self.activation,
-            "activation_group": self.activation_group,
-        }
-
-    @property
-    def source(self) -> str:
-        """What the checkpoint was converted from, where it says so."""
-        return self.block.get("source", {}).get("name") or "its source"
-
-    @property
-    def block(self) -> dict[str, Any]:
-        """What llmint8 says in it: of format 1 a part, of format 2 all; nothing where bitsandbytes wrote it."""
-        return self.stored if self.layout == NATIVE else self.stored.get("llmint8") or {}
+from .settings import QUANT_METHOD, LoadedConfig, let_cast
 
 
 @register_quantizer(QUANT_METHOD)

@@ -1,23 +1,127 @@
-"""How a loaded model runs, said in one line, changed with one call; and casts, which transformers would refuse."""
+"""How a loaded model runs: its config, a line that says so, a call that changes it; and casts transformers refuses."""
 
+import copy
 import functools
 import logging
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmint8.converter.words import activations
+from llmint8.formats import BITSANDBYTES, NATIVE, Int8Record, Layout, LLMInt8Error, Manifest, Scheme
 from llmint8.kernels.reference import Activation
 
 from ..layers.arguments import ActivationGroup, Outliers, check_searchable, check_threshold, kernels_group
+from ..layers.kbit import KBitLinear
 from ..layers.layer import Int8Linear
 from ..layers.linear import QuantizedLinear
 from ..parallel.cut import cut_layers
+from ..parallel.plan import Parallel
 
 log = logging.getLogger("llmint8")
+
+QUANT_METHOD = "llmint8"
+
+
+@register_quantization_config(QUANT_METHOD)
+class LoadedConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What a loaded model carries as `config.quantization_config`; it is saved as the checkpoint had it."""
+
+    def __init__(
+        self,
+        records: list[Int8Record],
+        shapes: dict[str, tuple[int, ...]],
+        stored: dict[str, Any],
+        outliers: Outliers,
+        threshold: float,
+        activation: Activation,
+        activation_group: ActivationGroup,
+        layout: Layout = BITSANDBYTES,
+        searched: frozenset[str] = frozenset(),
+        manifest: Manifest | None = None,
+        parallel: Parallel | None = None,
+        quant_method: str = QUANT_METHOD,
+    ) -> None:
+        """Take the int8 layers, the shape of every tensor, config.json's `quantization_config`, and how to run.
+
+        `searched` names the layers that search their outliers whatever the others do; `parallel` says how the model is
+        spread over several processes.
+        """
+        self.records = records
+        self.shapes = shapes
+        self.stored = stored
+        self.outliers = outliers
+        self.threshold = threshold
+        self.activation = activation
+        self.activation_group = activation_group
+        self.layout = layout
+        self.searched = searched
+        self.manifest = manifest
+        self.parallel = parallel
+        self.provenance: bytes | None = None  # what is kept of it for a model that is saved
+        self.quant_method = quant_method
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Take what `load` has put together. Raises LLMInt8Error for what stands in a config.json of format 2."""
+        if "records" not in config_dict:
+            raise LLMInt8Error("an int8 checkpoint of llmint8, format 2: load it with llmint8.runtime.load(path)")
+        return super().from_dict(config_dict, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the `quantization_config` for config.json, under which the saved tensors load again."""
+        return copy.deepcopy(self.stored)
+
+    def layer(
+        self,
+        name: str,
+        scheme: Scheme,
+        shape: tuple[int, int],
+        bias: bool,
+        outlier_count: int | None,
+        dtype: torch.dtype | None,
+    ) -> QuantizedLinear:
+        """Make a layer without tensors that will run as is said here.
+
+        Args:
+            name: of the layer in the checkpoint.
+            scheme: how its weight is coded.
+            shape: K and N.
+            bias: whether it has one.
+            outlier_count: how many columns are stored; None where the checkpoint's format has none.
+            dtype: of what is in floating point.
+
+        """
+        arguments = *shape, bias, outlier_count
+        where: dict[str, Any] = {"layout": self.layout, "device": "meta", "dtype": dtype}
+        if scheme.kbit is not None:
+            return KBitLinear(*arguments, kbit=scheme.kbit, outliers=self.outliers, **where)
+        return Int8Linear(*arguments, rotation=scheme.rotation, **(self.settings(name) | where))
+
+    def settings(self, name: str) -> dict[str, Any]:
+        """Return how an int8 layer runs, by its name in the checkpoint."""
+        return {
+            "outliers": "dynamic" if name in self.searched else self.outliers,
+            "threshold": self.threshold,
+            "activation": self.activation,
+            "activation_group": self.activation_group,
+        }
+
+    @property
+    def source(self) -> str:
+        """What the checkpoint was converted from, where it says so."""
+        return self.block.get("source", {}).get("name") or "its source"
+
+    @property
+    def block(self) -> dict[str, Any]:
+        """What llmint8 says in it: of format 1 a part, of format 2 all; nothing where bitsandbytes wrote it."""
+        return self.stored if self.layout == NATIVE else self.stored.get("llmint8") or {}
 
 
 def configure(
