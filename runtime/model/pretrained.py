@@ -13,7 +13,7 @@ from llmint8.formats import DTYPES, Checkpoint, LLMInt8Error
 from llmint8.formats.disk.names import ADAPTER_CONFIG_NAME, CONFIG_NAME
 from llmint8.formats.disk.small_files import small_files
 
-from .settings import QUANT_METHOD
+from .quantizer import QUANT_METHOD  # from there, as it is known to transformers once it is imported
 
 
 def config_and_class(checkpoint: Checkpoint, trust_remote_code: bool) -> tuple[Any, Any]:

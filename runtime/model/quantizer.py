@@ -24,7 +24,8 @@ from ..parallel.state import is_cut, whole_state
 from .dequantize import replace_int8
 from .places import check_in_one_place, check_matrix, check_shapes, embedding_for, linear_for, matrices_of
 from .saving import names_once_saved, provenance_of, rename_layers, save_as_loaded
-from .settings import QUANT_METHOD, LoadedConfig, let_cast
+from .settings import QUANT_METHOD as QUANT_METHOD
+from .settings import LoadedConfig, let_cast
 
 
 @register_quantizer(QUANT_METHOD)
