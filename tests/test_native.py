@@ -161,6 +161,49 @@ def test_instructions_that_get_a_sum_wrong_are_found_out(
     assert not native._is_exact(kind)
 
 
+def test_every_set_of_instructions_that_is_there_is_used() -> None:
+    """Else all that is tried with them here would be skipped, and layers be slow."""
+    library = native.compiled()
+    if isinstance(library, str) or not library.llmint8_supported() & 1:
+        pytest.skip(native.why_not())
+    there = library.llmint8_supported()
+    numbers = {"AVX2": 1, "AVX-VNNI": 2, "AVX512-VNNI": 3, "AMX": 4, "Arm dotprod": 5}
+    found = native.kinds.__wrapped__()  # asked anew
+    assert {numbers[kind] for kind in found} == {number for number in numbers.values() if there >> number & 1}
+    assert found == sorted(found, key=[*native.KINDS].index)
+
+
+def test_the_instructions_that_are_named_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    library = mock.MagicMock()
+    for name in ("quantize_weight", "rotate", "row_sums"):
+        getattr(library, f"llmint8_{name}").side_effect = lambda *arguments: taken.append(arguments[-2])
+    monkeypatch.setattr(weights, "_functions", lambda: library)
+    monkeypatch.setattr(native, "kinds", lambda: ["AMX", "AVX2"])
+    x = torch.ones(2, 64)
+    for kind, number in (("AVX2", 1), ("Arm dotprod", 5), (None, 4)):
+        weights.quantize_weight(x, None, kind)  # type: ignore[arg-type]
+        weights.rotate(x, kind)  # type: ignore[arg-type]
+        weights.row_sums(x.to(torch.int8), None, kind)  # type: ignore[arg-type]
+        assert taken == [number] * 3
+        taken.clear()
+
+
+@pytest.mark.parametrize(("kinds", "few"), [(["AMX", "AVX512-VNNI", "AVX2"], "AVX512-VNNI"), (["AVX2"], "AVX2")])
+def test_tiles_are_for_more_than_a_few_rows(kinds: list[Any], few: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    layer = native.NativeLinear(
+        Operands.prepare(
+            Int8Weight(torch.ones(3, 64).to(torch.int8), torch.ones(3), torch.empty(0).int(), torch.empty(3, 0))
+        )
+    )
+    monkeypatch.setattr(native, "kinds", lambda: kinds)
+    monkeypatch.setattr(layer, "run", lambda x, zeropoint, kind, threads: ran.append(kind))
+    for m in (1, 3, 4, 70):
+        layer(torch.ones(m, 64), True)
+    assert ran == [few, few, kinds[0], kinds[0]]
+
+
 @needs_it
 def test_one_runtime_of_openmp_is_loaded() -> None:
     """Two would keep each other's threads from the cores."""
