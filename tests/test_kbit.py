@@ -79,6 +79,19 @@ def test_every_code_is_that_of_the_nearest_level(kbit: KBit) -> None:
     assert bool((restored[2, : min(width, 40) // 32 * 32] == 0).all())
 
 
+def test_a_block_of_zeros_or_of_less_than_float16_holds_is_of_zeros() -> None:
+    weight = torch.randn(3, 70)
+    weight[0, :32], weight[1, 32:64], weight[2, 64:] = 0, 2.0**-26, 1
+    absmax = reference.block_absmax(weight, 32)
+    over = reference.normalized(weight, absmax, 32)
+    assert absmax.dtype == torch.float16
+    assert (absmax == 0).tolist() == [[True, False, False], [False, True, False], [False, False, False]]
+    assert torch.equal(over[0, :32], torch.zeros(32))
+    assert torch.equal(over[1, 32:64], torch.zeros(32))
+    assert torch.equal(over[2, 64:], torch.ones(6))
+    assert torch.equal(over[0, 32:64], weight[0, 32:64] / absmax[0, 1].float())
+
+
 def test_quantile_levels_are_quantiles_of_the_weights() -> None:
     torch.manual_seed(0)
     values = torch.randn(20, 50).clamp(-4, 3) / 4

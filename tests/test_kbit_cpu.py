@@ -3,8 +3,10 @@
 import itertools
 import re
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, get_args
+from unittest import mock
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ pytestmark = [
 every_kind = pytest.mark.parametrize("kind", cpu.kinds())
 every_width = pytest.mark.parametrize("bits", BITS)
 DTYPES = torch.float32, torch.float16, torch.bfloat16
+TENSORS = "packed", "absmax", "levels", "outlier_dims", "outlier_weight", "bias"
 # N, K, block and M: chunks that are not full, blocks that end within one, one row of the weight, odd numbers of chunks.
 SHAPES = [
     (1, 1, 32, 1),
@@ -224,9 +227,20 @@ def test_dims_that_are_not_in_the_layer_are_refused() -> None:
                 native(torch.randn(m, 64, dtype=torch.bfloat16))
 
 
-def test_no_set_is_believed_that_gets_a_sum_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = cpu.CpuKBit.run
-    monkeypatch.setattr(cpu.CpuKBit, "run", lambda self, *of: run(self, *of) * (1 + 2.0**-16))
+@pytest.mark.parametrize("wrong", ["sums", "a level", "the last level"])
+def test_no_set_is_believed_that_gets_something_wrong(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, dequantize = cpu.CpuKBit.run, cpu.CpuKBit.dequantize
+
+    def dequantized(self: cpu.CpuKBit, *of: Any) -> Tensor:
+        found = dequantize(self, *of)
+        level = {"sums": 0, "a level": 3, "the last level": -1}[wrong]
+        amount = found.unique()[level] if len(found.unique()) > 3 else torch.inf
+        return found.where(found != amount, amount * (1 + 2.0**-6))
+
+    if wrong == "sums":
+        monkeypatch.setattr(cpu.CpuKBit, "run", lambda self, *of: run(self, *of) * (1 + 2.0**-16))
+    else:
+        monkeypatch.setattr(cpu.CpuKBit, "dequantize", dequantized)
     assert not any(cpu._is_exact(kind) for kind in get_args(cpu.Kind) if kind in cpu.kinds())
 
 
@@ -234,5 +248,94 @@ def test_every_set_that_is_there_gets_its_sums_right() -> None:
     library = cpu._library()
     assert not isinstance(library, str)
     there = library.llmint8_supported()
-    assert ("AVX2" in cpu.kinds()) == bool(there >> 1 & 1)
-    assert ("AVX512-VBMI" in cpu.kinds()) == bool(there >> 3 & library.llmint8_kbit_features() & 1)
+    found = cpu.kinds.__wrapped__()  # asked anew
+    assert ("AVX2" in found) == bool(there >> 1 & 1)
+    assert ("AVX512-VBMI" in found) == bool(there >> 3 & library.llmint8_kbit_features() & 1)
+    assert found == sorted(found, key=[*cpu.KINDS].index) == cpu.kinds()
+
+
+def stub(version: int = cpu._VERSION, supported: int = 3, features: int = 0) -> Any:
+    """A library that says what it can do, and does nothing."""
+    library = mock.MagicMock()
+    library.llmint8_kbit_version.return_value = version
+    library.llmint8_supported.return_value = supported
+    library.llmint8_kbit_features.return_value = features
+    return library
+
+
+@pytest.fixture
+def answer(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Put something in the place of the library; what was asked before is forgotten."""
+
+    def put(library: Any, exact: bool) -> None:
+        monkeypatch.setattr(cpu, "compiled", lambda: library)
+        monkeypatch.setattr(cpu, "_is_exact", lambda kind: exact)
+        for name in ("_library", "kinds", "_multiplies_bfloat16"):
+            asked = getattr(cpu, name)
+            monkeypatch.setattr(cpu, name, asked.__wrapped__ if hasattr(asked, "__wrapped__") else asked)
+
+    return put
+
+
+@pytest.mark.parametrize(
+    ("library", "exact", "why"),
+    [
+        ("it was not built", True, "it was not built"),
+        (stub(cpu._VERSION + 1), True, "the compiled layer is one of another version"),
+        (mock.MagicMock(spec=["llmint8_version"]), True, "the compiled layer is one of another version"),
+        (stub(supported=1), True, "the compiled layer of 3 to 8 bits needs AVX2"),
+        (stub(supported=3), False, "the compiled layer got sums wrong on this processor"),
+    ],
+    ids=["none", "another version", "none of k bits", "an old processor", "wrong sums"],
+)
+def test_without_the_library_a_layer_runs_and_says_why(
+    library: Any, exact: bool, why: str, answer: Callable[..., None]
+) -> None:
+    answer(library, exact)
+    weight, x = layer(70, 200, 4, 64), inputs(30, 200, torch.bfloat16)
+    prepared = prepare(weight)
+    assert prepared.runs_on == f"4 bits: plain PyTorch on cpu ({why})"
+    found = kbit_linear(x, prepared)
+    assert_close(found, x, weight)
+    for _ in range(2):
+        assert torch.equal(torch.ops.llmint8.kbit_linear(x, *prepared.operands), found)
+    meta = replace(weight, **{name: getattr(weight, name).to("meta") for name in TENSORS})
+    assert prepare(meta).runs_on == "4 bits: plain PyTorch on meta"
+
+
+@pytest.mark.parametrize(
+    ("supported", "features", "kinds", "bfloat16"),
+    [
+        (0b0011, 0b00, ["AVX2"], False),
+        (0b1010, 0b01, ["AVX512-VBMI", "AVX2"], False),
+        (0b1010, 0b10, ["AVX2"], True),
+        (0b0111, 0b01, ["AVX2"], False),
+        (0b1001, 0b11, ["AVX512-VBMI"], True),
+    ],
+)
+def test_what_the_processor_has_is_used(
+    supported: int, features: int, kinds: list[str], bfloat16: bool, answer: Callable[..., None]
+) -> None:
+    answer(stub(supported=supported, features=features), True)
+    assert cpu.kinds() == kinds
+    assert cpu._multiplies_bfloat16() == bfloat16
+
+
+@pytest.mark.parametrize("kind", get_args(cpu.Kind))
+def test_many_rows_are_multiplied_in_floating_point_where_that_is_faster(
+    kind: cpu.Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[Any] = []
+    native = cpu.CpuKBit(KBitOperands.prepare(layer(5, 64, 4, 64)))
+    monkeypatch.setattr(cpu, "kinds", lambda: [kind])
+    monkeypatch.setattr(native, "run", lambda x, *how: ran.append((len(x), "integers")))
+    monkeypatch.setattr(native, "run_dequantized", lambda x, dtype, *how: ran.append((len(x), dtype)))
+    whole = torch.float32 if kind == "AVX2" else "integers"
+    for has_bfloat16 in (False, True):
+        monkeypatch.setattr(cpu, "_multiplies_bfloat16", lambda has=has_bfloat16: has)
+        for dtype in DTYPES:
+            for m in (23, 24):
+                native(torch.ones(m, 64, dtype=dtype))
+            many = torch.bfloat16 if has_bfloat16 and dtype == torch.bfloat16 else whole
+            assert ran == [(23, "integers"), (24, many)]
+            ran.clear()

@@ -10,6 +10,7 @@ import weakref
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmint8 import runtime
 from llmint8.kernels import reference
-from llmint8.kernels.cpu import checked, native
+from llmint8.kernels.cpu import checked, native, weights
+from llmint8.kernels.kbit import cpu as kbit_cpu
+from llmint8.kernels.kbit.operands import KBitOperands
+from llmint8.kernels.kbit.reference import from_float
 from llmint8.kernels.linear import prepare
 from llmint8.kernels.operands import Operands
 from llmint8.kernels.reference import Activation, Group, Int8Weight, Rotation, row_sums
@@ -157,6 +161,49 @@ def test_instructions_that_get_a_sum_wrong_are_found_out(
     assert not native._is_exact(kind)
 
 
+def test_every_set_of_instructions_that_is_there_is_used() -> None:
+    """Else all that is tried with them here would be skipped, and layers be slow."""
+    library = native.compiled()
+    if isinstance(library, str) or not library.llmint8_supported() & 1:
+        pytest.skip(native.why_not())
+    there = library.llmint8_supported()
+    numbers = {"AVX2": 1, "AVX-VNNI": 2, "AVX512-VNNI": 3, "AMX": 4, "Arm dotprod": 5}
+    found = native.kinds.__wrapped__()  # asked anew
+    assert {numbers[kind] for kind in found} == {number for number in numbers.values() if there >> number & 1}
+    assert found == sorted(found, key=[*native.KINDS].index)
+
+
+def test_the_instructions_that_are_named_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    library = mock.MagicMock()
+    for name in ("quantize_weight", "rotate", "row_sums"):
+        getattr(library, f"llmint8_{name}").side_effect = lambda *arguments: taken.append(arguments[-2])
+    monkeypatch.setattr(weights, "_functions", lambda: library)
+    monkeypatch.setattr(native, "kinds", lambda: ["AMX", "AVX2"])
+    x = torch.ones(2, 64)
+    for kind, number in (("AVX2", 1), ("Arm dotprod", 5), (None, 4)):
+        weights.quantize_weight(x, None, kind)  # type: ignore[arg-type]
+        weights.rotate(x, kind)  # type: ignore[arg-type]
+        weights.row_sums(x.to(torch.int8), None, kind)  # type: ignore[arg-type]
+        assert taken == [number] * 3
+        taken.clear()
+
+
+@pytest.mark.parametrize(("kinds", "few"), [(["AMX", "AVX512-VNNI", "AVX2"], "AVX512-VNNI"), (["AVX2"], "AVX2")])
+def test_tiles_are_for_more_than_a_few_rows(kinds: list[Any], few: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    layer = native.NativeLinear(
+        Operands.prepare(
+            Int8Weight(torch.ones(3, 64).to(torch.int8), torch.ones(3), torch.empty(0).int(), torch.empty(3, 0))
+        )
+    )
+    monkeypatch.setattr(native, "kinds", lambda: kinds)
+    monkeypatch.setattr(layer, "run", lambda x, zeropoint, kind, threads: ran.append(kind))
+    for m in (1, 3, 4, 70):
+        layer(torch.ones(m, 64), True)
+    assert ran == [few, few, kinds[0], kinds[0]]
+
+
 @needs_it
 def test_one_runtime_of_openmp_is_loaded() -> None:
     """Two would keep each other's threads from the cores."""
@@ -245,6 +292,42 @@ def test_too_little_memory_is_an_error() -> None:
     layer.layout.of(layer.operands).padded = 1 << 48  # the columns of each thread
     with pytest.raises(MemoryError, match="2 rows of 4 values"):
         layer(torch.ones(2, 4), False)
+
+
+def test_a_thread_is_taken_for_as_much_as_it_is_worth_and_no_more_than_there_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In all functions of the library, whose last argument they are; of 2 products for each, 1 is too few for it."""
+    taken: list[int] = []
+    library = mock.MagicMock()
+    for name in ("linear", "quantize_weight", "rotate", "row_sums", "kbit_linear", "kbit_dequantize"):
+        getattr(library, f"llmint8_{name}").side_effect = lambda *arguments: taken.append(arguments[-1]) or 0
+    for module, name in ((native, "compiled"), (weights, "_functions"), (kbit_cpu, "_library")):
+        monkeypatch.setattr(module, name, lambda: library)
+    monkeypatch.setattr(native, "kinds", lambda: [*native.KINDS])
+    monkeypatch.setattr(kbit_cpu, "kinds", lambda: [*kbit_cpu.KINDS])
+    for module, name in (
+        (native, "_PRODUCTS_PER_THREAD"),
+        (kbit_cpu, "_PER_THREAD"),
+        (weights, "_ELEMENTS_PER_THREAD"),
+    ):
+        monkeypatch.setattr(module, name, 2 * 64 * 64)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    dims = torch.empty(0, dtype=torch.int32)
+    values, absmax = torch.ones(64, 64, dtype=torch.int8), torch.ones(64)
+    layer = native.NativeLinear(Operands.prepare(Int8Weight(values, absmax, dims, torch.empty(64, 0))))
+    kbit = kbit_cpu.CpuKBit(KBitOperands.prepare(from_float(torch.ones(64, 64), 4, "nf4", 64, dims)))
+    for rows, threads in ((1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 3), (20, 3)):
+        x = torch.ones(rows, 64)
+        layer(x, True)
+        kbit(x)
+        many = torch.ones(rows, 4096)  # elements, and not products
+        weights.quantize_weight(many)
+        weights.rotate(many)
+        weights.row_sums(many.to(torch.int8))
+        kbit.dequantize(0, torch.empty(64 * rows, 64), "AVX2", 3)
+        assert taken == [threads] * 6, rows
+        taken.clear()
 
 
 @needs_it

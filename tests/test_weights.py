@@ -164,16 +164,18 @@ def test_sums_of_rows_and_of_groups_are_exact(shape: tuple[int, int], group: int
         assert torch.equal(found.long(), expected.long())
 
 
-@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "reference"])
-def test_the_facade_returns_the_same_with_the_library_and_without(
-    compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not compiled:
+@pytest.mark.parametrize("how", ["compiled", "reference", "under a compiler"])
+def test_the_facade_returns_the_same_with_the_library_and_without(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if how == "reference":
         monkeypatch.setattr(native, "kinds", list)
-        monkeypatch.setattr(weights, "quantize_weight", None)
-        monkeypatch.setattr(weights, "row_sums", None)
+    if how == "under a compiler":  # which has no addresses
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    if how != "compiled":
+        for function in ("quantize_weight", "row_sums", "rotate"):
+            monkeypatch.setattr(weights, function, None)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         weight = torch.randn(9, 70).to(dtype)
+        assert torch.equal(facade.rotate(weight, 64), reference.rotate(weight, 64))
         values, absmax = facade.quantize_weight(weight)
         expected = reference.quantize_weight(weight)
         assert torch.equal(values, expected[0])

@@ -136,11 +136,12 @@ def quantize_weight(weight: Tensor, bits: int, data_type: DataType, block: int |
 
 def quantize_to(weight: Tensor, levels: Tensor, block: int | None) -> tuple[Tensor, Tensor]:
     """Quantize a weight to given levels, float32 [2 ** k]; returns the codes and the absmax, see `quantize_weight`."""
-    absmax = block_absmax(weight, block)
+    absmax = weight.new_empty(len(weight), blocks(weight.shape[1], block)[0], dtype=torch.float16)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     step = max(1, _STEP_ELEMENTS // max(1, weight.shape[1]))
     for start in range(0, len(weight), step):
         rows = slice(start, start + step)
+        absmax[rows] = block_absmax(weight[rows], block)
         codes[rows] = nearest(normalized(weight[rows], absmax[rows], block), levels)
     return codes, absmax
 
