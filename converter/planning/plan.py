@@ -78,7 +78,7 @@ class ConversionPlan:
 
     def columns_of(self, layer: SelectedLayer) -> int | None:
         """Return how many columns of a layer will stay in 16 bit, where that is known beforehand."""
-        known = proxy_count(layer.in_features, self.criterion.value or 0) if layer.name in self.before else 0
+        known = proxy_count(layer.in_features, self.criterion.amount) if layer.name in self.before else 0
         return None if self.criterion.measured else known
 
     @property
@@ -101,7 +101,7 @@ class ConversionPlan:
     @property
     def bytes_after(self) -> int:
         """Bytes of all tensors to be written; outlier columns are estimated as the budget, where there is one."""
-        columns = (self.criterion.value or 0) if self.criterion.kind == "top-k" else 0
+        columns = self.criterion.amount if self.criterion.kind == "top-k" else 0
         layers = self.selection.multiplied.values()
         rows = sum(one.out_features * DTYPES[output_dtype(one.weight.dtype, self.dtype)].itemsize for one in layers)
         nbytes = sum(spec.nbytes for group in self.groups for spec in group) + int(columns * rows)
