@@ -13,7 +13,7 @@ from llmint8.converter.outliers.measuring import InputGroup, InputStatistics, co
 from llmint8.formats import Scheme
 from llmint8.formats.int8.schemes import KBit
 
-GRID = [0, 2, 4, 8, 12, 16, 24, 32, 48, 64]
+GRID = [0, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512]
 FOUR_BITS = Scheme(kbit=KBit(4, "int", 32))
 
 
@@ -33,8 +33,12 @@ def restored(x: np.ndarray, activation: str, group: int | None) -> np.ndarray:
     return out
 
 
-@pytest.mark.parametrize(("activation", "group"), [("absmax", None), ("zeropoint", None), ("absmax", 64)])
-def test_the_error_is_the_mean_of_that_of_each_token_and_that_of_all(activation, group):
+@pytest.mark.parametrize(
+    "scheme",
+    [Scheme("absmax", None), Scheme("zeropoint", None), Scheme("absmax", 64), FOUR_BITS],
+    ids=["absmax", "zeropoint", "absmax-64", "4-bits"],
+)
+def test_the_error_is_the_mean_of_that_of_each_token_and_that_of_all(scheme):
     """A token of little output and much error decides the half per token, one of huge output the half of all."""
     random = np.random.default_rng(0)
     x = random.normal(size=(40, 128)) * np.exp(random.normal(size=128))
@@ -48,7 +52,7 @@ def test_the_error_is_the_mean_of_that_of_each_token_and_that_of_all(activation,
     for k in (0, 2, 4, 8, 12, 16, 24, 32):
         kept = x.copy()
         kept[:, dims[:k]] = 0
-        quantized = restored(kept, activation, group)
+        quantized = kept if scheme.kbit else restored(kept, scheme.activation, scheme.activation_group)
         total = 0.0
         for (a, e), energy in zip(norms, energies, strict=True):
             error = (kept - quantized) ** 2 @ a + quantized**2 @ e
@@ -60,11 +64,17 @@ def test_the_error_is_the_mean_of_that_of_each_token_and_that_of_all(activation,
         tensors,
         [torch.from_numpy(energy).float() for energy in energies],
         torch.from_numpy(dims),
-        Scheme(activation, group),
+        scheme,
     )
     assert found[0] == [0, 2, 4, 8, 12, 16, 24, 32]
     # One of 254 steps may round to the other side in float32, and the shift by a whole zero point moves some.
-    assert found[1] == pytest.approx(expected, rel=2e-3 if activation == "absmax" else 5e-2)
+    assert found[1] == pytest.approx(expected, rel=5e-2 if scheme.activation == "zeropoint" else 2e-3)
+
+
+def test_the_error_of_a_wide_layer_is_measured_with_up_to_512_columns():
+    norms, nothing = (torch.ones(2048), torch.zeros(2048)), torch.ones(1, 2048)
+    assert error_curve(nothing, [norms], [torch.ones(1)], torch.arange(512), Scheme("absmax"))[0] == GRID
+    assert error_curve(nothing, [norms], [torch.ones(1)], torch.arange(511), Scheme("absmax"))[0] == GRID[:-1]
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e6])
@@ -155,7 +165,7 @@ def test_the_budget_is_spread_as_by_buying_the_steepest_step_each_time(seed):
     curves = []
     for _ in range(int(random.integers(1, 8))):
         errors = np.exp(-np.arange(len(GRID)) * random.random()) * random.random() * 5 + random.random(len(GRID)) / 20
-        curves.append((int(random.integers(1, 5)), [float(error) for error in errors]))
+        curves.append((int(random.integers(1, 5)), errors.tolist()))
     groups = [
         InputGroup(
             [f"{n}.{i}" for i in range(layers)], torch.arange(64), torch.zeros(64), torch.arange(64), {}, GRID, errors

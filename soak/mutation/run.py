@@ -90,7 +90,6 @@ def _try(everything: dict[str, list[Mutant]], arguments: argparse.Namespace) -> 
         if name.partition(".")[0] in {known.partition(".")[0] for known in _ALWAYS} | {"triton", "tokenizers"}:
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
-    hashes = {name: one["of"] for name, one in recorded.items()}
     queue = [one for row in zip_longest(*everything.values()) for one in row if one is not None]
     queue = [one for one in queue if _result(one) is None or (arguments.again and _result(one) != _KILLED)]
     end = time.monotonic() + 60 * arguments.minutes
@@ -102,7 +101,7 @@ def _try(everything: dict[str, list[Mutant]], arguments: argparse.Namespace) -> 
             tests = _tests_of(mutant, {name: recorded[name]["tests"] for name in concerned[mutant.path]})
             chosen = _quickest(tests, arguments.seconds)
             if not chosen:
-                _keep(mutant, _LEFT, "no test comes by", hashes)
+                _keep(mutant, _LEFT, "no test comes by")
                 continue
             limit = 10 + _SLOWER * sum(tests[name] for name in chosen)
             running[fork(lambda mutant=mutant, chosen=chosen: run_tests(mutant, chosen), limit)] = mutant, chosen, tests
@@ -118,7 +117,7 @@ def _try(everything: dict[str, list[Mutant]], arguments: argparse.Namespace) -> 
                 print(f"no answer in {MOST_MINUTES} minutes: {mutant.key}", flush=True)
                 continue
             how = f"of {len(tests)} tests {len(chosen)} were run" if code == 0 else f"exit {code}"
-            _keep(mutant, _LEFT if code == 0 else _KILLED, how, hashes)
+            _keep(mutant, _LEFT if code == 0 else _KILLED, how)
 
 
 def _tests_of(mutant: Mutant, recorded: dict[str, dict[str, Any]]) -> dict[str, float]:
@@ -163,7 +162,7 @@ def _result(mutant: Mutant) -> str | None:
     return entry["result"] if entry else None
 
 
-def _keep(mutant: Mutant, result: str, how: str, hashes: dict[str, str]) -> None:
+def _keep(mutant: Mutant, result: str, how: str) -> None:
     entry = {"digest": mutant.digest, "result": result, "how": how, "line": mutant.line, "key": mutant.key}
     _results(mutant.path)[mutant.digest] = entry
     with _kept(mutant.path).open("a") as file:
