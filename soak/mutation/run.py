@@ -37,6 +37,7 @@ HERE = Path(__file__).parent
 _ALWAYS = ("pytest", "numpy", "torch", "transformers", "safetensors.torch", "huggingface_hub", "click", "hypothesis")
 _SLOWER = 4  # than when they were recorded, in seconds of the processor: then it is an endless loop
 _KILLED, _LEFT = "killed", "left"
+_NOTHING_RUN = 5  # what pytest exits with then
 
 
 def main() -> None:
@@ -115,6 +116,9 @@ def _try(everything: dict[str, list[Mutant]], arguments: argparse.Namespace) -> 
             code = os.waitstatus_to_exitcode(status)
             if code == -signal.SIGALRM:
                 print(f"no answer in {MOST_MINUTES} minutes: {mutant.key}", flush=True)
+                continue
+            if code == _NOTHING_RUN:
+                print(f"no test of those chosen is there any more: {mutant.key}", flush=True)
                 continue
             how = f"of {len(tests)} tests {len(chosen)} were run" if code == 0 else f"exit {code}"
             _keep(mutant, _LEFT if code == 0 else _KILLED, how)
