@@ -125,12 +125,12 @@ def _try(everything: dict[str, list[Mutant]], arguments: argparse.Namespace) -> 
 
 
 def _tests_of(mutant: Mutant, recorded: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Return the tests that come by a mutant's lines, or by its module where it is in no function: name -> seconds."""
+    """Return the tests that come by a mutant's lines, or all where it is in no function: name -> seconds."""
     wanted, found = set(range(mutant.line, mutant.last_line + 1)), {}
     for tests in recorded.values():
         for name, test in tests.items():
-            lines = test["lines"].get(mutant.path)
-            if lines and (not mutant.in_function or wanted.intersection(lines)):
+            # What is no function's runs when it is imported, which is recorded of one test only.
+            if not mutant.in_function or wanted.intersection(test["lines"].get(mutant.path, ())):
                 found[name] = test["seconds"]
     return found
 
