@@ -90,6 +90,8 @@ def test_errors_are_relative_to_the_output_and_a_token_without_any_is_no_error(s
     assert found[1] == pytest.approx(expected[1], rel=1e-4)
     none = torch.zeros(3, 64)
     assert error_curve(none, [norms], [torch.zeros(3)], torch.arange(2), Scheme("absmax")) == ([0, 2], [0.0, 0.0])
+    # What the weights make nothing of is infinitely wrong, and a number all the same.
+    assert 1e20 < error_curve(x[:1], [norms], [torch.zeros(1)], torch.arange(0), Scheme("absmax"))[1][0] < float("inf")
 
 
 @pytest.mark.parametrize(("rotation", "columns"), [(None, 1000), (64, 640)])

@@ -9,6 +9,7 @@ import pytest
 import transformers
 
 from llmint8.converter.model.build import meta_model
+from llmint8.converter.planning.before import kv_heads, weights_before
 from llmint8.converter.planning.head import embedding_of, own_head
 from llmint8.converter.planning.selected import SelectedLayer, Selection
 from llmint8.converter.planning.selection import select_layers
@@ -176,6 +177,36 @@ def test_experts_stay_or_become_layers_all_of_them() -> None:
     assert attention.kept == {**taken.kept, "model.layers.0.self_attn.q_proj": "NaN"}
 
 
+def test_what_is_before_a_layer_may_be_one_that_stays_and_of_experts_is_their_own() -> None:
+    model = model_of("llama")
+    source = source_of(model)
+    selection = select_layers(source, model, ["o_proj", "1.mlp.up"], ())
+    found = {name: one.name for name, one in weights_before(source, model, selection).items()}
+    block = "model.layers.1"
+    assert found[f"{block}.mlp.gate_proj"] == f"{block}.self_attn.o_proj"
+    assert found[f"{block}.mlp.down_proj"] == f"{block}.mlp.up_proj"
+    assert found[f"{block}.self_attn.q_proj"] == "model.layers.0.mlp.down_proj"
+    assert not {f"{block}.self_attn.o_proj", "lm_head", "model.layers.0.self_attn.q_proj"} & found.keys()
+
+    config = transformers.MixtralConfig(  # as wide inside as outside
+        **_SMALL | {"num_local_experts": 2, "intermediate_size": 64}, architectures=["MixtralForCausalLM"]
+    )
+    model = meta_model(config)
+    source = source_of(model)
+    of_experts = "model.layers.1.block_sparse_moe.experts"
+    for name in [name for name in source.tensors if "experts" in name]:
+        del source.tensors[name]
+    names = [f"{of_experts.replace('1', str(b), 1)}.{e}.w{m}" for b in range(2) for e in range(2) for m in (1, 2, 3)]
+    source.tensors |= {f"{name}.weight": info(f"{name}.weight", (64, 64)) for name in names}
+    selection = select_layers(source, model, (), (), experts=True)
+    found = {name: one.name for name, one in weights_before(source, model, selection).items()}
+    for expert in range(2):
+        before = [found[f"{of_experts}.{expert}.w{matrix}"] for matrix in (1, 2, 3)]  # gate, down, up
+        output = f"{block}.self_attn.o_proj"
+        assert before == [output, f"{of_experts}.{expert}.w3", output]
+    assert found[f"{block}.self_attn.q_proj"] == "model.layers.0.self_attn.o_proj"  # a sum over experts is between
+
+
 # The head and the embedding.
 
 
@@ -314,3 +345,15 @@ def test_modules_are_skipped_by_the_names_that_other_classes_have_unless_an_int8
         {"int8": layer}, {"model.a": "", "model.b": "", "head": ""}, names, [], "model.", ["more", "c.b"]
     )
     assert selection.skip_modules == ["a", "head", "model.a", "model.b", "more"]
+
+
+def test_heads_of_keys_and_values_are_told_where_a_config_says_them() -> None:
+    def config(number: Any) -> Any:
+        return SimpleNamespace(get_text_config=lambda: SimpleNamespace(num_key_value_heads=number))
+
+    nothing: Any = SimpleNamespace(get_text_config=SimpleNamespace)
+    assert [kv_heads(one) for one in (config(1), config(8), config(0), config("8"), nothing, None)] == [
+        1,
+        8,
+        *[None] * 4,
+    ]
