@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
-from llmint8.converter.hub import push
+from llmint8.converter.hub import push, remote
 from llmint8.converter.hub.answers import explain, patiently
 from llmint8.converter.hub.destination import _may_write
+from llmint8.converter.hub.origin import Resolved, is_repo_id
+from llmint8.converter.hub.resolve import resolve
+from llmint8.converter.hub.usage import usage
+from llmint8.formats import BITSANDBYTES, NATIVE, SourceError
 
 
 def refusal(status: int, retry_after: str | None = None) -> HfHubHTTPError:
@@ -105,3 +109,93 @@ def test_weights_go_in_commits_of_bounded_size_and_config_json_in_the_last(
 )
 def test_what_a_fine_grained_token_may(granted, create_pr, may):
     assert _may_write({"fineGrained": granted}, create_pr) is may
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("folder", {}, None),
+        ("folder", {"kind": "source"}, None),
+        ("a.gguf", {"kind": "source"}, None),
+        ("a.GGUF", {"kind": "source"}, None),
+        ("a.gguf", {"kind": "int8"}, "not a directory; name the checkpoint's directory"),
+        ("a.gguf", {}, "not a directory"),
+        ("a.bin", {"kind": "source"}, "not a directory"),
+        ("folder", {"revision": "main"}, "is a local directory, which has no revision 'main'"),
+        ("folder", {"low_disk": True}, "is a local directory; --low-disk is for a repo on the Hub"),
+    ],
+    ids=str,
+)
+def test_what_is_on_the_disk_is_taken_as_it_is(name: str, options: Any, words: str | None, tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for file in ("a.gguf", "a.GGUF", "a.bin"):
+        (tmp_path / file).touch()
+    if words is None:
+        found = resolve(tmp_path / name, **options)
+        assert found == Resolved(tmp_path / name, None, None, False, False, None)
+        assert found.name == name
+    else:
+        with pytest.raises(SourceError, match=words):
+            resolve(tmp_path / name, **options)
+
+
+def test_a_name_that_may_be_a_repos_is_no_path() -> None:
+    names = ["gpt2", "alice/tiny", "a.b/c-d_e.f", "./a", "a/b/c", "/a", "a/", "~/a", "a b", "a/\u00e9", "", "-a"]
+    assert [name for name in names if is_repo_id(name)] == names[:3]
+
+
+def test_of_a_file_on_the_hub_only_what_is_asked_for_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its beginning at once; what is read behind that with a request each, of the bytes that are not there yet."""
+    content, asked = bytes(range(200)), []
+
+    def bytes_of(url: str, start: int, end: int, token: object) -> tuple[bytes, int]:
+        asked.append((start, end))
+        return content[start:end], len(content)
+
+    monkeypatch.setattr(remote, "_bytes_of", bytes_of)
+    monkeypatch.setattr(remote, "_FIRST_REQUEST", 100)
+    file = remote._RemoteFile(Resolved(Path("snapshot"), "alice/tiny", "0" * 40), "model.safetensors")
+    assert (file.size, file.readable(), file.seekable()) == (200, True, True)
+    assert file.read(10) == content[:10]
+    assert file.read(10) == content[10:20]
+    assert (file.seek(-15, 1), file.read(15)) == (5, content[5:20])
+    assert file.seek(0) == 0
+    assert file.read(100) == content[:100]
+    assert asked == [(0, 100)]
+    assert (file.seek(90), file.read(20)) == (90, content[90:110])
+    assert (file.seek(-20, 2), file.read(50), file.read(1)) == (180, content[180:], b"")
+    assert asked == [(0, 100), (100, 110), (180, 200)]
+    with pytest.raises(OSError, match="before the beginning"):
+        file.seek(-201, 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, "AutoModelForCausalLM.from_pretrained("),
+        ({"architectures": ["T5ForConditionalGeneration"], "model_type": "t5"}, "AutoModelForSeq2SeqLM.from_pr"),
+        ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "AutoModelForMaskedLM.from_pretrained("),
+        ({"architectures": ["BertModel"], "model_type": "bert"}, "AutoModel.from_pretrained("),
+        ({"architectures": ["T5EncoderModel"], "model_type": "t5"}, "AutoModelForTextEncoding.from_pretrained("),
+        ({"architectures": ["NobodysModel"], "model_type": "bert"}, "NobodysModel.from_pretrained("),
+        ({"architectures": ["no name"]}, "AutoModelForCausalLM.from_pretrained("),
+        ({}, "AutoModelForCausalLM.from_pretrained("),
+        (
+            {"auto_map": {"AutoConfig": "c.C", "AutoModel": "m.M"}},
+            'AutoModel.from_pretrained("alice/tiny", trust_remote_code=True)',
+        ),
+        ({"auto_map": {"AutoModel": "m.M", "AutoModelForSeq2SeqLM": "m.N"}}, "AutoModelForSeq2SeqLM.from_pretrained("),
+        ({"auto_map": {"AutoConfig": "c.C"}}, "AutoModelForCausalLM.from_pretrained("),
+    ],
+    ids=str,
+)
+def test_a_card_says_with_which_class_stock_transformers_loads_it(config: dict[str, Any], line: str) -> None:
+    assert f"model = {line}" in "\n".join(usage(config, BITSANDBYTES, False, "alice/tiny"))
+    native = "\n".join(usage(config, NATIVE, False, None))
+    assert "transformers" not in native
+    assert "With llmint8, and nothing else:" in native
+    assert 'runtime.load("path/to/this/directory"' in native
+    assert ("trust_remote_code" in native) == ("auto_map" in config)
+    sentences = "\n".join(usage(config, BITSANDBYTES, True, "alice/tiny"))
+    assert "from sentence_transformers import SentenceTransformer\nmodel = SentenceTransformer(" in sentences
+    assert "which uses the outlier columns: the encoder:" in sentences
