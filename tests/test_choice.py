@@ -94,10 +94,10 @@ def test_errors_are_relative_to_the_output_and_a_token_without_any_is_no_error(s
     assert 1e20 < error_curve(x[:1], [norms], [torch.zeros(1)], torch.arange(0), Scheme("absmax"))[1][0] < float("inf")
 
 
-@pytest.mark.parametrize(("rotation", "columns"), [(None, 1000), (64, 640)])
-def test_norms_of_columns_and_of_what_rounding_takes_from_them(rotation, columns):
+@pytest.mark.parametrize(("rotation", "shape"), [(None, (300, 1000)), (64, (1100, 128))])
+def test_norms_of_columns_and_of_what_rounding_takes_from_them(rotation, shape):
     """A weight of several blocks of rows, of which the last is not full."""
-    weight = torch.randn(300, columns, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
     codes, grid = round_to_nearest(weight, Scheme(rotation=rotation))
     exact, step = weight.double().numpy(), (grid.absmax.double() / 127).numpy()
     if rotation:

@@ -71,7 +71,7 @@ def test_gptq_on_any_levels_is_what_elimination_gives(kbit: KBit, monkeypatch: p
     monkeypatch.setattr(gptq, "_BLOCK", 32)  # the last of three is not full
     torch.manual_seed(5)
     x, weight = correlated(150, 72), torch.randn(5, 72)
-    weight[2] = 0
+    weight[2], weight[3, 32:64] = 0, 0  # of a block without a scale everything stays 0
     codes, grid = round_to_nearest(weight, Scheme(kbit=kbit))
     assert isinstance(grid, KBitGrid)
     expected, nearest = by_elimination(x, weight, grid)
@@ -110,6 +110,7 @@ LLAMA = [Linear(f"layers.{block}.{name}", *shape) for block in range(2) for name
 _BERT = {"query": (64, 64), "key": (64, 64), "value": (64, 64), "attention.dense": (64, 64), "up": (96, 64)}
 BERT = [Linear(f"{block}.{name}", *s) for block in range(2) for name, s in {**_BERT, "down": (64, 96)}.items()]
 OPT = [Linear(f"{block}.{name}_proj", 64, 64) for block in range(2) for name in ("k", "v", "q", "out")]
+SHAPES = [Linear("a", 64, 48), Linear("narrow", 32, 64), Linear("b", 48, 64), Linear("c", 8, 32), Linear("d", 8, 7)]
 GPT2 = [Linear("c_attn", 192, 64), Linear("attn.c_proj", 64, 64), Linear("c_fc", 96, 64), Linear("mlp.c_proj", 64, 96)]
 
 
@@ -129,8 +130,9 @@ GPT2 = [Linear("c_attn", 192, 64), Linear("attn.c_proj", 64, 64), Linear("c_fc",
         ),
         (OPT, {"0.out": "0.v", "1.k": "0.out", "1.v": "0.out", "1.q": "0.out", "1.out": "1.v"}),
         (GPT2, {"c_fc": "attn.c", "mlp.c": "c_fc"}),
+        (SHAPES, {"narrow": "a", "b": "a", "c": "narrow"}),
     ],
-    ids=["llama", "bert", "opt", "gpt2"],
+    ids=["llama", "bert", "opt", "gpt2", "shapes"],
 )
 def test_the_layer_before_is_the_one_that_makes_the_inputs(linears: Any, expected: dict[str, str]) -> None:
     def short(name: str) -> str:

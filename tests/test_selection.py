@@ -181,7 +181,9 @@ def test_what_is_before_a_layer_may_be_one_that_stays_and_of_experts_is_their_ow
     model = model_of("llama")
     source = source_of(model)
     selection = select_layers(source, model, ["o_proj", "1.mlp.up"], ())
-    found = {name: one.name for name, one in weights_before(source, model, selection).items()}
+    layers = weights_before(source, model, selection)
+    assert not any(layer.transposed for layer in layers.values())
+    found = {name: one.name for name, one in layers.items()}
     block = "model.layers.1"
     assert found[f"{block}.mlp.gate_proj"] == f"{block}.self_attn.o_proj"
     assert found[f"{block}.mlp.down_proj"] == f"{block}.mlp.up_proj"
