@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
+from llmint8.converter.hub import destination as places
 from llmint8.converter.hub import push, remote
 from llmint8.converter.hub.answers import explain, patiently
 from llmint8.converter.hub.destination import _may_write
 from llmint8.converter.hub.origin import Resolved, is_repo_id
 from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.hub.usage import usage
-from llmint8.formats import BITSANDBYTES, NATIVE, SourceError
+from llmint8.formats import BITSANDBYTES, NATIVE, LLMInt8Error, SourceError
 
 
 def refusal(status: int, retry_after: str | None = None) -> HfHubHTTPError:
@@ -94,6 +95,65 @@ def test_weights_go_in_commits_of_bounded_size_and_config_json_in_the_last(
     upload: Any = push.Upload(SimpleNamespace(), SimpleNamespace(files=names), files)  # type: ignore[arg-type]
     assert push._batches(upload, whole) == batches
     assert upload.nbytes == sum(sizes) + 100
+
+
+@pytest.mark.parametrize(
+    ("options", "asked", "words"),
+    [
+        ({}, ["may write", "other weights"], None),
+        ({"replace_weights": True}, ["may write"], None),
+        ({"revision": "int8"}, ["may write", "other weights"], None),
+        # A pull request replaces nothing, and anybody may open one.
+        ({"create_pr": True}, [], None),
+        ({"revision": "refs/pr/3"}, [], None),
+        ({"private": True}, ["may write", "other weights"], None),
+        ({"private": True, "public": True}, [], "exists and is public; --private is for a new repo"),
+        ({"public": True}, ["may write", "other weights"], None),
+        ({"source": "alice/int8"}, [], "is the source of this checkpoint"),
+        ({"source": "alice/int8", "revision": "main"}, [], "is the source of this checkpoint"),
+        ({"source": "alice/int8", "revision": "int8"}, ["may write", "other weights"], None),
+        ({"source": "alice/int8", "create_pr": True}, [], None),
+        ({"source": "alice/other"}, ["may write", "other weights"], None),
+        ({"create_pr": True, "revision": "x"}, [], "a pull request is made against main; leave out --revision x"),
+    ],
+    ids=str,
+)
+def test_what_is_asked_of_a_repo_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], asked: list[str], words: str | None
+) -> None:
+    options, found = dict(options), []
+    main = SimpleNamespace(private=not options.pop("public", False))
+    api: Any = SimpleNamespace(model_info=lambda repo: main)
+    monkeypatch.setattr(places, "_writer", lambda repo, token, create_pr: (api, repo))
+    monkeypatch.setattr(places, "_try_to_write", lambda api, repo: found.append("may write"))
+    monkeypatch.setattr(places, "_keep_other_weights", lambda to, there: found.append("other weights"))
+    source = options.pop("source", None)
+    if words is None:
+        to = places.destination("alice/int8", source, **options)
+        expected = options.get("private", False), options.get("revision"), options.get("create_pr", False)
+        assert (to.repo, to.private, to.revision, to.create_pr) == ("alice/int8", *expected)
+    else:
+        with pytest.raises((LLMInt8Error, ValueError), match=words):
+            places.destination("alice/int8", source, **options)
+    assert found == asked
+
+
+@pytest.mark.parametrize(("status", "refused"), [(200, False), (401, True), (403, True), (404, False), (500, False)])
+def test_only_a_clear_no_to_whether_one_may_write_counts(
+    monkeypatch: pytest.MonkeyPatch, status: int, refused: bool
+) -> None:
+    def raised(answer: Any) -> None:
+        raise refusal(answer.status_code)
+
+    session = SimpleNamespace(get=lambda url, headers: SimpleNamespace(status_code=status))
+    monkeypatch.setattr(places, "get_session", lambda: session)
+    monkeypatch.setattr(places, "hf_raise_for_status", raised)
+    api: Any = SimpleNamespace(endpoint="https://hub", token="hf_token")
+    if refused:
+        with pytest.raises(HfHubHTTPError):
+            places._try_to_write(api, "alice/int8")
+    else:
+        places._try_to_write(api, "alice/int8")
 
 
 @pytest.mark.parametrize(

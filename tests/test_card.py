@@ -131,6 +131,13 @@ def test_what_was_quantized_is_told(changes: dict[str, Any], words: str, out: Pa
     assert words in new_card(subject(out, quantization=dataclasses.replace(quantization, **changes)), "")
 
 
+def test_a_layer_of_another_class_of_the_model_is_not_among_those_that_stay(out: Path) -> None:
+    """A body has no head, though loaders of other classes are told to skip one; a head that is tied is in no file."""
+    for name, said in (("LlamaModel", "all that"), ("GPT2LMHeadModel", "`lm_head`"), ("LlamaForCausalLM", "`lm_head`")):
+        card = new_card(subject(out, config={"architectures": [name]}, tensors=["embed.weight"]), "")
+        assert f"| Not quantized | {said}" in card
+
+
 def test_sizes_before_and_after_and_where_it_comes_from(out: Path) -> None:
     source = {"name": "alice/tiny", "repo": "alice/tiny", "commit": "c0ffee", "files": {"a": 1_500_000, "b": 500_000}}
     card = new_card(subject(out, source=source | {"quantized": "gptq"}, nbytes=900_000), "")

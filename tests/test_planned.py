@@ -1,5 +1,7 @@
 """What a plan says of disk and memory before anything is done, against what is read and written then."""
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,8 @@ from llmint8.converter.planning.memory import peak_memory
 from llmint8.converter.planning.options import Options
 from llmint8.converter.planning.plan import make_plan
 from llmint8.converter.planning.selected import SelectedLayer, Selection, kept_output_bytes
+from llmint8.converter.planning.sizes import size_notices
+from llmint8.converter.words import size
 from llmint8.formats import TensorInfo
 from llmint8.formats.containers import tensors
 
@@ -72,6 +76,55 @@ def test_bits_are_chosen_by_reading_all_once_more_for_a_size_that_is_given(sourc
     plan = make_plan(resolve(source, None, "source"), tmp_path / "out", Options(format=2, target_size=600_000))
     assert plan.bytes_after == 600_000
     assert plan.bytes_to_read == 2 * (source / "model.safetensors").stat().st_size
+
+
+def test_what_makes_the_result_larger_than_it_need_be_is_told(tmp_path: Path, quiet_transformers: None) -> None:
+    sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=4, tie_word_embeddings=True)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
+
+    def planned(**options: Any) -> Any:
+        how = Options(**{"outliers": "none", **options})
+        return make_plan(resolve(tmp_path / "source", None, "source"), tmp_path / "out", how)
+
+    plain, cast = planned(), planned(dtype="bfloat16")
+    head, both = planned(quantize_head=True), planned(quantize_head=True, dtype="bfloat16")
+    share = f"{plain.bytes_after / plain.bytes_before:.0%} of the source"
+    stays = "what is not quantized stays in float32, as it is in the source: OUT takes"
+    assert size_notices(plain) == [
+        f"{stays} {size(plain.bytes_after)}, {share}; with --dtype bfloat16 {size(cast.bytes_after)}"
+    ]
+    assert size_notices(cast) == []
+    added, rest = size_notices(head)
+    assert added == (
+        f"--quantize-head adds {size(head.bytes_after - plain.bytes_after)}: the embedding it shares stays beside it. "
+        f"OUT takes {size(head.bytes_after)}, {head.bytes_after / head.bytes_before:.0%} of the source; "
+        f"without it {size(plain.bytes_after)}"
+    )
+    assert rest.endswith(f"with --dtype bfloat16 {size(both.bytes_after)}")
+    assert len(size_notices(both)) == 1
+    assert (plain.precision, cast.precision) == ("float32", "16 bit")
+
+
+def test_without_the_model_it_is_said_where_a_pass_was_wanted(source: Path, tmp_path: Path) -> None:
+    unknown = tmp_path / "source"
+    unknown.mkdir()
+    shutil.copy(source / "model.safetensors", unknown)
+    config = json.loads((source / "config.json").read_text()) | {"model_type": "unheard-of"}
+    (unknown / "config.json").write_text(json.dumps(config))
+    search = ", and layers search for their outliers in every call"
+    for options, expected in (
+        ({"outliers": "none"}, None),
+        ({"outliers": "top-k=4"}, search),
+        ({"outliers": "top-k=4", "format": 2}, ""),
+        ({"outliers": "none", "format": 2, "rounding": "gptq"}, ""),
+        ({"format": 2, "target_size": 600_000}, ""),
+        ({"outliers": "proxy=0.05", "format": 2}, None),
+    ):
+        plan = make_plan(resolve(unknown, None, "source"), tmp_path / "out", Options(**options))
+        said = [notice for notice in plan.selection.notices if "calibration" in notice]
+        whole = f"without the model there is no calibration: no outlier columns are stored{expected}"
+        assert said == ([] if expected is None else [whole]), options
 
 
 def info(name: str, mib: int, columns: int, **changes: Any) -> TensorInfo:

@@ -138,6 +138,38 @@ def test_a_tensor_of_another_shape_or_dtype_is_refused_and_a_layer_without_one_i
     assert missing.kept["model.layers.1.mlp.up_proj"] == "not stored as a tensor of its own"
 
 
+def test_tensors_without_the_models_prefix_are_its_layers() -> None:
+    model = model_of("llama")
+    source = source_of(model)
+    bare = {name.removeprefix("model."): one for name, one in source.tensors.items()}
+    source.tensors = {name: info(name, one.shape) for name, one in bare.items()}
+    found = select_layers(source, model, ["1.mlp"], ())
+    assert list(found.layers) == [name.removeprefix("model.") for name in LLAMA if "1.mlp" not in name]
+    assert all(found.module_of[name] == f"model.{name}" for name in found.layers)
+    assert {"lm_head", *(f"model.{name}" for name in found.kept if "1.mlp" in name)} <= set(found.skip_modules)
+
+
+def test_matrices_that_the_model_has_no_place_for_are_counted() -> None:
+    model = model_of("llama")
+    shapes = {
+        "model.one.weight": (64, 32),
+        "model.stack": (3, 32, 64),
+        "model.vectors.weight": (64,),
+        "model.narrow_stack": (3, 31, 64),
+        "model.single": (1, 64, 64),
+        "model.biases.bias": (3, 64, 64),
+        "model.conv.weight": (64, 64, 64),
+    }
+    more = {name: info(name, shape) for name, shape in shapes.items()}
+    found = select_layers(source_of(model, **more), model, (), ())
+    # One of 64 x 32 and three of 32 x 64.
+    assert found.notices == [
+        "4 matrices (16.4 kB, model.one.weight among them) stay as they are: LlamaForCausalLM has no place for that"
+    ]
+    pair = select_layers(source_of(model, **{"model.pair": info("model.pair", (2, 32, 32))}), model, (), ())
+    assert pair.notices[0].startswith("2 matrices (4.1 kB, model.pair) stays as it is: ")
+
+
 # Experts.
 
 
