@@ -78,7 +78,9 @@ def test_bits_are_chosen_by_reading_all_once_more_for_a_size_that_is_given(sourc
     assert plan.bytes_to_read == 2 * (source / "model.safetensors").stat().st_size
 
 
-def test_what_makes_the_result_larger_than_it_need_be_is_told(tmp_path: Path, quiet_transformers: None) -> None:
+def test_what_makes_the_result_larger_than_it_need_be_is_told(source: Path, tmp_path: Path) -> None:
+    in_half = make_plan(resolve(source, None, "source"), tmp_path / "out", Options(outliers="none"))
+    assert size_notices(in_half) == []
     sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
     config = transformers.LlamaConfig(**sizes, num_attention_heads=4, tie_word_embeddings=True)
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "source")
