@@ -304,6 +304,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _branch(self, name: str, branch: str, body: bytes) -> Any:
         repo = self._repo(name, write=True)
+        if branch.startswith("refs/"):
+            raise Answer(400, message="a pull request is no branch")
         if branch in repo.refs:
             raise Answer(409, message="Reference already exists")
         repo.refs[branch] = list(repo.refs["main"])

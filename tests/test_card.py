@@ -1,5 +1,6 @@
 """The model card: what goes in, what stays when a user has edited it, and licences that forbid to publish."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from llmint8.converter.hub.card import EVALUATION_NAME, Subject, new_card, refre
 from llmint8.converter.hub.front_matter import metadata, read_card
 from llmint8.converter.hub.licence import objection
 from llmint8.formats import LLMInt8Error
+from llmint8.formats.int8.schemes import KBit
 
 SOURCE_CARD = """---
 license: other
@@ -77,6 +79,76 @@ def test_conversion_writes_a_card_with_what_the_source_says_about_licence_langua
     assert "`lm_head`" in card
     assert "% of the input columns also stored unquantized, " in card
     assert "criterion `top-k=4`" in card
+
+
+def test_the_card_of_format_2_names_no_other_loader_and_its_bits(out: Path) -> None:
+    quantization = formats.open_checkpoint(out).quantization
+    nf4, int3 = KBit(4, "nf4", 64), KBit(3, "int", 32)
+    names = list(quantization.outliers)
+    for kbits, tags, words in (
+        ((), ["llmint8", "int8", "8-bit"], "| Activations | int8 when the model runs (zeropoint in groups of 128) |"),
+        ((nf4,), ["llmint8", "4-bit"], "| Activations | not quantized |"),
+        ((nf4, int3), ["llmint8", "3-bit", "4-bit"], "| Activations | not quantized |"),
+    ):
+        schemes = {scheme.name: scheme for scheme in (formats.Scheme(kbit=kbit) for kbit in kbits)}
+        layers = {name: list(schemes)[number % len(schemes)] for number, name in enumerate(names)} if schemes else {}
+        changed = dataclasses.replace(
+            quantization, layout=formats.NATIVE, schemes=schemes or quantization.schemes, layers=layers
+        )
+        card = new_card(subject(out, quantization=changed), "")
+        assert (metadata(card)["tags"], metadata(card)["library_name"]) == (tags, "llmint8")
+        assert words in card
+        assert "read by llmint8 alone |" in card
+        assert "bitsandbytes" not in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"calibration": None}, "| Calibration | none |"),
+        ({"calibration": {"text": "packaged", "tokens": 512}}, "| Calibration | 512 tokens of llmint8's own text |"),
+        ({"calibration": {"text": "a`b.txt", "tokens": 9}}, "| Calibration | 9 tokens: `a?b.txt` |"),
+        ({"calibration": {"text": "made-up pixels", "tokens": 0}}, "| Calibration | made-up pixels |"),
+        (
+            {"calibration": {"text": "packaged", "tokens": 5, "layers": 3, "inputs": ["text", "images"]}},
+            "| 5 tokens of llmint8's own text, and images; 3 of 7 layers |",
+        ),
+        ({"calibration": {"text": "packaged", "tokens": 5, "layers": 7}}, "| 5 tokens of llmint8's own text |"),
+        ({"outliers": {"lm_head": 0}}, "7 linear layers, the output head among them; one scale per row"),
+        ({"skip_modules": []}, "| Not quantized | all that is not linear |"),
+        (
+            {"skip_modules": [f"s.{number}.proj" for number in range(10)]},
+            "`s.6.proj`, `s.7.proj`, 2 layers more, all that is not linear |",
+        ),
+        # The same layer, as other classes call it.
+        ({"skip_modules": ["model.proj", "proj"]}, "| Not quantized | `model.proj`, all that is not linear |"),
+        ({"outliers": {"a": 1, "b": 7}}, "3.33% of the input columns also stored unquantized, 1 to 7 in a layer; "),
+    ],
+    ids=str,
+)
+def test_what_was_quantized_is_told(changes: dict[str, Any], words: str, out: Path) -> None:
+    quantization = formats.open_checkpoint(out).quantization
+    assert words in new_card(subject(out, quantization=dataclasses.replace(quantization, **changes)), "")
+
+
+def test_a_layer_of_another_class_of_the_model_is_not_among_those_that_stay(out: Path) -> None:
+    """A body has no head, though loaders of other classes are told to skip one; a head that is tied is in no file."""
+    for name, said in (("LlamaModel", "all that"), ("GPT2LMHeadModel", "`lm_head`"), ("LlamaForCausalLM", "`lm_head`")):
+        card = new_card(subject(out, config={"architectures": [name]}, tensors=["embed.weight"]), "")
+        assert f"| Not quantized | {said}" in card
+
+
+def test_sizes_before_and_after_and_where_it_comes_from(out: Path) -> None:
+    source = {"name": "alice/tiny", "repo": "alice/tiny", "commit": "c0ffee", "files": {"a": 1_500_000, "b": 500_000}}
+    card = new_card(subject(out, source=source | {"quantized": "gptq"}, nbytes=900_000), "")
+    assert "| Size | 900.0 kB; the original 2.0 MB |" in card
+    assert (
+        "[alice/tiny](https://huggingface.co/alice/tiny), commit [`c0ffee`](https://huggingface.co/alice/tiny/tree"
+        in card
+    )
+    assert "The original was quantized already: gptq." in card
+    assert "| Size | 900.0 kB |" in new_card(subject(out, source={"name": "x"}, nbytes=900_000), "")
+    assert "# tiny, int8" in card
 
 
 def test_the_card_of_the_directory_is_what_a_new_one_would_be(out: Path) -> None:

@@ -1,5 +1,6 @@
 """Weights of 3 to 8 bits from the converter: how they are rounded, which columns stay, and what is written."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,22 @@ from torch import Tensor
 
 from llmint8 import converter
 from llmint8.converter.calibration import gptq
-from llmint8.converter.coding import KBitGrid, levels_of_rows, round_to_nearest
+from llmint8.converter.coding import (
+    KBitGrid,
+    coded_in,
+    coding_in_words,
+    levels_of_rows,
+    method_in_words,
+    round_to_nearest,
+)
 from llmint8.converter.conversion.comparison import compare_with_source
 from llmint8.converter.hub.resolve import resolve
 from llmint8.converter.outliers.choosing import spend
 from llmint8.converter.outliers.measuring import column_norms, error_curve
-from llmint8.converter.outliers.proxy import Linear, deviations, layers_before, proxy_dims
+from llmint8.converter.outliers.proxy import Linear, deviations, layers_before, proxy_count, proxy_dims
 from llmint8.converter.planning.options import Options
 from llmint8.converter.planning.plan import make_plan
-from llmint8.formats import NATIVE, LLMInt8Error, Scheme, check_values, open_checkpoint, open_source
+from llmint8.formats import NATIVE, LLMInt8Error, Quantization, Scheme, check_values, open_checkpoint, open_source
 from llmint8.formats.int8.schemes import KBit
 from llmint8.kernels.kbit import levels as kbit_levels
 from llmint8.kernels.kbit import reference
@@ -59,10 +67,11 @@ def by_elimination(x: Tensor, weight: Tensor, grid: KBitGrid) -> tuple[Tensor, f
 
 
 @pytest.mark.parametrize("kbit", SCHEMES, ids=lambda kbit: kbit.name)
-def test_gptq_on_any_levels_is_what_elimination_gives(kbit: KBit) -> None:
+def test_gptq_on_any_levels_is_what_elimination_gives(kbit: KBit, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq, "_BLOCK", 32)  # the last of three is not full
     torch.manual_seed(5)
     x, weight = correlated(150, 72), torch.randn(5, 72)
-    weight[2] = 0
+    weight[2], weight[3, 32:64] = 0, 0  # of a block without a scale everything stays 0
     codes, grid = round_to_nearest(weight, Scheme(kbit=kbit))
     assert isinstance(grid, KBitGrid)
     expected, nearest = by_elimination(x, weight, grid)
@@ -101,6 +110,7 @@ LLAMA = [Linear(f"layers.{block}.{name}", *shape) for block in range(2) for name
 _BERT = {"query": (64, 64), "key": (64, 64), "value": (64, 64), "attention.dense": (64, 64), "up": (96, 64)}
 BERT = [Linear(f"{block}.{name}", *s) for block in range(2) for name, s in {**_BERT, "down": (64, 96)}.items()]
 OPT = [Linear(f"{block}.{name}_proj", 64, 64) for block in range(2) for name in ("k", "v", "q", "out")]
+SHAPES = [Linear("a", 64, 48), Linear("narrow", 32, 64), Linear("b", 48, 64), Linear("c", 8, 32), Linear("d", 8, 7)]
 GPT2 = [Linear("c_attn", 192, 64), Linear("attn.c_proj", 64, 64), Linear("c_fc", 96, 64), Linear("mlp.c_proj", 64, 96)]
 
 
@@ -120,8 +130,9 @@ GPT2 = [Linear("c_attn", 192, 64), Linear("attn.c_proj", 64, 64), Linear("c_fc",
         ),
         (OPT, {"0.out": "0.v", "1.k": "0.out", "1.v": "0.out", "1.q": "0.out", "1.out": "1.v"}),
         (GPT2, {"c_fc": "attn.c", "mlp.c": "c_fc"}),
+        (SHAPES, {"narrow": "a", "b": "a", "c": "narrow"}),
     ],
-    ids=["llama", "bert", "opt", "gpt2"],
+    ids=["llama", "bert", "opt", "gpt2", "shapes"],
 )
 def test_the_layer_before_is_the_one_that_makes_the_inputs(linears: Any, expected: dict[str, str]) -> None:
     def short(name: str) -> str:
@@ -129,6 +140,20 @@ def test_the_layer_before_is_the_one_that_makes_the_inputs(linears: Any, expecte
 
     found = {short(name): short(before) for name, before in layers_before(linears, 4).items()}
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("in_features", "share", "count"), [(96, 0.05, 5), (10, 0.01, 1), (1, 0.25, 1), (40, 0.25, 10)]
+)
+def test_a_share_of_the_columns_is_one_at_least(in_features: int, share: float, count: int) -> None:
+    assert proxy_count(in_features, share) == count
+    assert proxy_dims(torch.rand(in_features), in_features, share).shape == (count,)
+
+
+def test_of_columns_that_spread_alike_the_first_stay() -> None:
+    assert proxy_dims(torch.ones(64), 64, 0.1).tolist() == [0, 1, 2, 3, 4, 5]
+    # As many rows as columns are no heads, whatever the config says.
+    assert proxy_dims(torch.arange(6.0), 6, 0.25, kv_heads=4).tolist() == [4, 5]
 
 
 def test_proxy_columns_are_those_of_the_largest_deviations() -> None:
@@ -311,6 +336,70 @@ def test_embeddings_and_experts_are_of_k_bits_too(tmp_path: Path) -> None:
     assert sorted(experts.values()) == [3, 3, 3, 3, 7, 7]
     assert check_values(checkpoint) == []
     assert compare_with_source(checkpoint, open_source(tmp_path / "source")).problems == []
+
+
+@pytest.mark.parametrize(
+    ("schemes", "rounding", "coded", "words"),
+    [
+        ([Scheme()] * 2, "nearest", "int8", "one scale per row (absmax)"),
+        (
+            [Scheme("zeropoint", 128, 64)],
+            "gptq",
+            "int8",
+            "one scale per row (absmax), rotated in blocks of 64, rounded by GPTQ",
+        ),
+        ([Scheme(kbit=SCHEMES[0])] * 2, "nearest", "4 bits", "nf4-block64"),
+        ([Scheme(kbit=SCHEMES[0])], "gptq", "4 bits", "nf4-block64, rounded by GPTQ"),
+        (
+            [*[Scheme(kbit=SCHEMES[1])] * 2, Scheme(kbit=SCHEMES[2]), Scheme()],
+            "nearest",
+            "3 to 5 bits",
+            "float3-block32 in 2, int5-row in 1",
+        ),
+    ],
+    ids=str,
+)
+def test_how_layers_are_coded_is_told(schemes: list[Scheme], rounding: str, coded: str, words: str) -> None:
+    names = [f"layer {number}" for number in range(len(schemes))]
+    quantization = Quantization(
+        [],
+        dict.fromkeys(names, 0),
+        schemes={scheme.name: scheme for scheme in schemes},
+        layers={name: scheme.name for name, scheme in zip(names, schemes, strict=True)},
+        rounding=rounding,
+        layout=NATIVE,
+    )
+    assert (coded_in(quantization), coding_in_words(quantization)) == (coded, words)
+    assert ("8-bit integers" in method_in_words(quantization)[0]) == (coded == "int8")
+    assert ("2208.07339" in method_in_words(quantization)[1]) == (coded == "int8")
+
+
+@pytest.mark.parametrize(
+    ("options", "lookup", "expected"),
+    [
+        ({}, None, Scheme("zeropoint", 128)),
+        ({"rotate": True}, None, Scheme("zeropoint", 128, 64)),
+        ({"rotate": True}, "too", Scheme("zeropoint", 128, 64, "too")),
+        ({"rotate": True}, "only", Scheme(lookup="only")),
+        ({"bits": 4}, None, Scheme(kbit=KBit(4, "nf4", 64))),
+        ({"bits": 4}, "only", Scheme(lookup="only", kbit=KBit(4, "nf4", 64))),
+        # It is what int8 is for a table of rows, and has that name.
+        ({"bits": 8, "data_type": "int", "block_size": "row"}, "only", Scheme(lookup="only")),
+        ({"bits": 8, "data_type": "int", "block_size": "row"}, "too", Scheme(lookup="too", kbit=KBit(8, "int", None))),
+    ],
+    ids=str,
+)
+def test_what_options_make_of_a_layer_and_of_an_embedding(options: Any, lookup: Any, expected: Scheme) -> None:
+    assert Options(**{"format": 2, **options}).scheme_of(lookup) == expected
+
+
+def test_how_many_tensors_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cores, threads in ((1, 1), (3, 3), (8, 8), (96, 8)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, cores=cores: set(range(cores)), raising=False)
+        assert (Options().threads, Options(jobs=12).threads, Options(jobs=1).threads) == (threads, 12, 1)
+    for options in ({"jobs": 0}, {"calibration_tokens": 0}, {"format": 3}):
+        with pytest.raises(ValueError, match="expected"):
+            Options(**options)
 
 
 # `--target-size`.

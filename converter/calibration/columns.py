@@ -38,7 +38,7 @@ class ProxyColumns:
 
     def __init__(self, plan: ConversionPlan) -> None:
         """Take the plan of a conversion whose criterion is `proxy`."""
-        self._plan, self._share = plan, plan.criterion.value or 0.0
+        self._plan, self._share = plan, plan.criterion.amount
         self._spread: dict[str, Tensor] = {}
 
     def dims(self, name: str) -> Tensor:

@@ -19,10 +19,9 @@ def select(groups: Sequence[InputGroup], criterion: Criterion) -> list[int]:
     if not criterion.measured:
         return [0] * len(groups)
     if criterion.kind == "top-k":
-        return _split(groups, criterion.value or 0)
+        return _split(groups, criterion.amount)
     if criterion.kind == "threshold":
-        limit = criterion.value or 0
-        return [int((group.absmax[: len(group.dims)] >= limit).sum()) for group in groups]
+        return [int((group.absmax[: len(group.dims)] >= criterion.amount).sum()) for group in groups]
     counts = []
     for group in groups:
         # `positions` does not fall with the magnitude: what is not systematic is passed over.
@@ -42,8 +41,8 @@ def likely_outliers(rows: Tensor, criterion: Criterion, by_square: bool = False)
         return absmax.new_empty(0, dtype=torch.int64)
     if criterion.kind == "top-k":
         ranked_by = rows.square().sum(0) if by_square else absmax
-        return ranked_by.topk(min(int(criterion.value or 0), max_candidates(len(absmax)))).indices
-    return (absmax >= (criterion.value or OUTLIER_MAGNITUDE)).nonzero().flatten()
+        return ranked_by.topk(min(int(criterion.amount), max_candidates(len(absmax)))).indices
+    return (absmax >= (criterion.amount or OUTLIER_MAGNITUDE)).nonzero().flatten()
 
 
 def _split(groups: Sequence[InputGroup], budget: float) -> list[int]:
@@ -92,7 +91,7 @@ def spend(sizes: Mapping[str, Sequence[int]], errors: Mapping[str, Sequence[floa
     }
     for _, name, place in sorted(rest, reverse=True):
         cost = sizes[name][place] - sizes[name][chosen[name]]
-        if 0 < cost <= left and errors[name][place] < errors[name][chosen[name]]:
+        if cost <= left and errors[name][place] < errors[name][chosen[name]]:
             chosen[name] = place
             left -= cost
     return chosen

@@ -29,6 +29,11 @@ class Criterion(NamedTuple):
         """Whether the columns are chosen by what a calibrated pass sees."""
         return self.kind not in ("none", "proxy")
 
+    @property
+    def amount(self) -> float:
+        """`value`, and 0 where there is none."""
+        return self.value or 0
+
     def __str__(self) -> str:
         """Return the criterion as the user writes it."""
         return self.kind if self.value is None else f"{self.kind}={self.value:g}"
@@ -50,7 +55,7 @@ def parse_criterion(text: str) -> Criterion:
 def budget_notices(criterion: Criterion, in_features: Iterable[int]) -> list[str]:
     """Say it where layers of these widths cannot keep as many columns as a budget has."""
     most = [max_candidates(width) for width in in_features]
-    if criterion.kind != "top-k" or (criterion.value or 0) * len(most) <= sum(most):
+    if criterion.kind != "top-k" or criterion.amount * len(most) <= sum(most):
         return []
     return [
         f"--outliers {criterion} is more than there can be: a layer keeps {GRID[-1]} columns at most, and no more than "

@@ -175,7 +175,7 @@ class _Group:
         absmax, positions = self._absmax, self._positions
         budget = max_candidates(len(absmax)) if self._criterion.measured else 1
         if self._criterion.kind == "threshold":
-            return max(budget, int((absmax >= (self._criterion.value or 0)).sum()))
+            return max(budget, int((absmax >= self._criterion.amount).sum()))
         if self._criterion.kind == "systematic":
             largest = absmax[positions >= OUTLIER_POSITIONS]
             return max(budget, int((absmax >= largest.min()).sum())) if len(largest) else budget

@@ -78,7 +78,7 @@ class ConversionPlan:
 
     def columns_of(self, layer: SelectedLayer) -> int | None:
         """Return how many columns of a layer will stay in 16 bit, where that is known beforehand."""
-        known = proxy_count(layer.in_features, self.criterion.value or 0) if layer.name in self.before else 0
+        known = proxy_count(layer.in_features, self.criterion.amount) if layer.name in self.before else 0
         return None if self.criterion.measured else known
 
     @property
@@ -101,18 +101,18 @@ class ConversionPlan:
     @property
     def bytes_after(self) -> int:
         """Bytes of all tensors to be written; outlier columns are estimated as the budget, where there is one."""
-        columns = (self.criterion.value or 0) if self.criterion.kind == "top-k" else 0
+        columns = self.criterion.amount if self.criterion.kind == "top-k" else 0
         layers = self.selection.multiplied.values()
-        rows = sum(one.out_features * DTYPES[output_dtype(one.weight.dtype, self.dtype)].itemsize for one in layers)
-        nbytes = sum(spec.nbytes for group in self.groups for spec in group) + int(columns * rows)
+        each = sum(4 + one.out_features * DTYPES[output_dtype(one.weight.dtype, self.dtype)].itemsize for one in layers)
+        nbytes = sum(spec.nbytes for group in self.groups for spec in group) + int(columns * each)
         return self.options.target_bytes if self.options.target_size and not self.kbits else nbytes
 
     @property
     def bytes_to_read(self) -> int:
-        """Bytes of weights that are read from the disk: each once, and again where NaN, levels or columns are found."""
+        """Bytes of weights that are read from the disk: each once, and again where NaN, levels, bits or columns are."""
         levels = bool(self.options.kbit and self.options.kbit.has_codebook) and not self.calibrated
         more = (self.options.on_nonfinite == "keep") + levels + (2 if self.before else 0)
-        return sum(self.source.stored.values()) * (1 + more)
+        return sum(self.source.stored.values()) * (1 + more + bool(self.options.target_size))
 
     @property
     def bytes_to_write(self) -> int:
@@ -121,7 +121,7 @@ class ConversionPlan:
         aside = 0
         for layer in self.selection.multiplied.values() if self.calibrated else ():
             columns = max_candidates(layer.in_features) if self.criterion.measured else 1
-            aside += layer.weight.nbytes * columns // layer.in_features
+            aside += layer.weight.nbytes * columns // layer.in_features + 8 * layer.in_features  # and norms, float32
             aside += max(kept_output_bytes(layer, rows) for rows in self._rows)
         return self.bytes_after + small + aside + 1024 * sum(len(group) for group in self.groups)
 

@@ -84,7 +84,7 @@ def sized_source(name: str, origin: str, source: Source, config: Any | None) -> 
     with bounded_modules(len(source.tensors)):
         model = None if config is None else meta_model(config)
     selection = select_layers(source, model, (), (), experts=True)
-    outliers = parse_criterion(_CONVERTED.outliers).value or 0
+    outliers = parse_criterion(_CONVERTED.outliers).amount
     layout, group = NATIVE if selection.experts else BITSANDBYTES, _CONVERTED.scheme.activation_group
     of_tensor = defaultdict(list)
     for layer in selection.layers.values():

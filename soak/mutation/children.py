@@ -30,22 +30,33 @@ _RECORDING_SECONDS = 1200
 
 
 def record(test_file: str) -> dict[str, Any]:
-    """Return for each test of a file its seconds and the lines of ours that it comes by, as known or found anew."""
-    whole = hashlib.sha256((ROOT / "tests" / test_file).read_bytes())
-    for room in ("formats", "kernels", "converter", "runtime"):
-        for path in sorted((ROOT / room).rglob("*.py")):
-            whole.update(path.read_bytes())
-    kept = STATE / f"{test_file}.json"
-    if kept.exists() and (known := json.loads(kept.read_text()))["of"] == whole.hexdigest():
-        return dict(known)
-    result = kept.with_suffix(".new")
-    result.unlink(missing_ok=True)
-    print(f"recording {test_file}", flush=True)
-    _wait(fork(lambda: _recording(test_file, result, whole.hexdigest()), _RECORDING_SECONDS))
-    if not result.exists():
-        raise SystemExit(f"{test_file}: cannot be recorded; run it by itself")
-    result.rename(kept)
-    return dict(json.loads(kept.read_text()))
+    """Return for each test of a file its seconds and the lines of ours that it comes by, as known or found anew.
+
+    It is found anew when the file changes. Of a module that has changed since, a test that came by it counts as coming
+    by all of it.
+    """
+    of, kept = _digest(ROOT / "tests" / test_file), STATE / f"{test_file}.json"
+    if not kept.exists() or json.loads(kept.read_text())["of"] != of:
+        result = kept.with_suffix(".new")
+        result.unlink(missing_ok=True)
+        print(f"recording {test_file}", flush=True)
+        _wait(fork(lambda: _recording(test_file, result, of), _RECORDING_SECONDS))
+        if not result.exists():
+            raise SystemExit(f"{test_file}: cannot be recorded; run it by itself")
+        result.rename(kept)
+    known = dict(json.loads(kept.read_text()))
+    modules = {path for test in known["tests"].values() for path in test["lines"]}
+    for path in sorted(modules):
+        now = _digest(ROOT / path) if (ROOT / path).exists() else None
+        if now is not None and known["modules"].get(path) != now:
+            lines = list(range(1, len((ROOT / path).read_text().splitlines()) + 1))
+            for test in known["tests"].values():
+                test["lines"] |= {path: lines} if path in test["lines"] else {}
+    return known
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _recording(test_file: str, result: Path, of: str) -> int:
@@ -99,7 +110,9 @@ def _recording(test_file: str, result: Path, of: str) -> int:
     ours = ("llmint8", "test", "conftest", "mutants", "__main__", "fake_hub", "spec_reader")
     imported = [name for name in sys.modules if not name.startswith(ours) and not name.startswith("_")]
     passing = {name: test for name, test in tests.items() if test.pop("passed")}
-    result.write_text(json.dumps({"of": of, "tests": passing, "imported": imported}))
+    paths = {path for test in passing.values() for path in test["lines"]}
+    modules = {path: _digest(ROOT / path) for path in paths}
+    result.write_text(json.dumps({"of": of, "modules": modules, "tests": passing, "imported": imported}))
     return 0
 
 

@@ -37,6 +37,7 @@ HERE = Path(__file__).parent
 _ALWAYS = ("pytest", "numpy", "torch", "transformers", "safetensors.torch", "huggingface_hub", "click", "hypothesis")
 _SLOWER = 4  # than when they were recorded, in seconds of the processor: then it is an endless loop
 _KILLED, _LEFT = "killed", "left"
+_NOTHING_RUN = 5  # what pytest exits with then
 
 
 def main() -> None:
@@ -90,7 +91,6 @@ def _try(everything: dict[str, list[Mutant]], arguments: argparse.Namespace) -> 
         if name.partition(".")[0] in {known.partition(".")[0] for known in _ALWAYS} | {"triton", "tokenizers"}:
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
-    hashes = {name: one["of"] for name, one in recorded.items()}
     queue = [one for row in zip_longest(*everything.values()) for one in row if one is not None]
     queue = [one for one in queue if _result(one) is None or (arguments.again and _result(one) != _KILLED)]
     end = time.monotonic() + 60 * arguments.minutes
@@ -102,7 +102,7 @@ def _try(everything: dict[str, list[Mutant]], arguments: argparse.Namespace) -> 
             tests = _tests_of(mutant, {name: recorded[name]["tests"] for name in concerned[mutant.path]})
             chosen = _quickest(tests, arguments.seconds)
             if not chosen:
-                _keep(mutant, _LEFT, "no test comes by", hashes)
+                _keep(mutant, _LEFT, "no test comes by")
                 continue
             limit = 10 + _SLOWER * sum(tests[name] for name in chosen)
             running[fork(lambda mutant=mutant, chosen=chosen: run_tests(mutant, chosen), limit)] = mutant, chosen, tests
@@ -117,17 +117,20 @@ def _try(everything: dict[str, list[Mutant]], arguments: argparse.Namespace) -> 
             if code == -signal.SIGALRM:
                 print(f"no answer in {MOST_MINUTES} minutes: {mutant.key}", flush=True)
                 continue
+            if code == _NOTHING_RUN:
+                print(f"no test of those chosen is there any more: {mutant.key}", flush=True)
+                continue
             how = f"of {len(tests)} tests {len(chosen)} were run" if code == 0 else f"exit {code}"
-            _keep(mutant, _LEFT if code == 0 else _KILLED, how, hashes)
+            _keep(mutant, _LEFT if code == 0 else _KILLED, how)
 
 
 def _tests_of(mutant: Mutant, recorded: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Return the tests that come by a mutant's lines, or by its module where it is in no function: name -> seconds."""
+    """Return the tests that come by a mutant's lines, or all where it is in no function: name -> seconds."""
     wanted, found = set(range(mutant.line, mutant.last_line + 1)), {}
     for tests in recorded.values():
         for name, test in tests.items():
-            lines = test["lines"].get(mutant.path)
-            if lines and (not mutant.in_function or wanted.intersection(lines)):
+            # What is no function's runs when it is imported, which is recorded of one test only.
+            if not mutant.in_function or wanted.intersection(test["lines"].get(mutant.path, ())):
                 found[name] = test["seconds"]
     return found
 
@@ -163,7 +166,7 @@ def _result(mutant: Mutant) -> str | None:
     return entry["result"] if entry else None
 
 
-def _keep(mutant: Mutant, result: str, how: str, hashes: dict[str, str]) -> None:
+def _keep(mutant: Mutant, result: str, how: str) -> None:
     entry = {"digest": mutant.digest, "result": result, "how": how, "line": mutant.line, "key": mutant.key}
     _results(mutant.path)[mutant.digest] = entry
     with _kept(mutant.path).open("a") as file:
