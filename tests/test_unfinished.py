@@ -1,4 +1,4 @@
-"""Checkpoints that are not finished: gone on with, laid out anew, started over; their journal, and their files opened."""
+"""Checkpoints that are not finished: gone on with, laid out anew, started over; their journal, and how files open."""
 
 import errno
 import fcntl
