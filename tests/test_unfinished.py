@@ -152,6 +152,10 @@ def test_a_tensor_that_was_damaged_is_not_taken_for_written(tmp_path: Path) -> N
     os.truncate(tmp_path / "out" / SHARDS[1], 0)
     with begin(tmp_path / "out") as writer:
         assert [name for name in ROWS if writer.has(name)] == ["w"]
+    stop(tmp_path / "cut")
+    with begin(tmp_path / "cut") as writer:
+        os.truncate(tmp_path / "cut" / SHARDS[0], 100)  # while it is being written
+        assert [name for name in ROWS if writer.has(name)] == ["y", "z"]
 
 
 def test_what_was_written_moves_from_plan_to_plan(tmp_path: Path) -> None:
@@ -382,6 +386,27 @@ def test_a_journal_whose_first_line_was_cut_short_begins_anew(
     with pytest.raises(OutputError, match="not the journal of a conversion; remove it"):
         Journal(tmp_path, fingerprint)
     assert (tmp_path / JOURNAL_NAME).read_bytes() == beginning
+
+
+@pytest.mark.parametrize("records", [0, 1, 3])
+def test_a_journal_whose_first_line_is_whole_and_damaged_is_thrown_away_only_by_who_starts_over(
+    tmp_path: Path, records: int
+) -> None:
+    journal = Journal(tmp_path, {"a": "1"})
+    end = journal.path.stat().st_size
+    for number in range(records):
+        journal.put("t", str(number), number)
+    journal.close()
+    damage(journal.path, end - 5)
+    before = journal.path.read_bytes()
+    with pytest.raises(OutputError, match="its beginning is damaged, or of another version of llmint8; --force"):
+        Journal(tmp_path, {"a": "1"})
+    assert journal.path.read_bytes() == before
+    journal = Journal(tmp_path, None)
+    assert journal.empty
+    journal.put("t", "new", 1)
+    journal.close()
+    assert Journal(tmp_path, {}).get("t", "new")
 
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
