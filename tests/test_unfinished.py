@@ -321,6 +321,38 @@ def test_a_journal_cut_short_anywhere_goes_on_behind_what_is_whole(
         journal.close()
 
 
+def test_every_byte_of_the_journal_counts(tmp_path: Path) -> None:
+    """A record is as it was put, or not there; whatever byte is another."""
+    tensors = [torch.arange(3), torch.tensor([1.5], dtype=torch.float16)]
+    records: dict[tuple[str, str], Any] = {
+        ("layer", "a"): ([3, 1], tensors),
+        ("layer", "b"): ([2, 0], tensors[:1]),
+        ("curve", "a"): (0.25, []),
+    }
+    journal = Journal(tmp_path, {"the source": "s"})
+    for key, (value, of_it) in records.items():
+        journal.put(*key, value, of_it)
+    journal.close()
+    path = tmp_path / JOURNAL_NAME
+    whole = path.read_bytes()
+    found = 0
+    for place in range(whole.index(b"\n") + 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(OutputError, match="its beginning is damaged"):
+            Journal(tmp_path, {"the source": "s"})
+    for place in range(whole.index(b"\n") + 1, len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        journal = Journal(tmp_path, {"the source": "s"})
+        for key, (value, of_it) in records.items():
+            record = journal.get(*key)
+            if record is not None:
+                found += 1
+                assert record.value == value
+                assert all(torch.equal(journal.load(info), t) for info, t in zip(record.tensors, of_it, strict=True))
+        journal.close()
+    assert 0 < found < len(whole) * len(records)
+
+
 def test_a_record_whose_tensor_is_damaged_is_not_there_and_the_others_are(tmp_path: Path) -> None:
     journal = Journal(tmp_path, {})
     journal.put("t", "w", 1, [ROWS["w"], ROWS["x"]])
@@ -417,6 +449,14 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
         assert names_in(tmp_path / "out") == sorted([*SHARDS, JOURNAL_NAME])
     with begin(tmp_path / "out") as writer:
         assert not writer.has("w")
+
+
+def test_a_journal_that_went_while_its_lock_was_awaited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other conversion finished between our opening and our locking: what we hold is no longer there."""
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda *a: ((tmp_path / JOURNAL_NAME).unlink(), flock(*a)))
+    with pytest.raises(OutputError, match="another conversion"):
+        Journal(tmp_path, {})
 
 
 # Files and their descriptors.
