@@ -403,16 +403,20 @@ def test_another_fingerprint_is_refused_by_name(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("beginning", [b"", b"half a li", b"0" * 64])
+@pytest.mark.parametrize("beginning", [b"", b"half a li", b"0" * 500])
 @pytest.mark.parametrize("fingerprint", [{"a": "1"}, None])
 def test_a_journal_whose_first_line_was_cut_short_begins_anew(
     tmp_path: Path, beginning: bytes, fingerprint: dict[str, str] | None
 ) -> None:
     (tmp_path / JOURNAL_NAME).write_bytes(beginning)
     Journal(tmp_path, fingerprint).close()
+    fresh = (tmp_path / JOURNAL_NAME).read_bytes()
     journal = Journal(tmp_path, fingerprint or {})
     assert journal.empty
     journal.close()
+    (tmp_path / JOURNAL_NAME).unlink()
+    Journal(tmp_path, fingerprint).close()
+    assert (tmp_path / JOURNAL_NAME).read_bytes() == fresh
     (tmp_path / JOURNAL_NAME).write_bytes(beginning)
     (tmp_path / "mine").touch()
     with pytest.raises(OutputError, match="not the journal of a conversion; remove it"):
