@@ -845,6 +845,17 @@ breaks_each(
     },
 )
 breaks_each(
+    "E16",
+    MANIFEST,
+    "a file named",
+    {
+        repr(name): in_manifest(lambda manifest, n=name: manifest.update(files={n: "0" * 64}))
+        for name in ("", ".", "..", "../x", "/x", "a//b", "a/", "a/./b", "a/../b", "a\\b", "a\x1b[2J")
+    }
+    | {"of the source": in_manifest(lambda manifest: manifest["source"].update(files={"\x1b[2J": 1}))}
+    | {"without its hash": in_manifest(lambda manifest: manifest.update(files={"x": "0" * 63}))},
+)
+breaks_each(
     "E17",
     f"{MANIFEST}: m.a.SCB",
     "manifest",
@@ -977,6 +988,11 @@ def test_a_file_cut_short_while_open_is_told(tmp_path: Path) -> None:
     (error,) = check_values(checkpoint)
     assert error.code == "E06"
     assert f"{TWO}: {last.name}" in str(error)
+    os.truncate(path / TWO, min(info.offset for info in checkpoint.tensors.values()))
+    lost = [name for name, info in sorted(checkpoint.tensors.items()) if info.file == TWO and info.nbytes]
+    errors = check_values(checkpoint)
+    assert [error.code for error in errors] == ["E06"] * len(lost)
+    assert all(f"{TWO}: {name}: " in str(error) for name, error in zip(lost, errors, strict=True))
 
 
 def test_the_manifest_is_not_needed_to_compute(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from llmint8.formats import (
     check_values,
     open_checkpoint,
 )
+from llmint8.formats.int8.manifest import ManifestEntry
 
 INT8 = {"bits": 8, "data_type": "int", "group": None, "rotation": None, "inputs": "int8-absmax", "input_group": None}
 ROTATED = INT8 | {"rotation": {"kind": "hadamard", "block": 64}, "inputs": "int8-zeropoint", "input_group": 64}
@@ -349,7 +350,8 @@ for path, value, named in (
     ("format_version", "2.x", "format_version is '2.x'"),
     ("format_version", "22.0", "format_version is '22.0'"),
 ):
-    case("E03", f"{path} {value if value is not MISSING else 'missing'}", named, said(path, value))
+    name = f"{path} {value if value is not MISSING else 'missing'}"
+    case("E03", name, f"config.json: quantization_config: {named}", said(path, value))
 for name, version in (("calibration", MISSING), ("in_features", {"k6": 70, "k3": 64}), ("format_version", "2.99")):
     case(None, f"{name} {version if version is not MISSING else 'missing'}", "", said(name, version))
 
@@ -536,4 +538,7 @@ def test_names_of_weight_files() -> None:
         "llmint8-model.safetensors.index.json",
     )
     assert BITSANDBYTES.reserved_suffixes == ["SCB", "weight_format", "outlier_dims", "outlier_weight"]
+    # Only bitsandbytes, and so format 1, can be asked to search for outliers in every call.
+    assert (BITSANDBYTES.searches, NATIVE.searches) == (True, False)
+    assert ManifestEntry("x", "F16", (2, 3), "").nbytes == 12
     assert NATIVE.reserved_suffixes == ["absmax", "outlier_dims", "outlier_weight"]

@@ -197,7 +197,7 @@ def test_json_that_is_read_and_that_is_refused(raw: bytes, expected: Any) -> Non
             assert math.isnan(value) if raw == b"NaN" else value == [-math.inf]
             continue
         with pytest.raises(ValueError, match=f"^{expected}"):
-            parse_json(raw, constants)
+            parse_json(raw, constants=True) if constants else parse_json(raw)
 
 
 def test_json_of_many_values_is_refused_before_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,8 +249,11 @@ def test_only_what_transformers_writes_has_its_dialect(tmp_path: Path, name: str
 
 
 def test_json_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "MAX_JSON_BYTES", 60)
     path = tmp_path / "x.json"
+    put(tmp_path, **{"x.json": 256 * MIB + 1})
+    with pytest.raises(CorruptFileError, match=f"{256 * MIB + 1} bytes, at most {256 * MIB} are allowed"):
+        read_json(path)
+    monkeypatch.setattr(reading, "MAX_JSON_BYTES", 60)
     for content, message in (
         ("{}".ljust(60), None),
         ("{}".ljust(61), "61 bytes, at most 60 are allowed"),

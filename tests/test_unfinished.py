@@ -119,6 +119,21 @@ def test_a_commit_that_stopped_is_taken_back_to_what_was_written(
     assert folders > 4
 
 
+def test_the_journal_says_what_is_to_come_before_any_file_gets_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As bytes on the disk: after a power failure nothing else tells which files a commit had begun to make."""
+    events: list[str] = []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda path, target: (events.append("name"), replace(path, target))[1])
+    with begin(tmp_path / "out", "w") as writer:
+        writer.write("w", ROWS["w"])
+        journal = writer.journal.path.stat().st_ino
+        monkeypatch.setattr(os, "fsync", lambda number: events.append(str(os.fstat(number).st_ino == journal)))
+        commit(writer)
+    assert "True" in events[: events.index("name")]
+
+
 def test_starting_over_leaves_nothing_of_a_commit_that_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, out in enumerate(commits_that_stopped(tmp_path, monkeypatch)):
         with pytest.raises(OutputError, match="holds an unfinished conversion of something else: source was not there"):
@@ -351,6 +366,27 @@ def test_every_byte_of_the_journal_counts(tmp_path: Path) -> None:
                 assert all(torch.equal(journal.load(info), t) for info, t in zip(record.tensors, of_it, strict=True))
         journal.close()
     assert 0 < found < len(whole) * len(records)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        *('"F32"', "[5]", '["ab"]', '[["F32"]]', '[["F32",[1],1]]', '[["F32",5]]', '[["F32",[-1]]]', '[["F5",[1]]]'),
+        *("{}", "[[[],[1]]]", '[],"more":1', '[["F32",[4]],5]'),
+    ],
+)
+def test_a_record_of_another_form_is_damaged(tmp_path: Path, tensors: str) -> None:
+    journal = Journal(tmp_path, {})
+    journal.put("t", "w", 1)
+    journal.close()
+    before = journal.path.read_bytes()
+    raw = f'{{"kind":"t","name":"x","value":1,"sha256":"","tensors":{tensors}}}'.encode()
+    journal.path.write_bytes(before + hashlib.sha256(raw).hexdigest().encode() + b" " + raw + b"\n" + bytes(16))
+    journal = Journal(tmp_path, {})
+    assert journal.get("t", "w") is not None
+    assert journal.get("t", "x") is None
+    journal.close()
+    assert journal.path.read_bytes() == before
 
 
 def test_a_record_whose_tensor_is_damaged_is_not_there_and_the_others_are(tmp_path: Path) -> None:
