@@ -995,6 +995,18 @@ def test_a_file_cut_short_while_open_is_told(tmp_path: Path) -> None:
     assert all(f"{TWO}: {name}: " in str(error) for name, error in zip(lost, errors, strict=True))
 
 
+def test_a_layer_whose_absmax_cannot_be_read_is_told_so_once(tmp_path: Path) -> None:
+    draft = Draft()
+    draft.files[ONE]["m.b.SCB"] = draft.files[TWO].pop("m.b.SCB")
+    draft.describe()
+    path = draft.write(tmp_path / "c")
+    checkpoint = open_checkpoint(path)
+    os.truncate(path / ONE, min(info.offset for info in checkpoint.tensors.values() if info.file == ONE))
+    told = [str(error) for error in check_values(checkpoint)]
+    assert len([text for text in told if "m.b." in text]) == 1
+    assert all(text.startswith("E06") for text in told)
+
+
 def test_the_manifest_is_not_needed_to_compute(tmp_path: Path) -> None:
     path = Draft().write(tmp_path / "c")
     (path / MANIFEST).unlink()

@@ -298,6 +298,10 @@ case(
     put("k3.outlier_dims", many["x.outlier_dims"]),
     put("k3.outlier_weight", many["x.outlier_weight"]),
 )
+for count, code in ((33, None), (34, "E09")):
+    whole = outliers("k3", 1, list(range(count)))
+    changes = [put(name, tensor) for name, tensor in whole.items()]
+    case(code, f"{count} outliers", "k3" if code else "", *changes, said("outliers/counts/k3", count))
 wide = {"k6.weight": torch.zeros(2, 133_184 // 8 * 6, dtype=torch.uint8)}
 case(
     None,
@@ -477,6 +481,11 @@ def test_what_a_scheme_is_called(scheme: Scheme, name: str) -> None:
 def test_what_k_bits_there_are_not(bits: Any, data_type: Any, block: Any, message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         KBit(bits, data_type, block)
+
+
+def test_a_table_says_nothing_of_inputs() -> None:
+    table = Scheme("zeropoint", 64, lookup="only").to_dict()
+    assert (table["inputs"], table["input_group"]) == (None, None)
 
 
 def test_an_embedding_of_8_bits_by_row_has_one_name() -> None:

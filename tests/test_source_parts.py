@@ -1,4 +1,4 @@
-"""What sources are put together from: rows and pieces of tensors, models in memory, names of metaseq, packed weights."""
+"""What sources are put together from: rows and pieces of tensors, models in memory, names of files, packed weights."""
 
 import json
 from collections.abc import Callable
