@@ -841,7 +841,7 @@ breaks_each(
     "manifest source",
     {
         what: in_manifest(lambda manifest, v=value: manifest["source"].update(files={"s.bin": v}))
-        for what, value in {"true": True, "1.0": 1.0, "-1": -1, "a string": "1"}.items()
+        for what, value in {"true": True, "1.0": 1.0, "-1": -1, "a string": "1", "2**63": 2**63}.items()
     },
 )
 breaks_each(
