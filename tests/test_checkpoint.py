@@ -841,8 +841,19 @@ breaks_each(
     "manifest source",
     {
         what: in_manifest(lambda manifest, v=value: manifest["source"].update(files={"s.bin": v}))
-        for what, value in {"true": True, "1.0": 1.0, "-1": -1, "a string": "1"}.items()
+        for what, value in {"true": True, "1.0": 1.0, "-1": -1, "a string": "1", "2**63": 2**63}.items()
     },
+)
+breaks_each(
+    "E16",
+    MANIFEST,
+    "a file named",
+    {
+        repr(name): in_manifest(lambda manifest, n=name: manifest.update(files={n: "0" * 64}))
+        for name in ("", ".", "..", "../x", "/x", "a//b", "a/", "a/./b", "a/../b", "a\\b", "a\x1b[2J")
+    }
+    | {"of the source": in_manifest(lambda manifest: manifest["source"].update(files={"\x1b[2J": 1}))}
+    | {"without its hash": in_manifest(lambda manifest: manifest.update(files={"x": "0" * 63}))},
 )
 breaks_each(
     "E17",
@@ -977,6 +988,23 @@ def test_a_file_cut_short_while_open_is_told(tmp_path: Path) -> None:
     (error,) = check_values(checkpoint)
     assert error.code == "E06"
     assert f"{TWO}: {last.name}" in str(error)
+    os.truncate(path / TWO, min(info.offset for info in checkpoint.tensors.values()))
+    lost = [name for name, info in sorted(checkpoint.tensors.items()) if info.file == TWO and info.nbytes]
+    errors = check_values(checkpoint)
+    assert [error.code for error in errors] == ["E06"] * len(lost)
+    assert all(f"{TWO}: {name}: " in str(error) for name, error in zip(lost, errors, strict=True))
+
+
+def test_a_layer_whose_absmax_cannot_be_read_is_told_so_once(tmp_path: Path) -> None:
+    draft = Draft()
+    draft.files[ONE]["m.b.SCB"] = draft.files[TWO].pop("m.b.SCB")
+    draft.describe()
+    path = draft.write(tmp_path / "c")
+    checkpoint = open_checkpoint(path)
+    os.truncate(path / ONE, min(info.offset for info in checkpoint.tensors.values() if info.file == ONE))
+    told = [str(error) for error in check_values(checkpoint)]
+    assert len([text for text in told if "m.b." in text]) == 1
+    assert all(text.startswith("E06") for text in told)
 
 
 def test_the_manifest_is_not_needed_to_compute(tmp_path: Path) -> None:

@@ -487,10 +487,18 @@ def test_the_tokenizer_goes_along(numbered: str, model: tuple[Path, State], tmp_
     assert not {"gpt2-vocab.json", "gpt2-merges.txt", "dict.txt"} & names
 
 
-@pytest.mark.parametrize("linked", ["gpt2-vocab.json", "gpt2-merges.txt", "dict.txt"])
-def test_a_tokenizer_linked_from_outside_is_refused(linked: str, model: tuple[Path, State], tmp_path: Path) -> None:
+@pytest.mark.parametrize("linked", ["gpt2-vocab.json", "gpt2-merges.txt", "dict.txt", "config.json"])
+def test_a_tokenizer_or_config_linked_from_outside_is_refused(
+    linked: str, model: tuple[Path, State], tmp_path: Path
+) -> None:
     source = write(tmp_path / "source", model[1], 1, 0, "reshard")
-    for name, text in (("gpt2-merges.txt", MERGES), ("gpt2-vocab.json", json.dumps(LETTERS)), ("dict.txt", "2 900\n")):
+    files = {
+        "gpt2-merges.txt": MERGES,
+        "gpt2-vocab.json": json.dumps(LETTERS),
+        "dict.txt": "2 900\n",
+        "config.json": "{}",
+    }
+    for name, text in files.items():
         (tmp_path / name).write_text(text)
         (source / name).symlink_to(tmp_path / name) if name == linked else (source / name).write_text(text)
     with pytest.raises(SourceError, match=rf"{linked}.*outside of the checkpoint"):

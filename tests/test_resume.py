@@ -28,7 +28,6 @@ from llmint8.formats.disk import durable
 from llmint8.formats.disk.names import JOURNAL_NAME
 from llmint8.formats.writing import journal as journal_module
 from llmint8.formats.writing import shards as shards_module
-from llmint8.formats.writing.journal import Journal
 
 CONFIG = transformers.LlamaConfig(
     vocab_size=96,
@@ -467,34 +466,6 @@ def test_what_a_power_failure_damaged_is_done_again(source, tmp_path, what):
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
-def test_every_byte_of_the_journal_counts(tmp_path):
-    """A record is as it was put, or not there; whatever byte is another."""
-    tensors = [torch.arange(3), torch.tensor([1.5], dtype=torch.float16)]
-    records = {("layer", "a"): ([3, 1], tensors), ("layer", "b"): ([2, 0], tensors[:1]), ("curve", "a"): (0.25, [])}
-    journal = Journal(tmp_path, {"the source": "s"})
-    for key, (value, of_it) in records.items():
-        journal.put(*key, value, of_it)
-    journal.close()
-    path = tmp_path / JOURNAL_NAME
-    whole = path.read_bytes()
-    found = 0
-    for place in range(whole.index(b"\n") + 1):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(formats.OutputError, match="its beginning is damaged"):
-            Journal(tmp_path, {"the source": "s"})
-    for place in range(whole.index(b"\n") + 1, len(whole)):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        journal = Journal(tmp_path, {"the source": "s"})
-        for key, (value, of_it) in records.items():
-            record = journal.get(*key)
-            if record is not None:
-                found += 1
-                assert record.value == value
-                assert all(torch.equal(journal.load(info), t) for info, t in zip(record.tensors, of_it, strict=True))
-        journal.close()
-    assert 0 < found < len(whole) * len(records)
-
-
 def test_candidates_that_changed_places_in_the_journal_are_found_again(source, tmp_path):
     """Swapped dims of the same length once gave a finished checkpoint with columns under the wrong dimensions."""
     convert(source, tmp_path / "whole")
@@ -521,14 +492,6 @@ def test_two_conversions_into_one_directory(source, tmp_path):
     assert tried
     convert(source, tmp_path / "alone")
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
-
-
-def test_a_journal_that_went_while_its_lock_was_awaited(tmp_path, monkeypatch):
-    """The other conversion finished between our opening and our locking: what we hold is no longer there."""
-    flock = fcntl.flock
-    monkeypatch.setattr(fcntl, "flock", lambda *a: ((tmp_path / JOURNAL_NAME).unlink(), flock(*a)))
-    with pytest.raises(formats.OutputError, match="another conversion"):
-        Journal(tmp_path, {})
 
 
 def failing(number: int) -> Callable[..., None]:

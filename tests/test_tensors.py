@@ -128,6 +128,8 @@ BAD_HEADERS = {
     "a name twice": (b'{"a": ' + json.dumps(GOOD).encode() + b', "a": ' + json.dumps(GOOD).encode() + b"}", "twice"),
     "a key of an entry twice": (b'{"a":{"dtype":"F16","dtype":"F16","shape":[2],"data_offsets":[0,4]}}', "twice"),
     "an entry that is no object": ({"a": [1]}, "must have dtype"),
+    "an entry that is a list of its keys": ({"a": ["dtype", "shape", "data_offsets"]}, "must have dtype"),
+    "an entry that is a number": ({"a": 5}, "must have dtype"),
     "an entry with a key too many": ({"a": GOOD | {"more": 1}}, "must have dtype"),
     "an entry with a key too few": ({"a": {"dtype": "F16", "shape": [2]}}, "must have dtype"),
     "unknown dtype": ({"a": entry("F4", [2], 0, 4)}, "unknown dtype 'F4'"),

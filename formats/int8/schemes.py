@@ -121,9 +121,10 @@ class Scheme:
             raise ValueError(f"is {str(raw)[:80]!r}, expected an object")
         ways = get_args(Activation), (None, *get_args(Group)), (None, *get_args(Rotation)), (None, *get_args(Lookup))
         every = [cls(*values) for values in itertools.product(*ways)]
-        with contextlib.suppress(ValueError):
-            kbit = KBit(raw.get("bits"), raw.get("data_type"), raw.get("group"))  # type: ignore[arg-type]
-            every += [cls(lookup=lookup, kbit=kbit) for lookup in (None, *get_args(Lookup))]
+        for lookup in (None, *get_args(Lookup)):
+            with contextlib.suppress(ValueError):  # no such weight, or one that is an embedding by another name
+                kbit = KBit(raw.get("bits"), raw.get("data_type"), raw.get("group"))  # type: ignore[arg-type]
+                every.append(cls(lookup=lookup, kbit=kbit))
         for scheme in every:
             if _same(raw, scheme.to_dict()):
                 return scheme
