@@ -153,6 +153,9 @@ def test_what_a_plan_has_in_int8_is_what_the_converter_makes_of_it(which: str, r
         == made.taken(False)
         == 2 * sum(info.nbytes // 2 for info in formats.open_source(path).tensors.values())
     )
+    for one, int8 in itertools.product((planned, made), (True, False)):
+        assert sum(row["int8" if int8 else "half"] for row in one.by_kind()) == one.taken(int8)
+    assert [row["what"] for row in planned.by_kind()] == [row["what"] for row in made.by_kind()]
     assert planned.cache == made.cache
     assert [unit.name for unit in planned.units(True)] == [unit.name for unit in made.units(True)]
     # How many columns a layer gets of those that there are on average, only the calibration knows.
@@ -486,7 +489,7 @@ def test_a_model_that_transformers_does_not_know_is_planned_by_names(source: Pat
     assert any("adapter_config.json" in notice for notice in found["notices"])
     assert (found["class"], found["cache_bytes"]) == (None, None)
     assert any("none are counted" in notice for notice in found["notices"])
-    for same in ("parameters", "int8_layers", "int8_bytes", "half_bytes", "blocks"):
+    for same in ("parameters", "int8_layers", "int8_bytes", "half_bytes", "blocks", "by_kind"):
         assert found[same] == known[same]
     held = found["machines"][0]["int8"]["gpus"][0]["holds"]
     assert held == ["model.embed_tokens", "model.layers.0", "model.layers.1"]
