@@ -1,4 +1,4 @@
-"""The sizes that `llmint8 plan` knows by name: every one of them is built with two blocks, without weights, and counted."""
+"""The sizes that `llmint8 plan` knows by name: each is built with two blocks, without weights, and counted."""
 
 from typing import Any
 
