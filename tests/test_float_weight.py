@@ -235,6 +235,7 @@ def test_a_layer_that_is_moved_by_this_attribute_keeps_its_int8_values() -> None
     assert moved.dtype == torch.float32
     assert torch.equal(moved[:], layer.dequantize())
     assert layer.weight.to("meta").dtype == torch.int8
+    assert type(layer.weight.to("cpu", copy=True)) is Tensor  # a copy is no layer's
     layer._parameters["weight"] = nn.Parameter(moved, requires_grad=False)
     assert torch.equal(layer(x), expected)
     assert torch.equal(layer.state_dict()["weight"], state["weight"])

@@ -199,29 +199,8 @@ def test_a_model_that_generates_nothing_has_no_cache_and_one_that_nobody_knows_n
     assert cache_of(None) is None
 
 
-UNITS = [Unit("a", 50, 0), *(Unit(f"b.{i}", 20, 3) for i in range(7)), Unit("c", 1, 0)]
-
-
 def loads(shares: Sequence[Any]) -> list[int]:
     return [share.weights + share.cache for share in shares]
-
-
-@pytest.mark.parametrize(
-    "rooms", [(100, 100, 100), (80, 80, 80), (60, 150), (30, 200, 30), (10, 10), (300,), (5, 5, 5, 5)]
-)
-def test_a_split_is_as_even_as_one_in_this_order_can_be(rooms: tuple[int, ...]) -> None:
-    room_of = [Gpu("", room) for room in rooms]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Gpu, "reserved", 0)
-        shares = split(UNITS, room_of, 0)
-        assert [unit for share in shares for unit in share.units] == UNITS
-        fullest = max(load / room for load, room in zip(loads(shares), rooms, strict=True))
-    best = float("inf")
-    for cuts in itertools.combinations_with_replacement(range(len(UNITS) + 1), len(rooms) - 1):
-        ends = [0, *cuts, len(UNITS)]
-        sums = [sum(u.weights + u.cache for u in UNITS[a:b]) for a, b in itertools.pairwise(ends)]
-        best = min(best, max(total / room for total, room in zip(sums, rooms, strict=True)))
-    assert fullest == pytest.approx(best)
 
 
 def test_accelerate_places_blocks_where_the_plan_has_them(source: Path) -> None:

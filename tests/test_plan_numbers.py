@@ -12,10 +12,11 @@ from llmint8.kernels.kbit.operands import KBitOperands
 from llmint8.runtime.layers.embedding import Int8Embedding
 from llmint8.runtime.layers.kbit import KBitLinear
 from llmint8.runtime.placement.blocks import block_of, natural, unit_of
-from llmint8.runtime.placement.gpus import COMMON, card, parse_machine
+from llmint8.runtime.placement.gpus import COMMON, Gpu, card, parse_machine
 from llmint8.runtime.placement.parts import Part, half_bytes, kbit_bytes, kind_of, layer_bytes, table_bytes
 from llmint8.runtime.placement.plan import Plan
 from llmint8.runtime.placement.sized import Sized
+from llmint8.runtime.placement.split import Unit, split
 
 
 def bytes_held(module: Any, more: tuple[Any, ...] = ()) -> int:
@@ -135,13 +136,78 @@ def test_a_machine_has_a_thousand_gpus_at_most() -> None:
             parse_machine(text)
 
 
+UNITS = [Unit("a", 50, 0), *(Unit(f"b.{i}", 20, 3) for i in range(7)), Unit("c", 1, 0)]
+
+
+@pytest.mark.parametrize(
+    "rooms", [(100, 100, 100), (80, 80, 80), (60, 150), (30, 200, 30), (10, 10), (300,), (5, 5, 5, 5)]
+)
+def test_a_split_is_as_even_as_one_in_this_order_can_be(rooms: tuple[int, ...]) -> None:
+    room_of = [Gpu("", room) for room in rooms]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Gpu, "reserved", 0)
+        shares = split(UNITS, room_of, 0)
+        assert [unit for share in shares for unit in share.units] == UNITS
+        loads = [share.weights + share.cache for share in shares]
+        fullest = max(load / room for load, room in zip(loads, rooms, strict=True))
+    best = float("inf")
+    for cuts in itertools.combinations_with_replacement(range(len(UNITS) + 1), len(rooms) - 1):
+        ends = [0, *cuts, len(UNITS)]
+        sums = [sum(u.weights + u.cache for u in UNITS[a:b]) for a, b in itertools.pairwise(ends)]
+        best = min(best, max(total / room for total, room in zip(sums, rooms, strict=True)))
+    assert fullest == pytest.approx(best)
+
+
+def test_what_fits_nowhere_is_all_on_the_first() -> None:
+    first, second = split(UNITS, [Gpu("", 1 << 20), Gpu("", 0)], 7)
+    assert (first.units, second.units) == (UNITS, [])
+    assert (first.weights, first.cache, first.activations) == (191, 21, 7)
+    assert first.room == (1 << 20) - first.gpu.reserved - 7
+    assert first.free == first.room - 191 - 21
+
+
+def test_every_kind_is_counted_with_what_belongs_to_its_layers() -> None:
+    int8 = layer_bytes(8, 64, 4, NATIVE, 64)
+    parts = [
+        Part("e", "e", "embedding", 100, 200),
+        Part("h.0.a", "h.0.a", "linear", 1024, 0, int8, 72),
+        Part("h.0.b", "h.0.b", "linear", 1024, 0, int8, 72),
+        Part("h.0.c", "h.0.c", "linear", 16, 16),  # a bias
+        Part("n", "n", "norm", 6, 6),
+        Part("head", "head", "head", 0, 0, twice=50),
+    ]
+    plan = Plan(Sized("m", "m", None, parts, 4, NATIVE), 10, 3)
+    rows = {row["what"]: (row["half"], row["int8"]) for row in plan.by_kind()}
+    assert rows == {
+        "Linear layers": (2064, 2 * int8.values + 16),
+        "- outlier columns": (0, 2 * int8.columns),
+        "- scales of rows": (0, 2 * int8.scales),
+        "- prepared on loading": (0, 2 * int8.prepared),
+        "Embeddings": (100, 200),
+        "Norms": (6, 6),
+        "Output head": (0, 0),
+    }
+    assert (plan.taken(False), plan.taken(True)) == (2170, 2 * int8.total + 222)
+    assert plan.on_disk == plan.taken(True) - 2 * int8.prepared + 50
+    assert plan.sized.parameters == 2170 // 2
+    assert plan.activations == 10 * 10 * 3 * 72
+    assert [(unit.name, unit.weights) for unit in plan.units(False)] == [("e", 100), ("h.0", 2064), ("n", 6)]
+    assert plan.notices == [
+        "its config does not say what keys and values, or states in their place, take: none are counted"
+    ]
+
+
 WIDTH, BLOCK_BYTES = 1 << 14, 3 << 28
 
 
 @pytest.fixture
 def blocks_alone() -> Sized:
     """Twenty blocks of 768 MiB in 16 bit, stored in half of that, of a model that transformers does not know."""
-    places = [f"h.{number}.w" for number in range(20)]
+    return some_blocks(20)
+
+
+def some_blocks(count: int) -> Sized:
+    places = [f"h.{number}.w" for number in range(count)]
     return Sized(
         "m", "m", None, [Part(p, p, "kept", BLOCK_BYTES, BLOCK_BYTES // 2, None, WIDTH) for p in places], 0, NATIVE
     )
@@ -166,15 +232,24 @@ def test_the_longest_context_is_the_last_that_fits_or_all_that_there_is(
     assert plan.longest_context(parse_machine("9000GB"), True) == (limit or 1 << 24)  # more is not looked for
 
 
-def test_the_smallest_set_is_looked_for_among_sixteen(blocks_alone: Sized) -> None:
-    """Of 20 blocks a GPU holds as many as fit into what it has left."""
-    for context, memory in itertools.product((1, 4096, 1 << 16), (0.5, 1, 1.5, 2, 2.5, 3, 6, 24)):
-        plan = Plan(blocks_alone, context, 1)
+@pytest.mark.parametrize("count", [16, 17, 20])
+def test_the_smallest_set_is_looked_for_among_sixteen(count: int) -> None:
+    """Of all blocks a GPU holds as many as fit into what it has left."""
+    sized = some_blocks(count)
+    for context, memory in itertools.product((1, 4096, 1 << 16), (0.5, 1, 1.5, 2, 2.5, 3, 24)):
+        plan = Plan(sized, context, 1)
         (gpu,) = parse_machine(f"{memory}GB")
         for int8 in (False, True):
             each = (gpu.memory - gpu.reserved - 10 * context * WIDTH) // (BLOCK_BYTES // 2 if int8 else BLOCK_BYTES)
-            expected = -(-20 // each) if each > 0 else 17
+            expected = -(-count // each) if each > 0 else 17
             assert plan.smallest(gpu, int8) == (expected if expected <= 16 else None), (context, memory)
+    full = Plan(sized, 4096, 1)
+    about = round((full.activations + (1 << 29)) / 0.99)
+    memory = next(m for m in range(about - 3, about + 3) if m - Gpu("", m).reserved == full.activations)
+    assert full.smallest(Gpu("", memory), True) is None  # nothing is left
+
+
+def test_the_smallest_sets_are_of_cards_by_their_memory(blocks_alone: Sized) -> None:
     found = {
         name: (one["int8"], one["half"]) for one in Plan(blocks_alone, 1, 1).smallest_sets() for name in one["gpus"]
     }

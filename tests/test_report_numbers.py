@@ -13,7 +13,7 @@ from llmint8.formats.int8.checkpoint import Checkpoint
 from llmint8.formats.int8.manifest import Manifest
 from llmint8.formats.int8.records import Int8Record
 from llmint8.formats.int8.schemes import Scheme
-from llmint8.runtime.report.findings import column_precision, sizes
+from llmint8.runtime.report.findings import Findings, sizes
 from llmint8.runtime.report.statistics import LayerInput, hidden_inputs, read_inputs, table4
 
 Q = "h.0.q"
@@ -33,8 +33,8 @@ def record(name: str, out_features: int = 8, in_features: int = 64, count: int |
     return Int8Record(name, out_features, in_features, count, False, Scheme(**scheme))
 
 
-def opened(*records: Int8Record, tensors: dict[str, TensorInfo] | None = None) -> Any:
-    quantization: Any = type("Quantization", (), {"criterion": "none", "layout": NATIVE})
+def opened(*records: Int8Record, tensors: dict[str, TensorInfo] | None = None, layout: Any = NATIVE) -> Any:
+    quantization: Any = type("Quantization", (), {"criterion": "none", "layout": layout})
     return Checkpoint(Path("x"), {}, quantization, tensors or {}, {one.name: one for one in records})
 
 
@@ -54,6 +54,8 @@ def test_statistics_are_read_as_they_are() -> None:
     errors = [found.relative_error(kept) for kept in range(4)]
     assert errors == [math.sqrt(error / 3) for error in (1.5, 1.5, 0.25, 0.25)]
     assert read({Q: STATISTICS}, record(Q, count=None))[0].kept == 0
+    one = {key: values[:1] if isinstance(values, list) else values for key, values in STATISTICS.items()}
+    assert read({Q: one})[0].dims == [3]
 
 
 @pytest.mark.parametrize(
@@ -151,6 +153,7 @@ def test_dims_that_occur_as_often_go_by_where_they_reach_six_and_then_by_size() 
         == 2
     )
     assert strongest(one_input("h.0", [1, 2], [0.0, 0.0], [0.0] * 2)) == [1, 2]
+    assert strongest(one_input("h.0", [2, 1], [0.5, 0.4], [0.0] * 2)) == [2, 1]
 
 
 def test_a_quartile_is_of_the_inputs_at_which_it_occurs() -> None:
@@ -195,7 +198,7 @@ def test_every_byte_is_of_something(layout: Any, dtype: str, scheme: dict[str, A
     specs = layout.record_specs(Q, 8, 64, 3, dtype, one.scheme)
     infos = [TensorInfo(spec.name, spec.dtype, spec.shape, "", 0) for spec in specs]
     infos += [TensorInfo(name, "F16", (10,), "", 0) for name in (f"{Q}.bias", "norm.weight")]
-    checkpoint = opened(one, tensors={info.name: info for info in infos})
+    checkpoint = opened(one, tensors={info.name: info for info in infos}, layout=layout)
     found = sizes(checkpoint)
     nbytes = {info.name: info.nbytes for info in infos}
     columns = nbytes[f"{Q}.outlier_dims"] + nbytes[f"{Q}.outlier_weight"]
@@ -203,4 +206,5 @@ def test_every_byte_is_of_something(layout: Any, dtype: str, scheme: dict[str, A
     assert list(found.after.values()) == [nbytes[f"{Q}.weight"], scales, columns, 40]
     assert scales > 0
     assert list(found.before.values()) == [8 * 64 * (4 if dtype == "F32" else 2), 40]
-    assert column_precision(checkpoint) == ("float32" if dtype == "F32" else "16 bit")
+    whole: Any = (None, None, None, None)
+    assert Findings("x", checkpoint, [], [], *whole).precision == ("float32" if dtype == "F32" else "16 bit")

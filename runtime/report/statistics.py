@@ -111,7 +111,7 @@ def _layer_input(
     lists = {key: [_number(kind, value) for value in raw[key]] for key, kind in _LISTS.items()}
     quartiles = [tuple(_number(float, value) for value in row) for row in raw["quartiles"]]
     lengths = {len(lists["dims"]), len(lists["absmax"]), len(lists["positions"]), len(quartiles)}
-    if len(lengths) != 1 or lengths == {0} or {len(row) for row in quartiles} != {3}:
+    if len(lengths) != 1 or {len(row) for row in quartiles} != {3}:  # of none there is no row
         raise ValueError("dims, absmax, positions and quartiles are not of one length")
     if not all(0 <= dim < record.in_features for dim in lists["dims"]):
         raise ValueError(f"a dim is not in 0 to {record.in_features - 1}")
