@@ -18,13 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 from llmint8 import converter, formats
 from llmint8.converter.model.build import meta_model, model_class
-from llmint8.kernels.operands import Operands
 from llmint8.runtime.commands.main import main
-from llmint8.runtime.layers.layer import Int8Linear
 from llmint8.runtime.placement.cache import cache_of
 from llmint8.runtime.placement.gpus import Gpu, parse_machine
 from llmint8.runtime.placement.opened import open_sized
-from llmint8.runtime.placement.parts import layer_bytes
 from llmint8.runtime.placement.plan import Plan
 from llmint8.runtime.placement.split import Unit, split
 
@@ -121,30 +118,6 @@ def test_what_a_plan_has_in_int8_is_what_the_converter_makes_of_it(which: str, r
     assert [unit.name for unit in planned.units(True)] == [unit.name for unit in made.units(True)]
     # How many columns a layer gets of those that there are on average, only the calibration knows.
     assert planned.on_disk == pytest.approx(made.on_disk, rel=0.01)
-
-
-@pytest.mark.parametrize(
-    ("n", "k", "outliers", "group", "layout"),
-    [
-        (33, 300, 5, 128, formats.BITSANDBYTES),
-        (64, 128, 0, 128, formats.BITSANDBYTES),
-        (17, 96, 40, None, formats.NATIVE),
-    ],
-    ids=lambda value: str(getattr(value, "major", value)),
-)
-def test_a_layer_holds_as_much_as_a_plan_says(n: int, k: int, outliers: int, group: Any, layout: Any) -> None:
-    """The bytes of all that a layer and what its kernels read have in memory of their own, as on a GPU."""
-    torch.manual_seed(0)
-    layer = Int8Linear(k, n, bias=False, outlier_count=outliers, layout=layout, dtype=torch.float16)
-    layer.configure(activation_group=group or "row")
-    operands = Operands.prepare(layer.stored())
-    tensors = [*layer._parameters.values(), *layer._buffers.values(), *operands]
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for tensor in tensors
-        if isinstance(tensor, torch.Tensor) and tensor.numel()
-    }
-    assert sum(storages.values()) == layer_bytes(n, k, outliers, layout, group).total
 
 
 TINY = {

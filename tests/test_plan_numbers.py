@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from llmint8.formats import NATIVE, KBit, TensorSpec
+from llmint8.formats import BITSANDBYTES, NATIVE, KBit, TensorSpec
 from llmint8.kernels.kbit.operands import KBitOperands
+from llmint8.kernels.operands import Operands
 from llmint8.runtime.layers.embedding import Int8Embedding
 from llmint8.runtime.layers.kbit import KBitLinear
+from llmint8.runtime.layers.layer import Int8Linear
 from llmint8.runtime.placement.blocks import block_of, natural, unit_of
 from llmint8.runtime.placement.gpus import COMMON, Gpu, card, parse_machine
 from llmint8.runtime.placement.parts import Part, half_bytes, kbit_bytes, kind_of, layer_bytes, table_bytes
@@ -28,6 +30,24 @@ def bytes_held(module: Any, more: tuple[Any, ...] = ()) -> int:
         if isinstance(tensor, torch.Tensor) and tensor.numel()
     }
     return sum(storages.values())
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "outliers", "group", "layout"),
+    [
+        (33, 300, 5, 128, BITSANDBYTES),
+        (64, 128, 0, 128, BITSANDBYTES),
+        (17, 96, 40, None, NATIVE),
+    ],
+    ids=lambda value: str(getattr(value, "major", value)),
+)
+def test_a_layer_holds_as_much_as_a_plan_says(n: int, k: int, outliers: int, group: Any, layout: Any) -> None:
+    """The bytes of all that a layer and what its kernels read have in memory of their own, as on a GPU."""
+    torch.manual_seed(0)
+    layer = Int8Linear(k, n, bias=False, outlier_count=outliers, layout=layout, dtype=torch.float16)
+    layer.configure(activation_group=group or "row")
+    operands = Operands.prepare(layer.stored())
+    assert bytes_held(layer, operands) == layer_bytes(n, k, outliers, layout, group).total
 
 
 @pytest.mark.parametrize(
@@ -114,7 +134,13 @@ def test_blocks_are_whole_and_in_order() -> None:
 
 @pytest.mark.parametrize(
     ("text", "memory"),
-    [("24GB", [24 << 30]), ("2x1.5GB", [3 << 29] * 2), ("80G,16 GiB", [80 << 30, 16 << 30]), ("T4", [15_360 << 20])],
+    [
+        ("24GB", [24 << 30]),
+        ("2x1.5GB", [3 << 29] * 2),
+        ("80G,16 GiB", [80 << 30, 16 << 30]),
+        ("T4", [15_360 << 20]),
+        ("V100,L4", [32_768 << 20, 23_034 << 20]),
+    ],
 )
 def test_a_size_is_in_gib_and_a_card_has_what_it_shows(text: str, memory: list[int]) -> None:
     gpus = parse_machine(text)
@@ -131,7 +157,7 @@ def test_a_card_has_what_it_is_sold_for_less_its_error_correction() -> None:
 
 def test_a_machine_has_a_thousand_gpus_at_most() -> None:
     assert len(parse_machine("1000x24GB,T4:23,T4")) == 1024
-    for text in ("1025x24GB", "1000x24GB,25xT4", "T4:0", "24GB,", "", "x24GB", "24 GB GB"):
+    for text in ("1025x24GB", "1000x24GB,25xT4", "T4:0", "24GB,", "", "x24GB", "24 GB GB", "8x24GB:2", "A100"):
         with pytest.raises(ValueError, match=r"^--gpu"):
             parse_machine(text)
 

@@ -14,6 +14,7 @@ from llmint8.formats.int8.manifest import Manifest
 from llmint8.formats.int8.records import Int8Record
 from llmint8.formats.int8.schemes import Scheme
 from llmint8.runtime.report.findings import Findings, sizes
+from llmint8.runtime.report.labels import block_of, joined, layer_kinds
 from llmint8.runtime.report.statistics import LayerInput, hidden_inputs, read_inputs, table4
 
 Q = "h.0.q"
@@ -171,8 +172,8 @@ def test_more_outliers_than_recorded_make_a_lower_bound() -> None:
 
 def test_hidden_states_are_of_the_commonest_width_and_read() -> None:
     """In a block a single layer that gives the width again, after one that read it, writes; the head is no block."""
-    names = ["h.0.qkv", "h.0.out", "h.0.up", "h.0.down", "h.1.first", "h.1.up", "head"]
-    shapes = [(96, 32), (32, 32), (64, 32), (32, 64), (32, 32), (64, 32), (99, 32)]
+    names = ["h.0.qkv", "h.0.out", "h.0.up", "h.0.down", "h.1.first", "h.1.up", "h.2.qkv", "h.2.out", "h.2.fc", "head"]
+    shapes = [(96, 32), (32, 32), (64, 32), (32, 64), (32, 32), (64, 32), (96, 32), (32, 32), (32, 32), (99, 32)]
     records = [record(name, *shape) for name, shape in zip(names, shapes, strict=True)]
     inputs = [
         one_input(name.rpartition(".")[0], [1], [1.0], [0.0], in_features=shape[1])
@@ -180,7 +181,7 @@ def test_hidden_states_are_of_the_commonest_width_and_read() -> None:
     ]
     inputs = [LayerInput(**{**vars(one), "layers": (name,)}) for one, name in zip(inputs, names, strict=True)]
     found = hidden_inputs(inputs, opened(*records))
-    assert [one.layers[0] for one in found] == ["h.0.qkv", "h.0.up", "h.1.first", "h.1.up"]
+    assert [one.layers[0] for one in found] == ["h.0.qkv", "h.0.up", "h.1.first", "h.1.up", "h.2.qkv", "h.2.fc"]
     assert [one.layers[0] for one in hidden_inputs(inputs[-1:], opened(*records))] == ["head"]
 
 
@@ -208,3 +209,58 @@ def test_every_byte_is_of_something(layout: Any, dtype: str, scheme: dict[str, A
     assert list(found.before.values()) == [8 * 64 * (4 if dtype == "F32" else 2), 40]
     whole: Any = (None, None, None, None)
     assert Findings("x", checkpoint, [], [], *whole).precision == ("float32" if dtype == "F32" else "16 bit")
+
+
+@pytest.mark.parametrize(
+    ("block", "kinds"),
+    [
+        ("model.layers.11", {"mlp.up_proj": "up_proj", "self_attn.q_proj": "q_proj"}),
+        ("h.2", {"attn.c_attn": "c_attn", "attn.c_proj": "attn.c_proj", "mlp.c_proj": "mlp.c_proj"}),
+        ("blocks.3", {"ffn.0": "ffn.0", "ffn.2": "ffn.2"}),
+        ("b.0", {"0": "0", "ffn.0": "ffn.0"}),
+        (
+            "bert.encoder.layer.0",
+            {
+                "attention.output.dense": "attention.output.dense",
+                "intermediate.dense": "intermediate.dense",
+                "output.dense": "output.dense",
+            },
+        ),
+        (
+            "decoder.block.0",
+            {
+                "layer.0.SelfAttention.q": "SelfAttention.q",
+                "layer.1.EncDecAttention.q": "EncDecAttention.q",
+                "layer.2.DenseReluDense.wi": "wi",
+            },
+        ),
+        ("b.1", {"layer.0.attn.q": "layer.0.attn.q", "layer.1.attn.q": "layer.1.attn.q", "layer.1.attn.k": "k"}),
+        (
+            "model.layers.0",
+            {f"mlp.experts.{i}.{part}": f"experts.*.{part}" for i in range(8) for part in ("up_proj", "down_proj")}
+            | {"mlp.shared_expert.up_proj": "shared_expert.up_proj", "mlp.gate": "gate"}
+            | {"mlp.shared_expert.down_proj": "shared_expert.down_proj"},
+        ),
+        ("model.layers.0", {f"moe.experts.{i}.w1": "w1" for i in range(8)}),
+    ],
+)
+def test_layers_go_by_what_tells_them_apart(block: str, kinds: dict[str, str]) -> None:
+    found = layer_kinds([f"{block}.{path}" for path in kinds])
+    assert found == {f"{block}.{path}": kind for path, kind in kinds.items()}
+    assert {block_of(name) for name in found} == {block}
+
+
+def test_the_same_name_in_two_stacks_is_one_kind() -> None:
+    """Blocks of another stack that have one attention only call it as those that have two."""
+    names = ["encoder.layers.0.self_attn.q_proj", "decoder.layers.0.self_attn.q_proj"]
+    found = layer_kinds([*names, "decoder.layers.0.encoder_attn.q_proj", "vision.layers.0.mlp.fc1", "head", "proj.0"])
+    assert [found[name] for name in names] == ["self_attn.q_proj"] * 2
+    assert (found["vision.layers.0.mlp.fc1"], found["head"], found["proj.0"]) == ("fc1", "head", "proj.0")
+    assert (block_of("head"), block_of("proj.0"), block_of("bert.pooler.dense")) == ("", "", "")
+
+
+def test_kinds_that_begin_alike_are_named_together() -> None:
+    assert joined(["self_attn.q_proj", "self_attn.k_proj"]) == "self_attn: q_proj, k_proj"
+    assert joined(["q_proj", "k_proj", "q_proj"]) == "q_proj, k_proj"
+    assert joined(["attn.q", "mlp.up"]) == "attn.q, mlp.up"
+    assert joined(["attn.q"]) == "attn.q"

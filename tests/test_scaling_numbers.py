@@ -43,6 +43,18 @@ def test_combinations_are_all_there_are() -> None:
         (*pair, block) for pair, block in product(named, (64, None))
     }
     assert len(found) == 7
+    assert combinations([4], ["int"], [64], [0.0], ["nearest"]) == [BASE, Scheme(4, "int", 64)]
+    assert combinations([3, 3, 16], ["int"], [64, 64], [0.0], ["nearest"]) == [BASE, Scheme(3, "int", 64)]
+    for wrong, message in (
+        (
+            ([3, 16], ["nf4"], [64], [0.0], ["nearest"]),
+            "^no combination of these bits and data types: 'nf4' has 4 bits$",
+        ),
+        (([4], ["int", "nf4"], [64, 48], [0.0], ["nearest"]), "^block size 48"),
+        (([4], ["int"], [64], [0.0, 1.0], ["nearest"]), r"^proxy share 1\.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            combinations(*wrong)  # type: ignore[arg-type]
 
 
 def test_gptq_loses_less_of_what_the_layer_says_and_columns_stay() -> None:
@@ -92,6 +104,8 @@ def test_the_lowest_curve_wins_its_part() -> None:
     assert (won.low, won.high) == (pytest.approx(1000), pytest.approx(256000))
     assert won.shares == {4: pytest.approx(0.25, abs=0.01), 8: pytest.approx(0.75, abs=0.01)}
     assert winners(runs[:3]) is None
+    apart = [made_up(bits, bits**5 * size, 2.0, model=f"m{size}") for bits in (3, 8) for size in (1, 2)]
+    assert winners(apart) is None  # at no size are both known
 
 
 def test_a_choice_holds_all_else() -> None:
