@@ -25,7 +25,7 @@ from llmint8.runtime.model.places import (
     matrices_of,
     take_hook,
 )
-from llmint8.runtime.model.settings import log_summary
+from llmint8.runtime.model.settings import let_cast, log_summary
 from llmint8.runtime.parallel.plan import Parallel
 
 
@@ -232,3 +232,25 @@ def test_one_line_says_how_a_model_runs(caplog: pytest.LogCaptureFixture) -> Non
         "2 Int8Linear layers, outliers static (but in 1 that were not calibrated: dynamic, |x| >= 5), activation"
     )
     assert said(searching, outliers="none").startswith("1 Int8Linear layers, outliers none, activation")
+
+
+def test_ours_are_cast_and_other_quantized_models_refuse_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2))
+    assert model.half().dtype == torch.float16
+    model.is_quantized = True
+    for name in ("half", "float"):
+        with pytest.raises(ValueError, match="not supported for quantized model"):
+            getattr(model, name)()
+        monkeypatch.setattr(
+            transformers.PreTrainedModel, name, getattr(transformers.PreTrainedModel, name)
+        )  # to be undone
+    let_cast(lambda one: one is model)
+    assert model.float().dtype == torch.float32
+    assert model.half().dtype == torch.float16
+    assert transformers.PreTrainedModel.half.__name__ == "half"
+    other = transformers.LlamaForCausalLM(model.config)
+    assert other.half().dtype == torch.float16
+    other.is_quantized = True
+    with pytest.raises(ValueError, match="not supported for quantized model"):
+        other.float()
