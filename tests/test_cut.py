@@ -1,19 +1,23 @@
 """What a layer and a plan become when a model is cut, computed in one process; `test_parallel.py` has two of them."""
 
+import copy
 import importlib
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 from torch import nn
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from llmint8.formats import LLMInt8Error
 from llmint8.runtime import Int8Linear
-from llmint8.runtime.parallel.cut import cut_layers, cut_of, plan_cut, settle_cuts
+from llmint8.runtime.parallel.cut import _joined, cut_layers, cut_of, plan_cut, settle_cuts, whole_tensors
 from llmint8.runtime.parallel.plan import Parallel, _pattern, settle
-from llmint8.runtime.parallel.state import is_cut
+from llmint8.runtime.parallel.state import is_cut, is_first, whole_state
 
 
 def mesh(size: int, rank: int) -> Any:
@@ -251,3 +255,96 @@ def test_what_is_asked_for_is_settled(caplog: pytest.LogCaptureFixture, monkeypa
     ):
         with pytest.raises(ValueError, match=message):
             settle(*arguments)
+
+
+@pytest.fixture
+def alone() -> Iterator[Any]:
+    """A group of this process alone, whose collectives are what they are of several, and its mesh."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+def cut_here(mesh: Any, by: Any, *, stored: bool = True, bias: bool = True) -> tuple[Int8Linear, Int8Linear]:
+    """Return a layer, and the same cut for one process."""
+    linear = nn.Linear(10, 12, bias).requires_grad_(False)
+    whole = Int8Linear.from_linear(linear, torch.tensor([0, 4, 9]))
+    if not stored:
+        whole.outlier_dims = whole.outlier_weight = None
+    part = copy.deepcopy(whole)
+    plan_cut(part, by, 1, mesh)
+    placed = [Shard(0 if by == "outputs" else 1)]
+    part._parameters["weight"] = nn.Parameter(distribute_tensor(part.unpacked_weight(), mesh, placed), False)
+    part.prepared = None
+    settle_cuts(nn.Sequential(part))
+    part.prepare()
+    return whole, part
+
+
+@pytest.mark.parametrize("stored", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("by", ["outputs", "inputs"])
+def test_what_was_cut_is_put_together_again(alone: Any, by: Any, bias: bool, stored: bool) -> None:
+    whole, part = cut_here(alone, by, stored=stored, bias=bias)
+    cut, state = cut_of(part), whole.state_dict()
+    assert cut is not None
+    found = whole_tensors(part, cut)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in found.items())
+    expected = {"weight"} | ({"outlier_weight"} if stored else set())
+    expected |= ({"SCB"} | ({"bias"} if bias else set())) if by == "outputs" else {"outlier_dims"} if stored else set()
+    assert found.keys() == expected
+    model: Any = nn.Sequential(part, nn.Linear(2, 2))
+    model.all_tied_weights_keys = {}
+    saved = whole_state(model)
+    assert saved.keys() == model.state_dict().keys()
+    assert all(torch.equal(saved[f"0.{name}"], tensor) for name, tensor in state.items())
+    assert is_first()
+    assert (is_cut(model), is_cut(nn.Linear(2, 2))) == (True, False)
+
+
+@pytest.mark.parametrize("style", ["colwise", "colwise_rep", "rowwise", "rowwise_rep"])
+def test_a_layer_that_is_cut_takes_part_in_what_all_compute(alone: Any, style: str) -> None:
+    importlib.import_module("transformers.distributed.tensor_parallel")
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+
+    from llmint8.runtime.parallel.styles import ours
+
+    whole, part = cut_here(alone, "outputs" if "col" in style else "inputs")
+    made: Any = ALL_PARALLEL_STYLES[ours(style)]
+    made.install_forward(part, alone)
+    assert len(part._forward_pre_hooks) == (style != "rowwise")
+    assert len(part._forward_hooks) == (style != "colwise")
+    inputs = [torch.linspace(-1, 1, 30).reshape(3, 10).requires_grad_() for _ in range(2)]
+    outputs = [layer(x) for layer, x in zip((whole, part), inputs, strict=True)]
+    assert torch.equal(*outputs)
+    for y in outputs:
+        y.square().sum().backward()
+    assert torch.equal(inputs[0].grad, inputs[1].grad)  # type: ignore[arg-type]
+    fresh = copy.deepcopy(whole)
+    fresh.weight = nn.Parameter(fresh.unpacked_weight(), requires_grad=False)
+    made.shard_param(fresh, "weight", alone)
+    assert cut_of(fresh) is not None
+    assert cut_of(whole) is None
+
+
+def test_parts_of_unequal_length_are_joined_in_the_order_of_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of three is here; the others send what they would."""
+    others = {0: torch.arange(8).reshape(4, 2), 2: torch.empty(0, 2, dtype=torch.int64)}
+    mine = torch.tensor([[90, 91], [92, 93]])
+
+    def all_gather(found: list[Any], tensor: torch.Tensor, group: str) -> None:
+        assert group == "group"
+        for rank, one in enumerate(found):
+            if rank == 1:
+                one.copy_(tensor)
+            elif tensor.dim() == 0:
+                one.fill_(len(others[rank]))
+            else:
+                assert tensor.shape == (4, 2)  # as many rows as any has
+                one.fill_(-1)[: len(others[rank])] = others[rank]
+
+    monkeypatch.setattr(dist, "all_gather", all_gather)
+    mesh: Any = SimpleNamespace(size=lambda: 3, get_group=lambda: "group")
+    assert _joined(mine, mesh).tolist() == [[0, 1], [2, 3], [4, 5], [6, 7], [90, 91], [92, 93]]
