@@ -15,7 +15,10 @@ from llmint8.formats import KBit, LLMInt8Error
 from llmint8.formats.int8.records import Int8Record
 from llmint8.formats.int8.schemes import Scheme
 from llmint8.runtime import Int8Linear, KBitLinear, configure
+from llmint8.runtime.accuracy.runs import stored_columns
 from llmint8.runtime.layers.experts import Int8Experts, replace_experts
+from llmint8.runtime.model import compiled
+from llmint8.runtime.model.generate import _pad
 from llmint8.runtime.model.places import (
     check_in_one_place,
     check_matrix,
@@ -26,6 +29,7 @@ from llmint8.runtime.model.places import (
     take_hook,
 )
 from llmint8.runtime.model.settings import let_cast, log_summary
+from llmint8.runtime.parallel.cut import plan_cut
 from llmint8.runtime.parallel.plan import Parallel
 
 
@@ -254,3 +258,61 @@ def test_ours_are_cast_and_other_quantized_models_refuse_as_ever(monkeypatch: py
     other.is_quantized = True
     with pytest.raises(ValueError, match="not supported for quantized model"):
         other.float()
+
+
+class Compilable(nn.Sequential):
+    """What `compile_decode` asks of a model."""
+
+    _can_compile_fullgraph = True
+    device = torch.device("cpu")
+
+    def can_generate(self) -> bool:
+        return True
+
+
+def test_what_stands_in_the_way_of_compiling_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_cpp_compiler", lambda: "g++")
+    searching, cut, offloaded, kept, elsewhere = (int8() for _ in range(5))
+    searching.outliers = elsewhere.outliers = "dynamic"
+    plan_cut(cut, "outputs", 1, SimpleNamespace(size=lambda: 2, get_local_rank=lambda: 0))
+    offloaded._hf_hook, kept._hf_hook = SimpleNamespace(offload=True), SimpleNamespace(offload=False)
+    experts = Int8Experts.__new__(Int8Experts)
+    nn.Module.__init__(experts)
+    for layer, why in (
+        (int8(), None),
+        (searching, None),
+        (kept, None),
+        (elsewhere.to("meta"), "outliers='dynamic' makes tensors whose size depends on the input, on meta"),
+        (experts, "experts are run one by one, as many as a call has"),
+        (cut, "several processes hold the model"),
+        (offloaded, "some layers are offloaded"),
+    ):
+        assert compiled._obstacle(Compilable(int8(), layer)) == why
+    for name, value in (("can_generate", lambda self: False), ("_can_compile_fullgraph", False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Compilable, name, value)
+            assert compiled._obstacle(Compilable()) == "transformers has no static cache for Compilable"
+    monkeypatch.setattr(compiled, "_cpp_compiler", lambda: None)
+    assert str(compiled._obstacle(Compilable())).startswith("no C++ compiler found")
+    monkeypatch.setattr(Compilable, "device", torch.device("cuda"))
+    assert compiled._obstacle(Compilable()) is None  # where Triton compiles
+
+
+def test_the_compiler_is_the_one_that_will_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
+    for cxx, platform, expected in (("mine", "linux", "mine"), ("", "linux", "g++"), ("", "darwin", "clang++")):
+        monkeypatch.setenv("CXX", cxx)
+        monkeypatch.setattr("sys.platform", platform)
+        assert compiled._cpp_compiler() == f"/bin/{expected}"
+
+
+def test_a_tokenizer_without_a_token_to_pad_with_ends_texts_with_another() -> None:
+    for pad, eos, expected in ((None, 2, 2), (0, 2, 0), (None, None, None)):
+        assert _pad(SimpleNamespace(pad_token_id=pad, eos_token_id=eos)) == expected
+
+
+def test_the_share_of_stored_columns_is_of_all_inputs() -> None:
+    bare = int8()
+    bare.outlier_dims = bare.outlier_weight = None
+    assert stored_columns([]) == 0
+    assert stored_columns([int8(), kbit(), bare, bare]) == 2 / 256

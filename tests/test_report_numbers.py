@@ -47,7 +47,7 @@ def read(modules: dict[str, Any], *records: Int8Record) -> list[LayerInput]:
 def test_statistics_are_read_as_they_are() -> None:
     names = [Q, "h.0.k", "h.1.k", "h.0.v"]
     others = {"h.0.k": {"shares_input_with": Q}, "h.1.k": {"shares_input_with": Q}, "h.0.v": {"absmax": [1.0]}}
-    (found,) = read({Q: STATISTICS, **others, "gone": STATISTICS}, *map(record, names))
+    (found,) = read({"h.0.v": others.pop("h.0.v"), Q: STATISTICS, **others, "gone": STATISTICS}, *map(record, names))
     assert (found.layers, found.kinds, found.block, found.blocks) == ((*names[:3],), "q, k", "h.0", ["h.0", "h.1"])
     assert (found.in_features, found.kept, found.absmax_median, found.outlier_features) == (64, 2, 2.25, 1)
     lists = found.dims, found.absmax, found.positions, found.quartiles, found.ks, found.errors

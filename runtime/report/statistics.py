@@ -80,14 +80,14 @@ def read_inputs(checkpoint: Checkpoint, manifest: Manifest, where: Path) -> list
     sharing: dict[str, list[str]] = defaultdict(list)
     modules: dict[str, Any] = manifest.modules
     for name, raw in modules.items():
-        first = raw.get("shares_input_with", name) if isinstance(raw, dict) else name
+        first = raw.get("shares_input_with", name)
         if name in checkpoint.records and isinstance(first, str):
             sharing[first].append(name)
     kinds = layer_kinds(checkpoint.records)
     inputs = []
     for first, layers in sharing.items():
         raw = modules.get(first)
-        if first not in checkpoint.records or not isinstance(raw, dict) or "dims" not in raw:
+        if first not in checkpoint.records or raw is None or "dims" not in raw:
             continue  # a layer that the calibration did not reach
         try:
             inputs.append(_layer_input(checkpoint, first, tuple(layers), kinds, raw))
