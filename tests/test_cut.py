@@ -3,6 +3,7 @@
 import copy
 import importlib
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -327,6 +328,35 @@ def test_a_layer_that_is_cut_takes_part_in_what_all_compute(alone: Any, style: s
     made.shard_param(fresh, "weight", alone)
     assert cut_of(fresh) is not None
     assert cut_of(whole) is None
+
+
+def test_a_style_changes_what_enters_and_leaves_and_leaves_other_layers_to_theirs(alone: Any) -> None:
+    importlib.import_module("transformers.distributed.tensor_parallel")
+    from llmint8.runtime.parallel.styles import CutStyle, _added, _gathered, _own_part, _shared
+
+    calls: list[Any] = []
+    names = ("validate_param", "shard_param", "install_forward")
+    plain: Any = SimpleNamespace(**{name: lambda *a, name=name, **_: calls.append((name, *a)) for name in names})
+    whole, part = cut_here(alone, "outputs")
+    cut, x = cut_of(part), torch.randn(3, 10)
+    assert cut is not None
+    style = CutStyle(plain, "outputs", enter=lambda x, cut: 2 * x, leave=lambda y, cut: y + cut.width)
+    style.install_forward(part, alone)
+    assert torch.equal(part(x), whole(2 * x) + 12)
+    linear, fresh = nn.Linear(10, 12), copy.deepcopy(whole)
+    style.install_forward(linear, alone)
+    style.validate_param(linear, "weight", alone)
+    for layer, name, is_cut_then in ((linear, "weight", False), (fresh, "bias", False), (fresh, "weight", True)):
+        style.shard_param(layer, name, alone)
+        assert (cut_of(layer) is not None) == is_cut_then
+    expected = [("install_forward", linear, alone), ("validate_param", linear, "weight", alone)]
+    expected += [("shard_param", *what, alone) for what in ((linear, "weight"), (fresh, "bias"), (fresh, "weight"))]
+    assert calls == expected
+    y = torch.randn(3, 12)
+    assert torch.equal(_shared(x, cut), x)
+    assert torch.equal(_own_part(x, replace(cut, pieces=(range(2, 5),))), x[:, 2:5])
+    assert torch.equal(_added(y, cut), y)
+    assert torch.equal(_gathered(y, cut), y)
 
 
 def test_parts_of_unequal_length_are_joined_in_the_order_of_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
