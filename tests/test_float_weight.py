@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmint8 import runtime
-from llmint8.formats import LLMInt8Error
+from llmint8.formats import KBit, LLMInt8Error
 from llmint8.runtime import Int8Linear
-from llmint8.runtime.layers import float_weight
+from llmint8.runtime.layers import float_weight, writing
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 
@@ -235,6 +235,7 @@ def test_a_layer_that_is_moved_by_this_attribute_keeps_its_int8_values() -> None
     assert moved.dtype == torch.float32
     assert torch.equal(moved[:], layer.dequantize())
     assert layer.weight.to("meta").dtype == torch.int8
+    assert type(layer.weight.to("cpu", copy=True)) is Tensor  # a copy is no layer's
     layer._parameters["weight"] = nn.Parameter(moved, requires_grad=False)
     assert torch.equal(layer(x), expected)
     assert torch.equal(layer.state_dict()["weight"], state["weight"])
@@ -350,3 +351,107 @@ def test_a_loaded_model_has_such_weights_too(tmp_path: Path) -> None:
     with torch.no_grad():
         found, expected = (m.get_image_features(**inputs) for m in (loaded, float_))
     assert_near(found[1], expected[1], 0.1)
+
+
+# What is written into `weight.data`, or by `overwrite`
+
+
+def test_a_change_below_half_a_step_is_rounded_away_but_in_the_outlier_columns() -> None:
+    linear, dims = nn.Linear(130, 8).requires_grad_(False), torch.tensor([3, 29])
+    linear.weight[:, dims] *= 0.1  # no row has its largest element there
+    layer = Int8Linear.from_linear(linear, dims)
+    kept = torch.ones(130).index_fill(0, dims, 0).bool()
+    before, weight = layer.dequantize(), layer.unpacked_weight().clone()
+    change = 0.4 * layer.SCB[:, None].min() / 127 * torch.randn(8, 130).sign()
+    change[weight.abs() == 127] = 0  # the step stays
+    layer.weight.data += change
+    assert torch.equal(layer.unpacked_weight()[:, kept], weight[:, kept])
+    assert torch.allclose(layer.dequantize()[:, dims], (before + change)[:, dims], rtol=1e-6)
+
+
+def test_what_is_no_weight_is_refused_and_the_layer_stays() -> None:
+    linear = nn.Linear(30, 8).requires_grad_(False)
+    layer, x = Int8Linear.from_linear(linear, torch.tensor([3, 29])), torch.randn(4, 30)
+    layer.name, expected = "model.proj", layer(x)
+    broken = linear.weight.clone()
+    broken[2, 3] = float("nan")
+    for weight, words in {
+        "shape": (torch.zeros(8, 29), r"^model\.proj: torch\.float32 \[8, 29\] written into its weight, expected"),
+        "dtype": (torch.zeros(8, 30, dtype=torch.int8), r"^model\.proj: torch\.int8 \[8, 30\] written into"),
+        "nan": (
+            broken,
+            r"^model\.proj: what is written into its weight holds NaN or infinity; the layer is as it was$",
+        ),
+    }.values():
+        with pytest.raises(LLMInt8Error, match=words):
+            layer.overwrite(weight)
+        assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("rotation", [None, 64])
+def test_what_is_written_into_the_data_is_quantized_as_from_the_start(rotation: Any) -> None:
+    first, second = (nn.Linear(130, 8).requires_grad_(False) for _ in range(2))
+    dims, x = torch.tensor([3, 29]), torch.randn(4, 130)
+    expected = Int8Linear.from_linear(second, dims, rotation=rotation)
+    writes = {
+        "assigned": lambda layer: setattr(layer.weight, "data", second.weight),
+        "copied": lambda layer: layer.weight.data.copy_(second.weight),
+        "overwritten": lambda layer: layer.overwrite(second.weight),
+    }
+    for write in writes.values():
+        layer = Int8Linear.from_linear(first, dims, rotation=rotation)
+        layer.bias = nn.Parameter(second.bias, requires_grad=False)
+        write(layer)
+        assert torch.equal(layer(x), expected(x))
+        assert layer.prepared is not None
+        assert torch.equal(layer.state_dict()["weight"], expected.state_dict()["weight"])
+    layer = Int8Linear.from_linear(first, dims, rotation=rotation)
+    wanted = layer.dequantize() + 0.25
+    layer.weight.data += 0.25
+    expected = Int8Linear.from_linear(nn.Linear(130, 8), dims, rotation=rotation)
+    expected.overwrite(wanted)
+    assert torch.equal(layer.dequantize(), expected.dequantize())
+
+
+@pytest.mark.parametrize("kind", ["int8", "k bits"])
+def test_the_log_says_what_was_written_and_what_rounding_lost(
+    kind: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative to what was written; of the layers of one name one says it as a warning."""
+    monkeypatch.setattr(writing, "_TOLD", set())
+    caplog.set_level(logging.INFO, "llmint8")
+    linear, messages = nn.Linear(64, 8), []
+    for name in ("h.0.proj", "h.11.proj", "h.0.other", "", ""):
+        layer: Any = Int8Linear.from_linear(linear)
+        if kind == "k bits":
+            layer = runtime.KBitLinear.from_linear(linear, KBit(4, "int", 32))
+        layer.name, before = name, layer.dequantize()
+        wanted = torch.randn(8, 64)
+        caplog.clear()
+        assert layer.overwrite(wanted) is None
+        change, lost = (100 * float((other - wanted).norm() / wanted.norm()) for other in (before, layer.dequantize()))
+        figures = f": its weight was changed by {change:.2g} % and quantized again, which rounds off {lost:.2g} %"
+        assert caplog.record_tuples[0][1:] == (logging.INFO, (name or "an int8 layer") + figures)
+        messages += [message.partition(":")[0] for _, level, message in caplog.record_tuples if level > logging.INFO]
+        assert (0 < lost < 1.5) == (kind == "int8")
+    assert messages == ["h.*.proj", "h.*.other", "int8 layers"]
+    layer.overwrite(torch.zeros(8, 64))
+    assert caplog.messages[-1].startswith("an int8 layer: its weight was changed by ")
+    assert not bool(layer.dequantize().any())
+
+
+def test_a_layer_without_outliers_is_written_into_and_keeps_its_bias() -> None:
+    """As bitsandbytes wrote it: it stores none, and gets none."""
+    linear, other = nn.Linear(30, 8).requires_grad_(False), nn.Linear(30, 8).requires_grad_(False)
+    layer = Int8Linear.from_linear(linear)
+    layer.outlier_dims = layer.outlier_weight = None
+    layer.overwrite(other.weight)
+    assert (layer.outlier_dims, layer.outlier_weight) == (None, None)
+    expected = Int8Linear.from_linear(other)
+    assert torch.equal(layer.dequantize(), expected.dequantize())
+    assert torch.equal(layer.row_absmax, expected.row_absmax)
+    assert layer.bias is not None
+    assert torch.equal(layer.bias, linear.bias)
+    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    x = torch.randn(4, 30)
+    assert torch.allclose(layer(x) - linear.bias, expected(x) - other.bias, atol=1e-6)  # one sum more is rounded

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from llmint8.formats import KBit, LLMInt8Error
 from llmint8.kernels.kbit import packing, reference
@@ -241,6 +242,63 @@ def test_a_weight_that_does_not_fit_is_refused(changed: dict[str, Tensor], messa
     parts = {name: changed.get(name, getattr(stored, name)) for name in stored.__dataclass_fields__}
     with pytest.raises(ValueError, match=message):
         prepare(reference.KBitWeight(**parts))
+
+
+@pytest.mark.parametrize("kbit", [KBit(4, "int", 32), KBit(3, "quantile", None)], ids=lambda kbit: kbit.name)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_layer_is_made_of_a_linear_one_and_shares_nothing_with_it(kbit: KBit, bias: bool) -> None:
+    torch.manual_seed(0)
+    linear, dims = nn.Linear(70, 9, bias).requires_grad_(False), torch.tensor([2, 69], dtype=torch.int32)
+    turned = Conv1D(9, 70)
+    turned.weight = nn.Parameter(linear.weight.t().contiguous(), requires_grad=False)
+    turned.bias = linear.bias
+    layers = [KBitLinear.from_linear(one, kbit, dims) for one in (linear, turned)]
+    state = {name: tensor.clone() for name, tensor in layers[0].state_dict().items()}
+    assert ("bias" in state, "codebook" in state) == (bias, kbit.has_codebook)
+    assert torch.equal(state["outlier_weight"], linear.weight[:, [2, 69]])
+    for layer in layers:
+        assert (layer.in_features, layer.out_features, layer.outliers) == (70, 9, "static")
+        assert torch.equal(layer.dequantize()[:, [2, 69]], linear.weight[:, [2, 69]])
+        assert not any(parameter.requires_grad for parameter in layer.parameters())
+        assert layer.prepared is not None
+        assert repr(layer).endswith(f"bias={bias}, outlier_dims=2, outliers='static', weight={kbit.name!r})")
+    for tensor in (dims, *linear.parameters(), *turned.parameters()):
+        tensor.zero_()
+    for layer in layers:
+        assert layer.state_dict().keys() == state.keys()
+        assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
+
+
+def test_a_weight_that_no_scale_holds_is_refused() -> None:
+    for value in (1e5, float("nan"), float("inf")):
+        linear = nn.Linear(64, 8).requires_grad_(False)
+        linear.weight[1, 2] = value
+        with pytest.raises(ValueError, match="values that are not finite, or that float16 cannot hold"):
+            KBitLinear.from_linear(linear, KBit(4, "int", 32))
+
+
+def test_columns_count_or_not_as_it_is_configured() -> None:
+    layer = make_layer(KBit(4, "int", 64), dims=torch.tensor([3, 90]))
+    x = torch.randn(4, 95).half()
+    prepared, counted = layer.prepared, layer(x)
+    layer.configure()
+    layer.configure(outliers="static")
+    assert layer.prepared is prepared
+    layer.outliers = "none"
+    assert layer.outliers == "none"
+    assert not torch.equal(layer(x), counted)
+    made = KBitLinear(95, 17, outlier_count=2, kbit=layer.kbit, outliers="none", dtype=torch.float16)
+    assert made.prepared is None
+    made.load_state_dict(layer.state_dict())
+    assert torch.equal(made(x), layer(x))
+    for settings in ({}, {"outliers": "none"}, {"activation": "absmax"}):
+        layer.configure(**settings)  # type: ignore[arg-type]
+        assert layer.outliers == "none"
+    layer.configure(outliers="static")
+    assert torch.equal(layer(x), counted)
+    for wrong in ("some", "dynamic"):
+        with pytest.raises(ValueError, match=f"^outliers is '{wrong}', "):
+            KBitLinear(95, 17, kbit=layer.kbit, outliers=wrong)  # type: ignore[arg-type]
 
 
 def test_there_is_nothing_to_search_for() -> None:

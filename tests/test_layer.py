@@ -474,6 +474,7 @@ def test_copies_are_equal_and_independent(duplicate: object) -> None:
     assert same(layer.state_dict(), other.state_dict())
     x = make_input(3, 30, torch.float16)
     assert torch.equal(layer(x), other(x))
+    assert not any(parameter.requires_grad for parameter in other.parameters())
     other.unpacked_weight().zero_()
     assert layer.unpacked_weight().any()
 
@@ -594,8 +595,14 @@ def test_tensors_are_named_as_on_disk_and_frozen() -> None:
 
 def test_repr_says_how_the_layer_runs() -> None:
     layer = make_layer(30, 8, 2, bias=False)
-    assert "in_features=30, out_features=8, bias=False, outlier_dims=2, outliers='static'" in repr(layer)
+    shape = "Int8Linear(in_features=30, out_features=8, bias=False"
+    assert repr(layer) == f"{shape}, outlier_dims=2, outliers='static', activation='absmax', activation_group='row')"
     layer.outliers, layer.threshold, layer.activation = "dynamic", 5.5, "zeropoint"
     assert "outliers='dynamic', threshold=5.5, activation='zeropoint', activation_group='row'" in repr(layer)
     layer.activation_group = 64
     assert repr(layer).endswith("activation='zeropoint', activation_group=64)")
+    layer.outlier_dims = layer.outlier_weight = None
+    assert repr(layer).startswith(f"{shape}, outliers='dynamic'")
+    assert repr(Int8Linear(64, 8, rotation=64)).endswith(
+        "bias=True, outlier_dims=0, outliers='static', activation='absmax', activation_group='row', rotation=64)"
+    )

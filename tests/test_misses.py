@@ -201,6 +201,9 @@ def test_nothing_is_read_back_while_counting() -> None:
     """On the meta device there is nothing to read."""
     counter = MissCounter(1.0, torch.tensor([1, 3], device="meta"))
     assert counter(torch.empty(2, 5, 8, device="meta", dtype=torch.float16)) is None
+    dtypes = [buffer.dtype for buffer in counter.buffers()]
+    assert counter.half() is counter
+    assert [buffer.dtype for buffer in counter.buffers()] == dtypes
 
 
 @pytest.mark.gpu

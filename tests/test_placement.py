@@ -126,20 +126,6 @@ def test_a_cast_is_of_what_is_not_int8(checkpoint: Path, tmp_path: Path, cast: s
     assert check_values(open_checkpoint(tmp_path)) == []
 
 
-def test_other_quantized_models_are_cast_as_ever() -> None:
-    config = transformers.LlamaConfig(
-        vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
-    )
-    model = transformers.LlamaForCausalLM(config)
-    assert runtime.load is not None  # which is imported by now
-    assert model.half().dtype == torch.float16
-    model.is_quantized = True
-    with pytest.raises(ValueError, match=r"not supported for quantized model"):
-        model.half()
-    with pytest.raises(ValueError, match=r"not supported for quantized model"):
-        model.float()
-
-
 def by_torch(model: Any) -> Any:
     file = io.BytesIO()
     torch.save(model, file)

@@ -26,7 +26,6 @@ pytest.importorskip("matplotlib")
 
 from llmint8.runtime.report import multiples, plots
 from llmint8.runtime.report.findings import Findings
-from llmint8.runtime.report.labels import block_of, joined, layer_kinds
 from llmint8.runtime.report.report import write_report
 from llmint8.runtime.report.statistics import LayerInput, hidden_inputs, read_inputs, table4
 
@@ -291,61 +290,6 @@ def test_an_encoder_decoder_has_a_report_too(tmp_path: Path) -> None:
     path, findings = write_report(tmp_path / "out", tmp_path / "report")
     assert findings.removal is None
     assert "T5ForConditionalGeneration does not predict the next token" in path.read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize(
-    ("block", "kinds"),
-    [
-        ("model.layers.11", {"mlp.up_proj": "up_proj", "self_attn.q_proj": "q_proj"}),
-        ("h.2", {"attn.c_attn": "c_attn", "attn.c_proj": "attn.c_proj", "mlp.c_proj": "mlp.c_proj"}),
-        ("blocks.3", {"ffn.0": "ffn.0", "ffn.2": "ffn.2"}),
-        ("b.0", {"0": "0", "ffn.0": "ffn.0"}),
-        (
-            "bert.encoder.layer.0",
-            {
-                "attention.output.dense": "attention.output.dense",
-                "intermediate.dense": "intermediate.dense",
-                "output.dense": "output.dense",
-            },
-        ),
-        (
-            "decoder.block.0",
-            {
-                "layer.0.SelfAttention.q": "SelfAttention.q",
-                "layer.1.EncDecAttention.q": "EncDecAttention.q",
-                "layer.2.DenseReluDense.wi": "wi",
-            },
-        ),
-        ("b.1", {"layer.0.attn.q": "layer.0.attn.q", "layer.1.attn.q": "layer.1.attn.q", "layer.1.attn.k": "k"}),
-        (
-            "model.layers.0",
-            {f"mlp.experts.{i}.{part}": f"experts.*.{part}" for i in range(8) for part in ("up_proj", "down_proj")}
-            | {"mlp.shared_expert.up_proj": "shared_expert.up_proj", "mlp.gate": "gate"}
-            | {"mlp.shared_expert.down_proj": "shared_expert.down_proj"},
-        ),
-        ("model.layers.0", {f"moe.experts.{i}.w1": "w1" for i in range(8)}),
-    ],
-)
-def test_layers_go_by_what_tells_them_apart(block: str, kinds: dict[str, str]) -> None:
-    found = layer_kinds([f"{block}.{path}" for path in kinds])
-    assert found == {f"{block}.{path}": kind for path, kind in kinds.items()}
-    assert {block_of(name) for name in found} == {block}
-
-
-def test_the_same_name_in_two_stacks_is_one_kind() -> None:
-    """Blocks of another stack that have one attention only call it as those that have two."""
-    names = ["encoder.layers.0.self_attn.q_proj", "decoder.layers.0.self_attn.q_proj"]
-    found = layer_kinds([*names, "decoder.layers.0.encoder_attn.q_proj", "vision.layers.0.mlp.fc1", "head", "proj.0"])
-    assert [found[name] for name in names] == ["self_attn.q_proj"] * 2
-    assert (found["vision.layers.0.mlp.fc1"], found["head"], found["proj.0"]) == ("fc1", "head", "proj.0")
-    assert (block_of("head"), block_of("proj.0"), block_of("bert.pooler.dense")) == ("", "", "")
-
-
-def test_kinds_that_begin_alike_are_named_together() -> None:
-    assert joined(["self_attn.q_proj", "self_attn.k_proj"]) == "self_attn: q_proj, k_proj"
-    assert joined(["q_proj", "k_proj", "q_proj"]) == "q_proj, k_proj"
-    assert joined(["attn.q", "mlp.up"]) == "attn.q, mlp.up"
-    assert joined(["attn.q"]) == "attn.q"
 
 
 # Errors and sizes

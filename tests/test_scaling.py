@@ -2,15 +2,12 @@
 
 import json
 import math
-import random
 import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import tokenizers
@@ -24,11 +21,10 @@ from llmint8.kernels.kbit.levels import levels_of
 from llmint8.runtime.accuracy.methods import NotRowsError
 from llmint8.runtime.commands.main import main
 from llmint8.runtime.scaling import simulation
-from llmint8.runtime.scaling.comparing import best_within, choice, pareto, winners
 from llmint8.runtime.scaling.family import left_to_do, measure_family, open_family
 from llmint8.runtime.scaling.layers import Weights
-from llmint8.runtime.scaling.runs import Measured, Run, RunFile, encoded
-from llmint8.runtime.scaling.schemes import BASE, Rounding, Scheme, combinations
+from llmint8.runtime.scaling.runs import RunFile
+from llmint8.runtime.scaling.schemes import BASE, Scheme, combinations
 
 pytestmark = pytest.mark.usefixtures("quiet_transformers")
 TEXT = "The capital of France is Paris \n" * 20
@@ -143,16 +139,6 @@ def test_bits_are_counted_by_hand(folder: Path) -> None:
     assert shapes.total_bits(Scheme(4, "int", 32, 0.1)) == 4 * weights + 16 * blocks + 12 * kept + 16 * 608
 
 
-def test_combinations_are_all_there_are() -> None:
-    found = combinations([3, 4, 16], ["int", "nf4"], [64, None], [0.0], ["nearest"])
-    named = {(3, "int"), (4, "int"), (4, "nf4")}
-    assert found[0] == BASE
-    assert {(one.bits, one.data_type, one.block) for one in found[1:]} == {
-        (*pair, block) for pair, block in product(named, (64, None))
-    }
-    assert len(found) == 7
-
-
 def measure(
     folder: Path, names: Sequence[str], file: Path, text: str = "text.txt", bits: Sequence[int] = (3, 4)
 ) -> None:
@@ -252,78 +238,6 @@ def test_gptq_is_calibrated_with_the_model_in_16_bit(folder: Path, monkeypatch: 
         assert torch.allclose(rows[1], expected[name], atol=1e-4), name
 
 
-def test_gptq_loses_less_of_what_the_layer_says_and_columns_stay() -> None:
-    torch.manual_seed(0)
-    weight, x = torch.randn(24, 64), torch.randn(256, 8) @ torch.randn(8, 64) + 0.1 * torch.randn(256, 64)
-    weights = Weights.__new__(Weights)
-    vars(weights).update(_before={"layer": "before"}, _heads=None, _spread={}, _last=None)
-    weights.see("before", torch.arange(1, 65)[:, None] * torch.tensor([1.0, -1.0]))
-    errors = []
-    for rounding in get_args(Rounding):
-        found = weights.simulated("layer", Scheme(3, "int", 32, 0.05, rounding), weight, x, x)
-        same = (found == weight).all(0).nonzero().flatten().tolist()
-        assert same == [61, 62, 63]
-        errors.append(float((x @ (found - weight).t()).norm()))
-    assert errors[1] < 0.5 * errors[0]
-
-
-def made_up(bits: int, total: int, perplexity: float, model: str = "m", **scheme: Any) -> Run:
-    values: dict[str, Any] = {"data_type": "int", "block": 64} | scheme
-    kl = math.log(perplexity)
-    measured = Measured(model, model, "text", "text", 48, 24)
-    return Run(measured, Scheme(bits, **values), 100, 100 * bits, total, perplexity, kl, kl, kl, 0.5)
-
-
-def test_the_front_is_what_brute_force_finds() -> None:
-    draw = random.Random(0)
-    for _ in range(20):
-        runs = [made_up(4, draw.randint(1, 30), 1 + draw.randint(1, 30) / 10) for _ in range(25)]
-        pairs = {(run.total_bits, run.perplexity) for run in runs}
-        best = {(b, p) for b, p in pairs if not any(c <= b and q <= p and (c, q) != (b, p) for c, q in pairs)}
-        front = pareto(runs, "perplexity")
-        assert [(run.total_bits, run.perplexity) for run in front] == sorted(best)
-        for budget in range(32):
-            fitting = [run.perplexity for run in runs if run.total_bits <= budget]
-            found = best_within(front, budget)
-            assert (None if found is None else found.perplexity) == (min(fitting) if fitting else None)
-
-
-def test_a_number_that_was_not_finite_is_on_no_front() -> None:
-    assert (
-        pareto([replace(made_up(3, 10, 2.0), perplexity=None), made_up(4, 20, 3.0)], "perplexity")[0].total_bits == 20
-    )
-
-
-def test_the_lowest_curve_wins_its_part() -> None:
-    """Perplexities of 10 / size^0.5 and of 10 (4 / size^3)^0.25 cross at 4; each model is known at three sizes."""
-    runs = []
-    for number, size in enumerate((1, 10, 256)):
-        runs.append(made_up(4, 1000 * size, 10 / size**0.5, model=f"m{number}"))
-        runs.append(made_up(8, 1000 * size, 10 * (4 / size**3) ** 0.25, model=f"m{number}"))
-        runs.append(made_up(8, 1000 * size, 50.0, model=f"m{number}", data_type="float"))  # a worse way of 8 bits
-    won = winners(runs)
-    assert won is not None
-    assert (won.low, won.high) == (pytest.approx(1000), pytest.approx(256000))
-    assert won.shares == {4: pytest.approx(0.25, abs=0.01), 8: pytest.approx(0.75, abs=0.01)}
-    assert winners(runs[:3]) is None
-
-
-def test_a_choice_holds_all_else() -> None:
-    runs = [
-        made_up(bits, 10 * bits, 2 + worse + (block or 500) / 1000, data_type=data_type, block=block)
-        for bits, (data_type, worse), block in product((3, 4), (("int", 1), ("float", 0)), (64, None))
-    ]
-    runs.append(made_up(4, 40, 1.5, data_type="nf4", block=64))
-    types, blocks = choice(runs, "data_type"), choice(runs, "block")
-    assert types is not None
-    assert blocks is not None
-    assert (types.held, types.values) == ("block 64, no proxy, rounding nearest", ["int", "float", "nf4"])
-    assert types.table[3] == {"int": pytest.approx(math.log(3.064)), "float": pytest.approx(math.log(2.064))}
-    assert types.table[4]["nf4"] == pytest.approx(math.log(1.5))
-    assert (blocks.held, blocks.values) == ("float, no proxy, rounding nearest", [64, None])
-    assert choice(runs, "proxy") is None
-
-
 def test_the_page_is_one_file(folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for name in ("small", "wide"):
@@ -371,50 +285,6 @@ def test_another_tokenizer_is_no_family(folder: Path, tmp_path: Path) -> None:
     transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(other)
     with pytest.raises(LLMInt8Error, match="other: its tokenizer cuts the text in another way"):
         open_family([folder / "small", other], folder / "text.txt", 48, 24)
-
-
-def test_choices_are_compared_at_equal_bits() -> None:
-    """On curves of 10 / size^0.5, models that take a tenth more lie a twentieth higher where perplexity is the same."""
-    runs = [
-        made_up(4, round(larger * 10**power), 10 / 10 ** (power / 2) * 1000, model=f"m{power}", block=block)
-        for power in (3, 4, 5)
-        for block, larger in ((64, 1), (None, 1.1))
-    ]
-    found = choice(runs, "block")
-    assert found is not None
-    assert found.at_equal_bits == {4: {None: pytest.approx(1.1**0.5, rel=1e-3)}}
-    assert choice([run for run in runs if run.measured.model == "m3"], "block").at_equal_bits == {}  # type: ignore
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"model": ["m"]},
-        {"source_sha256": {}},
-        {"tokens": "48"},
-        {"bits": 2},
-        {"bits": [4]},
-        {"data_type": "fp4"},
-        {"block": -64},
-        {"block": "64"},
-        {"proxy": "all"},
-        {"rounding": None},
-        {"weights": 0},
-        {"total_bits": 1.5},
-        {"kl_mean": "small"},
-        {"perplexity": True},
-        {"unknown": 1},
-        None,
-    ],
-    ids=str,
-)
-def test_a_line_that_is_no_run_is_named(changes: dict[str, Any] | None, tmp_path: Path) -> None:
-    whole = json.loads(encoded(made_up(4, 10, 2.0)))
-    (tmp_path / "runs.jsonl").write_text(json.dumps(whole) + "\n")
-    assert len(RunFile(tmp_path / "runs.jsonl").of(made_up(4, 10, 2.0).measured)) == 1
-    (tmp_path / "runs.jsonl").write_text(json.dumps([] if changes is None else whole | changes) + "\n")
-    with pytest.raises(LLMInt8Error, match=r"runs.jsonl: line 1 is none of a run"):
-        RunFile(tmp_path / "runs.jsonl")
 
 
 def test_a_weight_that_no_scale_holds_is_named(folder: Path, tmp_path: Path) -> None:

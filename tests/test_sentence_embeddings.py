@@ -169,6 +169,9 @@ def test_pooling_is_what_the_files_beside_the_model_say(tmp_path: Path) -> None:
     pooled(tmp_path, {"pooling_mode": "cls"}, **{"2_Dense": {"in_features": 32}})
     (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 128}')
     assert read_pooling(tmp_path) == Pooling(("cls",), 128, ("2_Dense",))
+    for length in (0, -1, None, "128"):
+        (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": length}))
+        assert read_pooling(tmp_path).longest is None
     with pytest.raises(SourceError, match=r"1_Pooling/config.json: pooling_mode is 'median', known are cls, max, "):
         read_pooling(pooled(tmp_path, {"pooling_mode": "median"}))
     assert read_pooling(folder_without(tmp_path)) == Pooling(("mean",))

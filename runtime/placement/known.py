@@ -1,7 +1,7 @@
 """Sizes of models that are known by name, such as `opt-175b`: their configs, for which no network is needed.
 
 The numbers are those of the `config.json` that each is published with; all else is transformers' default for its type.
-`soak/test_known_sizes.py` builds and counts them all.
+`tests/test_known_sizes.py` builds and counts them all.
 """
 
 from typing import Any

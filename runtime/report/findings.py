@@ -46,8 +46,8 @@ def sizes(checkpoint: Checkpoint) -> Sizes:
     """Add up the tensors; the source's layers are estimated from the shapes and the dtype of the outlier columns."""
     before = {"layers in the source": 0, "everything else": 0}
     after = {"int8 weights": 0, "scales": 0, "outlier columns": 0, "everything else": 0}
-    kinds = {"SCB": "scales", "weight_format": "scales"}
-    kinds |= {"outlier_dims": "outlier columns", "outlier_weight": "outlier columns"}
+    kinds = dict.fromkeys(checkpoint.layout.reserved_suffixes, "scales")
+    kinds |= {"codebook": "scales", "outlier_dims": "outlier columns", "outlier_weight": "outlier columns"}
     for info in checkpoint.tensors.values():
         name, _, suffix = info.name.rpartition(".")
         record = checkpoint.records.get(name)

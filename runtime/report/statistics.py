@@ -80,14 +80,14 @@ def read_inputs(checkpoint: Checkpoint, manifest: Manifest, where: Path) -> list
     sharing: dict[str, list[str]] = defaultdict(list)
     modules: dict[str, Any] = manifest.modules
     for name, raw in modules.items():
-        first = raw.get("shares_input_with", name) if isinstance(raw, dict) else name
+        first = raw.get("shares_input_with", name)
         if name in checkpoint.records and isinstance(first, str):
             sharing[first].append(name)
     kinds = layer_kinds(checkpoint.records)
     inputs = []
     for first, layers in sharing.items():
         raw = modules.get(first)
-        if first not in checkpoint.records or not isinstance(raw, dict) or "dims" not in raw:
+        if first not in checkpoint.records or raw is None or "dims" not in raw:
             continue  # a layer that the calibration did not reach
         try:
             inputs.append(_layer_input(checkpoint, first, tuple(layers), kinds, raw))
@@ -111,7 +111,7 @@ def _layer_input(
     lists = {key: [_number(kind, value) for value in raw[key]] for key, kind in _LISTS.items()}
     quartiles = [tuple(_number(float, value) for value in row) for row in raw["quartiles"]]
     lengths = {len(lists["dims"]), len(lists["absmax"]), len(lists["positions"]), len(quartiles)}
-    if len(lengths) != 1 or lengths == {0} or {len(row) for row in quartiles} != {3}:
+    if len(lengths) != 1 or {len(row) for row in quartiles} != {3}:  # of none there is no row
         raise ValueError("dims, absmax, positions and quartiles are not of one length")
     if not all(0 <= dim < record.in_features for dim in lists["dims"]):
         raise ValueError(f"a dim is not in 0 to {record.in_features - 1}")
