@@ -266,6 +266,7 @@ def test_a_trainer_trains_it(checkpoint: Path, tmp_path: Path) -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.soak
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("checkpoint", ["rotated"], indirect=True)
 def test_a_compiled_model_is_trained_in_one_graph(checkpoint: Path) -> None:

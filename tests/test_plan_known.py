@@ -176,6 +176,7 @@ def test_the_smallest_set_is_the_first_number_of_gpus_that_fits() -> None:
     assert made.smallest(small, False) is None
 
 
+@pytest.mark.soak
 def test_the_document_has_the_machines_that_hold_opt_175b() -> None:
     text = (Path(__file__).parent.parent / "docs" / "opt-175b.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "GB | " in line]

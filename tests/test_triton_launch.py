@@ -93,6 +93,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.soak
 def test_every_launch_is_of_the_kernel_for_its_arguments(report: Any) -> None:
     """Of their dtypes, of pointers and strides that are multiples of 16 where the kernel counts on it, and of ones."""
     assert report["wrong"] == []

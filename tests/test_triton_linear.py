@@ -69,6 +69,7 @@ def sums(x: Tensor, weight: Tensor, tile: MatmulTile) -> Tensor:
     return found
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("architecture", "tile"), TILES, ids=[f"{name}-{'x'.join(str(int(part)) for part in tile)}" for name, tile in TILES]
 )
@@ -187,6 +188,7 @@ def test_more_outliers_than_one_step_multiplies_take_two_launches(
     assert_right(rows(1, layer), layer, "absmax", run(layer, rows(1, layer), "absmax", device))
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("architecture", "tile"),
     SHIPPED,

@@ -139,6 +139,7 @@ def run(layer: reference.Int8Weight, x: Tensor, device: torch.device, tile: Matm
     return found.cpu()
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("architecture", "tile"), TILES, ids=[f"{name}-{'x'.join(str(int(part)) for part in tile)}" for name, tile in TILES]
 )
