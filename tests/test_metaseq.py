@@ -550,6 +550,7 @@ def test_it_is_a_reference_for_eval(model: tuple[Path, State], tmp_path: Path) -
     assert torch.equal(load_reference(open_source(source), 6, "cpu")(tokens).logits, expected)
 
 
+@pytest.mark.soak
 def test_few_files_are_open_at_a_time(model: tuple[Path, State], tmp_path: Path) -> None:
     source = write(tmp_path / "source", model[1], 4, 40, "checkpoint_last")
     limit = 96  # torch and the interpreter have some of them

@@ -226,6 +226,7 @@ def generate(model: Any, tokens: int) -> None:
     model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, pad_token_id=0, **length)
 
 
+@pytest.mark.soak
 @pytest.mark.skipif(compiled._cpp_compiler() is None, reason="needs a C++ compiler")
 def test_a_compiled_model_counts_from_the_first_call_on(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()

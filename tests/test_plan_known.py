@@ -136,6 +136,7 @@ def test_activations_take_no_more_than_is_reserved_and_a_fourth_of_it_at_least(
     assert reserved / 4 < peak.most - sum(cache.taken(context, 1).values()) < reserved
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("name", ["opt-350m", "t5-small", "mixtral-8x7b", "gpt2"])
 def test_what_gpus_hold_is_a_device_map(name: str) -> None:
     held = facts(name, "--gpu", "3x80GB")["machines"][0]["int8"]["gpus"]

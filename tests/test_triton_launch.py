@@ -106,6 +106,7 @@ def test_every_launch_is_of_the_kernel_for_its_arguments(report: Any) -> None:
     }
 
 
+@pytest.mark.soak
 def test_triton_is_asked_once_for_each_kind_of_call(report: Any) -> None:
     for kind in ("None None", "6.0 None", "None 64"):
         asked, launched = report["found"][f"{kind} 0"]
