@@ -538,6 +538,18 @@ def test_json_is_the_table(folder: Path) -> None:
     ]
 
 
+def test_nothing_is_beyond_the_calibration_of_layers_whose_inputs_are_not_quantized(
+    folder: Path, tmp_path: Path
+) -> None:
+    how: dict[str, Any] = {"format": 2, "bits": 4, "outliers": "top-k=3", "calibration_tokens": 48}
+    converter.convert(folder / "source", tmp_path / "k4", **how)
+    facts = json.loads(run(tmp_path / "k4", *options(folder), "--json", "--quiet").stdout)
+    assert facts["stored_columns"] > 0
+    assert facts["beyond_calibration"] is None
+    with pytest.raises(ValueError, match=r"^LlamaForCausalLM: no layer quantizes its inputs"):
+        runtime.outlier_misses(runtime.load(tmp_path / "k4"))
+
+
 def test_the_result_is_left_for_the_model_card_without_paths(folder: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(folder / "out", tmp_path / "mine"))
     saved = out / "llmint8_eval.json"

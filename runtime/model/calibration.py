@@ -11,6 +11,8 @@ import torch
 from llmint8.formats import Checkpoint, LLMInt8Error, Manifest
 from llmint8.formats.disk.names import MANIFEST_NAME
 
+from ..layers.linear import QuantizedLinear
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -26,6 +28,10 @@ class Calibration:
     limits: dict[str, float] = field(default_factory=dict)
     largest: dict[str, float] = field(default_factory=dict)
     missed: frozenset[str] = frozenset()
+
+    def limit(self, name: str, layer: QuantizedLinear) -> float | None:
+        """Return the limit of a layer, by its name in the checkpoint; None where nothing depends on it."""
+        return self.limits.get(name) if layer.outliers == "static" and layer.kbit is None else None
 
     def overflow(self, names: Iterable[str]) -> str | None:
         """Say which of these layers, which run in float16, had inputs that it cannot hold, if any."""

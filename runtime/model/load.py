@@ -225,7 +225,7 @@ def _prepare(model: Any, checkpoint: Checkpoint, names: dict[str, str], calibrat
                 continue
             layer = heads[layer]
             layer.prepare()
-        layer.kept_limit = calibration.limits.get(record) if layer.outliers == "static" else None
+        layer.kept_limit = calibration.limit(record, layer)
     halves = {record for record, layer in layers.items() if layer.dtype == torch.float16}
     if notice := calibration.overflow(halves):
         log.warning("%s", notice)

@@ -167,7 +167,7 @@ def _made(found: Found, config: LoadedConfig, known: Calibration, layer: Selecte
     made = config.layer(name, scheme, shape, bias is not None, count, weight.dtype)
     made.name = found.plan.selection.module_of[name]
     made.load_state_dict(state, assign=True)
-    made.kept_limit = known.limits.get(name) if made.outliers == "static" else None
+    made.kept_limit = known.limit(name, made)
     return made
 
 
