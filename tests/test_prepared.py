@@ -225,6 +225,9 @@ def test_every_row_is_multiplied_by_the_weight_of_its_expert(repeats: int) -> No
         expected = reference.int8_linear(inputs, weights[expert], "zeropoint")[0] if 0 <= expert < 3 else torch.zeros(6)
         assert torch.allclose(found[row], expected, rtol=1e-5, atol=1e-5)  # the same sums in any order
     assert reference.grouped_int8_linear(x[:0], weights, experts[:0]).shape == (0, 6)
+    each = len(experts) // len(x)
+    one = reference.grouped_int8_linear(x[:1], weights, experts[:each], "zeropoint")
+    assert torch.allclose(one, found[:each], rtol=1e-5, atol=1e-5)
 
 
 def test_there_are_the_groups_and_rotations_that_the_spec_has() -> None:

@@ -238,9 +238,9 @@ def hadamard(k: int) -> Tensor:
 def test_rotating_multiplies_by_blocks_of_an_orthonormal_matrix(k: int) -> None:
     matrix = hadamard(k)
     assert torch.equal(matrix @ matrix, torch.eye(k, dtype=torch.float64))
-    x = torch.randint(-1000, 1000, (2, 3, k)).half()  # whose sums are exact
+    x = torch.randint(-1000, 1000, (2, 64, k)).half()  # whose sums are exact; as many rows as a block has dimensions
     found = rotate(x, 64)
-    assert rotate(x[:0], 64).shape == (0, 3, k)
+    assert rotate(x[:0], 64).shape == (0, 64, k)
     assert (found.dtype, found.shape) == (torch.float32, x.shape)
     assert torch.equal(found.double(), x.double() @ matrix)
     assert torch.equal(rotate(found, 64), x.float())
