@@ -546,8 +546,6 @@ def test_nothing_is_beyond_the_calibration_of_layers_whose_inputs_are_not_quanti
     facts = json.loads(run(tmp_path / "k4", *options(folder), "--json", "--quiet").stdout)
     assert facts["stored_columns"] > 0
     assert facts["beyond_calibration"] is None
-    with pytest.raises(ValueError, match=r"^LlamaForCausalLM: no layer quantizes its inputs"):
-        runtime.outlier_misses(runtime.load(tmp_path / "k4"))
 
 
 def test_the_result_is_left_for_the_model_card_without_paths(folder: Path, tmp_path: Path) -> None:
