@@ -106,7 +106,7 @@ def check_operands(
     device = weight.device
     check_tensor("weight", weight, (torch.int8,), (None, None), device, contiguous=True)
     n, k = weight.shape
-    check_rows(x, weight)
+    check_rows(x, k, device)
     check_tensor("scale", scale, (torch.float32,), (n,), device, contiguous=True)
     check_group(group)
     check_rotation(rotation)
@@ -120,10 +120,10 @@ def check_operands(
         check_tensor("columns", columns, COLUMNS, (n, padded), device, contiguous=True)
 
 
-def check_rows(x: Tensor, weight: Tensor) -> None:
-    """Check x [M, K] for a weight [N, K], as `check_operands` does."""
-    if not (x.ndim == 2 and x.shape[1] == weight.shape[1] and x.dtype in FLOATS and x.device == weight.device):
-        check_tensor("x", x, FLOATS, (None, weight.shape[1]), weight.device)
+def check_rows(x: Tensor, in_features: int, device: torch.device) -> None:
+    """Check x [M, K] for a weight of an operator, as `check_operands` does."""
+    if not (x.ndim == 2 and x.shape[1] == in_features and x.dtype in FLOATS and x.device == device):
+        check_tensor("x", x, FLOATS, (None, in_features), device)
 
 
 def is_watched(x: Tensor) -> bool:

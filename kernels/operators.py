@@ -185,7 +185,7 @@ def _int8_linear_on_cpu(x: Tensor, *arguments: Any) -> Tensor:
     group, rotation, zeropoint = arguments[6:]
     operands = Operands._make((*arguments[:6], None, group, rotation))
     if layout := checked.layout_of(operands):
-        check_rows(x, operands.values)
+        check_rows(x, operands.values.shape[1], operands.device)
         return native.NativeLinear(operands, layout)(x, zeropoint)
     out = _checked_int8_linear(x, *arguments)
     if native.kinds():

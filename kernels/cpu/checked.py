@@ -29,9 +29,8 @@ class Native(Protocol):
     layout: Layout
 
 
-_Key = tuple[Any, ...]
 # The references are here for what they do when their tensor goes.
-_KNOWN: dict[_Key, tuple[Layout, list[weakref.ref[Tensor]]]] = {}
+_KNOWN: dict[tuple[Any, ...], tuple[Layout, list[weakref.ref[Tensor]]]] = {}
 
 
 def layout_of(operands: _Operands) -> Layout | None:
@@ -52,5 +51,5 @@ def remember(operands: _Operands, native: Native) -> None:
     _KNOWN[key] = native.layout, [weakref.ref(tensor, forget) for tensor in operands[:6] if isinstance(tensor, Tensor)]
 
 
-def _key(operands: _Operands) -> _Key:
+def _key(operands: _Operands) -> tuple[Any, ...]:
     return *map(id, operands[:6]), *operands[6:]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..calling import call
-from ..checks import COLUMNS, FLOATS, check_outlier_dims, check_tensor, is_watched
+from ..checks import COLUMNS, check_outlier_dims, check_rows, check_tensor, is_watched
 from ..cpu import checked
 from ..gpu.tiles import gpu_of
 from ..operators import has_triton
@@ -168,23 +168,21 @@ def _check_operands(
         check_tensor("bias", bias, COLUMNS, (n,), device)
 
 
-def _check_rows(x: Tensor, operands: KBitOperands) -> None:
-    k, device = operands.in_features, operands.packed.device
-    if not (x.ndim == 2 and x.shape[1] == k and x.dtype in FLOATS and x.device == device):
-        check_tensor("x", x, FLOATS, (None, k), device)
+def _checked(x: Tensor, *arguments: Any) -> KBitOperands:
+    _check_operands(*arguments)
+    operands = KBitOperands(*arguments)
+    check_rows(x, operands.in_features, operands.packed.device)
+    return operands
 
 
 def _run(x: Tensor, *arguments: Any) -> Tensor:
-    _check_operands(*arguments)
-    operands = KBitOperands(*arguments)
-    _check_rows(x, operands)
-    return _runner(operands)[1](x)
+    return _runner(_checked(x, *arguments))[1](x)
 
 
 def _run_on_cpu(x: Tensor, *arguments: Any) -> Tensor:
     operands = KBitOperands(*arguments)
     if layout := checked.layout_of(operands):
-        _check_rows(x, operands)
+        check_rows(x, operands.in_features, operands.packed.device)
         return cpu.CpuKBit(operands, layout)(x)
     out = _run(x, *arguments)
     if cpu.kinds():
@@ -193,10 +191,7 @@ def _run_on_cpu(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def _shaped(x: Tensor, *arguments: Any) -> Tensor:
-    _check_operands(*arguments)
-    operands = KBitOperands(*arguments)
-    _check_rows(x, operands)
-    return x.new_empty(x.shape[0], operands.packed.shape[0])
+    return x.new_empty(x.shape[0], _checked(x, *arguments).packed.shape[0])
 
 
 _LIBRARY.impl("kbit_linear", _run_on_cpu, "CPU")  # type: ignore[no-untyped-call]
