@@ -5,9 +5,8 @@
 // whole multiples of 2**-14 of the power of two above the largest of them: integers up to 2**14. So two codes are
 // multiplied and added by one instruction, whatever the levels are. A lane takes eight products at most, of which the sum
 // is at most 8 * 2**14 * 16383 = 2**31 - 2**17, and is then float, times the absmax of its block. (Levels at equal
-// distances may be counted in these in place of that.) What the integers lose
-// is at most 2**-15 of the absmax for each weight, and 2**-15 of that power of two for each x: less than float16 loses of
-// the largest.
+// distances may be counted in these in place of that.) What the integers lose is at most 2**-15 of the absmax for each
+// weight, and 2**-15 of that power of two for each x: less than float16 loses of the largest.
 //
 // A row of x that holds what is not finite gives NaN. Rows do not depend on each other, nor on how many there are.
 

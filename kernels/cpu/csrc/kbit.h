@@ -202,7 +202,7 @@ INLINE void FN(tile)(
             continue;
         }
 #endif
-        for (int step = 0; step < STEPS; step++) {
+        for (int step = 0; step < STEPS; step++) {  // a step is a half where there are two
             vector low[2], high[2];
             for (int r = 0; r < ns; r++) {
                 const uint8_t *p = packed[r] + c * 8 * bits;
@@ -217,7 +217,7 @@ INLINE void FN(tile)(
                 KEEP(second);
 #endif
                 for (int r = 0; r < ns; r++) {
-                    const float *scale = scales[r] + (c * halves + (halves == 2 && STEPS == 2 ? step : 0)) * ms + m;
+                    const float *scale = scales[r] + (c * halves + step) * ms + m;
                     floats by = ALL(scale);
 #if STEPS == 1
                     if (halves == 2) by = _mm512_mask_broadcastss_ps(by, 0xff00, _mm_load_ss(scale + ms));
