@@ -1,6 +1,7 @@
 """Fixtures that more than one test file uses."""
 
 import importlib.util
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -166,6 +167,23 @@ def _beside(name: str, folder: str = "tests") -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def facts() -> Callable[..., dict[str, Any]]:
+    """Runs `llmint8 plan` with some arguments and returns what `--json` prints."""
+
+    def run(*arguments: object) -> dict[str, Any]:
+        from click.testing import CliRunner
+
+        from llmint8.runtime.commands.main import main
+
+        result = CliRunner().invoke(main, ["plan", *map(str, arguments), "--json"])
+        assert result.exit_code == 0, result.output
+        found: dict[str, Any] = json.loads(result.stdout)
+        return found
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 import itertools
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +25,11 @@ from llmint8.runtime.placement.opened import open_sized
 from llmint8.runtime.placement.plan import Plan
 from llmint8.runtime.placement.split import Unit, split
 
+Facts = Callable[..., dict[str, Any]]
+
 
 def plan(*arguments: object) -> Any:
     return CliRunner().invoke(main, ["plan", *map(str, arguments)])
-
-
-def facts(*arguments: object) -> dict[str, Any]:
-    result = plan(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +185,7 @@ def test_accelerate_places_blocks_where_the_plan_has_them(source: Path) -> None:
 
 
 @pytest.mark.parametrize("which", ["source", "converted", "in_one_file", "mixture", "converted_mixture"])
-def test_of_a_hub_id_no_weights_are_fetched(which: str, hub: Any, request: pytest.FixtureRequest) -> None:
+def test_of_a_hub_id_no_weights_are_fetched(which: str, hub: Any, request: pytest.FixtureRequest, facts: Facts) -> None:
     path: Path = request.getfixturevalue(which)
     files = {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
     hub.add("alice/tiny", files)
@@ -201,7 +196,7 @@ def test_of_a_hub_id_no_weights_are_fetched(which: str, hub: Any, request: pytes
     assert not [file for file in Path(constants.HF_HUB_CACHE).rglob("*") if file.suffix == ".safetensors"]
 
 
-def test_a_head_that_is_in_the_file_beside_its_embedding_is_in_memory_once(tmp_path: Path) -> None:
+def test_a_head_that_is_in_the_file_beside_its_embedding_is_in_memory_once(tmp_path: Path, facts: Facts) -> None:
     torch.manual_seed(0)
     config = transformers.OPTConfig(**{**FAMILIES["opt"][1], "hidden_size": 64, "word_embed_proj_dim": 64})
     model = transformers.OPTForCausalLM(config).half()
@@ -220,7 +215,7 @@ def test_a_head_that_is_in_the_file_beside_its_embedding_is_in_memory_once(tmp_p
     assert facts(tmp_path / "out")["parameters"] == once["parameters"]
 
 
-def test_a_checkpoint_of_bitsandbytes_is_one_in_int8(in_one_file: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_bitsandbytes_is_one_in_int8(in_one_file: Path, tmp_path: Path, facts: Facts) -> None:
     path = Path(shutil.copytree(in_one_file, tmp_path / "theirs"))
     tensors = load_file(path / "model.safetensors")
     theirs = {name: tensor for name, tensor in tensors.items() if ".outlier_" not in name}
@@ -236,7 +231,9 @@ def test_a_checkpoint_of_bitsandbytes_is_one_in_int8(in_one_file: Path, tmp_path
     assert found["int8_bytes"] < known["int8_bytes"]
 
 
-def test_a_config_that_says_int8_over_weights_in_16_bit_is_not_believed(source: Path, tmp_path: Path) -> None:
+def test_a_config_that_says_int8_over_weights_in_16_bit_is_not_believed(
+    source: Path, tmp_path: Path, facts: Facts
+) -> None:
     path = Path(shutil.copytree(source, tmp_path / "merged"))
     config = json.loads((path / "config.json").read_text())
     stale = {"quant_method": "bitsandbytes", "load_in_8bit": True}
@@ -247,7 +244,7 @@ def test_a_config_that_says_int8_over_weights_in_16_bit_is_not_believed(source: 
     assert any("no tensor is quantized" in notice for notice in found["notices"])
 
 
-def test_the_text_says_what_the_json_says(source: Path) -> None:
+def test_the_text_says_what_the_json_says(source: Path, facts: Facts) -> None:
     result = plan(source, "--gpu", "2xT4", "--gpu", "24GB", "--context", "100", "--batch", "3")
     assert result.exit_code == 0
     lines, found = result.stdout.splitlines(), facts(source, "--gpu", "2xT4", "--context", "100", "--batch", "3")
@@ -272,13 +269,13 @@ def test_a_longer_text_than_the_model_allows_is_told() -> None:
     assert "Note: the model allows 2,048 tokens, and not 4,096" in result.stderr
 
 
-def test_experts_that_take_format_2_are_told(mixture: Path) -> None:
+def test_experts_that_take_format_2_are_told(mixture: Path, facts: Facts) -> None:
     result = plan(mixture)
     assert "takes llmint8-convert --format 2; in format 1 they stay in 16 bit" in result.stderr
     assert facts(mixture)["format"] == 2
 
 
-def test_a_source_in_float32_is_counted_in_16_bit_and_told(source: Path, tmp_path: Path) -> None:
+def test_a_source_in_float32_is_counted_in_16_bit_and_told(source: Path, tmp_path: Path, facts: Facts) -> None:
     model = transformers.LlamaForCausalLM.from_pretrained(source, dtype=torch.float32)
     model.save_pretrained(tmp_path / "float32")
     result = plan(tmp_path / "float32")
@@ -287,7 +284,9 @@ def test_a_source_in_float32_is_counted_in_16_bit_and_told(source: Path, tmp_pat
     assert facts(tmp_path / "float32")["int8_bytes"] == facts(source)["int8_bytes"]
 
 
-def test_a_model_that_transformers_does_not_know_is_planned_by_names(source: Path, tmp_path: Path) -> None:
+def test_a_model_that_transformers_does_not_know_is_planned_by_names(
+    source: Path, tmp_path: Path, facts: Facts
+) -> None:
     path = Path(shutil.copytree(source, tmp_path / "unknown"))
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"model_type": "unheard-of", "architectures": ["Unheard"]}))

@@ -1,8 +1,8 @@
 """`llmint8 plan` of sizes that are known by name: on the GPUs of the LLM.int8() paper, and what runs of them takes."""
 
-import json
 import re
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,7 @@ from llmint8.runtime.placement.opened import open_sized
 from llmint8.runtime.placement.parts import Part
 from llmint8.runtime.placement.plan import Plan
 
-
-def plan(*arguments: object) -> Any:
-    return CliRunner().invoke(main, ["plan", *map(str, arguments)])
-
-
-def facts(*arguments: object) -> dict[str, Any]:
-    result = plan(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    found: dict[str, Any] = json.loads(result.stdout)
-    return found
-
+Facts = Callable[..., dict[str, Any]]
 
 # Of the models that the tables name, by parameters; T5-11B and GPT-2 have a test of their own.
 OF_THE_TABLES = ("gpt-j-6b", "opt-13b", "opt-30b", "opt-66b", "opt-175b", "bloom-176b")
@@ -138,14 +128,14 @@ def test_activations_take_no_more_than_is_reserved_and_a_fourth_of_it_at_least(
 
 @pytest.mark.soak
 @pytest.mark.parametrize("name", ["opt-350m", "t5-small", "mixtral-8x7b", "gpt2"])
-def test_what_gpus_hold_is_a_device_map(name: str) -> None:
+def test_what_gpus_hold_is_a_device_map(name: str, facts: Facts) -> None:
     held = facts(name, "--gpu", "3x80GB")["machines"][0]["int8"]["gpus"]
     placed = {module: number for number, gpu in enumerate(held) for module in gpu["holds"]}
     assert len(placed) == sum(len(gpu["holds"]) for gpu in held)
     check_device_map(meta_model(known_config(name)), placed)
 
 
-def test_what_does_not_fit_is_said_with_the_context_that_would() -> None:
+def test_what_does_not_fit_is_said_with_the_context_that_would(facts: Facts) -> None:
     machine = ("--gpu", "2x1.5GB")
     found = facts("opt-1.3b", *machine)
     held = found["machines"][0]
@@ -153,7 +143,7 @@ def test_what_does_not_fit_is_said_with_the_context_that_would() -> None:
     assert not held["int8"]["fits"]
     assert min(gpu["free"] for gpu in held["int8"]["gpus"]) < 0
     assert 500 < longest < 2048
-    text = plan("opt-1.3b", *machine).stdout
+    text = CliRunner().invoke(main, ["plan", "opt-1.3b", *machine]).stdout
     assert f"does not fit, {size(-min(gpu['free'] for gpu in held['int8']['gpus']))} are missing on one GPU" in text
     assert f"with up to {longest:,} tokens of context it does" in text
     sized, gpus = open_sized("opt-1.3b"), parse_machine("2x1.5GB")
@@ -178,13 +168,13 @@ def test_the_smallest_set_is_the_first_number_of_gpus_that_fits() -> None:
 
 
 @pytest.mark.soak
-def test_the_document_has_the_machines_that_hold_opt_175b() -> None:
+def test_the_document_has_the_machines_that_hold_opt_175b(facts: Facts) -> None:
     text = (Path(__file__).parent.parent / "docs" / "opt-175b.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "GB | " in line]
     rows = [row for row in rows if re.fullmatch(r"\d+x\d+GB", row[0])]
     assert len(rows) == 3
     machines = [argument for row in rows for argument in ("--gpu", row[0])]
-    found_all = json.loads(plan("opt-175b", "--context", 1024, *machines, "--json").stdout)["machines"]
+    found_all = facts("opt-175b", "--context", 1024, *machines)["machines"]
     for (machine, weights, cache, reserved, free, longest), planned in zip(rows, found_all, strict=True):
         found = planned["int8"]
         low, high = min(gpu["weights"] for gpu in found["gpus"]), max(gpu["weights"] for gpu in found["gpus"])

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.soak
 
 CODE = """
 import json, sys
@@ -93,7 +94,6 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return json.loads(done.stdout)
 
 
-@pytest.mark.soak
 def test_every_launch_is_of_the_kernel_for_its_arguments(report: Any) -> None:
     """Of their dtypes, of pointers and strides that are multiples of 16 where the kernel counts on it, and of ones."""
     assert report["wrong"] == []
@@ -106,7 +106,6 @@ def test_every_launch_is_of_the_kernel_for_its_arguments(report: Any) -> None:
     }
 
 
-@pytest.mark.soak
 def test_triton_is_asked_once_for_each_kind_of_call(report: Any) -> None:
     for kind in ("None None", "6.0 None", "None 64"):
         asked, launched = report["found"][f"{kind} 0"]

@@ -111,8 +111,8 @@ class ConversionPlan:
     def bytes_to_read(self) -> int:
         """Bytes of weights that are read from the disk: each once, and again where NaN, levels, bits or columns are."""
         levels = bool(self.options.kbit and self.options.kbit.has_codebook) and not self.calibrated
-        more = (self.options.on_nonfinite == "keep") + levels + (2 if self.before else 0)
-        return sum(self.source.stored.values()) * (1 + more + bool(self.options.target_size))
+        more = (self.options.on_nonfinite == "keep") + levels + bool(self.options.target_size)
+        return sum(self.source.stored.values()) * (1 + more + (2 if self.before else 0))
 
     @property
     def bytes_to_write(self) -> int:
